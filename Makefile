@@ -1,0 +1,28 @@
+# make setup | reproduce | test | lab | clean. Every target sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup reproduce test lab clean
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("i2v-lab needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+reproduce: setup
+	$(BIN)/i2v-lab reproduce
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lab: setup
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

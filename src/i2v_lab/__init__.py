@@ -1,0 +1,66 @@
+"""i2v-lab: run, profile and explain the memory of large image-to-video pipelines.
+
+Importing the package is cheap: names are resolved on first use, and torch is imported only by what needs it.
+
+Example:
+    >>> import i2v_lab
+    >>> i2v_lab.I2VRequest(image="still.png", width=192, height=128, frames=25).chunks()
+    1
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from i2v_lab.errors import I2VLabError
+    from i2v_lab.pipeline.checkpoints import Weights, resolve_weights
+    from i2v_lab.pipeline.media import write_video
+    from i2v_lab.pipeline.two_stage import Generation, TwoStagePipeline, VideoStream
+    from i2v_lab.profiling.phase_profiler import PhaseProfiler
+    from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "I2VLabError": "i2v_lab.errors",
+    "Weights": "i2v_lab.pipeline.checkpoints",
+    "resolve_weights": "i2v_lab.pipeline.checkpoints",
+    "write_video": "i2v_lab.pipeline.media",
+    "Generation": "i2v_lab.pipeline.two_stage",
+    "TwoStagePipeline": "i2v_lab.pipeline.two_stage",
+    "VideoStream": "i2v_lab.pipeline.two_stage",
+    "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
+    "DecodeScope": "i2v_lab.request",
+    "I2VRequest": "i2v_lab.request",
+    "Quantization": "i2v_lab.request",
+    "Tiling": "i2v_lab.request",
+    "Variant": "i2v_lab.request",
+}
+
+__all__ = [
+    "DecodeScope",
+    "Generation",
+    "I2VLabError",
+    "I2VRequest",
+    "PhaseProfiler",
+    "Quantization",
+    "Tiling",
+    "TwoStagePipeline",
+    "Variant",
+    "VideoStream",
+    "Weights",
+    "resolve_weights",
+    "write_video",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

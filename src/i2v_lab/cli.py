@@ -1,0 +1,219 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from i2v_lab.errors import I2VLabError, InvalidRequest
+from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+
+app = typer.Typer(
+    name="i2v-lab",
+    help="Run large image-to-video models, and see where their memory goes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+DEFAULT_MODEL = "ltx-2.3-tiny"
+
+GENERATE_EXAMPLES = """
+**Examples**
+
+A whole generation in seconds on a CPU, with a tiny model and random weights:
+
+    i2v-lab generate --image data/stills/lighthouse.png --prompt "waves roll in" --out video.mp4
+
+The published defect, and what it costs:
+
+    i2v-lab generate --image data/stills/lighthouse.png --decode-scope escaped --out video.mp4 --json
+
+Real weights on a GPU:
+
+    i2v-lab generate --model ltx-2.3-22b --device cuda --image still.png --prompt "..." --out video.mp4
+    --checkpoint ltx-2.3-22b-distilled.safetensors --gemma gemma-3-12b --upsampler spatial-upscaler.safetensors
+"""
+
+
+def main() -> None:
+    """Entry point of ``i2v-lab``: errors of ours are one line on stderr and an exit status, never a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except I2VLabError as error:
+        print(f"i2v-lab: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("i2v-lab: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)  # as an exception, so that partial files are cleaned up
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command(epilog=GENERATE_EXAMPLES)
+def generate(
+    image: Annotated[Path, typer.Option(help="The still that becomes the first frame.")],
+    out: Annotated[Path, typer.Option(help="The MP4 to write.")] = Path("video.mp4"),
+    prompt: Annotated[str, typer.Option(help="What should happen.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="What should not (dev variant).")] = "",
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")] = None,
+    frames: Annotated[int | None, typer.Option(help="8k+1. [default: the model's]")] = None,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 24.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 10,
+    model: Annotated[str, typer.Option(help="An architecture of data/architectures.")] = DEFAULT_MODEL,
+    variant: Annotated[Variant, typer.Option(help="Sampler: 8+3 steps, or guided then 3.")] = Variant.DISTILLED,
+    quantization: Annotated[Quantization, typer.Option(help="Of the transformer.")] = Quantization.FP8_CAST,
+    tile_px: Annotated[int, typer.Option(help="Decoder tile, longer side.")] = 768,
+    tile_overlap_px: Annotated[int, typer.Option(help="Overlap of tiles, pixels.")] = 64,
+    tile_frames: Annotated[int, typer.Option(help="Decoder tile, frames.")] = 80,
+    tile_overlap_frames: Annotated[int, typer.Option(help="Overlap of tiles, frames.")] = 24,
+    no_tiling: Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")] = False,
+    decode_scope: Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")] = DecodeScope.NO_GRAD,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    checkpoint: Annotated[Path | None, typer.Option(help="Main weights. [default: synthetic]")] = None,
+    gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder.")] = None,
+    upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (dev variant).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Turn a still into a video, and report the peak memory of every phase."""
+    from i2v_lab.pipeline.architectures import load_architecture
+
+    architecture = load_architecture(model)
+    defaults = architecture.request
+    tiling = None if no_tiling else Tiling(tile_px, tile_overlap_px, tile_frames, tile_overlap_frames)
+    request = I2VRequest(
+        image=str(image),
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width if width is not None else defaults["width"],
+        height=height if height is not None else defaults["height"],
+        frames=frames if frames is not None else defaults["frames"],
+        fps=fps,
+        seed=seed,
+        variant=variant,
+        quantization=quantization,
+        tiling=tiling,
+        decode_scope=decode_scope,
+    )
+    from i2v_lab.pipeline import media  # the first import of torch: options are right by now
+
+    media.check_output(out)
+    media.load_still(image)
+
+    from i2v_lab.pipeline.checkpoints import resolve_weights
+    from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
+    from i2v_lab.profiling.phase_profiler import PhaseProfiler
+    from i2v_lab.progress import ProgressReport
+
+    target = resolve_device(device)
+    with ProgressReport(request.frames) as progress:
+        weights = resolve_weights(
+            architecture,
+            checkpoint=checkpoint,
+            gemma=gemma,
+            upsampler=upsampler,
+            lora=lora,
+            needs_lora=variant is Variant.DEV,
+            progress=progress.checked,
+        )
+        with PhaseProfiler(target) as profiler:
+            generation = TwoStagePipeline(weights, target, sinks=[profiler, progress])(request)
+            with generation.video as chunks:
+                media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)
+    report: dict[str, Any] = {
+        "output": str(out),
+        "model": model,
+        "width": request.width,
+        "height": request.height,
+        "frames": request.frames,
+        "fps": request.fps,
+        "seed": request.seed,
+        "decode_scope": request.decode_scope.value,
+        "peak_bytes": profiler.peak.peak_bytes,
+        "peak_phase": profiler.peak.phase,
+        "phases": [
+            {key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in profiler.phases
+        ],
+    }
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from i2v_lab.units import format_bytes
+
+    table = Table("phase", "seconds", "peak", title=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase in report["phases"]:
+        style = "bold" if phase["phase"] == report["peak_phase"] else ""
+        table.add_row(phase["phase"], f"{phase['seconds']:.2f}", format_bytes(phase["peak_bytes"]), style=style)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{report['output']}: {report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps; "
+        f"peak {format_bytes(report['peak_bytes'])} in {report['peak_phase']}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _parse_parameter(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidRequest(f"parameter={text!r} has no value; write it as {text}=VALUE", parameter=text)
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+REPRODUCE_EXAMPLES = """
+**Examples**
+
+    i2v-lab reproduce
+    i2v-lab reproduce 03_no_grad_fix -p frames=49 -p seed=3 --out build
+"""
+
+
+@app.command(epilog=REPRODUCE_EXAMPLES)
+def reproduce(
+    notebooks: Annotated[list[str] | None, typer.Argument(help="Which; all if none is named.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="For every notebook.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Build folder.")] = Path("build"),
+) -> None:
+    """Execute the notebooks headlessly and render figures, tables, videos and a site."""
+    from i2v_lab.reproduce import reproduce as run
+
+    run(notebooks or [], dict(_parse_parameter(text) for text in parameter or []), out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Every error that i2v-lab raises on purpose: the value, the rule and the remedy in one line.
+
+All share :class:`I2VLabError`, carry the values that led to them in ``fields``, and survive pickling, so that a run in
+a child process can hand its error to the parent whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class I2VLabError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: One line: the value, the rule it breaks, and what to do.
+        **fields: The values behind the message, for code that wants to react to them.
+
+    Attributes:
+        exit_status: What the command line exits with.
+
+    Example:
+        >>> try:
+        ...     raise InvalidRequest("height=500 is not a multiple of 64; use 448 or 512", height=500)
+        ... except I2VLabError as error:
+        ...     error.fields
+        {'height': 500}
+    """
+
+    exit_status = 2
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.fields)
+
+
+def _rebuild(kind: type[I2VLabError], message: str, fields: dict[str, Any]) -> I2VLabError:
+    return kind(message, **fields)
+
+
+class InvalidRequest(I2VLabError):
+    """A request breaks a rule of the model or of ltx-core."""
+
+
+class InvalidImage(I2VLabError):
+    """The still cannot be read as a picture."""
+
+
+class UnknownModel(I2VLabError):
+    """No architecture of that name is in ``data/architectures``."""
+
+
+class CheckpointError(I2VLabError):
+    """Weights are missing, damaged, incomplete or of another architecture."""
+
+
+class OutputError(I2VLabError):
+    """The output cannot be written where it should go."""
+
+
+class DeviceUnavailable(I2VLabError):
+    """The device asked for is not on this machine, or too small for the model."""
+
+
+class GradScopeError(I2VLabError):
+    """Torch refused to decode because of the grad mode that the stream was consumed in."""
+
+    exit_status = 1
+
+
+class RecordError(I2VLabError):
+    """A run directory or a record in it cannot be read."""
+
+
+class ProfilerError(I2VLabError):
+    """A profiler is used in a way that it cannot measure."""
+
+
+class VramCapExceeded(I2VLabError):
+    """An allocation crossed the cap that was set on purpose."""
+
+    exit_status = 1
+
+
+class GradEscape(I2VLabError):
+    """Work with trainable parameters ran with grad enabled where it should not."""
+
+    exit_status = 1
+
+
+class ReproduceError(I2VLabError):
+    """At least one notebook failed."""
+
+    exit_status = 1

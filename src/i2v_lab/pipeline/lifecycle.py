@@ -1,0 +1,72 @@
+"""A component's life as a context manager: build, announce, use, let go of every byte."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from i2v_lab.events import ComponentBuilt, ComponentReleased, EventSink, Phase, PhaseEnded, PhaseStarted, StepEnded
+
+
+@dataclass(frozen=True)
+class PhaseScope:
+    """One phase of one run: builds components on the run's device and reports what happens.
+
+    Attributes:
+        phase: Which one.
+        device: Where components are built.
+        emit: Where events go.
+    """
+
+    phase: Phase
+    device: torch.device
+    emit: EventSink
+
+    @contextmanager
+    def component(self, name: str, build: Callable[[], torch.nn.Module]) -> Iterator[Any]:
+        """Build a component for the length of a ``with`` block; afterwards none of its weights is held by it.
+
+        The weights go when the block ends, even if a frame or a closure still refers to the module.
+        """
+        module = build()
+        try:
+            self.emit(ComponentBuilt(self.phase, name, module))
+            yield module
+        finally:
+            for part in module.modules():
+                part._parameters.clear()
+                part._buffers.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.emit(ComponentReleased(self.phase, name))
+
+    def step(self, step: int, steps: int) -> None:
+        """Report a finished step, or a finished chunk."""
+        self.emit(StepEnded(self.phase, step, steps))
+
+
+@contextmanager
+def phase_scope(phase: Phase, device: torch.device, emit: EventSink) -> Iterator[PhaseScope]:
+    """Bracket a phase with its events, on a monotonic clock, with the device's queue drained at both ends."""
+    emit(PhaseStarted(phase))
+    synchronize(device)
+    start = time.perf_counter()
+    try:
+        yield PhaseScope(phase, device, emit)
+        synchronize(device)
+    except BaseException as error:
+        failure = None if isinstance(error, GeneratorExit) else error
+        emit(PhaseEnded(phase, time.perf_counter() - start, completed=False, error=failure))
+        raise
+    emit(PhaseEnded(phase, time.perf_counter() - start, completed=True))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queued work; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Profilers: meters that count bytes, and sinks that join them to a pipeline's phases."""

@@ -1,0 +1,73 @@
+"""Progress on stderr: bars in a terminal, one line a phase elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from i2v_lab.events import Event, Phase, PhaseEnded, PhaseStarted, StepEnded
+
+
+class ProgressReport:
+    """An event sink that shows how far a generation is; also counts the frames written to the file.
+
+    Args:
+        frames: How many frames the file will have.
+    """
+
+    def __init__(self, frames: int) -> None:
+        console = Console(stderr=True)
+        self._plain = not sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR in a notebook makes true
+        self._bars = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=self._plain,
+        )
+        self._tasks: dict[Phase | str, TaskID] = {}
+        self._frames = frames
+
+    def __call__(self, event: Event) -> None:
+        """Take note of an event."""
+        match event:
+            case PhaseStarted(phase=phase):
+                self._tasks[phase] = self._bars.add_task(phase.value, total=None)
+            case StepEnded(phase=phase, step=step, steps=steps):
+                self._bars.update(self._tasks[phase], total=steps, completed=step)
+            case PhaseEnded(phase=phase, seconds=seconds, completed=completed):
+                task = self._tasks[phase]
+                if completed and self._bars.tasks[task].total is None:
+                    self._bars.update(task, total=1, completed=1)
+                self._bars.stop_task(task)
+                if self._plain:
+                    print(f"{phase.value:<16} {seconds:7.1f} s", file=sys.stderr, flush=True)
+
+    def checked(self, name: str, tensors: int, total: int) -> None:
+        """Progress of reading a weight file for verification."""
+        key = f"check {name}"
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(key, total=total)
+        self._bars.update(self._tasks[key], completed=tensors)
+
+    def frame_written(self) -> None:
+        """One more frame is in the file."""
+        if "file" not in self._tasks:
+            self._tasks["file"] = self._bars.add_task("write file", total=self._frames)
+        self._bars.advance(self._tasks["file"])
+
+    def __enter__(self) -> Self:
+        if not self._plain:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._plain:
+            self._bars.stop()

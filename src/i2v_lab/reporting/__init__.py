@@ -1,0 +1,1 @@
+"""Tables, figures and pages, made from records and tidy tables; imports no torch."""

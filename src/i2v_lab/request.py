@@ -1,0 +1,264 @@
+"""What is asked of a pipeline, checked before anything is loaded, and the shapes that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from i2v_lab.errors import InvalidRequest
+
+SPATIAL_SCALE = 32  # pixels per latent position; ltx_core.types.VIDEO_SCALE_FACTORS
+TEMPORAL_SCALE = 8  # frames per latent position after the first; the same
+LATENT_CHANNELS = 128  # ltx_pipelines.utils.constants.VIDEO_LATENT_CHANNELS
+STAGE_2_FACTOR = 2  # stage 1 runs at half the width and height
+PIXEL_MULTIPLE = SPATIAL_SCALE * STAGE_2_FACTOR
+
+
+class Variant(StrEnum):
+    """Which checkpoint and sampler: see the README's table of variants."""
+
+    DISTILLED = "distilled"
+    DEV = "dev"
+
+
+class Quantization(StrEnum):
+    """How the transformer's weights are kept on the device."""
+
+    FP8_CAST = "fp8-cast"
+    BF16 = "bf16"
+
+
+class DecodeScope(StrEnum):
+    """In which grad mode the lazily decoded video is decoded.
+
+    ``no_grad`` re-enters ``torch.no_grad()`` for every chunk, wherever the stream is consumed. ``escaped`` decodes in
+    the consumer's own grad mode, which is the defect this package studies. ``inference_mode`` runs the pipeline inside
+    ``torch.inference_mode()`` and decodes in the consumer's grad mode, which torch refuses.
+    """
+
+    NO_GRAD = "no_grad"
+    ESCAPED = "escaped"
+    INFERENCE_MODE = "inference_mode"
+
+
+class VideoShape(NamedTuple):
+    """A video in pixels; owns its own way to the latent grid.
+
+    Attributes:
+        frames: Number of frames, ``8 k + 1``.
+        height: In pixels.
+        width: In pixels.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    def latent(self) -> LatentShape:
+        """The latent grid: a causal first frame, then one position for each 8 frames and 32 x 32 pixels.
+
+        Source: ``VideoLatentShape.from_pixel_shape`` in ltx-core.
+        """
+        return LatentShape(
+            frames=(self.frames - 1) // TEMPORAL_SCALE + 1,
+            height=self.height // SPATIAL_SCALE,
+            width=self.width // SPATIAL_SCALE,
+        )
+
+
+class LatentShape(NamedTuple):
+    """A video latent's grid; its tensor is ``(1, 128, frames, height, width)``.
+
+    Attributes:
+        frames: Latent frames.
+        height: Latent rows.
+        width: Latent columns.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions, which is the transformer's sequence length at patch size 1."""
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the video decoder cuts its latent into overlapping tiles.
+
+    Attributes:
+        tile_px: Longer side of a tile, in pixels; at least 64, a multiple of 32.
+        tile_overlap_px: Overlap of neighbours, in pixels; a multiple of 32, smaller than the tile.
+        tile_frames: Frames in a tile; at least 16, a multiple of 8.
+        tile_overlap_frames: Overlap of neighbours, in frames; a multiple of 8, smaller than the tile.
+
+    Raises:
+        InvalidRequest: Where ltx-core's ``SpatialTilingConfig`` or ``TemporalTilingConfig`` would refuse a value.
+
+    Example:
+        >>> Tiling(tile_frames=32, tile_overlap_frames=8).chunks(97)
+        4
+    """
+
+    tile_px: int = 768
+    tile_overlap_px: int = 64
+    tile_frames: int = 80
+    tile_overlap_frames: int = 24
+
+    def __post_init__(self) -> None:
+        _check_tile("tile_px", self.tile_px, "tile_overlap_px", self.tile_overlap_px, minimum=64, multiple=32)
+        _check_tile(
+            "tile_frames", self.tile_frames, "tile_overlap_frames", self.tile_overlap_frames, minimum=16, multiple=8
+        )
+
+    def chunks(self, frames: int) -> int:
+        """How many chunks the decoder will yield for a video of ``frames`` frames.
+
+        One per temporal tile: tiles of ``s`` latent frames overlapping by ``o`` cover ``n`` latent frames in
+        ``ceil((n - o) / (s - o))`` steps. Source: ``split_with_symmetric_overlaps`` in ltx-core (its own
+        ``get_video_chunks_number`` counts one too many where the video fits in a single tile).
+        """
+        latent_frames = (frames - 1) // TEMPORAL_SCALE + 1
+        size, overlap = self.tile_frames // TEMPORAL_SCALE, self.tile_overlap_frames // TEMPORAL_SCALE
+        return 1 if latent_frames <= size else math.ceil((latent_frames - overlap) / (size - overlap))
+
+
+def _check_tile(name: str, size: int, overlap_name: str, overlap: int, *, minimum: int, multiple: int) -> None:
+    if size < minimum:
+        raise InvalidRequest(f"{name}={size} is below the smallest tile; use {minimum} or more", **{name: size})
+    if size % multiple:
+        raise InvalidRequest(
+            f"{name}={size} is not a multiple of {multiple}; use {_neighbours(size, multiple, minimum)}", **{name: size}
+        )
+    if overlap < 0 or overlap % multiple:
+        raise InvalidRequest(
+            f"{overlap_name}={overlap} is not a multiple of {multiple}; use {_neighbours(overlap, multiple, 0)}",
+            **{overlap_name: overlap},
+        )
+    if overlap >= size:
+        raise InvalidRequest(
+            f"{overlap_name}={overlap} is not smaller than {name}={size}; use {size - multiple} or less",
+            **{name: size, overlap_name: overlap},
+        )
+
+
+def _neighbours(value: int, multiple: int, minimum: int, offset: int = 0) -> str:
+    below = (value - offset) // multiple * multiple + offset
+    return f"{below + multiple}" if below < minimum else f"{below} or {below + multiple}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class I2VRequest:
+    """One generation: a still and a prompt in, a video of the given size out.
+
+    Attributes:
+        image: Path of the still that becomes the first frame.
+        prompt: What should happen.
+        negative_prompt: What should not; used by the ``dev`` variant only.
+        width: Pixels, a multiple of 64 (stage 1 runs at half size, on a latent grid of 32 pixels).
+        height: Pixels, a multiple of 64.
+        frames: ``8 k + 1``.
+        fps: Frames per second of the result.
+        seed: For the noise; the same request gives the same video.
+        variant: Sampler and checkpoint family.
+        quantization: How the transformer is kept on the device.
+        tiling: The decoder's tiles; ``None`` decodes in one piece.
+        decode_scope: The grad mode of the decoding.
+
+    Raises:
+        InvalidRequest: The first rule that is broken, with the value and the remedy.
+
+    Example:
+        >>> I2VRequest(image="still.png", width=1024, height=768, frames=97).stage_shape(1).latent().tokens
+        2496
+        >>> I2VRequest(image="still.png", height=500)
+        Traceback (most recent call last):
+        ...
+        i2v_lab.errors.InvalidRequest: height=500 is not a multiple of 64; use 448 or 512
+    """
+
+    image: str
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int = 1024
+    height: int = 768
+    frames: int = 97
+    fps: float = 24.0
+    seed: int = 10
+    variant: Variant = Variant.DISTILLED
+    quantization: Quantization = Quantization.FP8_CAST
+    tiling: Tiling | None = Tiling()
+    decode_scope: DecodeScope = DecodeScope.NO_GRAD
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value < PIXEL_MULTIPLE or value % PIXEL_MULTIPLE:
+                remedy = _neighbours(value, PIXEL_MULTIPLE, PIXEL_MULTIPLE) if value > 0 else str(PIXEL_MULTIPLE)
+                raise InvalidRequest(
+                    f"{name}={value} is not a multiple of {PIXEL_MULTIPLE}; use {remedy}", **{name: value}
+                )
+        if self.frames < 1 or (self.frames - 1) % TEMPORAL_SCALE:
+            remedy = _neighbours(self.frames, TEMPORAL_SCALE, 1, offset=1) if self.frames > 0 else "1 or 9"
+            raise InvalidRequest(f"frames={self.frames} is not 8k+1; use {remedy}", frames=self.frames)
+        if not (math.isfinite(self.fps) and 1 <= self.fps <= 240):
+            raise InvalidRequest(f"fps={self.fps} is not between 1 and 240; use 24 or 25", fps=self.fps)
+        if not 0 <= self.seed < 2**63:
+            raise InvalidRequest(
+                f"seed={self.seed} is not between 0 and 2**63-1; use a number such as 10", seed=self.seed
+            )
+
+    @property
+    def shape(self) -> VideoShape:
+        """The finished video in pixels."""
+        return VideoShape(self.frames, self.height, self.width)
+
+    @property
+    def frame_rate(self) -> Fraction:
+        """``fps`` as the exact ratio that a container stores (29.97 becomes 30000/1001)."""
+        ntsc = Fraction(round(self.fps * 1001 / 1000) * 1000, 1001)
+        return ntsc if abs(float(ntsc) - self.fps) < 5e-3 else Fraction(self.fps).limit_denominator(1000)
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the video in seconds."""
+        return float(self.frames / self.frame_rate)
+
+    def stage_shape(self, stage: int) -> VideoShape:
+        """The video in pixels as stage 1 (half width and height) or stage 2 (full size) works on it."""
+        factor = STAGE_2_FACTOR if stage == 1 else 1
+        return VideoShape(self.frames, self.height // factor, self.width // factor)
+
+    def chunks(self) -> int:
+        """How many chunks the video stream will yield."""
+        return self.tiling.chunks(self.frames) if self.tiling else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values; :meth:`from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> I2VRequest:
+        """Build a request from what :meth:`to_json` returned."""
+        kinds = {"variant": Variant, "quantization": Quantization, "decode_scope": DecodeScope}
+        known = {f.name for f in fields(cls)}
+        converted: dict[str, Any] = {k: kinds[k](v) if k in kinds else v for k, v in values.items() if k in known}
+        if converted.get("tiling"):
+            converted["tiling"] = Tiling(**converted["tiling"])
+        return cls(**converted)
+
+    def digest(self) -> str:
+        """A hash of everything that shapes the result, stable over machines: the still counts by its content."""
+        values = self.to_json()
+        still = Path(self.image)
+        values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

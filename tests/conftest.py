@@ -1,0 +1,53 @@
+"""What many tests need: the tiny model's weights, made once a session, and a still."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from i2v_lab.paths import CACHE_VARIABLE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the session's own, for this process and its children; one that is set already is kept."""
+    if CACHE_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ[CACHE_VARIABLE]
+
+
+@pytest.fixture(scope="session")
+def tiny(_cache):
+    """Weights of ``ltx-2.3-tiny``, as files."""
+    from i2v_lab.pipeline.architectures import load_architecture
+    from i2v_lab.pipeline.checkpoints import resolve_weights
+
+    return resolve_weights(load_architecture("ltx-2.3-tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny) -> dict[str, Path]:
+    """The same as the paths that a user would name."""
+    return {
+        "checkpoint": Path(tiny.checkpoint),
+        "gemma": Path(tiny.gemma_root),
+        "upsampler": Path(tiny.upsampler),
+        "lora": Path(tiny.lora),
+    }
+
+
+@pytest.fixture(scope="session")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small RGB picture with some structure in it."""
+    path = tmp_path_factory.mktemp("stills") / "still.png"
+    noise = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((300, 200)).save(path)
+    return path
