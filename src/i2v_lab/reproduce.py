@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import papermill
 from rich.console import Console
 
@@ -60,7 +62,11 @@ def reproduce(
     outcomes = []
     for index, notebook in enumerate(notebooks, start=1):
         console.print(f"[{index}/{len(notebooks)}] {notebook.name}", markup=False)
-        outcomes.append(execute(notebook, {"out_dir": str(out.resolve()), **values}, out / "notebooks" / notebook.name))
+        start_s = time.monotonic()
+        outcome = execute(notebook, {"out_dir": str(out.resolve()), **values}, out / "notebooks" / notebook.name)
+        outcomes.append(outcome)
+        how = f"failed: {outcome.error}" if outcome.error else "done"
+        console.print(f"      {how} ({time.monotonic() - start_s:.0f} s)", markup=False, soft_wrap=True)
     failed = [outcome for outcome in outcomes if outcome.error]
     executed = [outcome.notebook for outcome in outcomes]
     site = render_site(executed, [outcome.notebook for outcome in failed], out / "site")
@@ -78,9 +84,11 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
     """The notebooks of these names, in their own order; all of them if there are none.
 
     Raises:
-        InvalidRequest: There is no notebook of that name.
+        InvalidRequest: There is no notebook of that name, or none at all.
     """
     known = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    if not known:
+        raise InvalidRequest(f"there are no notebooks in {NOTEBOOKS}; they come with a checkout of the repository")
     for name in names:
         if name.removesuffix(".ipynb") not in known:
             raise InvalidRequest(f"notebook={name!r} does not exist; use one of: {', '.join(known)}", notebook=name)
@@ -92,9 +100,9 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
     """Refuse a parameter that a notebook does not declare; papermill alone would only warn.
 
     Raises:
-        InvalidRequest: With the parameter and those that there are.
+        InvalidRequest: With the parameter and those that there are; or the file is not a notebook of a known kernel.
     """
-    declared = papermill.inspect_notebook(str(notebook))
+    declared = declared_parameters(notebook)
     for name in parameters:
         if name not in declared:
             raise InvalidRequest(
@@ -102,11 +110,24 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
             )
 
 
+def declared_parameters(notebook: Path) -> list[str]:
+    """The names that a notebook's ``parameters`` cell assigns.
+
+    Raises:
+        InvalidRequest: The file cannot be read as a notebook.
+    """
+    try:
+        return list(papermill.inspect_notebook(str(notebook)))
+    except (ValueError, nbformat.ValidationError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidRequest(f"{notebook.name} cannot be read as a notebook ({reason}); restore it") from error
+
+
 def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> Outcome:
     """Execute one notebook with this interpreter's own kernel; its working folder is the current one."""
     executed.parent.mkdir(parents=True, exist_ok=True)
     part = executed.with_name(f".{executed.name}.part.ipynb")
-    declared = papermill.inspect_notebook(str(notebook))
+    declared = declared_parameters(notebook)
     given = {name: value for name, value in parameters.items() if name in declared}
     error: str | None = None
     with own_kernel() as kernel:
@@ -116,6 +137,11 @@ def execute(notebook: Path, parameters: Mapping[str, Any], executed: Path) -> Ou
             )
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {str(failure.evalue).strip().splitlines()[0] if failure.evalue else ''}"
+        except Exception as failure:  # not the notebook's own error: its kernel died, or did not start
+            error = f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     part.replace(executed)
     return Outcome(executed, error)
 
@@ -132,7 +158,7 @@ def own_kernel() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="i2v-lab-kernel-") as folder:
         spec = Path(folder) / "kernels" / name
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"]
         (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "i2v-lab", "language": "python"}))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, previous]))
         try:

@@ -15,29 +15,27 @@ from i2v_lab.profiling.autograd_graph import GradEscapeWarning, guard_stream, wa
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 
-@pytest.fixture
-def upstream(tiny, still, monkeypatch):
-    """Runs upstream's pipeline inside ``no_grad``, as its users do, and returns the lazy stream it returns."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    decoders = []
-
-    def run() -> object:
-        pipeline = ltx_pipelines.distilled.DistilledPipeline(
-            distilled_checkpoint_path=tiny.checkpoint,
-            gemma_root=tiny.gemma_root,
-            spatial_upsampler_path=tiny.upsampler,
-            loras=[],
-            device=torch.device("cpu"),
-        )
-        build = pipeline.model_ledger.video_decoder
-        monkeypatch.setattr(pipeline.model_ledger, "video_decoder", lambda: decoders.append(build()) or decoders[-1])
-        with ltx2.gemma_dimensions(tiny.architecture.gemma), torch.no_grad():
-            image = ImageConditioningInput(str(still), 0, 1.0)
-            video, _ = pipeline("waves", 7, 64, 128, 17, 24.0, [image])
-        return video
-
-    run.decoders = decoders
-    return run
+@pytest.fixture(scope="module")
+def upstream(tiny, still):
+    """Runs upstream's pipeline inside ``no_grad``, as its users do; hands out its stream, again from the start."""
+    with pytest.MonkeyPatch.context() as patch, ltx2.gemma_dimensions(tiny.architecture.gemma):
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        module = ltx_pipelines.distilled
+        decode, calls = module.vae_decode_video, []
+        patch.setattr(module, "vae_decode_video", lambda *args: calls.append(args) or decode(*args))
+        with torch.no_grad():
+            video, _ = module.DistilledPipeline(
+                distilled_checkpoint_path=tiny.checkpoint,
+                gemma_root=tiny.gemma_root,
+                spatial_upsampler_path=tiny.upsampler,
+                loras=[],
+                device=torch.device("cpu"),
+            )("waves", 7, 64, 128, 17, 120.0, [ImageConditioningInput(str(still), 0, 1.0)])
+    video.close()
+    (arguments,) = calls
+    stream = lambda: decode(*arguments)  # noqa: E731
+    stream.decoder = arguments[1]
+    return stream
 
 
 def _consume(stream) -> tuple[torch.Tensor, int]:
@@ -60,7 +58,7 @@ def test_guard_stream_and_watch_catch_and_fix_the_defect(upstream):
     assert abs(guarded_bytes - no_grad_bytes) <= 0.01 * no_grad_bytes
 
     stream = upstream()
-    with watch(upstream.decoders[-1], "fix") as handle:
+    with watch(upstream.decoder, "fix") as handle:
         watched, watched_bytes = _consume(stream)
     assert torch.equal(watched, expected)
     assert abs(watched_bytes - no_grad_bytes) <= 0.01 * no_grad_bytes
@@ -73,8 +71,8 @@ def test_guard_stream_and_watch_warn_and_raise(upstream):
     with pytest.raises(GradEscape, match="recorded an autograd graph while a stream was consumed"):
         next(guard_stream(upstream(), "raise"))
     stream = upstream()
-    with watch(upstream.decoders[-1], "warn"), pytest.warns(GradEscapeWarning, match="VideoDecoder.conv_in.conv was"):
+    with watch(upstream.decoder, "warn"), pytest.warns(GradEscapeWarning, match="VideoDecoder.conv_in.conv was"):
         list(stream)
     stream = upstream()
-    with watch(upstream.decoders[-1], "raise"), pytest.raises(GradEscape, match="VideoDecoder.conv_in.conv was called"):
+    with watch(upstream.decoder, "raise"), pytest.raises(GradEscape, match="VideoDecoder.conv_in.conv was called"):
         next(stream)

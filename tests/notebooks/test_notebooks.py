@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,7 @@ from i2v_lab.errors import InvalidRequest, ReproduceError
 from i2v_lab.reporting.figures import boundaries_figure, save_figure
 from i2v_lab.reporting.results import read_results
 from i2v_lab.reporting.tables import before_after_table, published_table
-from i2v_lab.reproduce import NOTEBOOKS, check_parameters, find_notebooks, reproduce
+from i2v_lab.reproduce import NOTEBOOKS, check_parameters, execute, find_notebooks, reproduce
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 SMALL = {"width": 64, "height": 64, "frames": 9}
@@ -47,7 +48,7 @@ def _phases(escaped: int = 300) -> pd.DataFrame:
 
 
 def test_tables_and_figures_say_what_the_measurements_say(tmp_path):
-    assert before_after_table(_phases()).loc["whole run"].to_list() == ["300.0 MiB", "2.00 s", "120.0 MiB", "2.00 s"]
+    assert before_after_table(_phases()).loc["whole run"].to_list() == ["300.0 MiB", "120.0 MiB", "2.00 s", "2.00 s"]
     assert published_table(_phases(), "m").loc["measured here: m"].to_list() == ["300.0 MiB", "120.0 MiB", "2.50"]
     svg, png = save_figure(boundaries_figure(_phases()), tmp_path, "a")
     again, _ = save_figure(boundaries_figure(_phases()), tmp_path, "b")
@@ -96,7 +97,8 @@ def test_a_parameter_that_is_not_declared_and_an_unknown_notebook_are_refused():
 def test_a_notebook_that_fails_keeps_its_partial_output_and_the_rest_run(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    for name, source in (("a_fails", "print('so far')\n1 / 0"), ("b_works", "print('well')")):
+    sources = {"a_fails": "print('so far')\n1 / 0", "b_dies": "import os\nos._exit(1)", "c_works": "print('well')"}
+    for name, source in sources.items():
         cells = [
             nbformat.v4.new_markdown_cell(f"# {name}"),
             nbformat.v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}),
@@ -105,9 +107,35 @@ def test_a_notebook_that_fails_keeps_its_partial_output_and_the_rest_run(tmp_pat
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
     monkeypatch.setattr("i2v_lab.reproduce.NOTEBOOKS", folder)
-    with pytest.raises(ReproduceError, match=r"1 of 2 notebooks failed: a_fails.ipynb: ZeroDivisionError: division by"):
+    with pytest.raises(
+        ReproduceError, match=r"2 of 3 .* a_fails.ipynb: ZeroDivisionError: .*; b_dies.ipynb: DeadKernel"
+    ):
         reproduce(out=tmp_path / "out")
+    assert not list((tmp_path / "out" / "notebooks").glob(".*"))
     pages = {path.stem: path.read_text() for path in (tmp_path / "out" / "site").iterdir()}
     assert "so far" in pages["a_fails"]
-    assert "well" in pages["b_works"]
+    assert "well" in pages["c_works"]
     assert "failed" in pages["index"]
+
+
+def test_a_folder_without_notebooks_and_a_broken_notebook_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("i2v_lab.reproduce.NOTEBOOKS", tmp_path)
+    with pytest.raises(InvalidRequest, match="there are no notebooks in .*; they come with a checkout"):
+        reproduce(out=tmp_path / "out")
+    (tmp_path / "a.ipynb").write_text("{not json")
+    with pytest.raises(InvalidRequest, match=r"a.ipynb cannot be read as a notebook \(.*\); restore it"):
+        reproduce(out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_kernel_is_of_this_interpreter_even_where_another_claims_its_name(tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    cells = [nbformat.v4.new_code_cell("import sys\nprint(sys.executable)")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "a.ipynb")
+    outcome = execute(tmp_path / "a.ipynb", {}, tmp_path / "out" / "a.ipynb")
+    assert outcome.error is None
+    assert nbformat.read(outcome.notebook, as_version=4).cells[0].outputs[0].text.strip() == sys.executable

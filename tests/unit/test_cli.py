@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from i2v_lab.cli import app
 from i2v_lab.errors import I2VLabError
 
-SMALL = ["--width", "64", "--height", "64", "--frames", "9"]
+SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
 CLI = [sys.executable, "-m", "i2v_lab.cli"]
 
 
@@ -116,7 +116,7 @@ def test_inference_mode_ends_with_status_1_torchs_words_and_the_remedy(tmp_path,
 def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, still, number, status):
     out = tmp_path / "video.mp4"
     child = subprocess.Popen(
-        [*CLI, "generate", "--image", still, "--out", out, "--width", "192", "--height", "128"],
+        [*CLI, "generate", "--image", still, "--out", out, "--width", "128", "--height", "128", "--fps", "120"],
         stderr=subprocess.PIPE,
         text=True,
     )

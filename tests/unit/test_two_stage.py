@@ -20,7 +20,7 @@ from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling
 
 @pytest.fixture
 def request_64(still) -> I2VRequest:
-    return I2VRequest(image=str(still), prompt="waves", width=64, height=64, frames=9, seed=3)
+    return I2VRequest(image=str(still), prompt="waves", width=64, height=64, frames=9, fps=120, seed=3)
 
 
 def _frames(pipeline: TwoStagePipeline, request: I2VRequest) -> torch.Tensor:
@@ -73,7 +73,9 @@ def test_the_same_seed_gives_the_same_video_and_another_does_not(tiny, request_6
 
 
 def test_escaped_holds_a_graph_and_gives_the_same_frames(tiny, still):
-    request = I2VRequest(image=str(still), width=128, height=64, frames=17, seed=3, tiling=Tiling(64, 32, 16, 8))
+    request = I2VRequest(
+        image=str(still), width=128, height=64, frames=17, fps=120, seed=3, tiling=Tiling(64, 32, 16, 8)
+    )
     peaks, frames = {}, {}
     for scope in (DecodeScope.NO_GRAD, DecodeScope.ESCAPED):
         with PhaseProfiler("cpu") as profiler:
@@ -111,7 +113,7 @@ def test_the_callers_grad_mode_is_left_as_it_was(tiny, request_64, scope, enable
 
 
 def test_a_stream_closed_early_releases_its_decoder(tiny, still):
-    request = I2VRequest(image=str(still), width=64, height=64, frames=33, tiling=Tiling(64, 32, 16, 8))
+    request = I2VRequest(image=str(still), width=64, height=64, frames=33, fps=120, tiling=Tiling(64, 32, 16, 8))
     events = []
     with PhaseProfiler("cpu") as profiler:
         pipeline = TwoStagePipeline(tiny, sinks=[profiler, events.append])
@@ -125,7 +127,7 @@ def test_a_stream_closed_early_releases_its_decoder(tiny, still):
 
 
 def test_chunks_join_to_the_same_video_as_one_piece_counts(tiny, still):
-    request = I2VRequest(image=str(still), width=64, height=64, frames=33, tiling=Tiling(64, 32, 16, 8))
+    request = I2VRequest(image=str(still), width=64, height=64, frames=33, fps=120, tiling=Tiling(64, 32, 16, 8))
     chunks = list(TwoStagePipeline(tiny)(request).video)
     assert len(chunks) == request.chunks() == 4
     assert sum(len(chunk) for chunk in chunks) == 33

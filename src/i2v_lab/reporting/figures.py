@@ -15,7 +15,11 @@ from i2v_lab.units import GIB, MIB, format_bytes
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness.
 COLOURS = {"escaped": "#D55E00", "no_grad": "#0072B2"}
-MARKERS = {"escaped": "o", "no_grad": "s"}
+# A ring and a square that fits into it: where two lines coincide, both markers can be seen.
+MARKERS: dict[str, Any] = {
+    "escaped": {"marker": "o", "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2},
+    "no_grad": {"marker": "s", "markersize": 5},
+}
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -56,7 +60,7 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
             shift = 0 if apart else 16 if scope == last.index[0] else -16
             values = phases[phases["decode_scope"] == scope]["peak_so_far_bytes"] / scale
             colour = COLOURS.get(scope, "#000000")
-            axes.plot(range(len(names)), values, color=colour, marker=MARKERS.get(scope, "^"), linewidth=2)
+            axes.plot(range(len(names)), values, color=colour, linewidth=2, **MARKERS.get(scope, {"marker": "^"}))
             axes.annotate(
                 f"{WORDS.get(scope, scope)}\n{format_bytes(int(last[scope]))}",
                 (len(names) - 1, values.iloc[-1]),

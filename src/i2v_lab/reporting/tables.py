@@ -22,6 +22,8 @@ def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
 def before_after_table(phases: pd.DataFrame) -> pd.DataFrame:
     """Peak and time of every phase, before and after, formatted; the last row is the whole run.
 
+    What is compared stands side by side: first the peaks of all scopes, then their times.
+
     Args:
         phases: As in :class:`i2v_lab.studies.no_grad.Comparison`.
     """
@@ -29,12 +31,13 @@ def before_after_table(phases: pd.DataFrame) -> pd.DataFrame:
     for phase in phases["phase"].unique():
         rows[phase] = phases[phases["phase"] == phase].set_index("decode_scope")
     table = pd.DataFrame(index=[*rows, "whole run"])
-    for scope in phases["decode_scope"].unique():
-        own = phases[phases["decode_scope"] == scope]
+    scopes = phases["decode_scope"].unique()
+    for scope in scopes:
         peaks = [int(rows[phase].loc[scope, "peak_bytes"]) for phase in rows]
+        table[f"peak {WORDS.get(scope, scope)}"] = [format_bytes(n) for n in [*peaks, max(peaks)]]
+    for scope in scopes:
         seconds = [float(rows[phase].loc[scope, "seconds"]) for phase in rows]
-        table[f"peak {WORDS.get(scope, scope)}"] = [format_bytes(n) for n in [*peaks, int(own["peak_bytes"].max())]]
-        table[f"time {WORDS.get(scope, scope)}"] = [f"{s:.2f} s" for s in [*seconds, float(own["seconds"].sum())]]
+        table[f"time {WORDS.get(scope, scope)}"] = [f"{s:.2f} s" for s in [*seconds, sum(seconds)]]
     return table
 
 
@@ -46,7 +49,7 @@ def published_table(phases: pd.DataFrame, model: str) -> pd.DataFrame:
     first = published["before_after"][0]
     rows = [
         {
-            "run": f"published: LTX-2.3 22B, {first['width']}x{first['height']}, {first['frames']} frames, 96 GB card",
+            "run": f"published: {published['run']}, {first['width']}x{first['height']}, {first['frames']} frames",
             WORDS["escaped"]: f"{theirs['escaped']:.2f} GiB",
             WORDS["no_grad"]: f"{theirs['no_grad']:.2f} GiB",
             "ratio": f"{theirs['escaped'] / theirs['no_grad']:.2f}",
