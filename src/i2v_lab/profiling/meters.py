@@ -43,7 +43,8 @@ class CudaMeter:
     """
 
     def __init__(self, device: torch.device, cap_bytes: int | None = None) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)  # the allocator's limit wants an index
         self._cap_bytes = cap_bytes
 
     def allocated_bytes(self) -> int:
