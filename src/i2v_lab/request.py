@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from fractions import Fraction
@@ -45,6 +46,13 @@ class DecodeScope(StrEnum):
     NO_GRAD = "no_grad"
     ESCAPED = "escaped"
     INFERENCE_MODE = "inference_mode"
+
+
+CHOICES: dict[str, type[StrEnum]] = {
+    "variant": Variant,
+    "quantization": Quantization,
+    "decode_scope": DecodeScope,
+}
 
 
 class VideoShape(NamedTuple):
@@ -102,7 +110,8 @@ class Tiling:
         tile_overlap_frames: Overlap of neighbours, in frames; a multiple of 8, smaller than the tile.
 
     Raises:
-        InvalidRequest: Where ltx-core's ``SpatialTilingConfig`` or ``TemporalTilingConfig`` would refuse a value.
+        InvalidRequest: Where ltx-core's ``SpatialTilingConfig`` or ``TemporalTilingConfig`` would refuse a value; and
+            for a negative overlap, which they take and which leaves gaps between the tiles.
 
     Example:
         >>> Tiling(tile_frames=32, tile_overlap_frames=8).chunks(97)
@@ -115,6 +124,7 @@ class Tiling:
     tile_overlap_frames: int = 24
 
     def __post_init__(self) -> None:
+        _make_whole(self, "tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
         _check_tile("tile_px", self.tile_px, "tile_overlap_px", self.tile_overlap_px, minimum=64, multiple=32)
         _check_tile(
             "tile_frames", self.tile_frames, "tile_overlap_frames", self.tile_overlap_frames, minimum=16, multiple=8
@@ -139,21 +149,34 @@ def _check_tile(name: str, size: int, overlap_name: str, overlap: int, *, minimu
         raise InvalidRequest(
             f"{name}={size} is not a multiple of {multiple}; use {_neighbours(size, multiple, minimum)}", **{name: size}
         )
-    if overlap < 0 or overlap % multiple:
-        raise InvalidRequest(
-            f"{overlap_name}={overlap} is not a multiple of {multiple}; use {_neighbours(overlap, multiple, 0)}",
-            **{overlap_name: overlap},
-        )
+    if overlap < 0:
+        raise InvalidRequest(f"{overlap_name}={overlap} is negative; use 0 or more", **{overlap_name: overlap})
     if overlap >= size:
         raise InvalidRequest(
             f"{overlap_name}={overlap} is not smaller than {name}={size}; use {size - multiple} or less",
             **{name: size, overlap_name: overlap},
         )
+    if overlap % multiple:
+        remedy = _neighbours(overlap, multiple, 0, maximum=size - multiple)
+        raise InvalidRequest(
+            f"{overlap_name}={overlap} is not a multiple of {multiple}; use {remedy}", **{overlap_name: overlap}
+        )
 
 
-def _neighbours(value: int, multiple: int, minimum: int, offset: int = 0) -> str:
+def _neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum: int | None = None) -> str:
     below = (value - offset) // multiple * multiple + offset
-    return f"{below + multiple}" if below < minimum else f"{below} or {below + multiple}"
+    near = [n for n in (below, below + multiple) if n >= minimum and (maximum is None or n <= maximum)]
+    return " or ".join(map(str, near))
+
+
+def _make_whole(owner: Any, *names: str) -> None:
+    """Turn what counts as an integer (numpy's, for instance) into one, and refuse what does not."""
+    for name in names:
+        value = getattr(owner, name)
+        try:
+            object.__setattr__(owner, name, operator.index(value))
+        except TypeError:
+            raise InvalidRequest(f"{name}={value!r} is not a whole number; use one", **{name: value}) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,17 +223,30 @@ class I2VRequest:
     decode_scope: DecodeScope = DecodeScope.NO_GRAD
 
     def __post_init__(self) -> None:
+        _make_whole(self, "width", "height", "frames", "seed")
+        for name, kind in CHOICES.items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, kind(value))
+            except ValueError:
+                raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
         for name in ("width", "height"):
             value = getattr(self, name)
-            if value < PIXEL_MULTIPLE or value % PIXEL_MULTIPLE:
-                remedy = _neighbours(value, PIXEL_MULTIPLE, PIXEL_MULTIPLE) if value > 0 else str(PIXEL_MULTIPLE)
+            if value <= 0:
+                raise InvalidRequest(f"{name}={value} is not above 0; use {PIXEL_MULTIPLE} or more", **{name: value})
+            if value % PIXEL_MULTIPLE:
+                remedy = _neighbours(value, PIXEL_MULTIPLE, PIXEL_MULTIPLE)
                 raise InvalidRequest(
                     f"{name}={value} is not a multiple of {PIXEL_MULTIPLE}; use {remedy}", **{name: value}
                 )
         if self.frames < 1 or (self.frames - 1) % TEMPORAL_SCALE:
             remedy = _neighbours(self.frames, TEMPORAL_SCALE, 1, offset=1) if self.frames > 0 else "1 or 9"
             raise InvalidRequest(f"frames={self.frames} is not 8k+1; use {remedy}", frames=self.frames)
-        if not (math.isfinite(self.fps) and 1 <= self.fps <= 240):
+        try:
+            object.__setattr__(self, "fps", float(self.fps))  # 24 and 24.0 are one request, with one digest
+        except (TypeError, ValueError):
+            raise InvalidRequest(f"fps={self.fps!r} is not a number; use 24 or 25", fps=self.fps) from None
+        if not 1 <= self.fps <= 240:  # nor is NaN
             raise InvalidRequest(f"fps={self.fps} is not between 1 and 240; use 24 or 25", fps=self.fps)
         if not 0 <= self.seed < 2**63:
             raise InvalidRequest(
@@ -225,6 +261,8 @@ class I2VRequest:
     @property
     def frame_rate(self) -> Fraction:
         """``fps`` as the exact ratio that a container stores (29.97 becomes 30000/1001)."""
+        if self.fps.is_integer():
+            return Fraction(int(self.fps))
         ntsc = Fraction(round(self.fps * 1001 / 1000) * 1000, 1001)
         return ntsc if abs(float(ntsc) - self.fps) < 5e-3 else Fraction(self.fps).limit_denominator(1000)
 
@@ -249,9 +287,8 @@ class I2VRequest:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> I2VRequest:
         """Build a request from what :meth:`to_json` returned."""
-        kinds = {"variant": Variant, "quantization": Quantization, "decode_scope": DecodeScope}
         known = {f.name for f in fields(cls)}
-        converted: dict[str, Any] = {k: kinds[k](v) if k in kinds else v for k, v in values.items() if k in known}
+        converted: dict[str, Any] = {name: value for name, value in values.items() if name in known}
         if converted.get("tiling"):
             converted["tiling"] = Tiling(**converted["tiling"])
         return cls(**converted)

@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from i2v_lab.errors import CheckpointError
-from i2v_lab.paths import cache_dir
+from i2v_lab.errors import CheckpointError, OutputError
+from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 from i2v_lab.pipeline import ltx2, synthetic
 from i2v_lab.pipeline.architectures import Architecture
 
@@ -78,6 +79,7 @@ def resolve_weights(
 
     Raises:
         CheckpointError: A file is missing, truncated, of another architecture, lacks tensors or holds NaN.
+        OutputError: Synthetic weights cannot be kept in the cache.
     """
     given = {"checkpoint": checkpoint, "gemma": gemma, "upsampler": upsampler, "lora": lora}
     if not any(given.values()):
@@ -90,20 +92,16 @@ def resolve_weights(
             f"{named} given without {', '.join(missing)}: real weights come together; add the missing, or give none",
             missing=missing,
         )
-    shards: tuple[Path, ...] = ()
-    for name, path in given.items():
-        if path is None:
-            continue
-        if name == "gemma":
-            shards = gemma_shards(path)
-            verify_files(architecture, name, shards, progress)
-        else:
-            verify_files(architecture, name, (path,), progress)
+    files = {name: gemma_shards(path) if name == "gemma" else (path,) for name, path in given.items() if path}
+    for name, paths in files.items():
+        verify_layout(architecture, name, paths)
+    for name, paths in files.items():  # last, since with real weights this takes minutes
+        verify_values(name, paths, progress)
     return Weights(
         architecture=architecture,
         checkpoint=str(checkpoint),
         gemma_root=str(gemma),
-        gemma_shards=tuple(map(str, shards)),
+        gemma_shards=tuple(map(str, files["gemma"])),
         upsampler=str(upsampler),
         lora=str(lora) if lora else "",
     )
@@ -144,8 +142,19 @@ def _cached_folder(architecture: Architecture, *, with_weights: bool) -> Path:
     """The cache's copy, written whole or not at all: into a folder beside it, then renamed."""
     recipe = f"{architecture.to_json()}:{synthetic.SEED}:{Path(synthetic.__file__).read_text()}:{version('ltx-core')}"
     folder = cache_dir() / "synthetic" / f"{architecture.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    if folder.is_dir():
-        return folder
+    try:
+        if not folder.is_dir():
+            _fill(folder, architecture, with_weights=with_weights)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"the cache folder '{cache_dir()}' cannot be written ({_reason(error)}); free some space, or name another "
+            f"folder in {CACHE_VARIABLE}",
+            path=cache_dir(),
+        ) from error
+    return folder
+
+
+def _fill(folder: Path, architecture: Architecture, *, with_weights: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -161,34 +170,46 @@ def _cached_folder(architecture: Architecture, *, with_weights: bool) -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 # --- Verification -----------------------------------------------------------------------------------------------------
+
+
+GEMMA_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "model*.safetensors",
+)
 
 
 def gemma_shards(folder: Path) -> tuple[Path, ...]:
     """Gemma's weight files, found as ltx-pipelines finds them.
 
     Raises:
-        CheckpointError: The folder, or one of the files that ltx-core will look for in it, does not exist.
+        CheckpointError: The folder, or a file that ltx-core will look for in it, does not exist or is damaged.
     """
     if not folder.is_dir():
         raise CheckpointError(f"--gemma '{folder}' is not a folder; give the folder of Gemma 3's files", path=folder)
-    for pattern in ("tokenizer.model", "tokenizer.json", "preprocessor_config.json", "model*.safetensors"):
-        if next(folder.rglob(pattern), None) is None:
+    for pattern in GEMMA_FILES:
+        found = next(folder.rglob(pattern), None)
+        if found is None:
             raise CheckpointError(
                 f"--gemma '{folder}' holds no {pattern}; give a complete Gemma 3 folder", path=folder, missing=pattern
             )
+        if found.suffix == ".json":
+            try:
+                json.loads(found.read_bytes())
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"--gemma '{found}' is not readable as JSON ({_reason(error)}); download it again", path=found
+                ) from error
     return tuple(sorted(next(folder.rglob("model*.safetensors")).parent.rglob("*.safetensors")))
 
 
-def verify_files(
-    architecture: Architecture, file: str, paths: tuple[Path, ...], progress: Progress = lambda *_: None
-) -> None:
-    """Check weight files against an architecture: header, names, shapes, then every value for NaN and infinity.
-
-    A file found good is remembered by path, size and time of change, so that the reading happens once.
+def verify_layout(architecture: Architecture, file: str, paths: tuple[Path, ...]) -> None:
+    """Check weight files against an architecture: header, names, shapes and configuration. Reads no tensor.
 
     Raises:
         CheckpointError: With the file, the first offending tensor, and what to do.
@@ -199,37 +220,73 @@ def verify_files(
         shapes |= _read_header(path, option)
     expected = ltx2.file_layout(architecture, file)
     remedy = f"use the weights of {architecture.name}, or name their architecture with --model"
-    where = f"{option} '{paths[0] if len(paths) == 1 else paths[0].parent}'"
+    path = paths[0] if len(paths) == 1 else paths[0].parent
+    where = f"{option} '{path}'"
     if file == "lora":
-        _verify_lora(shapes, where, architecture, remedy)
-    else:
-        missing = [key for key in expected if key not in shapes]
-        if len(missing) > len(expected) // 2:
-            raise CheckpointError(f"{where} is of another architecture than {architecture.name}; {remedy}", path=where)
-        wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
-        if wrong:
-            raise CheckpointError(
-                f"{where} is of another architecture than {architecture.name}: {wrong[0]} has shape "
-                f"{shapes[wrong[0]]}, not {expected[wrong[0]]}; {remedy}",
-                path=where,
-                tensor=wrong[0],
-            )
-        if missing:
-            raise CheckpointError(
-                f"{where} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; "
-                "download or export it again",
-                path=where,
-                missing=missing,
-            )
+        _verify_lora(shapes, path, architecture, remedy)
+        return
+    missing = [key for key in expected if key not in shapes]
+    if len(missing) > len(expected) // 2:
+        raise CheckpointError(f"{where} is of another architecture than {architecture.name}; {remedy}", path=path)
+    wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
+    if wrong:
+        raise CheckpointError(
+            f"{where} is of another architecture than {architecture.name}: {wrong[0]} has shape "
+            f"{shapes[wrong[0]]}, not {expected[wrong[0]]}; {remedy}",
+            path=path,
+            tensor=wrong[0],
+        )
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; "
+            "download or export it again",
+            path=path,
+            missing=missing,
+        )
+    if file != "gemma" and not _is_described(architecture, file, path):
+        raise CheckpointError(
+            f"{where} has no 'config' in its safetensors metadata that describes its tensors; use the original file, "
+            "or export it again with its metadata",
+            path=path,
+        )
+
+
+def _is_described(architecture: Architecture, file: str, path: Path) -> bool:
+    """Whether ltx-core, which builds by the configuration in the file's metadata, would build for these tensors."""
+    section = "upsampler" if file == "upsampler" else "config"
+    try:
+        config = ltx2.SafetensorsModelStateDictLoader().metadata(str(path))
+        if config == getattr(architecture, section):
+            return True
+        described = ltx2.file_layout(replace(architecture, **{section: config}), file)
+    except Exception:  # ltx-core's configurators raise whatever a malformed configuration leads them to
+        return False
+    return described == ltx2.file_layout(architecture, file)
+
+
+def verify_values(file: str, paths: tuple[Path, ...], progress: Progress = lambda *_: None) -> None:
+    """Check every value of weight files for NaN and infinity.
+
+    A file found good is remembered by path, size and time of change, so that the reading happens once.
+
+    Raises:
+        CheckpointError: With the file and the first offending tensor.
+    """
     for path in paths:
         stamp = _stamp(path)
-        if not stamp.exists():
-            _verify_values(path, option, progress)
+        known = False
+        with suppress(OSError):
+            known = stamp.exists()
+        if known:
+            continue
+        _read_values(path, OPTIONS[file], progress)
+        with suppress(OSError):  # where the cache cannot be written, the file is read again next time
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.touch()
 
 
-def _verify_lora(shapes: dict[str, tuple[int, ...]], where: str, architecture: Architecture, remedy: str) -> None:
+def _verify_lora(shapes: dict[str, tuple[int, ...]], path: Path, architecture: Architecture, remedy: str) -> None:
+    where = f"{OPTIONS['lora']} '{path}'"
     layout = ltx2.file_layout(architecture, "lora")
     targets = [key for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))]
     matching = [key for key in targets if key in layout]
@@ -237,25 +294,34 @@ def _verify_lora(shapes: dict[str, tuple[int, ...]], where: str, architecture: A
         raise CheckpointError(
             f"{where} is of another architecture than {architecture.name}: none of its {len(targets)} LoRA tensors "
             f"names a layer of the transformer; {remedy}",
-            path=where,
+            path=path,
         )
     for key in matching:
         axis = 1 if ".lora_A." in key else 0  # the other axis is the rank, which may be any
         if len(shapes[key]) != 2 or shapes[key][axis] != layout[key][axis]:
             raise CheckpointError(
                 f"{where} is of another architecture than {architecture.name}: {key} has shape {shapes[key]}; {remedy}",
-                path=where,
+                path=path,
                 tensor=key,
             )
         twin = key.replace(".lora_A.", ".lora_B.") if axis else key.replace(".lora_B.", ".lora_A.")
         if twin not in shapes:
-            raise CheckpointError(f"{where} lacks {twin}; download or export it again", path=where, missing=[twin])
+            raise CheckpointError(f"{where} lacks {twin}; download or export it again", path=path, missing=[twin])
+        if shapes[key][1 - axis] != shapes[twin][axis]:
+            raise CheckpointError(
+                f"{where} has {key} of rank {shapes[key][1 - axis]} and {twin} of rank {shapes[twin][axis]}; download "
+                "or export it again",
+                path=path,
+                tensor=key,
+            )
 
 
 def _read_header(path: Path, option: str) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise CheckpointError(f"{option} '{path}' does not exist; check the path", path=path)
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{option} '{path}' is a folder; name the safetensors file in it", path=path)
+        if not path.is_file():
+            raise CheckpointError(f"{option} '{path}' does not exist; check the path", path=path)
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -265,21 +331,22 @@ def _read_header(path: Path, option: str) -> dict[str, tuple[int, ...]]:
             path=path,
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{option} '{path}' cannot be read: {error.strerror}; check it", path=path) from error
+        raise CheckpointError(f"{option} '{path}' cannot be read ({_reason(error)}); check it", path=path) from error
 
 
 def _reason(error: Exception) -> str:
-    return str(error).removeprefix("Error while deserializing header: ").splitlines()[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).removeprefix("Error while deserializing header: ")
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
-def _verify_values(path: Path, option: str, progress: Progress) -> None:
+def _read_values(path: Path, option: str, progress: Progress) -> None:
     with safe_open(path, framework="pt") as file:
         keys = list(file.keys())
         for index, key in enumerate(keys, start=1):
             tensor = file.get_tensor(key)
-            if not tensor.is_floating_point():
-                continue
-            if tensor.element_size() == 1:  # isfinite has no float8 kernel
+            if tensor.is_floating_point() and tensor.element_size() == 1:  # isfinite has no float8 kernel
                 tensor = tensor.to(torch.bfloat16)
             if not torch.isfinite(tensor).all():
                 kind = "NaN" if torch.isnan(tensor).any() else "infinity"

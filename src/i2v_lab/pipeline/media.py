@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,31 @@ def load_still(path: str | Path) -> np.ndarray:
         ``(H, W, 3)`` uint8, both sides at least 2.
 
     Raises:
-        InvalidImage: The file is missing, truncated, not a picture, or implausibly large.
+        InvalidImage: The file is missing, unreadable, truncated, not a picture, or implausibly large.
     """
     path = Path(path)
-    if not path.exists():
-        raise InvalidImage(f"image '{path}' does not exist; check the path", path=path)
-    if path.is_dir():
-        raise InvalidImage(f"image '{path}' is a folder; give a picture file", path=path)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF and the like: the picture itself is what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 picture.load()
                 pixels = np.array(_as_rgb(ImageOps.exif_transpose(picture)))
+    except FileNotFoundError as error:
+        raise InvalidImage(f"image '{path}' does not exist; check the path", path=path) from error
+    except IsADirectoryError as error:
+        raise InvalidImage(f"image '{path}' is a folder; give a picture file", path=path) from error
     except UnidentifiedImageError as error:
         raise InvalidImage(f"image '{path}' is not a picture; give a PNG, JPEG or WebP", path=path) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InvalidImage(
             f"image '{path}' has more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down first", path=path
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InvalidImage(
-            f"image '{path}' is damaged or truncated ({str(error).splitlines()[0]}); save it again", path=path
-        ) from error
+    except Exception as error:  # on damaged data Pillow's decoders raise almost anything
+        if isinstance(error, OSError) and error.strerror:
+            raise InvalidImage(f"image '{path}' cannot be read ({error.strerror}); check it", path=path) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InvalidImage(f"image '{path}' is damaged or truncated ({reason}); save it again", path=path) from error
     for axis in (0, 1):
         if pixels.shape[axis] == 1:
             pixels = np.repeat(pixels, 2, axis=axis)
@@ -61,9 +64,9 @@ def load_still(path: str | Path) -> np.ndarray:
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
         scale = 255 / 65535 if picture.mode.startswith("I") else 255
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -76,17 +79,19 @@ def check_output(path: Path) -> None:
     Raises:
         OutputError: Its folder does not exist or is not writable, or the name is not that of an MP4 file.
     """
-    if path.suffix.lower() != ".mp4":
-        raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
-    if path.is_dir():
-        raise OutputError(f"out='{path}' is a folder; name a file in it, such as '{path / 'video.mp4'}'", path=path)
-    if not path.parent.is_dir():
-        raise OutputError(f"out='{path}': the folder '{path.parent}' does not exist; create it first", path=path)
-    part = _part_path(path)
     try:
+        if path.is_dir():
+            raise OutputError(f"out='{path}' is a folder; name a file in it, such as '{path / 'video.mp4'}'", path=path)
+        if path.suffix.lower() != ".mp4":
+            raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
+        if not path.parent.is_dir():
+            raise OutputError(f"out='{path}': the folder '{path.parent}' does not exist; create it first", path=path)
+        part = _part_path(path)
         part.touch()
         part.unlink()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"out='{path}' is too long a name; use a shorter one", path=path) from error
         raise OutputError(
             f"out='{path}': the folder '{path.parent}' is not writable ({error.strerror}); choose another", path=path
         ) from error
@@ -119,14 +124,18 @@ def write_video(
         The number of frames written.
 
     Raises:
-        OutputError: It cannot be written, for instance because the disk is full.
+        OutputError: It cannot be written, for instance because the disk is full. What ``chunks`` raises comes through
+            as it is.
     """
     check_output(path)
     part = _part_path(path)
+    failures: list[OSError] = []
     try:
-        frames = _encode(chunks, audio, part, frame_rate, on_frame)
+        frames = _encode(_watched(chunks, failures), audio, part, frame_rate, on_frame)
         os.replace(part, path)  # noqa: PTH105
     except (OSError, av.FFmpegError) as error:
+        if error in failures:
+            raise
         raise OutputError(
             f"out='{path}' could not be written ({error.strerror or error}); free some space or choose another folder",
             path=path,
@@ -134,6 +143,14 @@ def write_video(
     finally:
         part.unlink(missing_ok=True)
     return frames
+
+
+def _watched(chunks: Iterable[torch.Tensor], failures: list[OSError]) -> Iterator[torch.Tensor]:
+    try:
+        yield from chunks
+    except OSError as error:  # of the stream, which may read weights; not of the file that is being written
+        failures.append(error)
+        raise
 
 
 def _encode(
@@ -157,6 +174,7 @@ def _encode(
             samples = fit_audio(audio.waveform, round(frames / frame_rate * audio.sampling_rate))
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
             frame.sample_rate = audio.sampling_rate
+            frame.pts = 0  # without a time the encoder's own delay would be heard, 1,024 samples of it
             container.mux(sound.encode(frame))
             container.mux(sound.encode())
     return frames
