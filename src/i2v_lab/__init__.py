@@ -62,5 +62,12 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext i2v_lab``: adds ``%vram`` and ``%%vram``."""
+    from i2v_lab.profiling.magics import load_ipython_extension as load
+
+    load(shell)
+
+
 def __dir__() -> list[str]:
     return [*globals(), *__all__]

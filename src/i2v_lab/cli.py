@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ import typer
 
 from i2v_lab.errors import I2VLabError, InvalidRequest
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.show import show
 
 app = typer.Typer(
     name="i2v-lab",
@@ -34,9 +36,10 @@ A whole generation in seconds on a CPU, with a tiny model and random weights:
 
     i2v-lab generate --image data/stills/lighthouse.png --prompt "waves roll in" --out video.mp4
 
-The published defect, and what it costs:
+The published defect, what it costs, and who holds it:
 
-    i2v-lab generate --image data/stills/lighthouse.png --decode-scope escaped --out video.mp4 --json
+    i2v-lab generate --image data/stills/lighthouse.png --decode-scope escaped --out video.mp4 --profile runs/escaped
+    i2v-lab show runs/escaped
 
 Real weights on a GPU:
 
@@ -93,6 +96,7 @@ def generate(
     gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder.")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (dev variant).")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Turn a still into a video, and report the peak memory of every phase."""
@@ -122,8 +126,10 @@ def generate(
 
     from i2v_lab.pipeline.checkpoints import resolve_weights
     from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
+    from i2v_lab.profiling.nvml import NvmlSampler
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.progress import ProgressReport
+    from i2v_lab.store import RunWriter, run_metadata
 
     target = resolve_device(device)
     with ProgressReport(request.frames) as progress:
@@ -136,7 +142,15 @@ def generate(
             needs_lora=variant is Variant.DEV,
             progress=progress.checked,
         )
-        with PhaseProfiler(target) as profiler:
+        with ExitStack() as scopes:
+            on_record = None
+            if profile is not None:
+                metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
+                on_record = scopes.enter_context(RunWriter(profile, metadata)).append
+                if target.type == "cuda":
+                    scopes.enter_context(NvmlSampler(target.index or 0, on_sample=on_record))
+            # Following modules and graphs is what --profile adds; peaks alone need neither.
+            profiler = scopes.enter_context(PhaseProfiler(target, attribute=profile is not None, on_record=on_record))
             generation = TwoStagePipeline(weights, target, sinks=[profiler, progress])(request)
             with generation.video as chunks:
                 media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)
@@ -181,6 +195,9 @@ def _print_report(report: dict[str, Any]) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+app.command()(show)
 
 
 def _parse_parameter(text: str) -> tuple[str, Any]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from i2v_lab.cli import app
 from i2v_lab.errors import I2VLabError
+from i2v_lab.store import read_run
 
 SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
 CLI = [sys.executable, "-m", "i2v_lab.cli"]
@@ -116,9 +117,25 @@ def test_inference_mode_ends_with_status_1_torchs_words_and_the_remedy(tmp_path,
 def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, still, number, status):
     out = tmp_path / "video.mp4"
     child = subprocess.Popen(
-        [*CLI, "generate", "--image", still, "--out", out, "--width", "128", "--height", "128", "--fps", "120"],
+        [
+            *CLI,
+            "generate",
+            "--image",
+            still,
+            "--out",
+            out,
+            "--width",
+            "128",
+            "--height",
+            "128",
+            "--fps",
+            "120",
+            "--frames",
+            "33",
+        ],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     for line in child.stderr:
         if line.startswith("decode_audio"):  # the part file exists from here on
@@ -153,3 +170,31 @@ def _environment(**extra: str) -> dict[str, str]:
 
 def test_the_command_is_installed():
     assert Path(sys.executable).with_name("i2v-lab").exists()
+
+
+def test_a_profiled_run_is_recorded_whole_and_shown(tmp_path, still):
+    for scope in ("escaped", "no_grad"):
+        subprocess.run(
+            [*CLI, "generate", "--image", still, "--out", tmp_path / "video.mp4", *SMALL, "--decode-scope", scope]
+            + ["--profile", tmp_path / scope],
+            check=True,
+            capture_output=True,
+        )
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "escaped")])
+    assert shown.exit_code == 0
+    assert "it are an autograd graph" in shown.output or "no autograd graph" in shown.output
+    assert all(phase in shown.output for phase in ("encode_prompt", "denoise_stage_2", "decode_video"))
+    figures = tmp_path / "figures"
+    both = ["show", str(tmp_path / "escaped"), str(tmp_path / "no_grad"), "--timeline", str(figures)]
+    assert "decode_video" in CliRunner().invoke(app, both).output
+    assert sorted(path.name for path in figures.iterdir()) == ["timeline.png", "timeline.svg"]
+    run = read_run(tmp_path / "escaped")
+    assert run.status == "complete"
+    assert run.metadata["request"]["decode_scope"] == "escaped"
+    assert run.frame("phase")["saved_for_backward_bytes"].iloc[-1] > 0
+    assert len(run.frame("step")) == 8 + 3 + 1
+    again = CliRunner().invoke(
+        app,
+        ["generate", "--image", str(still), "--out", str(tmp_path / "b.mp4"), "--profile", str(tmp_path / "escaped")],
+    )
+    assert "is not empty" in str(again.exception)

@@ -24,7 +24,8 @@ def test_the_modules_with_examples_are_found():
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)
-def test_the_examples_in_docstrings_are_true(module):
+def test_the_examples_in_docstrings_are_true(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an example may write
     subject = importlib.import_module(f"i2v_lab.{module}".rstrip("."))
     with torch.enable_grad():
         result = doctest.testmod(subject, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

@@ -68,6 +68,8 @@ class PhaseProfiler:
         vram_cap_bytes: Pretend to a smaller card: allocations beyond it fail.
         on_record: Called with every record as soon as it exists.
         snapshot: CUDA only: where to write the allocator's history for PyTorch's memory_viz.
+        ambient: Let another profiler start while this one is active. Until that one ends, what is saved for backward
+            counts there.
 
     Attributes:
         records: All records so far, in the order in which they came about.
@@ -95,6 +97,7 @@ class PhaseProfiler:
         vram_cap_bytes: int | None = None,
         on_record: Callable[[Record], None] | None = None,
         snapshot: Path | None = None,
+        ambient: bool = False,
     ) -> None:
         self._meter = make_meter(torch.device(device), meter, vram_cap_bytes) if isinstance(meter, str) else meter
         self._live = self._meter if isinstance(self._meter, LiveStorageMeter) else None
@@ -112,6 +115,8 @@ class PhaseProfiler:
         self._origin_s = 0.0
         self._scopes = ExitStack()
         self._closed = False
+        self._ambient = ambient
+        self._outer: PhaseProfiler | None = None
         self.records: list[Record] = []
 
     # --- Reading ---
@@ -301,7 +306,7 @@ class PhaseProfiler:
     def __enter__(self) -> Self:
         if self._closed:
             raise ProfilerError("this profiler is closed; make a new one for the next run")
-        if PhaseProfiler._active is not None:
+        if PhaseProfiler._active is not None and not PhaseProfiler._active._ambient:
             raise ProfilerError("another profiler is active; leave its with block first")
         with ExitStack() as scopes:
             if self._paths is not None:
@@ -313,13 +318,13 @@ class PhaseProfiler:
                 torch.cuda.memory._record_memory_history(max_entries=1_000_000)
                 scopes.callback(_dump_snapshot, self._snapshot)
             self._scopes = scopes.pop_all()
-        PhaseProfiler._active = self
+        self._outer, PhaseProfiler._active = PhaseProfiler._active, self
         self._origin_s = time.perf_counter()
         self._meter.reset_peak()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        PhaseProfiler._active = None
+        PhaseProfiler._active, self._outer = self._outer, None
         self._closed = True
         self._scopes.__exit__(*exc)
 

@@ -1,0 +1,91 @@
+"""``%vram``, ``%%vram`` and the papermill engine, each in a real kernel of this interpreter."""
+
+from __future__ import annotations
+
+import nbformat
+import papermill
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from i2v_lab.profiling.cell_meter import MIME
+from i2v_lab.reproduce import own_kernel
+
+SETUP = "%load_ext i2v_lab\nimport torch\nlayer = torch.nn.Linear(100, 50)"
+
+
+def _run(*sources: str) -> nbformat.NotebookNode:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    with own_kernel() as kernel:
+        client = NotebookClient(notebook, kernel_name=kernel, timeout=120)
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            notebook.metadata["failed"] = str(error)
+    return notebook
+
+
+def _texts(cell: nbformat.NotebookNode) -> list[str]:
+    return [output["data"]["text/plain"] for output in cell.outputs if "data" in output]
+
+
+def test_magics_show_exact_bytes_and_the_value():
+    notebook = _run(
+        SETUP,
+        "%vram torch.ones(1024, 256).sum().item()",
+        "%%vram\nx = torch.ones(20, 100)\ny = layer(x)\ny.shape",
+        "y.requires_grad, x.shape",
+        "%%vram\nz = torch.ones(1024)\n1 / 0",
+    )
+    value, figures = sorted(_texts(notebook.cells[1]))
+    assert value == "262144.0"
+    assert figures.startswith("[vram] peak 1.0 MiB, left ")
+    figures, shape = sorted(_texts(notebook.cells[2]))
+    assert shape == "torch.Size([20, 50])"
+    # x is 8,000 bytes and kept for the weight's gradient; the weights are 20,200 and y is 4,000
+    assert figures.startswith("[vram] peak 31.4 KiB, left 31.4 KiB, saved for backward 7.8 KiB, time ")
+    html = next(output["data"]["text/html"] for output in notebook.cells[2].outputs if "text/html" in output.data)
+    assert "saved for backward" in html
+    assert _texts(notebook.cells[3]) == ["(True, torch.Size([20, 100]))"]
+    assert "ZeroDivisionError" in notebook.metadata["failed"]
+    assert [output.output_type for output in notebook.cells[4].outputs] == ["display_data", "error"]
+
+
+def _notebook(path, *sources: str) -> str:
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]})]
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
+    return str(path)
+
+
+def test_the_engine_keeps_and_shows_what_every_cell_took(tmp_path):
+    source = _notebook(
+        tmp_path / "in.ipynb",
+        "import torch",
+        "a = torch.ones(n, 1024)",
+        "from i2v_lab import PhaseProfiler\nwith PhaseProfiler() as p, p.phase('own'):\n    b = torch.ones(512)\n"
+        "print(p.peak.peak_bytes)",
+    )
+    with own_kernel() as kernel:
+        papermill.execute_notebook(source, str(tmp_path / "out.ipynb"), {"n": 5}, "vram", kernel_name=kernel)
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    assert cells[1].metadata.tags == ["injected-parameters"]
+    figures = [cell.metadata["i2v_lab"]["vram"] for cell in cells]
+    assert figures[3]["peak_bytes"] == figures[3]["end_bytes"] == 5 * 1024 * 4
+    assert figures[3]["saved_for_backward_bytes"] == 0
+    assert figures[4]["peak_bytes"] == 2048  # the cell's own profiler worked beside the engine's
+    assert cells[4].outputs[0]["text"] == "2048\n"
+    shown = [output for output in cells[3].outputs if MIME in output.get("data", {})]
+    assert shown[0]["data"]["text/plain"].startswith("[vram] peak 20.0 KiB")
+    assert "text/html" in shown[0]["data"]
+
+
+def test_a_failing_cell_keeps_its_figures(tmp_path):
+    source = _notebook(tmp_path / "in.ipynb", "import torch\na = torch.ones(1024)\n1 / 0", "never = 1")
+    with own_kernel() as kernel, pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
+        papermill.execute_notebook(source, str(tmp_path / "out.ipynb"), {}, "vram", kernel_name=kernel)
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    failed = next(cell for cell in cells if "1 / 0" in cell.source)
+    assert failed.metadata["i2v_lab"]["vram"]["peak_bytes"] == 4096
+    assert "vram" not in cells[-1].metadata.get("i2v_lab", {})

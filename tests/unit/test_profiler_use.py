@@ -1,0 +1,162 @@
+"""How the profilers are used and misused, and what they say of the published defect."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from i2v_lab.errors import ProfilerError
+from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.profiling.nvml import NvmlSampler, read_device
+from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.records import GraphRecord, ModuleRecord
+from i2v_lab.request import DecodeScope, I2VRequest
+
+
+def test_misuse_is_refused_with_what_to_do():
+    with pytest.raises(ProfilerError, match="meter='rss' is not a meter; use auto, cuda or live"):
+        PhaseProfiler(meter="rss")
+    with pytest.raises(ProfilerError, match="meter='cuda' cannot meter device='cpu'; use live or auto"):
+        PhaseProfiler("cpu", meter="cuda")
+    with pytest.raises(ProfilerError, match="vram_cap_bytes=0 is not positive; give whole bytes"):
+        PhaseProfiler(vram_cap_bytes=0)
+    with pytest.raises(ProfilerError, match="needs the CUDA allocator; leave it out for cpu"):
+        PhaseProfiler(snapshot="history.pickle")
+    profiler = PhaseProfiler()
+    with (
+        pytest.raises(ProfilerError, match="not active; run the pipeline inside `with profiler:`"),
+        profiler.phase("a"),
+    ):
+        pass
+    with profiler:
+        with pytest.raises(ProfilerError, match="no phase has ended yet"):
+            _ = profiler.peak
+        with pytest.raises(ProfilerError, match="another profiler is active; leave its with block first"):
+            PhaseProfiler().__enter__()
+    with pytest.raises(ProfilerError, match="this profiler is closed; make a new one"):
+        profiler.__enter__()
+    with PhaseProfiler(ambient=True) as outer, outer.phase("outer"):
+        with PhaseProfiler() as inner, inner.phase("inner"):
+            kept = torch.ones(100)
+        assert inner.peak.peak_bytes == kept.nbytes
+    assert outer.peak.peak_bytes == 400
+
+
+def test_the_excess_of_the_defect_is_attributed_to_the_decoders_graph(tiny, still):
+    """At least 95 % of what ``escaped`` takes more is named as the decoder's graph, module by module."""
+    decode = {}
+    for scope in (DecodeScope.NO_GRAD, DecodeScope.ESCAPED):
+        request = I2VRequest(image=str(still), width=128, height=64, frames=17, fps=120, decode_scope=scope)
+        with PhaseProfiler() as profiler:
+            for _ in TwoStagePipeline(tiny, sinks=[profiler])(request).video:
+                pass
+        assert [record.phase for record in profiler.phases][-1] == "decode_video"
+        decode[scope] = profiler
+    free, kept = decode[DecodeScope.NO_GRAD], decode[DecodeScope.ESCAPED]
+    excess = kept.phases[-1].peak_bytes - free.phases[-1].peak_bytes
+    assert [record.saved_for_backward_bytes for record in free.phases] == [0] * 7
+    assert not [record for record in free.records if isinstance(record, GraphRecord)]
+    at_peak = [r for r in kept.records if isinstance(r, ModuleRecord) and r.phase == "decode_video"]
+    saved = sum(r.nbytes for r in at_peak if r.category == "saved")
+    assert saved >= 0.95 * excess
+    graph = {r.module: r.nbytes for r in kept.records if isinstance(r, GraphRecord)}
+    assert sum(graph.values()) == kept.phases[-1].saved_for_backward_bytes
+    assert all(module.startswith("video_decoder") for module in graph)
+    named = sum(nbytes for module, nbytes in graph.items() if module.startswith("video_decoder."))
+    assert named >= 0.6 * excess  # the rest is the decoder's own blending of tiles, outside any of its parts
+
+
+# --- NVML ---
+
+
+def test_without_a_driver_everything_is_none_and_a_sentence_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver here")
+    record = read_device()
+    assert {record.total_bytes, record.used_bytes, record.own_bytes, record.others_bytes, record.budget_bytes} == {None}
+    assert record.others is None
+    assert record.reason.startswith("There is no NVIDIA driver to ask here (")
+
+
+class _FakeNvml(SimpleNamespace):
+    """NVML's own interface over a card that does not exist: 100 bytes, 60 used."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+
+    def __init__(self, compute: list, graphics: list, cards: int = 1) -> None:
+        super().__init__(open=0)
+        self._compute, self._graphics, self._cards = compute, graphics, cards
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        if index >= self._cards:
+            raise self.NVMLError("Invalid Argument")
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, _):
+        return SimpleNamespace(total=100, used=60)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, _):
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self._compute]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, _):
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self._graphics]
+
+    def nvmlSystemGetProcessName(self, pid):
+        if pid == 8:
+            raise self.NVMLError("Not Found")
+        return f"server-{pid}".encode()
+
+
+OWN = os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("compute", "graphics", "own", "others", "budget", "names"),
+    [
+        ([(OWN, 20), (7, 30)], [(7, 30), (8, 10)], 20, 40, 60, ((7, "server-7", 30), (8, "unknown", 10))),
+        ([(7, 30)], [], 0, 30, 70, ((7, "server-7", 30),)),
+        ([(OWN, 20)], [], 20, 0, 100, ()),
+        ([(OWN, 20), (7, None)], [], 20, 40, 60, ((7, "server-7", None),)),
+        ([(OWN, None), (7, None)], [], None, None, None, ((7, "server-7", None),)),
+    ],
+)
+def test_own_others_and_budget(monkeypatch, compute, graphics, own, others, budget, names):
+    fake = _FakeNvml(compute, graphics)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    record = read_device(0, 1.5)
+    assert (record.time_s, record.total_bytes, record.used_bytes) == (1.5, 100, 60)
+    assert (record.own_bytes, record.others_bytes, record.budget_bytes) == (own, others, budget)
+    assert record.others == names
+    assert record.reason == ""
+    assert fake.open == 0
+
+
+def test_a_card_that_is_not_there_is_named(monkeypatch):
+    fake = _FakeNvml([], [])
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert read_device(3).reason == "NVML does not answer for card 3 (Invalid Argument)."
+    assert fake.open == 0
+
+
+def test_samples_keep_to_their_grid(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", _FakeNvml([], []))
+    with NvmlSampler(interval_s=0.02) as sampler:
+        time.sleep(0.5)
+    times = [sample.time_s for sample in sampler.samples]
+    assert len(times) >= 3
+    assert times == sorted(times)
+    slots = [int(t / 0.02 + 1e-6) for t in times]
+    assert len(set(slots)) == len(slots)  # never two in one interval, however late one was
+    with pytest.raises(ProfilerError, match="interval_s=0 is not positive; use 0.1"):
+        NvmlSampler(interval_s=0)
