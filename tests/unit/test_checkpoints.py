@@ -92,7 +92,7 @@ def test_both_models_have_the_same_modules_at_another_size(tiny, large):
     def kinds(architecture) -> set[str]:
         return {re.sub(r"\d+", "*", key) for key in ltx2.file_layout(architecture, "checkpoint")}
 
-    assert len(kinds(large)) > 300
+    assert len(kinds(large)) > 200
     extra = kinds(tiny.architecture) ^ kinds(large)
     # The audio VAE has no block of its own a level, which leaves out those and nothing else.
     assert all(key.startswith("audio_vae.") for key in extra), sorted(extra)
@@ -190,7 +190,9 @@ def test_tensors_depend_on_their_name_and_nothing_else():
 
 
 def test_tensors_are_the_same_on_every_machine():
-    assert synthetic.synthetic_tensor("a.weight", (1, 4)).tolist() == ["PINNED"]
+    assert synthetic.synthetic_tensor("a.weight", (1, 4)).tolist() == [
+        [0.05810546875, -0.03466796875, -0.56640625, 1.046875]
+    ]
 
 
 def test_tensors_do_not_depend_on_which_others_are_made(tiny):
@@ -349,7 +351,7 @@ def test_gemma_may_come_in_several_files_in_a_folder_further_down(tiny, tiny_fil
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
-    _, state, result = _load(weights, "text_encoder", CPU)
+    _, _, result = _load(weights, "text_encoder", CPU)
     assert set(result.missing_keys) == COMPUTED["text_encoder"]
     (folder / "model-00002-of-00002.safetensors").unlink()
     first = next(key for key in ltx2.file_layout(tiny.architecture, "gemma") if key in keys[20:])
@@ -449,8 +451,9 @@ def test_another_architecture_is_refused(tiny, tiny_files, tensors, saved, large
         f"{remedy}"
     )
     assert _refusal(tiny, tiny_files, architecture=large) == (
-        f"--checkpoint '{tiny.checkpoint}' is of another architecture than ltx-2.3-22b; use the weights of ltx-2.3-22b, "
-        "or name their architecture with --model"
+        f"--checkpoint '{tiny.checkpoint}' is of another architecture than ltx-2.3-22b: "
+        "model.diffusion_model.scale_shift_table has shape (2, 64), not (2, 4096); use the weights of ltx-2.3-22b, or "
+        "name their architecture with --model"
     )
 
 
@@ -459,8 +462,8 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tiny, tiny_files, tensors, s
     for gone in ([layout[0]], [layout[-1]], [key for key in layout if key.startswith("vocoder.")][:100]):
         few = saved("few.safetensors", {key: value for key, value in tensors.items() if key not in gone})
         assert _refusal(tiny, {**tiny_files, "checkpoint": few}) == (
-            f"--checkpoint '{few}' lacks {len(gone)} of {len(tensors)} tensors, the first {gone[0]}; download or export it "
-            "again"
+            f"--checkpoint '{few}' lacks {len(gone)} of {len(tensors)} tensors, the first {gone[0]}; download or "
+            "export it again"
         )
 
 
