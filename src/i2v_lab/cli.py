@@ -14,8 +14,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from i2v_lab import options
 from i2v_lab.errors import I2VLabError, InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
+from i2v_lab.request import DecodeScope, Quantization, Variant
 from i2v_lab.show import show
 
 app = typer.Typer(
@@ -75,48 +77,48 @@ def _root() -> None:
 def generate(
     image: Annotated[Path, typer.Option(help="The still that becomes the first frame.")],
     out: Annotated[Path, typer.Option(help="The MP4 to write.")] = Path("video.mp4"),
-    prompt: Annotated[str, typer.Option(help="What should happen.")] = "",
-    negative_prompt: Annotated[str, typer.Option(help="What should not (dev variant).")] = "",
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")] = None,
-    frames: Annotated[int | None, typer.Option(help="8k+1. [default: the model's]")] = None,
-    fps: Annotated[float, typer.Option(help="Frames per second.")] = 24.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 10,
-    model: Annotated[str, typer.Option(help="An architecture of data/architectures.")] = DEFAULT_MODEL,
-    variant: Annotated[Variant, typer.Option(help="Sampler: 8+3 steps, or guided then 3.")] = Variant.DISTILLED,
-    quantization: Annotated[Quantization, typer.Option(help="Of the transformer.")] = Quantization.FP8_CAST,
-    tile_px: Annotated[int, typer.Option(help="Decoder tile, longer side.")] = 768,
-    tile_overlap_px: Annotated[int, typer.Option(help="Overlap of tiles, pixels.")] = 64,
-    tile_frames: Annotated[int, typer.Option(help="Decoder tile, frames.")] = 80,
-    tile_overlap_frames: Annotated[int, typer.Option(help="Overlap of tiles, frames.")] = 24,
-    no_tiling: Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")] = False,
-    decode_scope: Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")] = DecodeScope.NO_GRAD,
+    prompt: options.Prompt = "",
+    negative_prompt: options.NegativePrompt = "",
+    width: options.Width = None,
+    height: options.Height = None,
+    frames: options.Frames = None,
+    fps: options.Fps = 24.0,
+    seed: options.Seed = 10,
+    model: options.Model = DEFAULT_MODEL,
+    variant: options.VariantOption = Variant.DISTILLED,
+    quantization: options.QuantizationOption = Quantization.FP8_CAST,
+    tile_px: options.TilePx = 768,
+    tile_overlap_px: options.TileOverlapPx = 64,
+    tile_frames: options.TileFrames = 80,
+    tile_overlap_frames: options.TileOverlapFrames = 24,
+    no_tiling: options.NoTiling = False,
+    decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Main weights. [default: synthetic]")] = None,
     gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder.")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (dev variant).")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Turn a still into a video, and report the peak memory of every phase."""
     from i2v_lab.pipeline.architectures import load_architecture
 
     architecture = load_architecture(model)
-    defaults = architecture.request
-    tiling = None if no_tiling else Tiling(tile_px, tile_overlap_px, tile_frames, tile_overlap_frames)
-    request = I2VRequest(
+    request = options.build_request(
+        architecture.request,
+        (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
+        no_tiling,
         image=str(image),
         prompt=prompt,
         negative_prompt=negative_prompt,
-        width=width if width is not None else defaults["width"],
-        height=height if height is not None else defaults["height"],
-        frames=frames if frames is not None else defaults["frames"],
+        width=width,
+        height=height,
+        frames=frames,
         fps=fps,
         seed=seed,
         variant=variant,
         quantization=quantization,
-        tiling=tiling,
         decode_scope=decode_scope,
     )
     from i2v_lab.pipeline import media  # the first import of torch: options are right by now
@@ -198,6 +200,10 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 app.command()(show)
+app.command(epilog=FORECAST_EXAMPLES)(forecast)
+app.command(epilog=FIT_EXAMPLES)(fit)
+app.command()(accuracy)
+app.command()(calibrate)
 
 
 def _parse_parameter(text: str) -> tuple[str, Any]:

@@ -83,6 +83,10 @@ class ProfilerError(I2VLabError):
     """A profiler is used in a way that it cannot measure."""
 
 
+class ForecastError(I2VLabError):
+    """A forecast cannot know what a real run would do."""
+
+
 class VramCapExceeded(I2VLabError):
     """An allocation crossed the cap that was set on purpose."""
 

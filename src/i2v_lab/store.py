@@ -288,7 +288,7 @@ def run_metadata(
         "device_name": name,
         "driver_version": driver,
         "seed": seed,
-        "argv": list(argv),
+        "argv": [Path(word).name if index == 0 else word for index, word in enumerate(argv)],
         "request": dict(request),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_commit": commit,

@@ -118,11 +118,8 @@ def synthetic_weights(architecture: Architecture) -> Weights:
     on_demand = elements * ltx2.DTYPE.itemsize > FILE_LIMIT_BYTES
     folder = _cached_folder(architecture, with_weights=not on_demand)
     if on_demand:
-        path = {file: f"{synthetic.SCHEME}{file}" for file in synthetic.FILES}
-        loader: Any = synthetic.SyntheticStateDictLoader(architecture)
-    else:
-        path = {file: str(folder / name) for file, name in synthetic.FILES.items()}
-        loader = ltx2.SafetensorsModelStateDictLoader()
+        return _on_demand(architecture, folder, values=True)
+    path = {file: str(folder / name) for file, name in synthetic.FILES.items()}
     return Weights(
         architecture=architecture,
         checkpoint=path["checkpoint"],
@@ -130,7 +127,27 @@ def synthetic_weights(architecture: Architecture) -> Weights:
         gemma_shards=(path["gemma"],),
         upsampler=path["upsampler"],
         lora=path["lora"],
-        loader=loader,
+    )
+
+
+def skeleton_weights(architecture: Architecture) -> Weights:
+    """Weights in the real layout without values, made on demand: all that a forecast of memory needs."""
+    for file in synthetic.FILES:
+        ltx2.file_layout(architecture, file)  # kept from here on; under fake tensors it would take thrice as long
+    folder = _cached_folder(architecture, with_weights=False)
+    return _on_demand(architecture, folder, values=False)
+
+
+def _on_demand(architecture: Architecture, folder: Path, *, values: bool) -> Weights:
+    path = {file: f"{synthetic.SCHEME}{file}" for file in synthetic.FILES}
+    return Weights(
+        architecture=architecture,
+        checkpoint=path["checkpoint"],
+        gemma_root=str(folder / "gemma"),
+        gemma_shards=(path["gemma"],),
+        upsampler=path["upsampler"],
+        lora=path["lora"],
+        loader=synthetic.SyntheticStateDictLoader(architecture, values=values),
     )
 
 
@@ -141,7 +158,8 @@ def _elements(layout: dict[str, tuple[int, ...]]) -> list[int]:
 def _cached_folder(architecture: Architecture, *, with_weights: bool) -> Path:
     """The cache's copy, written whole or not at all: into a folder beside it, then renamed."""
     recipe = f"{architecture.to_json()}:{synthetic.SEED}:{Path(synthetic.__file__).read_text()}:{version('ltx-core')}"
-    folder = cache_dir() / "synthetic" / f"{architecture.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    name = f"{architecture.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = cache_dir() / "synthetic" / (name if with_weights else f"{name}-tokenizer")
     try:
         if not folder.is_dir():
             _fill(folder, architecture, with_weights=with_weights)

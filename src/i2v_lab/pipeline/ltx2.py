@@ -6,10 +6,15 @@ a module constant, and the progress bar of the Euler loop, whose place our step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +24,7 @@ from ltx_core.components.guiders import create_multimodal_guider_factory
 from ltx_core.components.noisers import GaussianNoiser
 from ltx_core.components.schedulers import LTX2Scheduler
 from ltx_core.conditioning import VideoConditionByLatentIndex
+from ltx_core.guidance.perturbations import PerturbationType
 from ltx_core.loader import (
     LTXV_LORA_COMFY_RENAMING_MAP,
     ContentMatching,
@@ -39,6 +45,7 @@ from ltx_core.model.audio_vae import (
 )
 from ltx_core.model.audio_vae import decode_audio as _decode_audio
 from ltx_core.model.transformer import LTXV_MODEL_COMFY_RENAMING_MAP, LTXModelConfigurator
+from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
 from ltx_core.model.upsampler import LatentUpsamplerConfigurator
 from ltx_core.model.upsampler import upsample_video as upsample_video
 from ltx_core.model.video_vae import (
@@ -47,6 +54,7 @@ from ltx_core.model.video_vae import (
     SpatialTilingConfig,
     TemporalTilingConfig,
     TilingConfig,
+    VideoDecoder,
     VideoDecoderConfigurator,
     VideoEncoderConfigurator,
 )
@@ -60,6 +68,7 @@ from ltx_core.text_encoders.gemma import (
     GemmaTextEncoderConfigurator,
     module_ops_from_gemma_root,
 )
+from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerBlock1D
 from ltx_core.text_encoders.gemma.encoders import encoder_configurator
 from ltx_core.types import Audio, LatentState, VideoPixelShape
 from ltx_pipelines.utils import (
@@ -81,6 +90,7 @@ from ltx_pipelines.utils.constants import (
 from ltx_pipelines.utils.media_io import normalize_latent, preprocess, resize_and_center_crop
 from ltx_pipelines.utils.types import PipelineComponents
 
+from i2v_lab.paths import cache_dir
 from i2v_lab.request import I2VRequest, Quantization, Tiling, VideoShape
 
 if TYPE_CHECKING:
@@ -169,8 +179,23 @@ def meta_component(architecture: Architecture, name: str) -> torch.nn.Module:
 def file_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in one weight file: ``checkpoint``, ``gemma``, ``upsampler`` or ``lora``.
 
-    Worked out from ltx-core's own modules on the meta device and its own key maps, read backwards.
+    Worked out from ltx-core's own modules on the meta device and its own key maps, read backwards; which takes seconds
+    for a large model, so the result is kept in the cache folder.
     """
+    recipe = f"{architecture.to_json()}:{version('ltx-core')}:{Path(__file__).read_text()}"
+    kept = cache_dir() / "layouts" / f"{file}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.json"
+    with suppress(OSError, ValueError, AttributeError):
+        return {key: tuple(shape) for key, shape in json.loads(kept.read_text()).items()}
+    layout = _work_out_layout(architecture, file)
+    with suppress(OSError):  # a cache that cannot be written is said where it is needed
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(layout))
+        part.replace(kept)
+    return layout
+
+
+def _work_out_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, ...]]:
     layout: dict[str, tuple[int, ...]] = {}
     if file == "lora":
         for name, module in meta_component(architecture, "transformer").named_modules():
@@ -264,6 +289,26 @@ class Ledger(ModelLedger):
 def quantization_policy(quantization: Quantization) -> QuantizationPolicy | None:
     """ltx-core's policy object for a quantization."""
     return QuantizationPolicy.fp8_cast() if quantization is Quantization.FP8_CAST else None
+
+
+def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+    """The modules that run many times alike, each with what besides shapes decides which operators a call runs.
+
+    For forecasts, which need not run such a call twice: the blocks of the transformer, where guidance switches off
+    attention in some; those of the embeddings connectors; and the video decoder, which runs once for each tile.
+    """
+    return {BasicAVTransformerBlock: _perturbed, _BasicTransformerBlock1D: _nothing, VideoDecoder: _nothing}
+
+
+def _perturbed(block: Any, video: Any = None, audio: Any = None, perturbations: Any = None) -> Hashable:
+    if perturbations is None:
+        return ()
+    checks = (perturbations.any_in_batch, perturbations.all_in_batch)
+    return tuple(check(kind, block.idx) for kind in PerturbationType for check in checks)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Hashable:
+    return ()
 
 
 # --- Phase operations ------------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ def synthetic_tensor(key: str, shape: tuple[int, ...], device: torch.device | st
     return torch.randn(shape, generator=generator, dtype=ltx2.DTYPE, device=device).mul_(std)
 
 
+def _uninitialized_tensor(key: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+    return torch.empty(shape, dtype=ltx2.DTYPE, device=device)
+
+
 class SyntheticStateDictLoader:
     """ltx-core's ``StateDictLoader`` protocol over tensors that are made when they are asked for, with no file.
 
@@ -61,10 +65,12 @@ class SyntheticStateDictLoader:
 
     Args:
         architecture: What to make.
+        values: Without, tensors stay uninitialized: enough where only their memory counts.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, *, values: bool = True) -> None:
         self._architecture = architecture
+        self._make = synthetic_tensor if values else _uninitialized_tensor
 
     def metadata(self, path: str) -> dict[str, Any]:
         """The configuration that the builder reads from a file's metadata."""
@@ -83,7 +89,7 @@ class SyntheticStateDictLoader:
                 mapped = key if sd_ops is None else sd_ops.apply_to_key(key)
                 if mapped is None:
                     continue
-                tensor = synthetic_tensor(key, shape, target)
+                tensor = self._make(key, shape, target)
                 made.update(sd_ops.apply_to_key_value(mapped, tensor) if sd_ops is not None else [(mapped, tensor)])
         size = sum(tensor.nbytes for tensor in made.values())
         return ltx2.StateDict(sd=made, device=target, size=size, dtype={t.dtype for t in made.values()})

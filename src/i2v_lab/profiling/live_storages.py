@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import VramCapExceeded
+from i2v_lab.profiling.caching_allocator import Block, CachingAllocator
 from i2v_lab.profiling.module_paths import ModulePaths
 
 CATEGORIES = ("weight", "saved", "activation", "other")
@@ -34,6 +36,7 @@ class StorageLife:
         born: First tick alive.
         died: First tick no longer alive; ``None`` while it is.
         saved: Intervals ``[from, to)`` in which an autograd graph held it; ``to`` is ``None`` while it does.
+        is_workspace: Whether a library took it for itself; it is no tensor then, and ``module`` names the library.
     """
 
     nbytes: int
@@ -44,6 +47,7 @@ class StorageLife:
     born: int
     died: int | None = None
     saved: list[list[int | None]] = field(default_factory=list)
+    is_workspace: bool = False
 
     def become_weight(self, tensor: torch.Tensor, module: str) -> None:
         """What was loaded turns out to be a parameter or buffer of a module."""
@@ -60,7 +64,18 @@ class StorageLife:
             return "weight"
         if any(start is not None and start <= tick and (end is None or tick < end) for start, end in self.saved):
             return "saved"
-        return "activation" if self.module else "other"
+        return "activation" if self.module and not self.is_workspace else "other"
+
+
+@dataclass
+class LocalPeak:
+    """The most that was alive at any time within a scope.
+
+    Attributes:
+        bytes: Once the scope has ended.
+    """
+
+    bytes: int
 
 
 class LiveStorageMeter(TorchDispatchMode):
@@ -73,6 +88,8 @@ class LiveStorageMeter(TorchDispatchMode):
     Args:
         cap_bytes: Raise :class:`~i2v_lab.errors.VramCapExceeded` at the operator that takes the count beyond this.
         paths: Names the module that is running; without it every storage belongs to none.
+        device_type: Count only what is on devices of this type, such as ``cuda``.
+        allocator: Count what this allocator would for each storage, in the place of its own size.
 
     Attributes:
         lives: Storages seen since :meth:`forget_the_dead`, in the order in which they were first seen.
@@ -86,18 +103,30 @@ class LiveStorageMeter(TorchDispatchMode):
         4096
     """
 
-    def __init__(self, cap_bytes: int | None = None, paths: ModulePaths | None = None) -> None:
+    def __init__(
+        self,
+        cap_bytes: int | None = None,
+        paths: ModulePaths | None = None,
+        device_type: str | None = None,
+        allocator: CachingAllocator | None = None,
+    ) -> None:
         super().__init__()
         self.paths = paths
         self.lives: list[StorageLife] = []
         self._cap_bytes = cap_bytes
-        self._alive: dict[int, tuple[StorageLife, weakref.ref[Any]]] = {}
+        self._device_type = device_type
+        self._allocator = allocator
+        self._alive: dict[int, tuple[StorageLife, weakref.ref[Any], Block | None]] = {}
         self._live_bytes = 0
         self._peak_bytes = 0
         self._tick = 0
         self._peak_tick = 0
         self._times_s: list[float] = [time.perf_counter()]  # of every tick since forget_the_dead
         self._first_tick = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper against it costs as much as the counting
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,13 +147,15 @@ class LiveStorageMeter(TorchDispatchMode):
         return self._peak_bytes
 
     def reserved_peak_bytes(self) -> int | None:
-        """There is no caching allocator."""
-        return None
+        """The most the allocator held since :meth:`reset_peak`; ``None`` without one."""
+        return self._allocator.peak_reserved_bytes if self._allocator else None
 
     def reset_peak(self) -> None:
         """Look for a new peak, from what is alive now."""
         self._peak_bytes = self._live_bytes
         self._peak_tick = self._tick
+        if self._allocator is not None:
+            self._allocator.reset_peak()
 
     def observe(self, tensors: Iterable[torch.Tensor], *, weights: bool = False) -> None:
         """Count these tensors' storages, where they are not counted yet.
@@ -135,7 +166,8 @@ class LiveStorageMeter(TorchDispatchMode):
         """
         before = self._live_bytes
         for tensor in tensors:
-            if tensor.device.type == "meta":
+            device_type = (getattr(tensor, "fake_device", None) or tensor.device).type  # a fake's own .device is slow
+            if device_type == "meta" or (self._device_type is not None and device_type != self._device_type):
                 continue
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -150,20 +182,79 @@ class LiveStorageMeter(TorchDispatchMode):
             is_weight = weights or (self.paths is not None and key in self.paths.weights)
             life = StorageLife(nbytes, tuple(tensor.shape), tensor.dtype, self._module(), is_weight, self._advance())
             self.lives.append(life)
-            self._alive[key] = (life, weakref.ref(storage, partial(self._died, key)))
-            self._live_bytes += nbytes
+            block = self._allocator.allocate(nbytes) if self._allocator is not None and nbytes else None
+            self._alive[key] = (life, weakref.ref(storage, partial(self._died, key)), block)
+            self._live_bytes += block.size if block else nbytes
+        self._note_peak(before)
+
+    def _note_peak(self, before: int) -> None:
         if self._live_bytes > self._peak_bytes:
             self._peak_bytes = self._live_bytes
             self._peak_tick = self._tick
             if self._cap_bytes is not None and self._live_bytes > self._cap_bytes:
                 self._refuse(before)
 
+    # --- What operators do not show ---
+
+    def hold(self, nbytes: int, name: str) -> None:
+        """Count bytes that a library takes for itself and keeps.
+
+        Args:
+            nbytes: How many.
+            name: Stands for the module among the holders, such as ``cuBLAS workspace``.
+        """
+        self._take(nbytes, name)
+
+    def borrow(self, nbytes: int, name: str) -> None:
+        """Count bytes that a kernel allocates and frees inside itself; arguments as in :meth:`hold`."""
+        life, block = self._take(nbytes, name)
+        life.died = self._advance()
+        self._live_bytes -= block.size if block else nbytes
+        if self._allocator is not None and block is not None:
+            self._allocator.free(block)
+
+    def _take(self, nbytes: int, name: str) -> tuple[StorageLife, Block | None]:
+        before = self._live_bytes
+        life = StorageLife(nbytes, (nbytes,), torch.uint8, name, False, self._advance(), is_workspace=True)
+        self.lives.append(life)
+        block = self._allocator.allocate(nbytes) if self._allocator else None
+        self._live_bytes += block.size if block else nbytes
+        self._note_peak(before)
+        return life, block
+
+    # --- Calls that are not run again ---
+
+    @contextmanager
+    def local_peak(self) -> Iterator[LocalPeak]:
+        """Find the peak of what runs within this scope, besides the one since :meth:`reset_peak`."""
+        outer = (self._peak_bytes, self._peak_tick)
+        self._peak_bytes, self._peak_tick = self._live_bytes, self._tick
+        local = LocalPeak(self._peak_bytes)
+        try:
+            yield local
+        finally:
+            local.bytes = self._peak_bytes
+            if outer[0] >= self._peak_bytes:
+                self._peak_bytes, self._peak_tick = outer
+
+    def rise_to(self, nbytes: int) -> None:
+        """Count a peak that is known and not run."""
+        if nbytes > self._peak_bytes:
+            self._peak_bytes, self._peak_tick = nbytes, self._tick
+
+    def bytes_of(self, tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor]) -> int:
+        """What the storages of ``tensors`` count together, apart from those of ``without``."""
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        keys -= {tensor.untyped_storage()._cdata for tensor in without}
+        counted = [self._alive[key] for key in keys if key in self._alive]
+        return sum(block.size if block else life.nbytes for life, _, block in counted)
+
     # --- What an autograd graph holds ---
 
     def mark_saved(self, tensor: torch.Tensor) -> None:
         """An autograd graph begins to hold this tensor's storage."""
         self.observe([tensor])
-        life, _ = self._alive[tensor.untyped_storage()._cdata]
+        life = self._alive[tensor.untyped_storage()._cdata][0]
         life.saved.append([self._advance(), None])
 
     def mark_released(self, key: int) -> None:
@@ -209,9 +300,11 @@ class LiveStorageMeter(TorchDispatchMode):
             self._end(key)
 
     def _end(self, key: int) -> None:
-        life, _ = self._alive.pop(key)
+        life, _, block = self._alive.pop(key)
         life.died = self._advance()
-        self._live_bytes -= life.nbytes
+        self._live_bytes -= block.size if block else life.nbytes
+        if self._allocator is not None and block is not None:
+            self._allocator.free(block)
 
     def _module(self) -> str:
         return self.paths.current if self.paths else ""

@@ -73,6 +73,7 @@ class PhaseProfiler:
 
     Attributes:
         records: All records so far, in the order in which they came about.
+        paths: Names the module that is running; ``None`` without ``attribute``.
 
     Raises:
         ProfilerError: An unknown meter, a cap that is not positive, a snapshot without CUDA, another profiler that is
@@ -105,10 +106,10 @@ class PhaseProfiler:
             raise ProfilerError(f"snapshot='{snapshot}' needs the CUDA allocator; leave it out for {device}")
         self._snapshot = snapshot
         self._cap_bytes = vram_cap_bytes
-        self._paths = ModulePaths() if attribute else None
-        self._probe = AutogradGraphProbe(self._paths, self._live) if attribute else None
+        self.paths = ModulePaths() if attribute else None
+        self._probe = AutogradGraphProbe(self.paths, self._live) if attribute else None
         if self._live is not None:
-            self._live.paths = self._paths
+            self._live.paths = self.paths
         self._on_record = on_record
         self._open: list[_OpenPhase] = []
         self._peak_so_far_bytes = 0
@@ -150,11 +151,11 @@ class PhaseProfiler:
                 self._start(phase.value)
             case ComponentBuilt(name=name, module=module):
                 self.component(name, module)
-                if self._paths is not None:
-                    self._paths.components.append(name)
+                if self.paths is not None:
+                    self.paths.components.append(name)
             case ComponentReleased(name=name):
-                if self._paths is not None and name in self._paths.components:
-                    self._paths.components.remove(name)
+                if self.paths is not None and name in self.paths.components:
+                    self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):
                 self._step(step, steps)
             case PhaseEnded(seconds=seconds, completed=completed, error=error):
@@ -186,14 +187,18 @@ class PhaseProfiler:
 
     def component(self, name: str, module: torch.nn.Module) -> None:
         """Name a module tree, and count its parameters and buffers as weights."""
-        if self._paths is None:
+        if self.paths is None:
             self._meter.observe([*module.parameters(), *module.buffers()], weights=True)
             return
-        self._paths.name_tree(name, module)
+        self.paths.name_tree(name, module)
         for path, part in module.named_modules():
             own = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
-            with self._paths.inside(f"{name}.{path}" if path else name):
+            with self.paths.inside(f"{name}.{path}" if path else name):
                 self._meter.observe(own, weights=True)
+
+    def observe(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that exist already."""
+        self._meter.observe(tensors)
 
     # --- Segments ---
 
@@ -205,8 +210,8 @@ class PhaseProfiler:
         parent = self._open[-1].name if self._open else None
         allocated = self._meter.allocated_bytes()
         self._open.append(_OpenPhase(name, parent, allocated, now_s, tick, allocated, tick, step_start_s=now_s))
-        if self._paths is not None:
-            self._paths.phase = name
+        if self.paths is not None:
+            self.paths.phase = name
 
     def _cut(self) -> None:
         """End a segment: its peaks count for every open phase; the next one starts from what is allocated now."""
@@ -237,8 +242,8 @@ class PhaseProfiler:
     def _end(self, seconds: float, completed: bool, error: BaseException | None) -> None:
         self._cut()
         phase = self._open.pop()
-        if self._paths is not None:
-            self._paths.phase = self._open[-1].name if self._open else ""
+        if self.paths is not None:
+            self.paths.phase = self._open[-1].name if self._open else ""
         end_bytes = self._meter.allocated_bytes()
         if isinstance(error, VramCapExceeded | torch.OutOfMemoryError):
             self._write(self._out_of_memory(phase.name, error, end_bytes))
@@ -259,7 +264,7 @@ class PhaseProfiler:
         )
         for module, nbytes in sorted(phase.saved_by_module.items()):
             self._write(GraphRecord(phase.name, module, nbytes))
-        if self._live is not None and self._paths is not None:
+        if self._live is not None and self.paths is not None:
             self._write_the_peak(phase, list(self._live.alive_at(phase.peak_tick)))
             if not self._open:
                 for record in phase_timeline(self._live, phase.name, phase.start_tick, self._origin_s):
@@ -287,7 +292,7 @@ class PhaseProfiler:
             )
         asked = TORCH_ASKED.search(message)
         asked_bytes = round(float(asked[1]) * UNITS[asked[2]]) if asked else None
-        module = self._paths.failed_at if self._paths else ""
+        module = self.paths.failed_at if self.paths else ""
         return OutOfMemoryRecord(phase, module, asked_bytes, alive_bytes, self._cap_bytes, message)
 
     def _write(self, record: Record) -> None:
@@ -309,8 +314,8 @@ class PhaseProfiler:
         if PhaseProfiler._active is not None and not PhaseProfiler._active._ambient:
             raise ProfilerError("another profiler is active; leave its with block first")
         with ExitStack() as scopes:
-            if self._paths is not None:
-                scopes.enter_context(self._paths)
+            if self.paths is not None:
+                scopes.enter_context(self.paths)
             scopes.enter_context(self._meter)
             if self._probe is not None:
                 scopes.enter_context(self._probe)

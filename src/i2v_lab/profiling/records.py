@@ -194,6 +194,38 @@ Record = (
     | DeviceRecord
 )
 
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would record, on a device that is not here.
+
+    Attributes:
+        records: As a profiler writes them down in a real run.
+        context_bytes: What the CUDA context and the libraries take from the card besides; in no record. 0 where no
+            model of them was asked for.
+        seconds: What the forecast took.
+    """
+
+    records: tuple[Record, ...]
+    context_bytes: int
+    seconds: float
+
+    @property
+    def phases(self) -> list[PhaseRecord]:
+        """Every phase, in order."""
+        return [record for record in self.records if isinstance(record, PhaseRecord)]
+
+    @property
+    def peak(self) -> PhaseRecord:
+        """The phase with the highest peak, the first of equals."""
+        return max(self.phases, key=lambda record: record.peak_bytes)
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """The most that the caching allocator would hold; the peak itself where it was not modelled."""
+        return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
+
+
 KINDS: dict[str, type[Any]] = {
     "phase": PhaseRecord,
     "step": StepRecord,

@@ -322,6 +322,10 @@ def _cell(name: str, value: Any) -> str:
         return _signed_bytes(int(value))
     if name.endswith("bytes"):
         return format_bytes(int(value))
+    if name.endswith("error"):
+        return f"{100 * value:+.2f} %"
+    if name.startswith("share_"):
+        return f"{100 * value:.0f} %"
     if name == "difference_s":
         return f"{value:+.2f} s"
     if name.endswith("seconds"):

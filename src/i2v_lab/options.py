@@ -1,0 +1,45 @@
+"""The options of a request, as every command that takes one spells them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+
+Prompt = Annotated[str, typer.Option(help="What should happen.")]
+NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]
+Width = Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")]
+Height = Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")]
+Frames = Annotated[int | None, typer.Option(help="8k+1. [default: the model's]")]
+Fps = Annotated[float, typer.Option(help="Frames per second.")]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Model = Annotated[str, typer.Option(help="An architecture of data/architectures.")]
+VariantOption = Annotated[Variant, typer.Option(help="Sampler: 8+3 steps, or guided then 3.")]
+QuantizationOption = Annotated[Quantization, typer.Option(help="Of the transformer.")]
+TilePx = Annotated[int, typer.Option(help="Decoder tile, longer side.")]
+TileOverlapPx = Annotated[int, typer.Option(help="Overlap of tiles, pixels.")]
+TileFrames = Annotated[int, typer.Option(help="Decoder tile, frames.")]
+TileOverlapFrames = Annotated[int, typer.Option(help="Overlap of tiles, frames.")]
+NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")]
+DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def build_request(
+    defaults: dict[str, int], tile: tuple[int, int, int, int], no_tiling: bool, **asked: Any
+) -> I2VRequest:
+    """The request of a command line.
+
+    Args:
+        defaults: Width, height and frames to use where none is asked for.
+        tile: ``tile_px, tile_overlap_px, tile_frames, tile_overlap_frames``.
+        no_tiling: Disregard ``tile``.
+        **asked: Everything else, ``None`` where nothing is asked for.
+
+    Raises:
+        InvalidRequest: A rule is broken.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    return I2VRequest(**{**defaults, **given}, tiling=None if no_tiling else Tiling(*tile))

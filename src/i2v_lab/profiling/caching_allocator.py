@@ -1,0 +1,132 @@
+"""PyTorch's CUDA caching allocator, on paper: which bytes it counts as allocated, and which it holds from the card.
+
+Follows ``c10/cuda/CUDACachingAllocator.cpp`` of PyTorch 2.11 at its default settings, for one stream on a card that is
+large enough.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+MIN_BLOCK_BYTES = 512  # kMinBlockSize: every request is rounded up to a multiple of it
+SMALL_BYTES = 2**20  # kSmallSize: requests up to this come from small segments
+SMALL_SEGMENT_BYTES = 2 * 2**20  # kSmallBuffer
+LARGE_SEGMENT_BYTES = 20 * 2**20  # kLargeBuffer: for requests below kMinLargeAlloc
+MIN_LARGE_BYTES = 10 * 2**20  # kMinLargeAlloc: from here on a segment is made to measure
+ROUND_LARGE_BYTES = 2 * 2**20  # kRoundLarge: to multiples of this
+
+
+@dataclass(eq=False, slots=True)
+class Block:
+    """A part of a segment.
+
+    Attributes:
+        size: Bytes that the allocator counts for it.
+        address: Where it begins.
+        small: Which pool it belongs to.
+        free: Whether nobody has it.
+        previous: Its neighbour in the segment below.
+        next: Its neighbour above.
+    """
+
+    size: int
+    address: int
+    small: bool
+    free: bool = False
+    previous: Block | None = None
+    next: Block | None = None
+
+
+class CachingAllocator:
+    """Allocates and frees without a card.
+
+    Attributes:
+        allocated_bytes: In blocks that somebody has, as ``torch.cuda.memory_allocated()``.
+        reserved_bytes: In segments, as ``torch.cuda.memory_reserved()``.
+        peak_reserved_bytes: The most since :meth:`reset_peak`.
+
+    Example:
+        >>> allocator = CachingAllocator()
+        >>> allocator.allocate(1000).size, allocator.reserved_bytes
+        (1024, 2097152)
+    """
+
+    def __init__(self) -> None:
+        self.allocated_bytes = 0
+        self.reserved_bytes = 0
+        self.peak_reserved_bytes = 0
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # by size, then address
+        self._next_address = 0
+
+    def allocate(self, nbytes: int) -> Block:
+        """The smallest free block that is large enough, cut to size, or one from a new segment.
+
+        Args:
+            nbytes: At least 1.
+        """
+        size = _round_up(nbytes, MIN_BLOCK_BYTES)
+        small = size <= SMALL_BYTES
+        pool = self._free[small]
+        index = bisect.bisect_left(pool, (size, -1))
+        block = pool.pop(index)[2] if index < len(pool) else self._new_segment(size, small)
+        block.free = False
+        rest = block.size - size
+        if rest >= MIN_BLOCK_BYTES if small else rest > SMALL_BYTES:
+            remainder = Block(rest, block.address + size, small, previous=block, next=block.next)
+            if block.next is not None:
+                block.next.previous = remainder
+            block.size, block.next = size, remainder
+            self._give_back(remainder)
+        self.allocated_bytes += block.size
+        return block
+
+    def free(self, block: Block) -> None:
+        """Take a block back, and join it with its free neighbours."""
+        self.allocated_bytes -= block.size
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and neighbour.free:
+                self._withdraw(neighbour)
+                lower, upper = (neighbour, block) if neighbour is block.previous else (block, neighbour)
+                lower.size += upper.size
+                lower.next = upper.next
+                if upper.next is not None:
+                    upper.next.previous = lower
+                block = lower
+        self._give_back(block)
+
+    def empty_cache(self) -> None:
+        """Return the segments of which every byte is free."""
+        for pool in self._free.values():
+            for entry in [entry for entry in pool if entry[2].previous is None and entry[2].next is None]:
+                pool.remove(entry)
+                self.reserved_bytes -= entry[0]
+
+    def reset_peak(self) -> None:
+        """Look for a new peak, from what is reserved now."""
+        self.peak_reserved_bytes = self.reserved_bytes
+
+    def _new_segment(self, size: int, small: bool) -> Block:
+        if small:
+            segment = SMALL_SEGMENT_BYTES
+        elif size < MIN_LARGE_BYTES:
+            segment = LARGE_SEGMENT_BYTES
+        else:
+            segment = _round_up(size, ROUND_LARGE_BYTES)
+        block = Block(segment, self._next_address, small)
+        self._next_address += segment
+        self.reserved_bytes += segment
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        return block
+
+    def _give_back(self, block: Block) -> None:
+        block.free = True
+        bisect.insort(self._free[block.small], (block.size, block.address, block))
+
+    def _withdraw(self, block: Block) -> None:
+        pool = self._free[block.small]
+        del pool[bisect.bisect_left(pool, (block.size, block.address))]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,162 @@
+"""Torch code run as if on a device: shapes, dtypes and storages are true, and nothing is computed.
+
+``torch``'s ``FakeTensorMode`` does the main work. What stands here is what it lacks for inference code: the fused
+attention kernels that a real card would pick, tensors small enough to keep their values, so that code that branches on
+them takes the branch it would really take, and a CUDA device where there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake_operators import FakeOperators, Watch, known_values
+from i2v_lab.profiling.fused_attention import fused_attention
+
+
+@contextmanager
+def fake_device(
+    device: torch.device,
+    where: Callable[[], str],
+    watch: Watch = lambda *_: None,
+    on_empty_cache: Callable[[], None] = lambda: None,
+) -> Iterator[FakeTensorMode]:
+    """Within this scope every tensor is fake, and ``device`` exists.
+
+    Args:
+        device: What the code will ask for: ``cpu`` or ``cuda``. No CUDA call is made, on any machine.
+        where: Names the module that is running, for errors.
+        watch: Told of every operator that ran.
+        on_empty_cache: Called in the place of ``torch.cuda.empty_cache()``.
+
+    Raises:
+        ForecastError: An operator without a fake kernel, or one whose result depends on data that are not known.
+    """
+    mode = _FakeMode(allow_non_fake_inputs=True)
+    with ExitStack() as scopes:
+        for target, name, substitute in _substitutes(device, on_empty_cache):
+            scopes.enter_context(patch.object(target, name, substitute))
+        scopes.enter_context(_disable_current_modes())  # a meter outside would count what is not there
+        scopes.enter_context(mode)
+        scopes.enter_context(FakeOperators(mode, where, watch))
+        yield mode
+
+
+def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    """Modules and tensors among ``values`` as fakes on ``device``; the originals are left alone."""
+
+    def module(original: torch.nn.Module) -> torch.nn.Module:
+        own: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*original.parameters(), *original.buffers())}
+        for parameter in original.parameters():
+            own[id(parameter)] = torch.nn.Parameter(own[id(parameter)].detach(), parameter.requires_grad)
+        return copy.deepcopy(original, own).to(device)
+
+    values = tree_map_only(torch.nn.Module, module, values)
+    return tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t).to(device), values)
+
+
+class _FakeMode(FakeTensorMode):
+    """Never asks whether there is a CUDA device, so that the answer is the same on every machine."""
+
+    @property
+    def avoid_device_init(self) -> bool:
+        return True
+
+
+# --- Functions: what has to be met before torch takes it apart into operators -----------------------------------------
+
+
+def _attention(
+    original: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    attend = fused_attention if query.device.type == "cuda" else original
+    result: torch.Tensor = attend(query, key, value, *args, **kwargs)
+    return result
+
+
+def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    result: torch.Tensor = original(_plain(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
+    return result
+
+
+def _plain(data: Any) -> Any:
+    """Nested lists of numbers, where some are tensors of one element."""
+    if isinstance(data, list | tuple):
+        return [_plain(item) for item in data]
+    return data.item() if isinstance(data, torch.Tensor) else data
+
+
+# --- What a device without hardware must not be asked -----------------------------------------------------------------
+
+
+def _substitutes(device: torch.device, on_empty_cache: Callable[[], None]) -> Iterator[tuple[Any, str, Any]]:
+    functional = torch.nn.functional
+    # By patches, not by a TorchFunctionMode, which would also be asked for every shape and dtype that anybody reads.
+    yield torch, "tensor", functools.partial(_tensor, torch.tensor)
+    attention = functools.partial(_attention, functional.scaled_dot_product_attention)
+    yield functional, "scaled_dot_product_attention", attention
+    yield torch.nn.Module, "_apply", _convert_module
+    for kind in (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Embedding):
+        yield kind, "reset_parameters", lambda module: None  # fills in place what has no values
+    yield fake_tensor, "init_gpu_context", lambda device: None
+    if device.type == "cuda":
+        yield torch, "Generator", _CpuGenerator
+        yield torch.cuda, "is_available", lambda: True
+        yield torch.cuda, "device_count", lambda: 1
+        yield torch.cuda, "current_device", lambda: 0
+        yield torch.cuda, "synchronize", lambda device=None: None
+        yield torch.cuda, "empty_cache", on_empty_cache
+        try:
+            from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
+        except ImportError:
+            return
+        yield JITFunction, "run", _forget_arguments
+
+
+class _CpuGenerator(torch.Generator):
+    """Stands in for a generator on the fake device."""
+
+    def __new__(cls, device: Any = "cpu") -> _CpuGenerator:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+
+def _convert_module(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """What ``Module._apply`` does, for fake parameters, which cannot be swapped or given other data in place."""
+    if recurse:
+        for child in module.children():
+            _convert_module(child, fn)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                converted = fn(parameter)
+            if converted is not parameter:
+                if not isinstance(parameter, FakeTensor):
+                    raise ForecastError(
+                        f"a forecast would turn the real weights of {type(module).__name__} into fakes; build the "
+                        "module inside the callable, or pass it as an argument",
+                        module=type(module).__name__,
+                    )
+                module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+def _forget_arguments(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    """In place of launching a Triton kernel: it writes to its arguments and allocates nothing."""
+    for argument in args:
+        known = known_values(argument) if isinstance(argument, torch.Tensor) else None
+        if known is not None:
+            known.valid[0] = False

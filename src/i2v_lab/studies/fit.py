@@ -1,0 +1,106 @@
+"""The largest request that a card takes, found by searching forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from i2v_lab.profiling.records import Forecast
+from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
+from i2v_lab.studies.cards import FITS, judge
+from i2v_lab.studies.forecasts import DEFAULT_MODEL, forecast_request
+
+C = TypeVar("C")
+OnForecast = Callable[[I2VRequest, Forecast, str], None]
+
+MAX_HEIGHT = 2176  # of the search, not of the model
+MAX_FRAMES = 257  # likewise
+# By how little of the video they decode twice, which is what makes decoding slow.
+TILINGS: tuple[Tiling | None, ...] = (
+    None,
+    Tiling(1024, 64, 96, 24),
+    Tiling(768, 64, 80, 24),
+    Tiling(512, 64, 64, 24),
+    Tiling(384, 64, 32, 8),
+    Tiling(256, 64, 24, 8),
+    Tiling(128, 32, 16, 8),
+)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The end of a search.
+
+    Attributes:
+        request: The largest that fits; ``None`` if not even the smallest does.
+        forecast: Of that request, or of the smallest.
+        at_the_bound: Whether the search ended at its own bound, so that more may fit.
+    """
+
+    request: I2VRequest | None
+    forecast: Forecast
+    at_the_bound: bool
+
+
+class FitSearch:
+    """Searches for what fits ``memory_bytes``.
+
+    Args:
+        memory_bytes: What CUDA can use of the card.
+        model: An architecture's name.
+        on_forecast: Told of every request that was tried, with its forecast and verdict.
+    """
+
+    def __init__(
+        self, memory_bytes: int, model: str = DEFAULT_MODEL, on_forecast: OnForecast = lambda *_: None
+    ) -> None:
+        self._memory_bytes = memory_bytes
+        self._model = model
+        self._on_forecast = on_forecast
+
+    def largest_size(self, request: I2VRequest, aspect: tuple[int, int] = (4, 3)) -> Largest:
+        """The most pixels at the request's number of frames.
+
+        Args:
+            request: Everything but the size.
+            aspect: Width to height; sides are rounded to multiples of 64.
+        """
+        heights = range(PIXEL_MULTIPLE, MAX_HEIGHT + 1, PIXEL_MULTIPLE)
+        sizes = [(max(1, round(h * aspect[0] / aspect[1] / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE, h) for h in heights]
+        return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
+
+    def most_frames(self, request: I2VRequest) -> Largest:
+        """The most frames at the request's size."""
+        counts = range(1, MAX_FRAMES + 1, TEMPORAL_SCALE)
+        return self._last_that_fits([replace(request, frames=count) for count in counts])
+
+    def fastest_tiling(self, request: I2VRequest) -> Largest:
+        """The tiling that decodes least of the video twice, of those that fit the request's size and frames."""
+        for tiling in TILINGS:
+            tried = replace(request, tiling=tiling)
+            forecast, fits = self._try(tried)
+            if fits:
+                return Largest(tried, forecast, at_the_bound=False)
+        return Largest(None, forecast, at_the_bound=False)
+
+    def _last_that_fits(self, requests: Sequence[I2VRequest]) -> Largest:
+        """Bisection: memory only grows along ``requests``."""
+        forecast, fits = self._try(requests[0])
+        if not fits:
+            return Largest(None, forecast, at_the_bound=False)
+        good, bad = 0, len(requests)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            tried, fits = self._try(requests[middle])
+            if fits:
+                good, forecast = middle, tried
+            else:
+                bad = middle
+        return Largest(requests[good], forecast, at_the_bound=good == len(requests) - 1)
+
+    def _try(self, request: I2VRequest) -> tuple[Forecast, bool]:
+        forecast = forecast_request(request, self._model)
+        verdict = judge(forecast, "", self._memory_bytes).verdict
+        self._on_forecast(request, forecast, verdict)
+        return forecast, verdict == FITS

@@ -1,0 +1,86 @@
+"""The allocator on paper: its rules one by one, and what must hold after any sequence of calls."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from i2v_lab.profiling.caching_allocator import Block, CachingAllocator
+
+MIB = 2**20
+
+
+def test_requests_are_rounded_up_to_512_bytes():
+    allocator = CachingAllocator()
+    assert [allocator.allocate(n).size for n in (1, 512, 513, MIB)] == [512, 512, 1024, MIB]
+    assert allocator.allocated_bytes == 2048 + MIB
+
+
+def test_segments_are_2_mib_for_small_requests_20_mib_for_middling_ones_and_made_to_measure_above():
+    for request, reserved in ((512, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB, 10 * MIB), (11 * MIB + 1, 12 * MIB)):
+        allocator = CachingAllocator()
+        allocator.allocate(request)
+        assert allocator.reserved_bytes == reserved
+
+
+def test_a_rest_of_up_to_1_mib_of_a_large_segment_is_counted_with_the_block():
+    allocator = CachingAllocator()
+    assert allocator.allocate(11 * MIB).size == 12 * MIB  # torch.empty(11 * 2**20) says so on a real card
+    allocator = CachingAllocator()
+    assert allocator.allocate(18 * MIB - 512).size == 18 * MIB
+
+
+def test_the_smallest_free_block_that_is_large_enough_is_taken():
+    allocator = CachingAllocator()
+    large, small = allocator.allocate(40 * MIB), allocator.allocate(16 * MIB)
+    allocator.free(large)
+    allocator.free(small)
+    assert allocator.allocate(14 * MIB) is small
+    assert allocator.reserved_bytes == 56 * MIB
+
+
+def test_freed_neighbours_become_one_block_again():
+    allocator = CachingAllocator()
+    first, second, third = (allocator.allocate(4 * MIB) for _ in range(3))
+    for block in (first, third, second):
+        allocator.free(block)
+    assert allocator.allocate(20 * MIB - 512).size == 20 * MIB
+    assert allocator.reserved_bytes == 20 * MIB
+
+
+def test_empty_cache_returns_only_segments_of_which_every_byte_is_free():
+    allocator = CachingAllocator()
+    kept, freed = allocator.allocate(4 * MIB), allocator.allocate(64 * MIB)
+    allocator.free(freed)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 20 * MIB
+    assert allocator.peak_reserved_bytes == 84 * MIB
+    allocator.reset_peak()
+    assert allocator.peak_reserved_bytes == 20 * MIB
+    allocator.free(kept)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == allocator.allocated_bytes == 0
+
+
+@given(st.lists(st.one_of(st.integers(1, 64 * MIB), st.integers(-100, -1), st.just(0)), max_size=60))
+def test_after_any_calls_blocks_are_apart_and_every_byte_is_accounted_for(calls: list[int]):
+    allocator = CachingAllocator()
+    mine: list[Block] = []
+    for call in calls:  # a size to allocate, which block to free, or 0 for empty_cache
+        if call > 0:
+            mine.append(allocator.allocate(call))
+            assert mine[-1].size >= call
+        elif call == 0:
+            allocator.empty_cache()
+        elif mine:
+            allocator.free(mine.pop(call % len(mine)))
+        spans = sorted((block.address, block.address + block.size) for block in mine)
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        assert allocator.allocated_bytes == sum(block.size for block in mine)
+        assert allocator.peak_reserved_bytes >= allocator.reserved_bytes >= allocator.allocated_bytes
+    for block in mine:
+        allocator.free(block)
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == allocator.allocated_bytes == 0

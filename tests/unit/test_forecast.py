@@ -1,0 +1,336 @@
+"""Any torch code under fake tensors: the same bytes as for real, no device touched, and no guess."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.forecast import forecast, forecasting
+from i2v_lab.profiling.fused_attention import fused_attention
+from i2v_lab.profiling.live_storages import LiveStorageMeter
+from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.records import HolderRecord, ModuleRecord
+from i2v_lab.profiling.workspaces import Workspaces, load_workspaces
+
+F = torch.nn.functional
+WIDTH = 8
+
+
+class Inplace(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 1).mul_(2)
+
+
+class Joined(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.flip(0)])[: len(x)]
+
+
+class Attention(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(1, -1, 2, WIDTH // 2).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(x.shape)
+
+
+class Convolved(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = torch.nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernel(x.T[None])[0].T
+
+
+class Branching(torch.nn.Module):
+    """Doubles its memory where a count, which is known, is even."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count = torch.arange(len(x)).sum()
+        return torch.cat([x, x])[: len(x)] if count.item() % 2 == 0 else x.clone()
+
+
+LAYERS = {
+    "linear": lambda: torch.nn.Linear(WIDTH, WIDTH),
+    "norm": lambda: torch.nn.LayerNorm(WIDTH),
+    "gelu": torch.nn.GELU,
+    "inplace": Inplace,
+    "joined": Joined,
+    "attention": Attention,
+    "convolved": Convolved,
+    "branching": Branching,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=6), st.integers(1, 40), st.booleans())
+def test_on_the_cpu_any_chain_of_layers_is_forecast_to_the_byte(names: list[str], rows: int, grad: bool):
+    model = torch.nn.Sequential(*(LAYERS[name]() for name in names))
+    source = torch.ones(rows, WIDTH)
+    with torch.set_grad_enabled(grad), PhaseProfiler("cpu") as profiler:
+        profiler.component("Sequential", model)
+        with profiler.phase("call"):
+            result = model(source)
+            del result
+    with torch.set_grad_enabled(grad):
+        found = forecast(model, source, device="cpu").peak
+    real = profiler.peak
+    weights = sum(p.nbytes for p in model.parameters())
+    alive_before = real.start_bytes + source.nbytes  # a forecast's arguments are there when it begins
+    assert found.start_bytes == alive_before == weights + source.nbytes
+    assert (found.peak_bytes, found.saved_for_backward_bytes) == (real.peak_bytes, real.saved_for_backward_bytes)
+
+
+def test_on_a_fake_card_no_cuda_is_touched_with_or_without_one(monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("CUDA was initialised")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", never)
+    model, source = torch.nn.Linear(WIDTH, WIDTH), torch.ones(4, WIDTH)
+    peaks = set()
+    for there_is_one in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)  # noqa: B023 - used within the round
+        peaks.add(forecast(model, source).peak.peak_bytes)
+        assert torch.cuda.is_available() is there_is_one
+    assert peaks == {4 * (WIDTH * WIDTH + WIDTH + 2 * 4 * WIDTH)}
+
+
+def test_the_original_model_and_tensors_are_left_alone():
+    model, source = torch.nn.Linear(WIDTH, WIDTH), torch.ones(4, WIDTH)
+    before = model.weight.detach().clone()
+    forecast(model, source)
+    assert type(model.weight) is torch.nn.Parameter
+    assert torch.equal(model.weight, before)
+    assert model(source).shape == (4, WIDTH)
+
+
+def test_real_weights_are_not_turned_into_fakes_by_moving_their_module():
+    model = torch.nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(ForecastError, match=r"real weights of Linear into fakes; build the module inside"):
+        forecast(lambda: model.to("cuda"))
+    assert model.weight.device.type == "cpu"
+
+
+def test_what_is_on_the_cpu_does_not_count_on_the_card():
+    with forecasting("cuda") as profiler, profiler.phase("mixed"):
+        here, there = torch.ones(1000), torch.ones(10, device="cuda")
+        there += here[:10].to("cuda")
+    assert profiler.peak.peak_bytes == 80
+
+
+def test_attention_on_a_card_does_not_materialise_its_scores():
+    def attend(mask: torch.Tensor | None = None) -> torch.Tensor:
+        q = torch.empty(1, 2, 4096, 64, dtype=torch.bfloat16, device="cuda")
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    tensor = 2 * 4096 * 64 * 2
+    scores = 2 * 4096 * 4096 * 2
+    assert 2 * tensor <= forecast(attend).peak.peak_bytes < 3 * tensor
+    mask = torch.ones(1, 1, 1, 4096, dtype=torch.bool)
+    assert forecast(attend, mask).peak.peak_bytes < 3 * tensor < scores
+
+
+@pytest.mark.parametrize(("heads", "width", "keys"), [(4, 64, 24), (4, 60, 24), (2, 64, 21)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_attention_has_the_shape_of_torchs_own(heads, width, keys, masked):
+    def shapes() -> tuple[torch.Size, torch.Size]:
+        q = torch.empty(2, 4, 16, width, dtype=torch.bfloat16, device="cuda")
+        k, v = (torch.empty(2, heads, keys, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        mask = torch.ones(16, keys, dtype=torch.bool, device="cuda") if masked else None
+        found.append(fused_attention(q, k, v, mask, enable_gqa=heads != 4).shape)
+
+    found: list[torch.Size] = []
+    forecast(shapes)
+    assert found == [torch.Size((2, 4, 16, width))]
+
+
+# --- What follows from data -------------------------------------------------------------------------------------------
+
+
+class Choosing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+def test_a_branch_on_unknown_data_stops_with_operator_and_module():
+    with pytest.raises(ForecastError) as caught:
+        forecast(torch.nn.Sequential(Choosing()), torch.ones(4096, 4))
+    assert caught.value.fields == {"operator": "aten._local_scalar_dense.default", "module": "Sequential.0"}
+    assert "can only be measured by a real run" in str(caught.value)
+
+
+def test_a_size_that_follows_from_unknown_data_stops_with_operator_and_module():
+    class Selecting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[x > 0]
+
+    with pytest.raises(ForecastError, match=r"aten\.(index|nonzero).* in Selecting"):
+        forecast(Selecting(), torch.ones(4096, 4))
+
+
+def test_what_follows_from_known_data_is_followed():
+    def select() -> None:
+        mask = torch.tensor([True, False, True, True], device="cuda")
+        picked = torch.empty(4, 1000, device="cuda")[mask]
+        counted.append((len(picked), len(torch.nonzero(mask)), mask.sum().item()))
+
+    counted: list[tuple[int, int, int]] = []
+    forecast(select)
+    assert counted == [(3, 3, 3)]
+
+
+def test_what_was_overwritten_with_something_unknown_is_not_known_any_more():
+    def overwrite() -> float:
+        values = torch.zeros(4)
+        first = values[:1]
+        values.copy_(torch.rand(4))
+        return first.item()
+
+    with pytest.raises(ForecastError, match="asks for values that a forecast does not know"):
+        forecast(overwrite, device="cpu")
+
+
+def test_what_was_overwritten_with_something_known_is_known():
+    def overwrite() -> None:
+        values = torch.zeros(4)
+        first = values[:1]
+        values.add_(torch.arange(3, 7))
+        seen.append(first.item())
+
+    seen: list[float] = []
+    forecast(overwrite, device="cpu")
+    assert seen == [3.0]
+
+
+def test_an_operator_without_a_fake_kernel_stops_with_its_name():
+    @torch.library.custom_op("i2v_lab_test::opaque", mutates_args=())
+    def opaque(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    class Opaque(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return opaque(x)
+
+    with pytest.raises(ForecastError, match=r"i2v_lab_test\.opaque.* has no fake kernel.* in Opaque; register one"):
+        forecast(Opaque(), torch.ones(4))
+
+
+def test_attention_by_a_name_of_its_own_is_refused(monkeypatch):
+    own_name = F.scaled_dot_product_attention
+
+    def attend() -> torch.Tensor:
+        q = torch.empty(1, 2, 64, 64, dtype=torch.bfloat16, device="cuda")
+        return own_name(q, q, q)
+
+    with pytest.raises(ForecastError, match="call torch.nn.functional.scaled_dot_product_attention"):
+        forecast(attend)
+
+
+# --- What the fake run cannot see -------------------------------------------------------------------------------------
+
+MODEL = Workspaces(input_factor=1, output_factor=1, weight_factor=1, cublas_bytes=2**25, context_bytes=7)
+
+
+def test_a_convolution_borrows_as_much_as_it_reads_and_writes():
+    def convolve() -> torch.Tensor:
+        source = torch.empty(1, 64, 128, 128, dtype=torch.bfloat16, device="cuda")
+        return F.conv2d(source, torch.empty(64, 64, 3, 3, dtype=torch.bfloat16, device="cuda"), padding=1)
+
+    tensor, weight = 64 * 128 * 128 * 2, 64 * 64 * 9 * 2
+    with forecasting("cuda", workspaces=MODEL) as profiler, profiler.phase("call"):
+        convolve()
+    assert profiler.peak.peak_bytes == 2 * (2 * tensor + weight)
+    holders = [record for record in profiler.records if isinstance(record, HolderRecord)]
+    borrowed = [(record.nbytes, record.category) for record in holders if record.module == "cuDNN workspace"]
+    assert borrowed == [(2 * tensor + weight, "other")]
+
+
+def test_the_first_product_starts_up_cublas_which_keeps_its_workspace():
+    with forecasting("cuda", workspaces=MODEL) as profiler:
+        with profiler.phase("product"):
+            product = torch.empty(512, 512, device="cuda") @ torch.empty(512, 512, device="cuda")
+            del product
+        with profiler.phase("after"):
+            torch.empty(1, device="cuda")
+    product, after = profiler.phases
+    assert product.peak_bytes == 3 * 2**20 + 2**25
+    assert after.start_bytes == 2**25
+    modules = [record for record in profiler.records if isinstance(record, ModuleRecord)]
+    assert {record.module for record in modules if record.phase == "after"} == {"cuBLAS workspace", ""}
+
+
+def test_without_a_model_of_workspaces_bytes_are_those_of_tensors_and_nothing_is_said_to_be_reserved():
+    found = forecast(lambda: torch.empty(3, device="cuda"))
+    assert (found.peak.peak_bytes, found.peak.peak_reserved_bytes, found.context_bytes) == (12, None, 0)
+    modelled = forecast(lambda: torch.empty(3, device="cuda"), workspaces=load_workspaces())
+    assert (modelled.peak.peak_bytes, modelled.peak.peak_reserved_bytes) == (512, 2**21)
+    assert modelled.context_bytes > 2**29
+
+
+def test_empty_cache_returns_what_is_reserved():
+    with forecasting("cuda", workspaces=MODEL) as profiler:
+        with profiler.phase("large"):
+            torch.empty(2**28, device="cuda")
+            torch.cuda.empty_cache()
+        with profiler.phase("small"):
+            torch.empty(1, device="cuda")
+    assert [phase.peak_reserved_bytes for phase in profiler.phases] == [2**30, 2**21]
+
+
+# --- Calls that are not run again -------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    runs = 0
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(width, 4 * width)
+        self.outer = torch.nn.Linear(4 * width, width)
+        self.cache: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, *, keep: bool = False) -> dict[str, torch.Tensor]:
+        Block.runs += 1
+        if keep:
+            self.cache.append(x + 1)
+        return {"out": self.outer(self.inner(x).relu()), "same": x}
+
+
+def _peaks(repeats: bool, *, keep: bool = False, grad: bool = False, widths: tuple[int, ...] = (WIDTH,) * 6):
+    Block.runs = 0
+    alike = {Block: lambda block, x, keep=False: keep}
+    with forecasting("cpu", repeats=alike if repeats else None) as profiler, torch.set_grad_enabled(grad):
+        for step in range(2):
+            with profiler.phase(f"step {step}"):
+                x = torch.ones(10, WIDTH)
+                for width in widths:
+                    block = Block(width)
+                    result = block(F.pad(x, (0, width - WIDTH)), keep=keep)
+                    x = result["out"][:, :WIDTH]
+                    del result
+    return [(phase.peak_bytes, phase.end_bytes) for phase in profiler.phases], Block.runs
+
+
+def test_equal_blocks_are_run_once_in_a_phase_and_the_bytes_are_the_same():
+    everything, runs = _peaks(repeats=False)
+    assert runs == 12
+    replayed, runs = _peaks(repeats=True)
+    assert replayed == everything
+    assert 2 <= runs <= 4  # once in each phase, and again where more was alive than the first time
+
+
+@pytest.mark.parametrize("case", [{"keep": True}, {"grad": True}, {"widths": (8, 16, 24)}])
+def test_blocks_that_keep_something_or_a_graph_or_differ_are_all_run(case):
+    everything, runs = _peaks(repeats=False, **case)
+    replayed, runs_with = _peaks(repeats=True, **case)
+    assert replayed == everything
+    assert runs_with == runs
+
+
+def test_the_live_meter_is_untouched_by_forecasts():
+    with LiveStorageMeter() as meter:
+        kept = torch.ones(100)
+        forecast(lambda: torch.ones(10_000, device="cuda"))
+        assert meter.peak_bytes() == kept.nbytes
