@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from i2v_lab.pipeline.checkpoints import Weights, resolve_weights
     from i2v_lab.pipeline.media import write_video
     from i2v_lab.pipeline.two_stage import Generation, TwoStagePipeline, VideoStream
+    from i2v_lab.profiling.forecast import forecast, forecasting
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
+    from i2v_lab.profiling.records import Forecast
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+    from i2v_lab.studies.forecasts import forecast_request, forecast_sweep
 
 __version__ = "0.1.0"
 
@@ -31,7 +34,12 @@ _HOME = {
     "Generation": "i2v_lab.pipeline.two_stage",
     "TwoStagePipeline": "i2v_lab.pipeline.two_stage",
     "VideoStream": "i2v_lab.pipeline.two_stage",
+    "Forecast": "i2v_lab.profiling.records",
     "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
+    "forecast": "i2v_lab.profiling.forecast",
+    "forecasting": "i2v_lab.profiling.forecast",
+    "forecast_request": "i2v_lab.studies.forecasts",
+    "forecast_sweep": "i2v_lab.studies.forecasts",
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
     "Quantization": "i2v_lab.request",
@@ -41,6 +49,7 @@ _HOME = {
 
 __all__ = [
     "DecodeScope",
+    "Forecast",
     "Generation",
     "I2VLabError",
     "I2VRequest",
@@ -51,6 +60,10 @@ __all__ = [
     "Variant",
     "VideoStream",
     "Weights",
+    "forecast",
+    "forecast_request",
+    "forecast_sweep",
+    "forecasting",
     "resolve_weights",
     "write_video",
 ]

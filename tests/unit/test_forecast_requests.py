@@ -320,6 +320,12 @@ def test_forecast_prints_one_json_object(tmp_path):
     assert run.frame("phase")["peak_bytes"].max() == report["peak_bytes"]
 
 
+def test_a_forecast_prints_no_lines_of_a_real_allocator(monkeypatch, capfd):
+    monkeypatch.setenv("I2V_LAB_VRAM", "1")
+    forecast_request(SMALL, "ltx-2.3-tiny")
+    assert "[vram]" not in capfd.readouterr().err
+
+
 def test_forecast_as_text_names_the_peak_its_holders_and_the_cards():
     text = _run("forecast", *TINY)
     assert text.startswith("ltx-2.3-tiny, 64x64, 9 frames, distilled, fp8-cast, decode no_grad\npeak ")

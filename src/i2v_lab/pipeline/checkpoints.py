@@ -120,14 +120,7 @@ def synthetic_weights(architecture: Architecture) -> Weights:
     if on_demand:
         return _on_demand(architecture, folder, values=True)
     path = {file: str(folder / name) for file, name in synthetic.FILES.items()}
-    return Weights(
-        architecture=architecture,
-        checkpoint=path["checkpoint"],
-        gemma_root=str(folder / "gemma"),
-        gemma_shards=(path["gemma"],),
-        upsampler=path["upsampler"],
-        lora=path["lora"],
-    )
+    return _at(architecture, folder, path, ltx2.SafetensorsModelStateDictLoader())
 
 
 def skeleton_weights(architecture: Architecture) -> Weights:
@@ -140,6 +133,10 @@ def skeleton_weights(architecture: Architecture) -> Weights:
 
 def _on_demand(architecture: Architecture, folder: Path, *, values: bool) -> Weights:
     path = {file: f"{synthetic.SCHEME}{file}" for file in synthetic.FILES}
+    return _at(architecture, folder, path, synthetic.SyntheticStateDictLoader(architecture, values=values))
+
+
+def _at(architecture: Architecture, folder: Path, path: dict[str, str], loader: Any) -> Weights:
     return Weights(
         architecture=architecture,
         checkpoint=path["checkpoint"],
@@ -147,7 +144,7 @@ def _on_demand(architecture: Architecture, folder: Path, *, values: bool) -> Wei
         gemma_shards=(path["gemma"],),
         upsampler=path["upsampler"],
         lora=path["lora"],
-        loader=synthetic.SyntheticStateDictLoader(architecture, values=values),
+        loader=loader,
     )
 
 
