@@ -319,30 +319,30 @@ def test_one_run_is_a_headline_its_phases_and_the_holders_of_its_peak(folders):
         "video_decoder.up_blocks",
         "Phases",
         "",
-        " phase             seconds     start       peak       end      graph",
-        " ───────────────────────────────────────────────────────────────────",
-        " denoise_stage_1    2.00 s       0 B   10.0 MiB   1.0 MiB        0 B",
-        " decode_video       4.00 s   1.0 MiB   50.0 MiB   2.0 MiB   25.0 MiB",
+        " phase            seconds    start      peak      end     graph",
+        " ──────────────────────────────────────────────────────────────",
+        " denoise_stage_1   2.00 s      0 B  10.0 MiB  1.0 MiB       0 B",
+        " decode_video      4.00 s  1.0 MiB  50.0 MiB  2.0 MiB  25.0 MiB",
         "",
         "Alive at the peak, in decode_video, by module",
         "",
-        " module                    category      bytes",
-        " ─────────────────────────────────────────────",
-        " video_decoder.up_blocks   saved      24.0 MiB",
-        " video_decoder.up_blocks   weight     22.0 MiB",
-        " (outside any module)      other       3.0 MiB",
-        " video_decoder.conv_in     saved       1.0 MiB",
+        " module                   category     bytes",
+        " ───────────────────────────────────────────",
+        " video_decoder.up_blocks  saved     24.0 MiB",
+        " video_decoder.up_blocks  weight    22.0 MiB",
+        " (outside any module)     other      3.0 MiB",
+        " video_decoder.conv_in    saved      1.0 MiB",
         "",
         "The largest tensors alive at the peak, in decode_video",
         "",
-        "    bytes   category   dtype      shape          module",
-        " ──────────────────────────────────────────────────────────────────────────────",
-        " 22.0 MiB   weight     bfloat16   11x1024x1024   video_decoder.up_blocks.1.conv",
-        " 14.0 MiB   saved      bfloat16   7x1048576      video_decoder.up_blocks.1.conv",
-        "  3.0 MiB   other      float32    scalar         (outside any module)",
+        "    bytes  category  dtype     shape         module",
+        " ──────────────────────────────────────────────────────────────────────────",
+        " 22.0 MiB  weight    bfloat16  11x1024x1024  video_decoder.up_blocks.1.conv",
+        " 14.0 MiB  saved     bfloat16  7x1048576     video_decoder.up_blocks.1.conv",
+        "  3.0 MiB  other     float32   scalar        (outside any module)",
         "",
     ]
-    assert "3.0 MiB   other      float32" not in _show(folders[0], "--top", 2).output
+    assert "3.0 MiB  other     float32" not in _show(folders[0], "--top", 2).output
 
 
 def test_two_runs_are_their_headlines_and_the_difference(folders):
@@ -356,11 +356,11 @@ def test_two_runs_are_their_headlines_and_the_difference(folders):
         "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 5.50 s instead of 6.00 s",
         "Phase by phase",
         "",
-        "                                 other                           other",
-        " phase                 peak       peak      change   seconds   seconds    change",
-        " ───────────────────────────────────────────────────────────────────────────────",
-        " denoise_stage_1   10.0 MiB   10.0 MiB         0 B    2.00 s    2.00 s   +0.00 s",
-        " decode_video      50.0 MiB   25.0 MiB   -25.0 MiB    4.00 s    3.50 s   -0.50 s",
+        "                               other                        other",
+        " phase                peak      peak     change  seconds  seconds   change",
+        " ─────────────────────────────────────────────────────────────────────────",
+        " denoise_stage_1  10.0 MiB  10.0 MiB        0 B   2.00 s   2.00 s  +0.00 s",
+        " decode_video     50.0 MiB  25.0 MiB  -25.0 MiB   4.00 s   3.50 s  -0.50 s",
         "",
     ]
 
@@ -393,7 +393,7 @@ def test_an_unfinished_run_is_shown_as_such(folders):
     assert output.splitlines()[1] == (
         f"unfinished: the run was stopped, or still goes on; {len(RECORDS)} records so far"
     )
-    assert "decode_video       4.00 s" in output
+    assert "decode_video      4.00 s" in output
     nothing = _save(Path("nothing"), _run())
     assert _show(nothing).output.splitlines()[1:] == ["no phase has ended, so there is no peak"]
     assert _show(nothing, folders[0]).exit_code == 0

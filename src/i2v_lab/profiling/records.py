@@ -200,7 +200,7 @@ class Forecast:
     """What a run would record, on a device that is not here.
 
     Attributes:
-        records: As a profiler writes them down in a real run.
+        records: As a profiler writes them down in a real run; their seconds are those of the forecast, not of a run.
         context_bytes: What the CUDA context and the libraries take from the card besides; in no record. 0 where no
             model of them was asked for.
         seconds: What the forecast took.

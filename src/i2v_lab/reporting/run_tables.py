@@ -267,6 +267,7 @@ def rich_table(table: pd.DataFrame, title: str, *, bold: str | None = None) -> T
         bold: The phase whose row is bold.
     """
     shown = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    shown.collapse_padding = True  # eight columns of bytes fit a terminal of 80
     columns = [name for name in table.columns if _worth_showing(name, table[name])]
     depths = _depths(table) if "parent" in table else {}
     for name in columns:
