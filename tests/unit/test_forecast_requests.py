@@ -37,7 +37,7 @@ from i2v_lab.studies.forecasts import forecast_many, forecast_request, forecast_
 
 GIB = 2**30
 STILL = "stills/lighthouse.png"
-EXAMPLES = int(os.environ.get("I2V_LAB_EXAMPLES", "2"))  # 200 take an hour and a half on two cores
+EXAMPLES = int(os.environ.get("I2V_LAB_EXAMPLES", "2"))  # 200 take an hour on one core
 SMALL = I2VRequest(image=STILL, width=64, height=64, frames=9, fps=120)
 
 tilings = st.builds(
