@@ -298,6 +298,11 @@ def _heading(name: str) -> str:
         "other_seconds": "other\nseconds",
         "difference_bytes": "change",
         "difference_s": "change",
+        "median_error": "median\nerror",
+        "worst_error": "worst\nerror",
+        "share_under": "share\nunder",
+        "median_reserved_error": "reserved,\nmedian",
+        "worst_reserved_error": "reserved,\nworst",
     }
     return special.get(name, name.removesuffix("_bytes").replace("_", " "))
 
