@@ -295,7 +295,7 @@ def run_metadata(
         "git_modified": modified,
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         **extra,
     }
 
@@ -421,6 +421,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def usable_cores() -> int:
+    """The cores that this process may use; all of them where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git_commit(top: Path | None = None) -> tuple[str | None, bool | None]:

@@ -329,6 +329,23 @@ def test_blocks_that_keep_something_or_a_graph_or_differ_are_all_run(case):
     assert runs_with == runs
 
 
+class Viewing(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x[1:], (x + 1)[1:]  # a view of what is given, and one of a larger storage
+
+
+def test_calls_that_return_views_are_all_run():
+    found = []
+    for repeats in (None, {Viewing: lambda *_: None}):
+        with forecasting("cpu", repeats=repeats) as profiler, torch.no_grad(), profiler.phase("views"):
+            x = torch.ones(10, WIDTH)
+            Viewing()(x)
+            kept = Viewing()(x)
+        assert len(kept) == 2
+        found.append((profiler.peak.peak_bytes, profiler.peak.end_bytes))
+    assert found == [(2 * 10 * WIDTH * 4, 2 * 10 * WIDTH * 4)] * 2
+
+
 def test_the_live_meter_is_untouched_by_forecasts():
     with LiveStorageMeter() as meter:
         kept = torch.ones(100)

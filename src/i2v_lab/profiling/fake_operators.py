@@ -78,18 +78,28 @@ class _Outputs:
 
 def _outputs(result: Any, inputs: list[torch.Tensor]) -> _Outputs | None:
     """To make the like of a result again; ``None`` where it is not just new, dense tensors."""
-    given = {tensor.untyped_storage()._cdata for tensor in inputs}
-    tensors = list(result) if isinstance(result, list | tuple) else [result]
-    for tensor in tensors:
-        if not isinstance(tensor, FakeTensor) or tensor.storage_offset() or tensor.numel() == 0:
-            return None
-        if tensor.untyped_storage()._cdata in given:  # such as _unsafe_view, which does not say so
-            return None
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        if tensor.untyped_storage().nbytes() != span * tensor.itemsize:
-            return None
     many = isinstance(result, list | tuple)
+    tensors = list(result) if many else [result]
+    if not all(isinstance(tensor, FakeTensor) for tensor in tensors) or not are_new(tensors, inputs):
+        return None
     return _Outputs([(t.shape, t.stride(), t.dtype, t.fake_device) for t in tensors], many)
+
+
+def are_new(tensors: list[torch.Tensor], inputs: list[torch.Tensor]) -> bool:
+    """Whether each of ``tensors`` fills a storage of its own, which none of ``inputs`` has.
+
+    Not so for views, whether they say so or not (``_unsafe_view`` does not).
+    """
+    taken = {tensor.untyped_storage()._cdata for tensor in inputs}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata in taken or tensor.storage_offset() or tensor.numel() == 0:
+            return False
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if storage.nbytes() != span * tensor.itemsize:
+            return False
+        taken.add(storage._cdata)
+    return True
 
 
 @functools.cache

@@ -242,10 +242,9 @@ class LiveStorageMeter(TorchDispatchMode):
         if nbytes > self._peak_bytes:
             self._peak_bytes, self._peak_tick = nbytes, self._tick
 
-    def bytes_of(self, tensors: Iterable[torch.Tensor], without: Iterable[torch.Tensor]) -> int:
-        """What the storages of ``tensors`` count together, apart from those of ``without``."""
+    def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
+        """What the storages of ``tensors`` count together."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors}
-        keys -= {tensor.untyped_storage()._cdata for tensor in without}
         counted = [self._alive[key] for key in keys if key in self._alive]
         return sum(block.size if block else life.nbytes for life, _, block in counted)
 

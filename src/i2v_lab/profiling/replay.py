@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 
+from i2v_lab.profiling.fake_operators import are_new
 from i2v_lab.profiling.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 
@@ -73,7 +74,8 @@ class Replay:
             result = forward(module, *args, **kwargs)
         outputs = list(inputs)
         recipe = _recipe(result, outputs, known=len(inputs))
-        if self._meter.allocated_bytes() - start_bytes == self._meter.bytes_of(outputs[len(inputs) :], inputs):
+        new = outputs[len(inputs) :]
+        if are_new(new, inputs) and self._meter.allocated_bytes() - start_bytes == self._meter.bytes_of(new):
             self._seen[key] = _Seen(start_bytes, peak.bytes - start_bytes, recipe)
         return result
 

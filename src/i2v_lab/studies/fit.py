@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
 from i2v_lab.studies.cards import FITS, judge
 from i2v_lab.studies.forecasts import DEFAULT_MODEL, forecast_request
 
-C = TypeVar("C")
 OnForecast = Callable[[I2VRequest, Forecast, str], None]
 
 MAX_HEIGHT = 2176  # of the search, not of the model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from i2v_lab.profiling.garbage import no_collection
 from i2v_lab.profiling.records import Forecast, record_from_json, record_to_json
 from i2v_lab.reporting.files import write_text
 from i2v_lab.request import I2VRequest
+from i2v_lab.store import usable_cores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,7 +102,7 @@ def forecast_many(
     """:func:`forecast_request` for many, on all cores; arguments as in :func:`forecast_sweep`."""
     done: dict[int, Forecast] = {}
     bar = tqdm(total=len(requests), desc="forecasts", disable=not progress or not requests)
-    jobs = min(jobs or len(os.sched_getaffinity(0)), max(1, len(requests)))
+    jobs = min(jobs or usable_cores(), max(1, len(requests)))
     with bar, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # torch does not survive a fork
         pending = {pool.submit(forecast_request, request, model): i for i, request in enumerate(requests)}
         for future in as_completed(pending):
