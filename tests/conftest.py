@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,3 +52,19 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((300, 200)).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory: pytest.TempPathFactory, still: Path) -> Path:
+    """The build folder of one small reproduction of every notebook: made once, however many processes test it."""
+    from i2v_lab.reproduce import reproduce
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "reproduced"
+    with (shared / "reproduced.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            reproduce(parameters={"image": str(still), "width": 128, "height": 64, "frames": 17}, out=out)
+    return out

@@ -17,7 +17,6 @@ from i2v_lab.reporting.tables import before_after_table, published_table
 from i2v_lab.reproduce import NOTEBOOKS, check_parameters, execute, find_notebooks, reproduce
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
-SMALL = {"width": 64, "height": 64, "frames": 9}
 
 
 def test_the_notebooks_are_all_there():
@@ -58,16 +57,15 @@ def test_tables_and_figures_say_what_the_measurements_say(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg", "c.png", "c.svg"]
 
 
-def test_reproduce_leaves_everything_and_the_results_hold(tmp_path, still):
-    outcomes = reproduce(parameters={**SMALL, "width": 128, "frames": 17, "image": str(still)}, out=tmp_path)
-    results = read_results(outcomes[0].notebook)
+def test_reproduce_leaves_everything_and_the_results_hold(reproduced):
+    results = read_results(reproduced / "notebooks" / "03_no_grad_fix.ipynb")
     assert results["frames_identical"] is True
     assert results["decode_peak_ratio"] > 1.5
     assert results["excess_phase"] == "decode_video"
     assert results["largest_difference_elsewhere_bytes"] == 0
     assert results["verdict"] in ("confirmed", "refined")
     assert results["inference_mode_refused"] is True
-    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    made = {str(path.relative_to(reproduced)) for path in reproduced.rglob("*") if path.is_file()}
     assert made == {
         "figures/03_no_grad_fix_boundaries.png",
         "figures/03_no_grad_fix_boundaries.svg",
@@ -79,7 +77,7 @@ def test_reproduce_leaves_everything_and_the_results_hold(tmp_path, still):
         "videos/escaped.mp4",
         "videos/no_grad.mp4",
     }
-    page, index = ((tmp_path / "site" / name).read_text() for name in ("03_no_grad_fix.html", "index.html"))
+    page, index = ((reproduced / "site" / name).read_text() for name in ("03_no_grad_fix.html", "index.html"))
     assert f"{results['peak_ratio']:.2f} times as high" in page
     assert results["verdict"] in index
     for html in (page, index):

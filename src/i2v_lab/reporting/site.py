@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
+import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import nbformat
+import psutil
+from markupsafe import Markup
 from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
 
-from i2v_lab.paths import data_dir
 from i2v_lab.reporting.files import write_text
-from i2v_lab.reporting.results import read_results
+from i2v_lab.reporting.inline_svg import inline_svg
+from i2v_lab.reporting.results import MIME
+from i2v_lab.reporting.story import Page, headline, read_page
+from i2v_lab.store import run_metadata
 from i2v_lab.units import format_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
+BANNER = "papermill-error-cell-tag"  # papermill's own cells about an error; the page has its own words for it
 
 
 def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) -> Path:
@@ -35,72 +36,108 @@ def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) 
     Returns:
         The index.
     """
-    css, provenance = (TEMPLATES / "style.css").read_text(), provenance_line()
+    pages = [read_page(notebook, notebook in failed) for notebook in executed]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["inline"] = inline_markdown
+    environment.filters["plain"] = plain_markdown
+    environment.globals.update(
+        css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        provenance=provenance(),
+        pages=pages,
+    )
     exporter: Any = HTMLExporter(
         template_name="article", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
     )
-    pages = []
-    for notebook in executed:
-        title = notebook_title(notebook)
-        html, _ = exporter.from_filename(
-            str(notebook), resources={"title": title, "css": css, "provenance": provenance}
+    page_template = environment.get_template("page.html.j2")
+    for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
+        body = notebook_body(exporter, notebook, page, pages)
+        html = page_template.render(
+            page=page,
+            body=Markup(body),  # noqa: S704 - what our own notebooks show
+            previous=pages[index - 1] if index else None,
+            following=pages[index + 1] if index + 1 < len(pages) else None,
         )
-        write_text(folder / f"{notebook.stem}.html", html)
-        verdict = "failed" if notebook in failed else str(read_results(notebook).get("verdict", "done"))
-        pages.append({"title": title, "href": f"{notebook.stem}.html", "verdict": verdict})
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
-    index = environment.get_template("site_index.html.j2").render(
-        css=css, pages=pages, headline=headline(executed), provenance=provenance
+        write_text(folder / page.href, html)
+    index_html = environment.get_template("site_index.html.j2").render(
+        headline=headline(pages), stems={page.stem[:2]: page for page in pages}
     )
-    return write_text(folder / "index.html", index)
+    return write_text(folder / "index.html", index_html)
 
 
-def headline(executed: Sequence[Path]) -> dict[str, str] | None:
-    """The before and after of the index, from the named results of the notebook that measured them."""
-    for notebook in executed:
-        results = read_results(notebook)
-        if "escaped_peak_bytes" in results:
-            published = json.loads((data_dir() / "published" / "no_grad_study.json").read_text())["before_after"]
-            theirs = {row["decode_scope"]: f"{row['peak_gib']:.1f} GiB" for row in published}
-            return {
-                "before": format_bytes(results["escaped_peak_bytes"]),
-                "after": format_bytes(results["no_grad_peak_bytes"]),
-                "ratio": f"{results['peak_ratio']:.2f}",
-                "phase": results["excess_phase"],
-                "model": results["model"],
-                "published_before": theirs["escaped"],
-                "published_after": theirs["no_grad"],
-            }
-    return None
+def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page]) -> str:
+    """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages."""
+    node = nbformat.read(notebook, as_version=4)
+    node.cells = [cell for cell in node.cells if BANNER not in cell.metadata.get("tags", [])]
+    _prepare_outputs(node.cells, page.title)
+    first = next((cell for cell in node.cells if cell.cell_type == "markdown" and "# " in cell.source), None)
+    if first is not None:
+        first.metadata["with_verdict"] = True
+    body, _ = exporter.from_notebook_node(node, resources={"page": page})
+    stems = "|".join(re.escape(other.stem) for other in pages)
+    return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
 
 
-def notebook_title(notebook: Path) -> str:
-    """Its first heading."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        for line in cell.source.splitlines():
-            if cell.cell_type == "markdown" and line.startswith("# "):
-                return str(line.removeprefix("# "))
-    return notebook.stem
+def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
+    """Label what is shown with the heading above it, keep the ids of figures apart, and leave out pandas' own style."""
+    heading, count, figures = plain_markdown(title), 0, 0
+    errors = []
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"^#{1,4} +(.+)$", cell.source, re.MULTILINE)
+            if found:
+                heading, count = plain_markdown(found[-1]), 0
+            continue
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                errors.append(output)
+            data = output.get("data", {})
+            if not data or MIME in data:
+                continue
+            if "image/svg+xml" in data or "image/png" in data or "text/html" in data:
+                count += 1
+            label = heading if count < 2 else f"{heading} ({count})"
+            output.metadata["label"] = label
+            if "image/svg+xml" in data:
+                figures += 1
+                data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)
+            if "text/html" in data:
+                html = re.sub(r"<style scoped>.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
+                data["text/html"] = re.sub(r'<table border="1"', "<table", html)
+    if errors:
+        errors[-1]["anchor"] = True  # the one that ended the notebook, if any did
 
 
-def provenance_line() -> str:
-    """On which machine, with which versions, from which commit."""
-    versions = []
-    for package in ("i2v-lab", "torch", "ltx-core", "ltx-pipelines"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package} not installed")
-    cores = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f"Made {made} on {cores}; {', '.join(versions)}; commit {git_commit() or 'unknown'}."
+def inline_markdown(text: str) -> Markup:
+    """One line of Markdown as HTML without a paragraph around it."""
+    html = markdown2html(text).strip()
+    return Markup(re.sub(r"^<p>(.*)</p>$", r"\1", html, flags=re.DOTALL))  # noqa: S704 - a line of a notebook of ours
 
 
-def git_commit() -> str | None:
-    """The checkout's commit, shortened; ``None`` outside a checkout."""
-    top = Path(__file__).parents[3]
-    if not (top / ".git").exists():
-        return None
-    command = ["git", "-C", str(top), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    return found.stdout.strip() or None if found.returncode == 0 else None
+def plain_markdown(text: str) -> str:
+    """One line of Markdown as plain text: for titles and labels, where nothing can be emphasized."""
+    return str(Markup(inline_markdown(text)).striptags())  # noqa: S704 - only to take the tags out
+
+
+def provenance() -> dict[str, str]:
+    """On which machine, with which versions, from which commit, and when; what is not known is said to be so."""
+    found = run_metadata({}, "cuda:0", 0, [], "")
+    versions = {name: text for name, text in found["versions"].items() if text}
+    commit = found["git_commit"]
+    changed = ", with changes that are not committed" if found["git_modified"] else ""
+    card = found["device_name"]
+    memory = format_bytes(psutil.virtual_memory().total)
+    return {
+        "Made": found["started_at"].replace("T", " ").replace("+00:00", " UTC"),
+        "Machine": f"{found['processor'] or 'unknown processor'}, {found['cores']} cores, {memory} of memory, "
+        + (f"{card}, driver {found['driver_version']}" if card else "no NVIDIA GPU"),
+        "System": found["platform"],
+        "Versions": ", ".join(f"{name} {text}" for name, text in versions.items()),
+        "Commit": f"{commit[:12]}{changed}" if commit else "not a checkout",
+    }

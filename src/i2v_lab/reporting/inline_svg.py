@@ -1,0 +1,55 @@
+"""SVG figures inside an HTML page: their ids kept apart, described for people who do not see them."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+REFERENCE = re.compile(r"#([\w.:-]+)")
+
+def inline_svg(svg: str, prefix: str, label: str) -> str:
+    """An SVG document as an element of an HTML page.
+
+    Matplotlib names the clip paths and glyphs of every figure alike, and a page has one namespace for ids: without a
+    prefix a second figure would be drawn with the first one's. The figure's own style sheet is held to it, too.
+
+    Args:
+        svg: A whole SVG document.
+        prefix: Put before every id; unique on the page.
+        label: What the figure shows, in words.
+
+    Returns:
+        The ``svg`` element, as an image with a label, without metadata.
+
+    Raises:
+        xml.etree.ElementTree.ParseError: ``svg`` is not XML.
+
+    Example:
+        >>> inline_svg('<svg><path id="a"/><use href="#a"/></svg>', "fig-1", "A line")
+        '<svg id="fig-1" role="img" aria-label="A line"><path id="fig-1-a" /><use href="#fig-1-a" /></svg>'
+    """
+    root = ElementTree.fromstring(svg)  # noqa: S314 - a figure that a notebook of ours has just drawn
+    own = {value for element in root.iter() if (value := element.get("id"))}
+
+    def renamed(match: re.Match[str]) -> str:
+        return f"#{prefix}-{match[1]}" if match[1] in own else match[0]
+
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        attributes = {_local(name): value for name, value in element.attrib.items()}
+        for name, value in attributes.items():
+            attributes[name] = f"{prefix}-{value}" if name == "id" else REFERENCE.sub(renamed, value)
+        element.attrib.clear()
+        element.attrib.update(attributes)
+        for child in [child for child in element if _local(child.tag) == "metadata"]:
+            element.remove(child)
+        if element.tag == "style" and element.text:
+            element.text = f"#{prefix} {{ {REFERENCE.sub(renamed, element.text)} }}"
+    root.attrib.pop("id", None)
+    root.attrib = {"id": prefix, "role": "img", "aria-label": label, **root.attrib}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """Without its namespace: an HTML parser knows the elements of SVG by their local names, and ``href`` as such."""
+    return name.rpartition("}")[2]

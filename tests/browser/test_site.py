@@ -1,0 +1,252 @@
+"""The rendered site in a real Chromium: drawn whole, self-contained, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from made_notebooks import FAILED, make_notebooks
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+
+from i2v_lab.reporting.site import render_site
+
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
+
+# What is drawn: nothing of it may be empty.
+EMPTY = """() => {
+  const empty = [];
+  for (const image of document.images) if (!image.naturalWidth) empty.push(image.outerHTML.slice(0, 80));
+  for (const part of document.querySelectorAll("img, svg, video, main table, .bar, .card-line")) {
+    const box = part.getBoundingClientRect();
+    if (!box.width && !box.height || part.tagName !== "SPAN" && box.width * box.height === 0) {
+      if (!part.closest("details:not([open])")) empty.push(part.outerHTML.slice(0, 80));
+    }
+  }
+  for (const svg of document.querySelectorAll("svg")) {
+    const box = svg.getBBox();
+    if (box.width * box.height === 0) empty.push(svg.id);
+    for (const use of svg.querySelectorAll("use")) {
+      const href = use.getAttribute("href") ?? use.getAttribute("xlink:href");
+      if (!svg.querySelector(CSS.escape(href).replace("\\\\#", "#"))) empty.push(svg.id + href);
+    }
+  }
+  return empty;
+}"""
+
+# WCAG 2: 4.5 to 1, and 3 to 1 for large text. Every element that has text of its own, against what is behind it.
+LOW_CONTRAST = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (part) => {
+    for (let at = part; at; at = at.parentElement) {
+      const colour = channels(getComputedStyle(at).backgroundColor);
+      if (colour.length < 4 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  for (const part of document.querySelectorAll("body *:not(script):not(style):not(svg *)")) {
+    if (![...part.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) continue;
+    const style = getComputedStyle(part);
+    const [a, b] = [luminance(channels(style.color)), luminance(behind(part))].sort((x, y) => y - x);
+    const size = parseFloat(style.fontSize);
+    const large = size >= 24 || size >= 18.66 && style.fontWeight >= 700;
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < (large ? 3 : 4.5)) low.push(`${ratio.toFixed(2)}: ${part.outerHTML.slice(0, 100)}`);
+  }
+  return low;
+}"""
+
+PASTE = """() => {
+  const area = document.createElement("textarea");
+  area.id = "pasted";
+  document.body.append(area);
+  area.focus();
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        reason = f"none of {', '.join(names)} is on the PATH; apt-get install chromium"
+        if os.environ.get("I2V_LAB_REQUIRE_CHROMIUM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    root = hasattr(os, "geteuid") and os.geteuid() == 0  # as root it has no sandbox and refuses to start with one
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"] if root else [])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=["made", "reproduced"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``made``: by hand, with every kind of output. ``reproduced``: what the notebooks of this checkout show."""
+    return request.getfixturevalue(f"{request.param}_site")
+
+
+@pytest.fixture(scope="module")
+def made_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    notebooks = make_notebooks(folder / "notebooks")
+    return render_site(notebooks, [path for path in notebooks if path.stem == FAILED], folder / "site").parent
+
+
+@pytest.fixture(scope="module")
+def reproduced_site(reproduced: Path) -> Path:
+    return reproduced / "site"
+
+
+@pytest.fixture
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    context = browser.new_context(viewport=SIZES["desktop"])
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Page:
+    return context.new_page()
+
+
+def _screenshots(site: Path) -> Path:
+    """``build/screenshots/made`` or ``reproduced``: to be looked at."""
+    folder = SCREENSHOTS / site.parent.name.rstrip("0123456789")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _pages(site: Path) -> list[Path]:
+    found = sorted(site.glob("*.html"))
+    assert len(found) >= 2
+    assert site / "index.html" in found
+    return found
+
+
+def test_every_page_is_drawn_whole_and_stays_on_this_machine(site, page):
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("requestfailed", lambda request: problems.append(request.url[:100]))
+    page.on(
+        "request", lambda r: problems.append(r.url[:100]) if r.url.partition(":")[0] not in ("file", "data") else None
+    )
+    for path in _pages(site):
+        for name, size in SIZES.items():
+            page.set_viewport_size(size)
+            page.goto(path.as_uri())
+            assert page.evaluate(EMPTY) == []
+            for video in page.query_selector_all("video"):
+                video.evaluate("video => video.readyState || new Promise(done => video.onloadedmetadata = done)")
+                assert video.evaluate("video => video.videoWidth") > 0
+            wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+            assert wide[0] <= wide[1] == size["width"], path.name
+            page.screenshot(path=_screenshots(site) / f"{path.stem}-{name}.png", full_page=True)
+        assert problems == [], path.name
+
+
+def test_every_link_leads_somewhere_and_back(site, page):
+    ids: dict[str, list[str]] = {}
+    links: dict[str, list[str]] = {}
+    for path in _pages(site):
+        page.goto(path.as_uri())
+        ids[path.name] = page.evaluate("[...document.querySelectorAll('[id]')].map(part => part.id)")
+        links[path.name] = page.evaluate("[...document.links].map(link => link.getAttribute('href'))")
+        assert len(set(ids[path.name])) == len(ids[path.name]), path.name
+    for name, hrefs in links.items():
+        for href in hrefs:
+            if href.startswith(("https:", "http:")):
+                continue
+            target, _, anchor = href.partition("#")
+            assert (target or name) in ids, f"{name}: {href}"
+            assert not anchor or anchor in ids[target or name], f"{name}: {href}"
+    names = [path.name for path in _pages(site) if path.name != "index.html"]
+    assert set(names) <= set(links["index.html"])
+    page.goto((site / names[0]).as_uri())
+    for name in names[1:]:
+        page.locator("main nav a[rel=next]").click()
+        assert page.url.endswith(name)
+        assert page.locator("header nav a[rel=prev]").count() == 1
+    assert page.locator("a[rel=next]").count() == 0
+
+
+def test_every_page_can_be_read_by_everybody(site, page):
+    for path in _pages(site):
+        page.goto(path.as_uri())
+        assert page.locator("html").get_attribute("lang") == "en"
+        assert page.title()
+        for landmark in ("main", "body > header", "footer", "h1"):
+            assert page.locator(landmark).count() == 1, f"{path.name}: {landmark}"
+        unnamed = "img:not([alt]), img[alt=''], svg:not([role=img][aria-label]), video:not([aria-label])"
+        assert page.locator(unnamed).count() == 0, path.name
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert page.evaluate(LOW_CONTRAST) == [], path.name
+        for word in ("Made", "Machine", "Versions", "Commit"):
+            assert page.locator("footer dt", has_text=word).count() == 1
+
+
+def test_folded_code_opens_one_by_one_and_together(site, page):
+    page.goto(next(path for path in _pages(site) if path.name != "index.html").as_uri())
+    code = page.locator("details.code")
+    assert code.count() > 0
+    assert not code.first.locator("pre").is_visible()
+    code.first.locator("summary").click()
+    assert code.first.locator("pre").is_visible()
+    page.get_by_role("button", name="Show all code").click()
+    assert all(part.is_visible() for part in code.locator("pre").all())
+    page.get_by_role("button", name="Hide all code").click()
+    assert not any(part.is_visible() for part in code.locator("pre").all())
+
+
+@pytest.mark.parametrize("clipboard", ["there", "missing", "refused"])
+def test_a_table_is_copied_as_tab_separated_text(made_site, context, clipboard):
+    replaced = {
+        "missing": "Object.defineProperty(navigator, 'clipboard', {value: undefined})",
+        "refused": "navigator.clipboard.writeText = () => Promise.reject(new Error('no'))",
+    }
+    if clipboard == "there":
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+    else:
+        context.add_init_script(replaced[clipboard])
+    page = context.new_page()
+    page.goto((made_site / "04_flat_across_resolution.html").as_uri())
+    assert page.evaluate("navigator.clipboard === undefined") == (clipboard == "missing")
+    button = page.get_by_role("button", name="Copy").nth(1)
+    button.click()
+    page.locator("button", has_text="Copied").wait_for(timeout=2000)
+    page.evaluate(PASTE)
+    page.keyboard.press("Control+V")
+    assert page.locator("#pasted").input_value() == (
+        "\t\tpeak (GiB)\tnote\n"
+        "weights\tscope\t\t\n"
+        "fp8\tescaped\t1.50\ta b\n"
+        "\tno_grad\t2.00\tc\n"
+        "bf16\tescaped\t3.25\td\n"
+        "\tno_grad\t4.00\tNone\n"
+    )
+    page.locator("button", has_text="Copied").wait_for(state="detached", timeout=5000)
+
+
+def test_every_page_prints_without_code_and_within_the_paper(site, page):
+    for path in _pages(site):
+        page.goto(path.as_uri())
+        pdf = page.pdf(prefer_css_page_size=True)
+        assert pdf.startswith(b"%PDF-")
+        assert len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 1
+        (_screenshots(site) / f"{path.stem}.pdf").write_bytes(pdf)
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 680, "height": 962})  # A4 at 96 dots an inch, less its margins
+        assert page.evaluate("document.documentElement.scrollWidth") <= 680, path.name
+        assert not any(part.is_visible() for part in page.locator("details.code, button, main nav").all())
+        tall = "[...document.querySelectorAll('figure')].map(part => part.getBoundingClientRect().height)"
+        assert all(height < 962 for height in page.evaluate(tall))
+        page.emulate_media(media="screen")

@@ -1,0 +1,143 @@
+"""Seven executed notebooks made by hand: every kind of output that a page can hold, in milliseconds."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import av
+import nbformat
+import numpy as np
+import pandas as pd
+from IPython.display import SVG, Video
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+
+from i2v_lab.reporting.figures import boundaries_figure, save_figure
+from i2v_lab.reporting.results import MIME
+
+GIB = 2**30
+FAILED = "05_leak"
+PEAKS = {
+    "escaped_peak_bytes": round(102.38 * GIB),
+    "no_grad_peak_bytes": round(23.68 * GIB),
+    "peak_ratio": 102.38 / 23.68,
+    "excess_phase": "decode_video",
+}
+
+
+def make_notebooks(folder: Path, **results_of_03: Any) -> list[Path]:
+    """Write them; ``results_of_03`` replace some of the results of ``03_no_grad_fix``.
+
+    Returns:
+        Their paths, in order; ``FAILED`` is the stem of the one that failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [_figure(folder, "one", 300), _figure(folder, "two", 500)]
+    bodies: dict[str, tuple[str, list[NotebookNode], dict[str, Any]]] = {
+        "00_generate": (
+            "A still becomes a video",
+            [new_markdown_cell("## The video"), _shown(_video(folder)), _shown(_png())],
+            {"verdict": "shown", "finding": "9 frames of 64x64 in 3 s.", "source": "measure", "model": "ltx-2.3-tiny"},
+        ),
+        "01_tiling_dead_end": (
+            "Smaller tiles do not help",
+            [_shown(_table(3)), new_markdown_cell("See [the fix](03_no_grad_fix.ipynb) or [the list](index.html).")],
+            {"verdict": "refuted", "finding": "Tiles of 256 px take 3 % less.", "source": "forecast"},
+        ),
+        "02_peak_localization": (
+            "The peak is in `decode_video`",
+            [new_markdown_cell("## Boundaries"), _shown(figures[0]), _shown(figures[1]), _shown(_table(2))],
+            {"verdict": "confirmed", "finding": "All of it is there.", "source": "recorded", "model": "ltx-2.3-22b"},
+        ),
+        "03_no_grad_fix": (
+            "One call moved inside `no_grad`",
+            [_shown(figures[0]), _shown({"text/markdown": "> **quoted**"})],
+            {
+                **{"verdict": "confirmed", "finding": "A quarter is left.", "source": "forecast"},
+                **{"model": "ltx-2.3-22b", **PEAKS, **results_of_03},
+            },
+        ),
+        "04_flat_across_resolution": (
+            "After the fix, resolution hardly matters",
+            [new_markdown_cell("## A wide table"), _shown(_table(14)), _shown(_spanning_table())],
+            {"verdict": "refined", "finding": "Flat up to 1536x1152.", "source": "forecast", "model": "ltx-2.3-22b"},
+        ),
+        FAILED: ("Nothing is left behind", [_streams(), _error()], {}),
+        "06_will_it_fit": (
+            "Will it fit?",
+            [_shown({"application/vnd.jupyter.widget-view+json": {"model_id": "a"}, "text/plain": "Dropdown()"})],
+            {"verdict": "no data", "finding": "There is no run of that size.", "source": "recorded", "model": None},
+        ),
+    }
+    for stem, (title, cells, results) in bodies.items():
+        claim = f"# {title}\n\n**Claim.** What `{stem}` claims is said here in a sentence. A second one says more of it."
+        parameters = new_code_cell("frames: int = 97  # 8k+1", metadata={"tags": ["parameters"]})
+        last = [_shown({MIME: results, "text/plain": "results"}, "record(**results)")] if results else []
+        notebook = new_notebook(cells=[new_markdown_cell(claim), parameters, *cells, *last])
+        notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+        nbformat.write(notebook, folder / f"{stem}.ipynb")
+    return [folder / f"{stem}.ipynb" for stem in bodies]
+
+
+def _shown(data: dict[str, Any], source: str = "show(figure, width=12)  # as it is") -> NotebookNode:
+    return new_code_cell(source, outputs=[new_output("display_data", data=data)])
+
+
+def _figure(folder: Path, name: str, escaped: int) -> dict[str, Any]:
+    rows = [
+        {"decode_scope": scope, "phase": phase, "peak_so_far_bytes": peak * 2**20}
+        for scope, last in (("escaped", escaped), ("no_grad", 120))
+        for phase, peak in zip(("encode_prompt", "denoise_stage_1", "decode_video"), (100, 110, last), strict=True)
+    ]
+    svg, _ = save_figure(boundaries_figure(pd.DataFrame(rows)), folder / "figures", name)
+    return {"image/svg+xml": SVG(filename=str(svg)).data, "text/plain": "<SVG>"}
+
+
+def _table(columns: int) -> dict[str, Any]:
+    table = pd.DataFrame({f"{1024 + 64 * n}x768 peak": ["23.68 GiB", "4.85 GiB"] for n in range(columns)})
+    table.index = pd.Index(["encode_prompt", "decode_video"])
+    return {"text/html": table._repr_html_(), "text/plain": str(table)}
+
+
+def _spanning_table() -> dict[str, Any]:
+    index = pd.MultiIndex.from_product([["fp8", "bf16"], ["escaped", "no_grad"]], names=["weights", "scope"])
+    table = pd.DataFrame({"peak (GiB)": [1.5, 2.0, 3.25, 4.0], "note": ["a\tb", "c", "d", None]}, index=index)
+    return {"text/html": table._repr_html_(), "text/plain": str(table)}
+
+
+def _png() -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(file, "png")
+    return {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": "<Image>"}
+
+
+def _video(folder: Path) -> dict[str, Any]:
+    path = folder / "made.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for shade in range(0, 240, 30):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), shade, np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    video = Video(str(path), embed=True, html_attributes="controls loop muted playsinline")
+    return {"text/html": video._repr_html_(), "text/plain": "<Video>"}
+
+
+def _streams() -> NotebookNode:
+    outputs = [
+        new_output("stream", name="stdout", text="so far <so good>\n"),
+        new_output("stream", name="stderr", text="\x1b[31m100 %\x1b[0m of 11 steps\n"),
+    ]
+    return new_code_cell("print('so far <so good>')", outputs=outputs)
+
+
+def _error() -> NotebookNode:
+    long = "x" * 300
+    trace = ["\x1b[0;31mValueError\x1b[0m Traceback", f"\x1b[0;32m----> 1\x1b[0m raise ValueError('{long}')"]
+    error = new_output("error", ename="ValueError", evalue="height=500 is not a multiple of 64", traceback=trace)
+    return new_code_cell("raise ValueError", outputs=[error])
