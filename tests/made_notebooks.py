@@ -57,8 +57,12 @@ def make_notebooks(folder: Path, **results_of_03: Any) -> list[Path]:
             "One call moved inside `no_grad`",
             [_shown(figures[0]), _shown({"text/markdown": "> **quoted**"})],
             {
-                **{"verdict": "confirmed", "finding": "A quarter is left.", "source": "forecast"},
-                **{"model": "ltx-2.3-22b", **PEAKS, **results_of_03},
+                "verdict": "confirmed",
+                "finding": "A quarter is left.",
+                "source": "forecast",
+                "model": "ltx-2.3-22b",
+                **PEAKS,
+                **results_of_03,
             },
         ),
         "04_flat_across_resolution": (
@@ -74,7 +78,9 @@ def make_notebooks(folder: Path, **results_of_03: Any) -> list[Path]:
         ),
     }
     for stem, (title, cells, results) in bodies.items():
-        claim = f"# {title}\n\n**Claim.** What `{stem}` claims is said here in a sentence. A second one says more of it."
+        claim = (
+            f"# {title}\n\n**Claim.** What `{stem}` claims is said here in a sentence. A second one says more of it."
+        )
         parameters = new_code_cell("frames: int = 97  # 8k+1", metadata={"tags": ["parameters"]})
         last = [_shown({MIME: results, "text/plain": "results"}, "record(**results)")] if results else []
         notebook = new_notebook(cells=[new_markdown_cell(claim), parameters, *cells, *last])
@@ -105,7 +111,7 @@ def _table(columns: int) -> dict[str, Any]:
 
 def _spanning_table() -> dict[str, Any]:
     index = pd.MultiIndex.from_product([["fp8", "bf16"], ["escaped", "no_grad"]], names=["weights", "scope"])
-    table = pd.DataFrame({"peak (GiB)": [1.5, 2.0, 3.25, 4.0], "note": ["a\tb", "c", "d", None]}, index=index)
+    table = pd.DataFrame({"peak (GiB)": [1.5, 2.0, 3.25, 4.0], "note": ["a < b", "c", "d", None]}, index=index)
     return {"text/html": table._repr_html_(), "text/plain": str(table)}
 
 

@@ -228,10 +228,10 @@ def test_a_table_is_copied_as_tab_separated_text(made_site, context, clipboard):
     assert page.locator("#pasted").input_value() == (
         "\t\tpeak (GiB)\tnote\n"
         "weights\tscope\t\t\n"
-        "fp8\tescaped\t1.50\ta b\n"
+        "fp8\tescaped\t1.50\ta < b\n"
         "\tno_grad\t2.00\tc\n"
         "bf16\tescaped\t3.25\td\n"
-        "\tno_grad\t4.00\tNone\n"
+        "\tno_grad\t4.00\tNaN\n"
     )
     page.locator("button", has_text="Copied").wait_for(state="detached", timeout=5000)
 
@@ -239,6 +239,7 @@ def test_a_table_is_copied_as_tab_separated_text(made_site, context, clipboard):
 def test_every_page_prints_without_code_and_within_the_paper(site, page):
     for path in _pages(site):
         page.goto(path.as_uri())
+        page.emulate_media(media="null")  # as it comes: on paper for a PDF
         pdf = page.pdf(prefer_css_page_size=True)
         assert pdf.startswith(b"%PDF-")
         assert len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 1
@@ -249,4 +250,3 @@ def test_every_page_prints_without_code_and_within_the_paper(site, page):
         assert not any(part.is_visible() for part in page.locator("details.code, button, main nav").all())
         tall = "[...document.querySelectorAll('figure')].map(part => part.getBoundingClientRect().height)"
         assert all(height < 962 for height in page.evaluate(tall))
-        page.emulate_media(media="screen")

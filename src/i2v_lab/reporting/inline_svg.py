@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 REFERENCE = re.compile(r"#([\w.:-]+)")
 
+
 def inline_svg(svg: str, prefix: str, label: str) -> str:
     """An SVG document as an element of an HTML page.
 

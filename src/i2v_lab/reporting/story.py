@@ -144,7 +144,6 @@ class Headline:
         card_size: What CUDA can use of it, formatted.
         groups: Ours, if there are any, and the published pair.
         own_scale: How many times our larger bar the card is, where it would be off the paper; empty otherwise.
-        ours: Whether the figures are from the results, not the published ones.
     """
 
     before: str
@@ -157,7 +156,6 @@ class Headline:
     card_size: str
     groups: Sequence[Bars]
     own_scale: str
-    ours: bool
 
 
 def headline(pages: Sequence[Page]) -> Headline:
@@ -176,22 +174,20 @@ def headline(pages: Sequence[Page]) -> Headline:
     groups = [_bars(their_label, theirs, whole, card_bytes)]
     how = origin(results) if results else ""
     if ours:
-        label = f"Here: {how}" if how else "Here"
         own = whole if on_card else 1.02 * max(ours.values())
-        groups.insert(0, _bars(label, ours, own, card_bytes if on_card else None))
+        groups.insert(0, _bars("Here", ours, own, card_bytes if on_card else None))
     shown = ours or theirs
     return Headline(
         before=format_bytes(shown["escaped"]),
         after=format_bytes(shown["no_grad"]),
         ratio=f"{shown['escaped'] / shown['no_grad']:.2f}",
         phase=str(results.get("excess_phase") or "") if results else "",
-        origin=how or ("from this run" if ours else "published; this run has no figures of its own"),
+        origin=how or ("found by this run" if ours else "as published; this run has no figures of its own"),
         too_much=shown["escaped"] > card_bytes,
         card=CARD,
         card_size=format_bytes(card_bytes),
         groups=groups,
         own_scale="" if on_card else f"{card_bytes / max(ours.values()):,.0f}",
-        ours=bool(ours),
     )
 
 

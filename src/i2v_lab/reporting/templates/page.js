@@ -51,7 +51,11 @@
       button.textContent = done ? "Copied" : "Could not copy";
       setTimeout(() => { button.textContent = "Copy"; }, 2000);
     });
-    (table.closest(".scroll") ?? table).before(button);
+    const shown = table.closest(".scroll") ?? table;
+    const box = document.createElement("div");  // as wide as the table, so that the button is beside it
+    box.className = "copied";
+    shown.before(box);
+    box.append(button, shown);
   }
 
   /** Numbers to the right, words to the left; short cells stay on one line. */
