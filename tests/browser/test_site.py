@@ -23,16 +23,13 @@ EMPTY = """() => {
   for (const image of document.images) if (!image.naturalWidth) empty.push(image.outerHTML.slice(0, 80));
   for (const part of document.querySelectorAll("img, svg, video, main table, .bar, .card-line")) {
     const box = part.getBoundingClientRect();
-    if (!box.width && !box.height || part.tagName !== "SPAN" && box.width * box.height === 0) {
-      if (!part.closest("details:not([open])")) empty.push(part.outerHTML.slice(0, 80));
-    }
+    if (box.width * box.height === 0 && !part.closest("details:not([open])")) empty.push(part.outerHTML.slice(0, 80));
   }
   for (const svg of document.querySelectorAll("svg")) {
     const box = svg.getBBox();
     if (box.width * box.height === 0) empty.push(svg.id);
     for (const use of svg.querySelectorAll("use")) {
-      const href = use.getAttribute("href") ?? use.getAttribute("xlink:href");
-      if (!svg.querySelector(CSS.escape(href).replace("\\\\#", "#"))) empty.push(svg.id + href);
+      if (!svg.querySelector(`[id="${use.getAttribute("href").slice(1)}"]`)) empty.push(use.outerHTML);
     }
   }
   return empty;
@@ -146,7 +143,7 @@ def test_every_page_is_drawn_whole_and_stays_on_this_machine(site, page):
             page.goto(path.as_uri())
             assert page.evaluate(EMPTY) == []
             for video in page.query_selector_all("video"):
-                video.evaluate("video => video.readyState || new Promise(done => video.onloadedmetadata = done)")
+                video.evaluate("video => video.readyState > 1 || new Promise(done => video.onloadeddata = done)")
                 assert video.evaluate("video => video.videoWidth") > 0
             wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
             assert wide[0] <= wide[1] == size["width"], path.name
@@ -234,6 +231,16 @@ def test_a_table_is_copied_as_tab_separated_text(made_site, context, clipboard):
         "\tno_grad\t4.00\tNaN\n"
     )
     page.locator("button", has_text="Copied").wait_for(state="detached", timeout=5000)
+
+
+def test_a_figure_fits_a_phone_and_is_enlarged_within_its_own_box(made_site, page):
+    page.set_viewport_size(SIZES["phone"])
+    page.goto((made_site / "02_peak_localization.html").as_uri())
+    figure = page.locator("figure.drawn").first
+    assert figure.locator("svg").bounding_box()["width"] <= 390
+    figure.click()
+    assert figure.locator("svg").bounding_box()["width"] > 600
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_every_page_prints_without_code_and_within_the_paper(site, page):

@@ -78,6 +78,10 @@
     addButton(table);
   }
 
+  for (const figure of document.querySelectorAll(".drawn")) {  // narrow screens have a style for it
+    figure.addEventListener("click", () => figure.classList.toggle("enlarged"));
+  }
+
   const unfold = document.querySelector("[data-unfold]");
   const code = [...document.querySelectorAll("details.code")];
   if (unfold && code.length) {

@@ -120,7 +120,10 @@ def test_a_small_model_gets_a_scale_of_its_own(tmp_path):
     assert widths[0] > 90
     assert index.count('class="card-line"') == 2
     times = gpu_memory_bytes(CARD) / (56 * 2**20)
-    assert f"The upper pair has a scale of its own: the card has {times:,.0f} times as much" in _text(index)
+    assert (
+        f"The upper pair has a scale of its own: the card has {times:,.0f} times as much as its longer bar. The"
+        in _text(index)
+    )
     assert "Measured on this machine with the tiny model (ltx-2.3-tiny)." in _text(index)
 
 
