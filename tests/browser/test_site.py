@@ -106,6 +106,7 @@ def reproduced_site(reproduced: Path) -> Path:
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
     context = browser.new_context(viewport=SIZES["desktop"])
+    context.set_default_timeout(5000)
     yield context
     context.close()
 
@@ -245,6 +246,7 @@ def test_a_figure_fits_a_phone_and_is_enlarged_within_its_own_box(made_site, pag
 def test_every_page_prints_without_code_and_within_the_paper(site, page):
     for path in _pages(site):
         page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         page.emulate_media(media="null")  # as it comes: on paper for a PDF
         pdf = page.pdf(prefer_css_page_size=True)
         assert pdf.startswith(b"%PDF-")
