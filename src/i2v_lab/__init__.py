@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
-    from i2v_lab.studies.forecasts import forecast_request, forecast_sweep
+    from i2v_lab.studies.forecasts import forecast_request
+    from i2v_lab.studies.sources import forecast_sweep
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ _HOME = {
     "forecast": "i2v_lab.profiling.forecast",
     "forecasting": "i2v_lab.profiling.forecast",
     "forecast_request": "i2v_lab.studies.forecasts",
-    "forecast_sweep": "i2v_lab.studies.forecasts",
+    "forecast_sweep": "i2v_lab.studies.sources",
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
     "Quantization": "i2v_lab.request",

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -19,6 +18,7 @@ from i2v_lab.errors import I2VLabError, InvalidRequest
 from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
 from i2v_lab.request import DecodeScope, Quantization, Variant
 from i2v_lab.show import show
+from i2v_lab.studies.experiments import SMALL_MODEL
 
 app = typer.Typer(
     name="i2v-lab",
@@ -28,8 +28,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-DEFAULT_MODEL = "ltx-2.3-tiny"
 
 GENERATE_EXAMPLES = """
 **Examples**
@@ -84,7 +82,7 @@ def generate(
     frames: options.Frames = None,
     fps: options.Fps = 24.0,
     seed: options.Seed = 10,
-    model: options.Model = DEFAULT_MODEL,
+    model: options.Model = SMALL_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
     quantization: options.QuantizationOption = Quantization.FP8_CAST,
     tile_px: options.TilePx = 768,
@@ -128,10 +126,9 @@ def generate(
 
     from i2v_lab.pipeline.checkpoints import resolve_weights
     from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
-    from i2v_lab.profiling.nvml import NvmlSampler
-    from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.progress import ProgressReport
-    from i2v_lab.store import RunWriter, run_metadata
+    from i2v_lab.store import run_metadata
+    from i2v_lab.studies.measured import profiled
 
     target = resolve_device(device)
     with ProgressReport(request.frames) as progress:
@@ -144,15 +141,9 @@ def generate(
             needs_lora=variant is Variant.DEV,
             progress=progress.checked,
         )
-        with ExitStack() as scopes:
-            on_record = None
-            if profile is not None:
-                metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
-                on_record = scopes.enter_context(RunWriter(profile, metadata)).append
-                if target.type == "cuda":
-                    scopes.enter_context(NvmlSampler(target.index or 0, on_sample=on_record))
-            # Following modules and graphs is what --profile adds; peaks alone need neither.
-            profiler = scopes.enter_context(PhaseProfiler(target, attribute=profile is not None, on_record=on_record))
+        metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
+        # Following modules and graphs is what --profile adds; peaks alone need neither.
+        with profiled(target, profile, metadata, attribute=profile is not None) as profiler:
             generation = TwoStagePipeline(weights, target, sinks=[profiler, progress])(request)
             with generation.video as chunks:
                 media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)

@@ -14,13 +14,12 @@ import typer
 from i2v_lab import options
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.studies.cards import Fit
 
-DEFAULT_MODEL = "ltx-2.3-22b"
-DEFAULT_STILL = Path("stills/lighthouse.png")
 
 FORECAST_EXAMPLES = """
 **Examples**
@@ -52,7 +51,7 @@ Still = Annotated[Path, typer.Option(help="The still; only its size matters.")]
 
 
 def forecast(
-    image: Still = DEFAULT_STILL,
+    image: Still = Path(DEFAULT_STILL),
     prompt: options.Prompt = "",
     negative_prompt: options.NegativePrompt = "",
     width: options.Width = None,
@@ -60,7 +59,7 @@ def forecast(
     frames: options.Frames = None,
     fps: options.Fps = 24.0,
     seed: options.Seed = 10,
-    model: options.Model = DEFAULT_MODEL,
+    model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
     quantization: options.QuantizationOption = Quantization.FP8_CAST,
     tile_px: options.TilePx = 768,
@@ -188,7 +187,7 @@ def fit(
     height: options.Height = None,
     aspect: Annotated[str, typer.Option(help="Width to height, where the size is searched for.")] = "4:3",
     fps: options.Fps = 24.0,
-    model: options.Model = DEFAULT_MODEL,
+    model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
     quantization: options.QuantizationOption = Quantization.FP8_CAST,
     as_json: options.AsJson = False,
@@ -209,7 +208,7 @@ def fit(
         {},
         (default.tile_px, default.tile_overlap_px, default.tile_frames, default.tile_overlap_frames),
         no_tiling=False,
-        image=str(DEFAULT_STILL),
+        image=DEFAULT_STILL,
         fps=fps,
         variant=variant,
         quantization=quantization,

@@ -33,7 +33,9 @@ from i2v_lab.studies.accuracy import accuracy_table, measured_table, reference_t
 from i2v_lab.studies.calibration import calibrate
 from i2v_lab.studies.cards import Fit, gpu_memory_bytes, gpu_table, judge, judge_all
 from i2v_lab.studies.fit import TILINGS, FitSearch
-from i2v_lab.studies.forecasts import forecast_many, forecast_request, forecast_sweep
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.forecasts import forecast_many, forecast_request
+from i2v_lab.studies.sources import forecast_sweep
 
 GIB = 2**30
 STILL = "stills/lighthouse.png"
@@ -164,12 +166,12 @@ def test_a_forecast_known_already_needs_no_torch(full_size):
 
 def test_the_seed_does_not_matter_and_everything_that_does_is_told_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("I2V_LAB_CACHE", str(tmp_path))
-    calls: list[I2VRequest] = []
+    calls: list[Experiment] = []
     record = PhaseRecord("call", None, 0, 1, 0, None, 1, 0, 0.0, 0.0, True)
 
-    def work_out(request: I2VRequest, architecture: object, device: str) -> Forecast:
-        calls.append(request)
-        return Forecast((record,), 0, 0.0)
+    def work_out(experiment: Experiment, device: str) -> tuple[tuple[PhaseRecord, ...], int]:
+        calls.append(experiment)
+        return (record,), 0
 
     monkeypatch.setattr("i2v_lab.studies.forecasts._work_out", work_out)
     assert forecast_request(SMALL).records == (record,)

@@ -20,6 +20,7 @@ from i2v_lab.profiling.live_storages import LiveStorageMeter, StorageLife
 from i2v_lab.profiling.meters import CudaMeter, MemoryMeter, make_meter
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.records import (
+    GenerationRecord,
     GraphRecord,
     HolderRecord,
     ModuleRecord,
@@ -195,6 +196,10 @@ class PhaseProfiler:
             own = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
             with self.paths.inside(f"{name}.{path}" if path else name):
                 self._meter.observe(own, weights=True)
+
+    def generation_ended(self, number: int) -> None:
+        """Write down what is left allocated after the ``number``-th of several generations."""
+        self._write(GenerationRecord(number, self.allocated_bytes()))
 
     def observe(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that exist already."""

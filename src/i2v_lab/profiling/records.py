@@ -159,6 +159,20 @@ class OutOfMemoryRecord:
 
 
 @dataclass(frozen=True)
+class GenerationRecord:
+    """What one of several generations in a process left behind.
+
+    Attributes:
+        generation: 1 for the first.
+        allocated_bytes: Still allocated once its video was consumed and everything dropped that its consumer does not
+            keep.
+    """
+
+    generation: int
+    allocated_bytes: int
+
+
+@dataclass(frozen=True)
 class DeviceRecord:
     """What NVML says of a whole card at one moment.
 
@@ -191,6 +205,7 @@ Record = (
     | TimelineRecord
     | GraphRecord
     | OutOfMemoryRecord
+    | GenerationRecord
     | DeviceRecord
 )
 
@@ -234,6 +249,7 @@ KINDS: dict[str, type[Any]] = {
     "timeline": TimelineRecord,
     "graph": GraphRecord,
     "out_of_memory": OutOfMemoryRecord,
+    "generation": GenerationRecord,
     "device": DeviceRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}

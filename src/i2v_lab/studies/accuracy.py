@@ -11,7 +11,8 @@ import pandas as pd
 from i2v_lab.paths import data_dir
 from i2v_lab.request import I2VRequest
 from i2v_lab.store import read_run
-from i2v_lab.studies.forecasts import DEFAULT_STILL, forecast_many
+from i2v_lab.studies.experiments import DEFAULT_STILL
+from i2v_lab.studies.forecasts import forecast_many
 
 
 def measured_table(folder: Path | None = None) -> pd.DataFrame:

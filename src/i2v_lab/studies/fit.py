@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
 from i2v_lab.studies.cards import FITS, judge
-from i2v_lab.studies.forecasts import DEFAULT_MODEL, forecast_request
+from i2v_lab.studies.experiments import FULL_SIZE_MODEL
+from i2v_lab.studies.forecasts import forecast_request
 
 OnForecast = Callable[[I2VRequest, Forecast, str], None]
 
@@ -51,7 +52,7 @@ class FitSearch:
     """
 
     def __init__(
-        self, memory_bytes: int, model: str = DEFAULT_MODEL, on_forecast: OnForecast = lambda *_: None
+        self, memory_bytes: int, model: str = FULL_SIZE_MODEL, on_forecast: OnForecast = lambda *_: None
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model

@@ -1,0 +1,58 @@
+"""Runs measured elsewhere and kept in ``data/measured``."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from i2v_lab.paths import data_dir
+from i2v_lab.request import I2VRequest
+from i2v_lab.store import METADATA, Run, read_run
+from i2v_lab.studies.experiments import DEFAULT_STILL, Consumer, Experiment
+from i2v_lab.studies.measured import is_result
+
+
+def recorded_runs(folder: Path | None = None) -> list[Run]:
+    """All runs below a folder, ``data/measured`` by default, in the order of their paths.
+
+    Raises:
+        RecordError: One of them is damaged.
+    """
+    return list(_read_all(folder or data_dir() / "measured"))
+
+
+@cache
+def _read_all(folder: Path) -> tuple[Run, ...]:
+    return tuple(read_run(metadata.parent) for metadata in sorted(folder.rglob(METADATA)))
+
+
+def experiment_of(run: Run) -> Experiment:
+    """What a run did; a request's still may not be here, so that of the package stands in for it."""
+    kept = run.metadata.get("experiment", {})
+    return Experiment(
+        request=I2VRequest.from_json({**run.metadata["request"], "image": DEFAULT_STILL}),
+        model=run.metadata["model"],
+        generations=kept.get("generations", 1),
+        consumer=Consumer(kept.get("consumer", "plain")),
+    )
+
+
+def find_recorded(experiment: Experiment, folder: Path | None = None) -> Run | None:
+    """The run of an experiment, whatever its still, prompt and seed; of several, that with the median time.
+
+    Runs of another pipeline, below a cap, or without the profiler's attribution do not count.
+    """
+    wanted = experiment.like()
+    runs = [
+        run
+        for run in recorded_runs(folder)
+        if not run.metadata.get("apart") and is_result(run) and experiment_of(run).like() == wanted
+    ]
+    runs.sort(key=seconds_of)
+    return runs[len(runs) // 2] if runs else None
+
+
+def seconds_of(run: Run) -> float:
+    """All phases together; a stream's consumer included, while its phase was open."""
+    phases = run.frame("phase")
+    return float(phases[phases["parent"].isna()]["seconds"].sum())
