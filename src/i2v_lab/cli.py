@@ -14,8 +14,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from i2v_lab import options
-from i2v_lab.errors import I2VLabError, InvalidRequest
+from i2v_lab.errors import I2VLabError
 from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
+from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
 from i2v_lab.request import DecodeScope, Quantization, Variant
 from i2v_lab.show import show
 from i2v_lab.studies.experiments import SMALL_MODEL
@@ -195,38 +196,7 @@ app.command(epilog=FORECAST_EXAMPLES)(forecast)
 app.command(epilog=FIT_EXAMPLES)(fit)
 app.command()(accuracy)
 app.command()(calibrate)
-
-
-def _parse_parameter(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InvalidRequest(f"parameter={text!r} has no value; write it as {text}=VALUE", parameter=text)
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-REPRODUCE_EXAMPLES = """
-**Examples**
-
-    i2v-lab reproduce
-    i2v-lab reproduce 03_no_grad_fix -p frames=49 -p seed=3 --out build
-"""
-
-
-@app.command(epilog=REPRODUCE_EXAMPLES)
-def reproduce(
-    notebooks: Annotated[list[str] | None, typer.Argument(help="Which; all if none is named.")] = None,
-    parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="For every notebook.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Build folder.")] = Path("build"),
-) -> None:
-    """Execute the notebooks headlessly and render figures, tables, videos and a site."""
-    from i2v_lab.reproduce import reproduce as run
-
-    run(notebooks or [], dict(_parse_parameter(text) for text in parameter or []), out)
+app.command(epilog=REPRODUCE_EXAMPLES, cls=ReproduceCommand)(reproduce)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""How far a reproduction is: bars in a terminal, whole lines elsewhere, and a table at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one notebook.
+
+    Attributes:
+        notebook: The executed copy, with whatever outputs it got.
+        error: One line, if it failed.
+        seconds: How long it took; ``None`` if it was up to date and did not run.
+    """
+
+    notebook: Path
+    error: str | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"failed: {self.error}"
+        return "up to date" if self.seconds is None else "done"
+
+
+class RunReport:
+    """Shows on stderr what happens to each notebook; may be told so from any thread.
+
+    Args:
+        names: All notebooks of the run, in their order.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._plain = not sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR in a notebook makes true
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True, highlight=False, markup=False, emoji=False),
+            disable=self._plain,
+            transient=True,  # what stays are the lines, and the table
+        )
+        self._all = self._bars.add_task("all", total=len(names), unit="notebooks")
+        self._tasks: dict[str, TaskID] = {}
+
+    def started(self, name: str, why: str | None) -> None:
+        """A notebook starts; ``why`` says what is wrong with its last run, if there was one."""
+        self._line(name, f"runs again, since {why}" if why else "runs")
+        self._tasks[name] = self._bars.add_task(f"  {name}", total=None, unit="cells")
+
+    def cell(self, name: str, index: int, cells: int) -> None:
+        """A notebook has so many of its cells behind it."""
+        self._bars.update(self._tasks[name], completed=index, total=cells)
+
+    def ended(self, name: str, outcome: Outcome) -> None:
+        """A notebook has ended, or does not have to run."""
+        if name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+        self._bars.advance(self._all)
+        took = "" if outcome.seconds is None else f" ({outcome.seconds:.0f} s)"
+        self._line(name, f"{outcome}{took}")
+
+    def _line(self, name: str, text: str) -> None:
+        line = f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}"
+        if self._plain:
+            sys.stderr.write(f"{line}\n")  # in one piece, so that lines of several threads do not mix
+            sys.stderr.flush()
+        else:
+            self._bars.console.print(line, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+
+def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
+    """Print what became of every notebook, as a table, and where the site is below the build folder."""
+    table = Table("notebook", "outcome", "seconds", header_style="bold")
+    table.columns[-1].justify = "right"
+    for outcome in outcomes:
+        style = "bold red" if outcome.error else ""
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+        table.add_row(outcome.notebook.stem, Text(str(outcome), style=style), seconds)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(table)
+    console.print(out / "site" / "index.html", soft_wrap=True)

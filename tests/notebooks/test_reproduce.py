@@ -1,0 +1,476 @@
+"""The runner: parameters, what is up to date, what is left after a failure or a signal. With real kernels."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from i2v_lab.cli import app
+from i2v_lab.errors import I2VLabError, InvalidRequest, ReproduceError
+from i2v_lab.notebook_execution import Executor, own_kernel
+from i2v_lab.notebook_parameters import Typed, declared_parameters, plan_parameters
+from i2v_lab.notebook_stamps import PACKAGES, code_digests, input_digests, read_stamp, stamp_path
+from i2v_lab.reproduce import find_notebooks, reproduce
+
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+DECLARED = """
+frames: int = 25  # 8k+1
+fps: float = 24.0
+prompt: str = "a = b"
+still: str | None = None
+sizes: list[int] = [64, 128]
+escaped: bool = False
+free = 1
+out_dir: str = "build"
+"""
+DRAW = """
+from pathlib import Path
+for name in ("drawn_a.svg", "drawn_b/deep.svg", "drawn_too_c.svg"):
+    path = Path(out_dir, "figures", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{frames} {prompt} {still}")
+"""
+
+
+def _write(folder: Path, name: str, *sources: str, parameters: str = DECLARED) -> Path:
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {name}"),
+        nbformat.v4.new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]}),
+        *(nbformat.v4.new_code_cell(source) for source in sources),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=KERNEL), folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+def _cli(folder: Path, *arguments: object, then: str = "") -> list[str]:
+    """The command line over notebooks of a test's own; ``then`` is run after it."""
+    code = f"import pathlib, i2v_lab.cli, i2v_lab.reproduce as r; r.NOTEBOOKS = pathlib.Path({str(folder)!r})\n"
+    code += f"r.GRACE_S = 1.0\ntry:\n    i2v_lab.cli.main()\nfinally:\n    {then or 'pass'}"
+    return [sys.executable, "-c", code, "reproduce", *map(str, arguments)]
+
+
+# What a parameter may be.
+
+
+@pytest.fixture
+def two(tmp_path) -> list[Path]:
+    """A notebook that declares all, and one that declares only ``seed``."""
+    return [_write(tmp_path / "nb", "many"), _write(tmp_path / "nb", "few", parameters="seed: int = 10")]
+
+
+def test_declared_parameters_are_read_as_python_reads_them(two):
+    assert {name: each.default for name, each in declared_parameters(two[0]).items()} == {
+        "frames": 25,
+        "fps": 24.0,
+        "prompt": "a = b",
+        "still": None,
+        "sizes": [64, 128],
+        "escaped": False,
+        "free": 1,
+        "out_dir": "build",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("frames", "49", 49),
+        ("frames", "-1", -1),
+        ("fps", "30", 30),
+        ("fps", "1e3", 1000.0),
+        ("prompt", "1984", "1984"),
+        ("prompt", "None", "None"),
+        ("prompt", "", ""),
+        ("still", "None", None),
+        ("still", "a.png", "a.png"),
+        ("sizes", "[1, 2]", [1, 2]),
+        ("escaped", "True", True),
+        ("escaped", "true", True),
+        ("free", "3", 3),
+        ("free", "None", None),
+        ("free", "word", "word"),
+    ],
+)
+def test_a_typed_value_is_read_for_the_type_that_is_declared(two, name, text, value):
+    plan = plan_parameters(two[:1], two, {name: Typed(text)})[0]
+    assert plan == {name: value}
+    assert type(plan[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("frames", Typed("wide")),
+        ("frames", Typed("64.0")),
+        ("frames", Typed("True")),
+        ("frames", None),
+        ("fps", Typed("fast")),
+        ("prompt", 5),
+        ("still", 5),
+        ("sizes", Typed("64")),
+        ("escaped", Typed("1")),
+    ],
+)
+def test_a_value_of_another_type_is_refused(two, name, given):
+    declared = str(declared_parameters(two[0])[name])
+    with pytest.raises(InvalidRequest, match=re.escape(f"many.ipynb declares; give it one as in {declared}")):
+        plan_parameters(two[:1], two, {name: given})
+
+
+def test_a_parameter_goes_where_it_is_declared_and_is_refused_where_that_would_surprise(two):
+    assert plan_parameters(two, two, {"frames": 9, "seed": 3}) == [{"frames": 9}, {"seed": 3}]
+    assert plan_parameters(two[1:], two, {"seed": 3}, named=True) == [{"seed": 3}]
+    with pytest.raises(InvalidRequest, match="^no notebook declares a parameter 'widht'; use one of: frames, .* seed"):
+        plan_parameters(two, two, {"widht": 9})
+    with pytest.raises(InvalidRequest, match="^few.ipynb declares no parameter 'frames'; use one of: seed$"):
+        plan_parameters(two, two, {"frames": 9}, named=True)
+    with pytest.raises(InvalidRequest, match="'out_dir' follows from --out; use --out FOLDER"):
+        plan_parameters(two, two, {"out_dir": "elsewhere"})
+
+
+def test_files_give_values_to_all_or_to_one_and_the_command_line_wins(two, tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("seed: 1\nprompt: 2026-11-24\nfps: 30\nmany:\n  fps: 60\n  frames: 9\nfew:\n")
+    second.write_text("few: {seed: 2}\nframes: 17\n")
+    assert plan_parameters(two, two, {}, [first]) == [
+        {"prompt": "2026-11-24", "fps": 60, "frames": 9},
+        {"seed": 1},
+    ]
+    assert plan_parameters(two, two, {"fps": Typed("5")}, [first, second]) == [
+        {"prompt": "2026-11-24", "fps": 5, "frames": 17},
+        {"seed": 2},
+    ]
+    assert plan_parameters(two[1:], two, {}, [first], named=True) == [{"seed": 1}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("widht: 3", "no notebook declares a parameter 'widht'; use one of"),
+        ("few:\n  frames: 3", "few.ipynb declares no parameter 'frames'; use one of: seed"),
+        ("few: 3", "few=3 is no mapping; write lines NAME: VALUE below few:"),
+        ("frames: wide", "frames='wide' is not of the type that many.ipynb declares"),
+        ("out_dir: x", "'out_dir' follows from --out"),
+        ("- frames", "is no mapping; write a line NAME: VALUE"),
+        ("frames: [", "cannot be read as YAML"),
+        (None, "cannot be read as YAML .*No such file"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused(two, tmp_path, text, message):
+    file = tmp_path / "params.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(InvalidRequest, match=message):
+        plan_parameters(two, two, {}, [file])
+
+
+def test_a_folder_without_notebooks_broken_ones_and_unknown_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("i2v_lab.reproduce.NOTEBOOKS", tmp_path)
+    with pytest.raises(InvalidRequest, match="there are no notebooks in .*; they come with a checkout"):
+        reproduce(out=tmp_path / "out")
+    for broken in ("{not json", "{}", "[]", '{"cells": [{"metadata": {"tags": ["parameters"]}, "source": ["x ="]}]}'):
+        (tmp_path / "a.ipynb").write_text(broken)
+        with pytest.raises(InvalidRequest, match=r"a.ipynb cannot be read as a notebook \(.*\); restore it"):
+            reproduce(out=tmp_path / "out")
+    with pytest.raises(InvalidRequest, match="notebook='nothing' does not exist; use one of: a"):
+        find_notebooks(["nothing"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["-p", "frames=49"], ["-p", "frames"], ["-p", "frames=49", "-p", "seed=3"]])
+def test_a_parameter_that_is_not_two_words_is_refused(words):
+    result = CliRunner().invoke(app, ["reproduce", *words])
+    assert isinstance(result.exception, I2VLabError)
+    assert re.search(r"parameter='frames.*' is not a name with a value; .* -p NAME VALUE", str(result.exception))
+
+
+def test_help_shows_the_options_and_examples():
+    shown = CliRunner().invoke(app, ["reproduce", "--help"]).output
+    for text in ("NAME VALUE", "--parameters-file", "--jobs", "--force", "reproduce 03_no_grad_fix -p frames 49"):
+        assert text in shown
+
+
+# What runs, what does not, and what is left.
+
+GIVEN = ["-f", "params.yaml", "-p", "frames", "49"]
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory):
+    """Notebooks that work, fail and die, run three at a time: their folder, the build folder, what was said."""
+    top = tmp_path_factory.mktemp("first_run")
+    (top / "still.txt").write_text("rocks")
+    _write(top / "nb", "drawn", DRAW)
+    _write(top / "nb", "drawn_too", "print(frames)", parameters="frames: int = 25")
+    _write(top / "nb", "fails", "print('so far')\n1 / 0", parameters="x = 1")
+    _write(top / "nb", "dies", "import os\nos._exit(1)", parameters="x = 1")
+    (top / "params.yaml").write_text("drawn:\n  prompt: rain\n  still: still.txt\n")
+    command = _cli(top / "nb", "-j", 3, *GIVEN, "--out", "out")
+    child = subprocess.run(command, cwd=top, capture_output=True, text=True, check=False)
+    return top, child
+
+
+@pytest.fixture
+def build(first_run, tmp_path, monkeypatch) -> Path:
+    """A copy of the first run to go on from; the current folder is the one it is in."""
+    top = tmp_path / "copy"
+    shutil.copytree(first_run[0], top)
+    monkeypatch.setattr("i2v_lab.reproduce.NOTEBOOKS", top / "nb")
+    monkeypatch.chdir(top)
+    return top / "out"
+
+
+def test_all_notebooks_run_whatever_fails_and_a_table_says_what_became_of_them(first_run):
+    top, child = first_run
+    assert child.returncode == 1
+    lines = child.stderr.splitlines()
+    assert sorted(line for line in lines if line.endswith(": runs")) == [
+        f"[{number}/4] {name}: runs" for number, name in enumerate(("dies", "drawn", "drawn_too", "fails"), start=1)
+    ]
+    ends = [re.sub(r" \(\d+ s\)$", "", line) for line in lines if not line.endswith(": runs")]
+    assert sorted(ends[:-1]) == [
+        "[1/4] dies: failed: DeadKernelError: Kernel died",
+        "[2/4] drawn: done",
+        "[3/4] drawn_too: done",
+        "[4/4] fails: failed: ZeroDivisionError: division by zero",
+    ]
+    assert ends[-1].startswith("i2v-lab: 2 of 4 notebooks failed: dies.ipynb: DeadKernelError: ")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in child.stdout.splitlines() if "│" in line]
+    assert [row[:2] for row in rows] == [
+        ["dies", "failed: DeadKernelError: Kernel died"],
+        ["drawn", "done"],
+        ["drawn_too", "done"],
+        ["fails", "failed: ZeroDivisionError: division by zero"],
+    ]
+    assert all(0.1 < float(row[2]) < 120 for row in rows)
+    assert (top / "out/figures/drawn_a.svg").read_text() == "49 rain still.txt"
+    made = {path.name for path in (top / "out" / "notebooks").iterdir()}
+    assert made == {f"{name}.ipynb" for name in ("dies", "drawn", "drawn_too", "fails")}
+    pages = {path.stem: path.read_text() for path in (top / "out" / "site").iterdir()}
+    assert "so far" in pages["fails"]
+    assert "49" in pages["drawn_too"]
+    assert all(f"{name}.html" in pages["index"] for name in ("dies", "drawn", "drawn_too", "fails"))
+    assert pages["index"].count("failed") >= 2
+
+
+def test_a_stamp_names_what_a_notebook_made_and_all_that_it_depends_on(build):
+    stamp = read_stamp(stamp_path(build, "drawn"))
+    # drawn_too_c.svg has the name of another notebook in front
+    assert list(stamp.files) == ["figures/drawn_a.svg", "figures/drawn_b/deep.svg", "notebooks/drawn.ipynb"]
+    assert {"the notebook", "the code of i2v_lab", "the data of i2v_lab", *PACKAGES} < set(stamp.inputs)
+    assert stamp.inputs["parameter frames"] == "49"
+    assert stamp.inputs["parameter fps"] == "24.0"
+    assert "parameter out_dir" not in stamp.inputs
+    assert read_stamp(stamp_path(build, "fails")).error == "ZeroDivisionError: division by zero"
+
+
+def test_every_change_makes_a_notebook_stale_and_nothing_else_does(build):
+    stamp = read_stamp(stamp_path(build, "drawn"))
+    notebook = find_notebooks(["drawn"])[0]
+    values = {name: each.default for name, each in declared_parameters(notebook).items() if name != "out_dir"}
+    values |= {"frames": 49, "prompt": "rain", "still": "still.txt"}
+    code = code_digests()
+
+    def why(**changed: object) -> str | None:
+        return stamp.why_stale(input_digests(notebook, {**values, **changed}, code), build)
+
+    assert why() is None
+    assert why(frames=9) == "parameter frames changed"
+    assert why(frames=49.0) == "parameter frames changed"
+    assert why(still=None) == "parameter still changed"
+    Path("still.txt").write_text("trees")
+    assert why() == "the file of parameter still changed"
+    Path("still.txt").unlink()
+    assert why() == "the file of parameter still changed"
+    Path("still.txt").write_text("rocks")
+    code["torch"] = "2.12.0"
+    assert why() == "torch changed"
+    code = code_digests()
+    code["the code of i2v_lab"] = "other"
+    assert why() == "the code of i2v_lab changed"
+    code = code_digests()
+    figure = build / "figures" / "drawn_b" / "deep.svg"
+    content = figure.read_text()
+    figure.write_text("other")
+    assert why() == "figures/drawn_b/deep.svg changed"
+    figure.unlink()
+    assert why() == "figures/drawn_b/deep.svg is missing"
+    figure.write_text(content)
+    source = notebook.read_text()
+    notebook.write_text(source + " ")
+    assert why() == "the notebook changed"
+    notebook.write_text(source)
+    assert why() is None
+
+
+def test_the_code_digest_follows_every_file_of_the_package_and_of_its_data(tmp_path, monkeypatch):
+    package = Path(input_digests.__code__.co_filename).parent
+    copy = tmp_path / "i2v_lab"
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "gpus.csv").write_text("card")
+    monkeypatch.setattr("i2v_lab.notebook_stamps.data_dir", lambda: tmp_path / "data")
+    real, there = code_digests(), "the code of i2v_lab"
+    monkeypatch.setattr("i2v_lab.notebook_stamps.__file__", str(copy / "notebook_stamps.py"))
+    assert code_digests() == real
+    (copy / "__pycache__").mkdir()
+    (copy / "__pycache__" / "a.pyc").write_text("")
+    assert code_digests() == real
+    template = copy / "reporting" / "templates" / "style.css"
+    template.write_text(template.read_text() + " ")
+    assert {name for name, digest in code_digests().items() if digest != real[name]} == {there}
+    (tmp_path / "data" / "new.csv").write_text("")
+    assert {name for name, digest in code_digests().items() if digest != real[name]} == {there, "the data of i2v_lab"}
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_up_to_date_is_not_run_even_elsewhere_and_costs_no_import(build):
+    before, moved = _times(build), build.with_name("moved")
+    build.rename(moved)
+    heavy = "import sys; print([name for name in ('papermill', 'nbformat', 'torch') if name in sys.modules])"
+    command = _cli(build.with_name("nb"), "drawn", "drawn_too.ipynb", *GIVEN, "--out", "moved", then=heavy)
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert child.stderr.splitlines() == ["[1/2] drawn: up to date", "[2/2] drawn_too: up to date"]
+    assert child.stdout.count("up to date") == 2
+    assert child.stdout.splitlines()[-2:] == ["moved/site/index.html", "[]"]
+    assert _times(moved) == before
+
+
+def test_what_is_stale_or_failed_runs_again_and_the_site_keeps_the_rest(build, capfd):
+    (build / "figures" / "drawn_a.svg").unlink()
+    before = _times(build)
+    outcomes = reproduce(["drawn", "drawn_too"], {"frames": 49}, build, files=[Path("params.yaml")])
+    assert [str(outcome) for outcome in outcomes] == ["done", "up to date"]
+    assert outcomes[0].seconds > 0.1
+    assert outcomes[1].seconds is None
+    said = capfd.readouterr().err.splitlines()
+    assert said[:2] == [
+        "[2/2] drawn_too: up to date",
+        "[1/2] drawn: runs again, since figures/drawn_a.svg is missing",
+    ]
+    after = _times(build)
+    assert after["notebooks/drawn_too.ipynb"] == before["notebooks/drawn_too.ipynb"]
+    index = (build / "site" / "index.html").read_text()
+    assert after["site/index.html"] > before["site/index.html"]
+    assert all(f"{name}.html" in index for name in ("dies", "drawn", "drawn_too", "fails"))
+    with pytest.raises(ReproduceError, match="^1 of 1 notebooks failed: fails.ipynb: ZeroDivisionError: division by"):
+        reproduce(["fails"], out=build)
+    assert "fails: runs again, since it failed before" in capfd.readouterr().err
+    (build / "site" / "fails.html").unlink()
+    forced = reproduce(["drawn_too"], {"frames": 49}, build, force=True)
+    assert [str(outcome) for outcome in forced] == ["done"]
+    assert "so far" in (build / "site" / "fails.html").read_text()
+
+
+def test_a_missing_page_is_rendered_although_nothing_runs(build):
+    (build / "site" / "drawn.html").unlink()
+    assert reproduce(["drawn_too"], {"frames": 49}, build)[0].seconds is None
+    assert "drawn" in (build / "site" / "drawn.html").read_text()
+
+
+PATIENT = """
+import os, time
+from pathlib import Path
+part = Path(out_dir, "patient.part")
+try:
+    part.write_text("half")
+    time.sleep(100)
+finally:
+    part.unlink()
+"""
+PARENT = """
+import subprocess, sys
+code = "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(100)"
+subprocess.run([sys.executable, "-c", code, f"{out_dir}/parent.ready"])
+"""
+STUBBORN = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+open(f"{out_dir}/stubborn.ready", "w").close()
+while True:
+    try:
+        time.sleep(100)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_leaves_no_process_and_no_half_file(tmp_path, number, status):
+    for name, source in {"a_patient": PATIENT, "b_parent": PARENT, "c_stubborn": STUBBORN, "d_waits": "1"}.items():
+        _write(tmp_path / "nb", name, source, parameters="out_dir: str = 'build'")
+    child = subprocess.Popen(
+        _cli(tmp_path / "nb", "-j", 3, "--out", tmp_path / "out"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+    )
+    ready = [tmp_path / "out" / name for name in ("patient.part", "parent.ready", "stubborn.ready")]
+    deadline = time.monotonic() + 60
+    while not all(path.exists() for path in ready):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(child.pid).children(recursive=True)
+    assert len(started) >= 5  # three kernels and two programs
+    child.send_signal(number)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == status
+    assert psutil.wait_procs(started, timeout=5)[1] == []
+    left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert left == {"parent.ready", "stubborn.ready"}
+    assert "d_waits" not in said
+    assert "i2v_lab" not in said  # no traceback of ours
+
+
+def test_a_terminal_shows_bars_and_whole_lines(tmp_path):
+    _write(tmp_path / "nb", "a", "1", "2", "import time; time.sleep(0.3)", parameters="x = 1")
+    ours, theirs = pty.openpty()
+    command = _cli(tmp_path / "nb", "--out", tmp_path / "out")
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as child:
+        os.close(theirs)
+        shown = b""
+        try:
+            while some := os.read(ours, 65536):
+                shown += some
+        except OSError:  # the terminal's other end has closed
+            pass
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert child.returncode == 0
+    assert re.search(r"all +━+ 0/1 notebooks", text)
+    assert re.search(r"  a +━+.* [1-4]/5 cells", text)
+    assert re.search(r"all +━+ 1/1 notebooks", text)
+    assert "[1/1] a: runs" in text
+    assert re.search(r"\[1/1\] a: done \(\d+ s\)", text)
+
+
+def test_the_kernel_is_of_this_interpreter_even_where_another_claims_its_name(tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = _write(tmp_path, "a", "import sys\nprint(sys.executable)", parameters="x = 1")
+    cells: list[tuple[int, int]] = []
+    with own_kernel() as kernel:
+        error = Executor(kernel).execute(notebook, {}, tmp_path / "out" / "a.ipynb", lambda *at: cells.append(at))
+    assert error is None
+    executed = nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text.strip() == sys.executable
+    assert cells == [(0, 3), (1, 3), (2, 3)]
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
