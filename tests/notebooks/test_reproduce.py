@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from i2v_lab.cli import app
 from i2v_lab.errors import I2VLabError, InvalidRequest, ReproduceError
-from i2v_lab.notebook_execution import Executor, own_kernel
+from i2v_lab.notebook_execution import Executor, Stopped, own_kernel
 from i2v_lab.notebook_parameters import Typed, declared_parameters, plan_parameters
 from i2v_lab.notebook_stamps import PACKAGES, code_digests, input_digests, read_stamp, stamp_path
 from i2v_lab.reproduce import find_notebooks, reproduce
@@ -442,7 +442,8 @@ def test_a_terminal_shows_bars_and_whole_lines(tmp_path):
     _write(tmp_path / "nb", "a", "1", "2", "import time; time.sleep(0.3)", parameters="x = 1")
     ours, theirs = pty.openpty()
     command = _cli(tmp_path / "nb", "--out", tmp_path / "out")
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as child:
+    terminal = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=terminal) as child:
         os.close(theirs)
         shown = b""
         try:
@@ -460,7 +461,7 @@ def test_a_terminal_shows_bars_and_whole_lines(tmp_path):
     assert re.search(r"\[1/1\] a: done \(\d+ s\)", text)
 
 
-def test_the_kernel_is_of_this_interpreter_even_where_another_claims_its_name(tmp_path, monkeypatch):
+def test_the_kernel_is_of_this_interpreter_and_runs_nothing_once_it_is_stopped(tmp_path, monkeypatch):
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
@@ -468,8 +469,13 @@ def test_the_kernel_is_of_this_interpreter_even_where_another_claims_its_name(tm
     notebook = _write(tmp_path, "a", "import sys\nprint(sys.executable)", parameters="x = 1")
     cells: list[tuple[int, int]] = []
     with own_kernel() as kernel:
-        error = Executor(kernel).execute(notebook, {}, tmp_path / "out" / "a.ipynb", lambda *at: cells.append(at))
+        executor = Executor(kernel)
+        error = executor.execute(notebook, {}, tmp_path / "out" / "a.ipynb", lambda *at: cells.append(at))
+        executor.interrupt()
+        with pytest.raises(Stopped):  # a kernel that was starting gets no cell to run
+            executor.execute(notebook, {}, tmp_path / "out" / "b.ipynb", lambda *at: cells.append(at))
     assert error is None
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.ipynb"]
     executed = nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.strip() == sys.executable
     assert cells == [(0, 3), (1, 3), (2, 3)]
