@@ -228,6 +228,126 @@ def test_attention_by_a_name_of_its_own_is_refused(monkeypatch):
         forecast(attend)
 
 
+# --- Real tensors that are no arguments -------------------------------------------------------------------------------
+
+
+def _by_itself(x):
+    x.add_(1)
+
+
+def _by_a_view(x):
+    x.view(2, 2)[0].mul_(2)
+
+
+def _by_out(x):
+    torch.add(torch.ones(4), 1, out=x)
+
+
+def _by_a_list(x):
+    torch._foreach_add_([torch.ones(4), x], 1)
+
+
+def _with_what_is_unknown(x):
+    x.copy_(torch.rand(4))
+
+
+@pytest.mark.parametrize("write", [_by_itself, _by_a_view, _by_out, _by_a_list, _with_what_is_unknown])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_real_tensor_that_is_no_argument_cannot_be_written_to(write, device):
+    held, part = torch.ones(4), torch.ones(5000)[1:5]
+    for real in (held, part):
+        with pytest.raises(ForecastError, match=r"would write to a real tensor.*; write to its clone\(\)") as caught:
+            forecast(lambda tensor=real: write(tensor), device=device)
+        assert caught.value.fields["module"] == ""
+        assert torch.equal(real, torch.ones(4))
+
+
+def test_a_view_of_a_large_real_tensor_cannot_be_written_to_where_a_small_one_could_tell():
+    large = torch.zeros(10_000)
+    small = large[:4]
+
+    def write() -> float:
+        large[:2].fill_(1)
+        return small[0].item()
+
+    with pytest.raises(ForecastError, match="would write to a real tensor"):
+        forecast(write, device="cpu")
+    assert large.sum() == 0
+
+
+def test_a_clone_of_a_real_tensor_can_be_written_to_and_the_real_one_read():
+    held, seen = torch.arange(4), []
+
+    def write() -> None:
+        mine = held.clone()
+        mine.add_(10)
+        torch.zeros(4, dtype=torch.int64).add_(held)
+        seen.append((mine.tolist(), held.tolist(), held.numpy().tolist(), mine.numpy().tolist(), held.sum().item()))
+
+    forecast(write, device="cpu")
+    mine, own = [10, 11, 12, 13], [0, 1, 2, 3]
+    assert seen == [(mine, own, own, mine, 6)]
+    assert held.numpy().tolist() == own
+
+
+def test_an_argument_can_be_written_to_where_the_original_is_also_reached_by_another_way():
+    held, seen = torch.zeros(4), []
+
+    def write(given: torch.Tensor) -> None:
+        seen.append(held.view(2, 2)[0, 0].item())
+        given.add_(1)
+        seen.append(held[0].item())
+
+    forecast(write, held, device="cpu")
+    assert seen == [0, 0]
+    assert torch.equal(held, torch.zeros(4))
+
+
+def test_running_statistics_of_a_real_module_are_left_alone():
+    norm, source = torch.nn.BatchNorm1d(3, track_running_stats=True), torch.rand(2, 3)
+    norm.num_batches_tracked = None
+    for run in (lambda: norm(source), lambda: norm(source + torch.rand(2, 3))):
+        with pytest.raises(ForecastError, match=r"batch_norm.* would write to a real tensor"):
+            forecast(run, device="cpu")
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    forecast(norm, source)
+    norm.eval()
+    assert forecast(lambda: norm(source), device="cpu").peak.peak_bytes > 0
+
+
+def test_running_statistics_are_forgotten_once_training_has_overwritten_them():
+    def train() -> float:
+        norm = torch.nn.BatchNorm1d(3)
+        norm(torch.rand(2, 3))
+        return norm.running_mean[0].item()
+
+    with pytest.raises(ForecastError, match="asks for values that a forecast does not know"):
+        forecast(train, device="cpu")
+
+
+def test_a_backward_through_a_real_module_leaves_its_gradients_as_they_were():
+    model, source = torch.nn.Linear(3, 3), torch.ones(2, 3)
+    model.bias.grad = kept = torch.ones(3)
+
+    def backward() -> None:
+        (model.weight.grad,) = torch.autograd.grad(model(source).sum(), [model.weight])
+        model.bias.grad = None
+        (source @ model.weight).sum().backward()
+
+    forecast(backward, device="cpu")
+    assert model.weight.grad is None
+    assert model.bias.grad is kept
+
+
+def test_what_numpy_is_asked_to_show_and_is_not_known_stops_with_the_module():
+    class Showing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> float:
+            return float(x.numpy().sum())
+
+    with pytest.raises(ForecastError, match=r"torch\.Tensor\.numpy asks for values .* in Showing"):
+        forecast(Showing(), torch.ones(4), device="cpu")
+
+
 # --- What the fake run cannot see -------------------------------------------------------------------------------------
 
 MODEL = Workspaces(input_factor=1, output_factor=1, weight_factor=1, cublas_bytes=2**25, context_bytes=7)

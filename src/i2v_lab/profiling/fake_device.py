@@ -17,11 +17,12 @@ from unittest.mock import patch
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from i2v_lab.errors import ForecastError
-from i2v_lab.profiling.fake_operators import FakeOperators, Watch, known_values
+from i2v_lab.profiling.fake_operators import FakeOperators, Watch, known_values, unanswerable
 from i2v_lab.profiling.fused_attention import fused_attention
 
 
@@ -45,25 +46,34 @@ def fake_device(
     """
     mode = _FakeMode(allow_non_fake_inputs=True)
     with ExitStack() as scopes:
-        for target, name, substitute in _substitutes(device, on_empty_cache):
+        for target, name, substitute in _substitutes(device, where, on_empty_cache):
             scopes.enter_context(patch.object(target, name, substitute))
         scopes.enter_context(_disable_current_modes())  # a meter outside would count what is not there
         scopes.enter_context(mode)
-        scopes.enter_context(FakeOperators(mode, where, watch))
+        operators = FakeOperators(mode, where, watch)
+        scopes.callback(operators.restore_gradients)
+        scopes.enter_context(operators)
         yield mode
 
 
 def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    """Modules and tensors among ``values`` as fakes on ``device``; the originals are left alone."""
+    """Modules and tensors among ``values`` as fakes on ``device``; the originals are left alone.
+
+    The fakes are copies: what is written to one is not seen in an original that the code reaches by another way.
+    """
+    converter = fake_tensor.FakeTensorConverter(copy_data=False, export=False)  # the mode's own would share storages
+
+    def fake(original: torch.Tensor) -> FakeTensor:
+        return converter.from_real_tensor(mode, original)
 
     def module(original: torch.nn.Module) -> torch.nn.Module:
-        own: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*original.parameters(), *original.buffers())}
+        own: dict[int, Any] = {id(t): fake(t) for t in (*original.parameters(), *original.buffers())}
         for parameter in original.parameters():
             own[id(parameter)] = torch.nn.Parameter(own[id(parameter)].detach(), parameter.requires_grad)
         return copy.deepcopy(original, own).to(device)
 
     values = tree_map_only(torch.nn.Module, module, values)
-    return tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t).to(device), values)
+    return tree_map_only(torch.Tensor, lambda t: fake(t).to(device), values)
 
 
 class _FakeMode(FakeTensorMode):
@@ -90,6 +100,14 @@ def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor
     return result
 
 
+def _numpy(tensor: torch.Tensor, where: Callable[[], str], **kwargs: Any) -> Any:
+    known = known_values(tensor)
+    if known is None and isinstance(tensor, FakeTensor):
+        raise unanswerable("torch.Tensor.numpy", where())
+    with no_dispatch():
+        return torch._C.TensorBase.numpy(known.real if known is not None else tensor, **kwargs)
+
+
 def _plain(data: Any) -> Any:
     """Nested lists of numbers, where some are tensors of one element."""
     if isinstance(data, list | tuple):
@@ -100,12 +118,15 @@ def _plain(data: Any) -> Any:
 # --- What a device without hardware must not be asked -----------------------------------------------------------------
 
 
-def _substitutes(device: torch.device, on_empty_cache: Callable[[], None]) -> Iterator[tuple[Any, str, Any]]:
+def _substitutes(
+    device: torch.device, where: Callable[[], str], on_empty_cache: Callable[[], None]
+) -> Iterator[tuple[Any, str, Any]]:
     functional = torch.nn.functional
     # By patches, not by a TorchFunctionMode, which would also be asked for every shape and dtype that anybody reads.
     yield torch, "tensor", functools.partial(_tensor, torch.tensor)
     attention = functools.partial(_attention, functional.scaled_dot_product_attention)
     yield functional, "scaled_dot_product_attention", attention
+    yield torch.Tensor, "numpy", functools.partialmethod(_numpy, where)
     yield torch.nn.Module, "_apply", _convert_module
     for kind in (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills in place what has no values

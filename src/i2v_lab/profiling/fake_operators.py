@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,11 @@ VIEWS = {
     aten.unsqueeze.default,
     aten.view.default,
 }  # the most frequent operators: their shape functions need none of FakeTensorMode's special cases
+BATCH_NORMS = {
+    aten.cudnn_batch_norm.default,
+    aten.miopen_batch_norm.default,
+    aten.native_batch_norm.default,
+}  # write to their running statistics in training, which their schemas do not say
 META = torch.device("meta")
 DEVICE = torch.ops.prim.device.default
 UNANSWERABLE = (fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException)
@@ -66,6 +72,16 @@ def known_values(tensor: torch.Tensor) -> Known | None:
         known: Known | None = getattr(tensor, "_i2v_lab_known", None)
         return known if known is not None and known.valid[0] else None
     return Known(tensor, [True]) if tensor.numel() <= KNOWN_ELEMENTS and tensor.device.type == "cpu" else None
+
+
+def unanswerable(operator: Any, module: str) -> ForecastError:
+    """For an operator that asks for values which are not known."""
+    return ForecastError(
+        f"operator {operator} asks for values that a forecast does not know, in {module or 'no module'}; what follows "
+        "from them can only be measured by a real run",
+        operator=str(operator),
+        module=module,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,33 @@ def _makes_new_tensors(func: Any) -> bool:
     )
 
 
+@functools.cache
+def _written_places(func: Any) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that an operator writes to."""
+    arguments = enumerate(func._schema.arguments)
+    return [
+        (i, argument.name)
+        for i, argument in arguments
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (func in BATCH_NORMS and argument.name.startswith("running_"))
+    ]
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors among its arguments that an operator writes to."""
+    places = _written_places(func)
+    if not places or (func in BATCH_NORMS and not args[5]):
+        return []
+    return _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in places], [])
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's data are real, its own or those that a fake stands for."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor.device.type != "meta"
+    return getattr(tensor.untyped_storage(), "_i2v_lab_stands_for_real", False)
+
+
 def _shapes(value: Any) -> Any:
     """Nested arguments with each tensor by its layout, to compare."""
     if isinstance(value, FakeTensor):
@@ -136,12 +179,12 @@ def _tensors(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def _is_meta(kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> bool:
+def _is_meta(kwargs: dict[str, Any], inputs: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     device = kwargs.get("device")
     if device is not None and device.type != "meta":
         return False
     if inputs:
-        return not any(isinstance(tensor, FakeTensor) or tensor.device.type != "meta" for tensor in inputs)
+        return len(others) == len(inputs) and all(tensor.device.type == "meta" for tensor in others)
     return device is not None
 
 
@@ -154,6 +197,7 @@ class FakeOperators(TorchDispatchMode):
         self._where = where
         self._watch = watch
         self._seen: dict[Any, _Outputs | None] = {}
+        self._leaves: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | None]] = {}  # and their gradients
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -168,9 +212,19 @@ class FakeOperators(TorchDispatchMode):
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
         inputs = _tensors((args, kwargs), [])
-        if _is_meta(kwargs, inputs):  # a skeleton, which has no memory anywhere
+        others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
+        if _is_meta(kwargs, inputs, others):  # a skeleton, which has no memory anywhere
             with no_dispatch():
                 return func(*args, **kwargs)
+        written = _written(func, args, kwargs)
+        if written and any(_is_real(tensor) for tensor in written):
+            raise ForecastError(
+                f"operator {func} in {self._where() or 'no module'} would write to a real tensor, which a forecast "
+                "leaves alone; write to its clone(), make it inside the callable, or pass it or its module as an "
+                "argument",
+                operator=str(func),
+                module=self._where(),
+            )
         known = [known_values(tensor) for tensor in inputs]
         all_known = all(k is not None for k in known) and bool(inputs or func in FACTORIES)
         if func is aten._local_scalar_dense.default:
@@ -185,10 +239,13 @@ class FakeOperators(TorchDispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], [self._index(func, index) for index in args[1]])
         try:
-            result = self._run(func, args, kwargs, inputs)
+            if others and func is not aten.lift_fresh.default:
+                result = self._run(func, *self._stand_ins(args, kwargs))
+            else:
+                result = self._run(func, args, kwargs, inputs)
         except UNANSWERABLE as error:
             if not all_known:
-                raise self._unanswerable(func) from error
+                raise unanswerable(func, self._where()) from error
             result = self._faked(self._really(func, args, kwargs), args[0].device)
         except (fake_tensor.UnsupportedOperatorException, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "no fake impl" not in str(error):
@@ -199,11 +256,34 @@ class FakeOperators(TorchDispatchMode):
                 operator=str(func),
                 module=self._where(),
             ) from error
-        self._follow(func, args, kwargs, result, inputs, known, all_known)
+        self._follow(func, args, kwargs, result, written, known, all_known)
         outputs = _tensors(result, [])
         lifted = func is aten.lift_fresh.default  # its input is the same tensor, on its way to being a fake
         self._watch(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result
+
+    def _stand_ins(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[torch.Tensor]]:
+        """The arguments, and all tensors in them, with fakes for the real ones, marked so that their views tell."""
+
+        def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+                return tensor
+            fake = self._mode.from_tensor(tensor)
+            fake.untyped_storage()._i2v_lab_stands_for_real = True  # type: ignore[attr-defined]
+            met = self._leaves.get(id(tensor))
+            if tensor.requires_grad and tensor.is_leaf and (met is None or met[0]() is None):
+                self._leaves[id(tensor)] = (weakref.ref(tensor), tensor.grad)
+            return fake
+
+        args, kwargs = tree_map_only(torch.Tensor, stand_in, (args, kwargs))
+        return args, kwargs, _tensors((args, kwargs), [])
+
+    def restore_gradients(self) -> None:
+        """Give real leaves, in whose ``grad`` a backward leaves fakes, the gradients that they had."""
+        for reference, gradient in self._leaves.values():
+            leaf = reference()
+            if leaf is not None:
+                leaf.grad = gradient
 
     def _run(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         """``FakeTensorMode``'s result, by a shorter way than its own where there is one."""
@@ -233,17 +313,18 @@ class FakeOperators(TorchDispatchMode):
             return FakeTensor(self._mode, result, device)
         return [FakeTensor(self._mode, tensor, device) for tensor in result]
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Any, known: Any, all_known: bool) -> None:
+    def _follow(
+        self, func: Any, args: Any, kwargs: Any, result: Any, written: list[torch.Tensor], known: Any, all_known: bool
+    ) -> None:
         """Work out the result's values from those of the inputs, or forget what was overwritten."""
-        if not all_known and not func._schema.is_mutable:
+        if not all_known and not written:
             return
         outputs = _tensors(result, [])
         small = all(tensor.numel() <= KNOWN_ELEMENTS for tensor in outputs)
         if not (all_known and small) or torch.Tag.nondeterministic_seeded in func.tags:
-            if func._schema.is_mutable:
-                for one in known:
-                    if one is not None:
-                        one.valid[0] = False
+            for overwritten in map(known_values, written):
+                if overwritten is not None:
+                    overwritten.valid[0] = False
             return
         cells = {k.real.untyped_storage()._cdata: k.valid for k in known}
         real = _tensors(self._really(func, args, kwargs), [])
@@ -273,7 +354,7 @@ class FakeOperators(TorchDispatchMode):
             return index
         known = known_values(index)
         if known is None:
-            raise self._unanswerable(func)
+            raise unanswerable(func, self._where())
         if index.dim() != 1:
             return index
         with no_dispatch():
@@ -284,14 +365,6 @@ class FakeOperators(TorchDispatchMode):
 
     def _scalar(self, func: Any, known: Known | None) -> Any:
         if known is None:
-            raise self._unanswerable(func)
+            raise unanswerable(func, self._where())
         with no_dispatch():
             return known.real.item()
-
-    def _unanswerable(self, func: Any) -> ForecastError:
-        return ForecastError(
-            f"operator {func} asks for values that a forecast does not know, in {self._where() or 'no module'}; what "
-            "follows from them can only be measured by a real run",
-            operator=str(func),
-            module=self._where(),
-        )
