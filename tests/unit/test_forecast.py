@@ -290,6 +290,17 @@ def test_a_clone_of_a_real_tensor_can_be_written_to_and_the_real_one_read():
     assert held.numpy().tolist() == own
 
 
+def test_each_of_many_short_lived_real_tensors_has_a_result_of_its_own_size():
+    raw, sizes = bytes(range(64)), []
+
+    def read() -> None:
+        for count in range(1, 65):  # no two of them are alive at a time, so that their addresses recur
+            sizes.append(len(torch.frombuffer(bytearray(raw), dtype=torch.uint8, count=count) + 1))
+
+    forecast(read, device="cpu")
+    assert sizes == list(range(1, 65))
+
+
 def test_an_argument_can_be_written_to_where_the_original_is_also_reached_by_another_way():
     held, seen = torch.zeros(4), []
 

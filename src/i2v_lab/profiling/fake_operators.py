@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,40 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.operator_kinds import FACTORIES, VIEWS, makes_new_tensors, tensors_in, written_tensors
 
 aten = torch.ops.aten
 
 KNOWN_ELEMENTS = 4096  # a tensor of up to this many elements keeps its values, where they are known
-FACTORIES = {
-    aten.arange.default,
-    aten.arange.start,
-    aten.arange.start_step,
-    aten.eye.default,
-    aten.full.default,
-    aten.linspace.default,
-    aten.ones.default,
-    aten.scalar_tensor.default,
-    aten.zeros.default,
-}  # operators that make known values out of none
-VIEWS = {
-    aten.alias.default,
-    aten.detach.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.select.int,
-    aten.slice.Tensor,
-    aten.squeeze.dim,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unbind.int,
-    aten.unsqueeze.default,
-    aten.view.default,
-}  # the most frequent operators: their shape functions need none of FakeTensorMode's special cases
-BATCH_NORMS = {
-    aten.cudnn_batch_norm.default,
-    aten.miopen_batch_norm.default,
-    aten.native_batch_norm.default,
-}  # write to their running statistics in training, which their schemas do not say
 META = torch.device("meta")
 DEVICE = torch.ops.prim.device.default
 UNANSWERABLE = (fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException)
@@ -118,36 +88,6 @@ def are_new(tensors: list[torch.Tensor], inputs: list[torch.Tensor]) -> bool:
     return True
 
 
-@functools.cache
-def _makes_new_tensors(func: Any) -> bool:
-    """Whether an operator's results depend on its inputs' shapes alone and share no storage with them."""
-    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-    returns = func._schema.returns
-    return not (func._schema.is_mutable or tags & set(func.tags) or any(r.alias_info for r in returns)) and bool(
-        returns
-    )
-
-
-@functools.cache
-def _written_places(func: Any) -> list[tuple[int, str]]:
-    """Positions and names of the arguments that an operator writes to."""
-    arguments = enumerate(func._schema.arguments)
-    return [
-        (i, argument.name)
-        for i, argument in arguments
-        if (argument.alias_info is not None and argument.alias_info.is_write)
-        or (func in BATCH_NORMS and argument.name.startswith("running_"))
-    ]
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensors among its arguments that an operator writes to."""
-    places = _written_places(func)
-    if not places or (func in BATCH_NORMS and not args[5]):
-        return []
-    return _tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in places], [])
-
-
 def _is_real(tensor: torch.Tensor) -> bool:
     """Whether a tensor's data are real, its own or those that a fake stands for."""
     if not isinstance(tensor, FakeTensor):
@@ -157,26 +97,14 @@ def _is_real(tensor: torch.Tensor) -> bool:
 
 def _shapes(value: Any) -> Any:
     """Nested arguments with each tensor by its layout, to compare."""
-    if isinstance(value, FakeTensor):
-        return (value.shape, value.stride(), value.dtype, value.fake_device)
+    if isinstance(value, torch.Tensor):
+        device = value.fake_device if isinstance(value, FakeTensor) else value.device  # a fake's own .device is slow
+        return (value.shape, value.stride(), value.dtype, device)
     if isinstance(value, list | tuple):
         return tuple([_shapes(item) for item in value])
     if isinstance(value, dict):
         return tuple([(key, _shapes(item)) for key, item in value.items()])
-    return (id(value),) if isinstance(value, torch.Tensor) else (type(value), value)
-
-
-def _tensors(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
-    """All tensors in nested arguments."""
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _tensors(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _tensors(item, found)
-    return found
+    return (type(value), value)
 
 
 def _is_meta(kwargs: dict[str, Any], inputs: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
@@ -211,12 +139,12 @@ class FakeOperators(TorchDispatchMode):
         kwargs = kwargs or {}
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
-        inputs = _tensors((args, kwargs), [])
+        inputs = tensors_in((args, kwargs), [])
         others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
         if _is_meta(kwargs, inputs, others):  # a skeleton, which has no memory anywhere
             with no_dispatch():
                 return func(*args, **kwargs)
-        written = _written(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
         if written and any(_is_real(tensor) for tensor in written):
             raise ForecastError(
                 f"operator {func} in {self._where() or 'no module'} would write to a real tensor, which a forecast "
@@ -256,8 +184,8 @@ class FakeOperators(TorchDispatchMode):
                 operator=str(func),
                 module=self._where(),
             ) from error
-        self._follow(func, args, kwargs, result, written, known, all_known)
-        outputs = _tensors(result, [])
+        outputs = tensors_in(result, [])
+        self._follow(func, args, kwargs, outputs, written, known, all_known)
         lifted = func is aten.lift_fresh.default  # its input is the same tensor, on its way to being a fake
         self._watch(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result
@@ -276,7 +204,7 @@ class FakeOperators(TorchDispatchMode):
             return fake
 
         args, kwargs = tree_map_only(torch.Tensor, stand_in, (args, kwargs))
-        return args, kwargs, _tensors((args, kwargs), [])
+        return args, kwargs, tensors_in((args, kwargs), [])
 
     def restore_gradients(self) -> None:
         """Give real leaves, in whose ``grad`` a backward leaves fakes, the gradients that they had."""
@@ -291,7 +219,7 @@ class FakeOperators(TorchDispatchMode):
             return self._fake(func, args, {**kwargs, "device": META, "pin_memory": None}, kwargs["device"])
         if func in VIEWS and isinstance(inputs[0], FakeTensor):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
-        if not _makes_new_tensors(func):
+        if not makes_new_tensors(func):
             return func(*args, **kwargs)
         key = (func, _shapes(args), _shapes(kwargs))
         seen = self._seen.get(key)
@@ -314,12 +242,18 @@ class FakeOperators(TorchDispatchMode):
         return [FakeTensor(self._mode, tensor, device) for tensor in result]
 
     def _follow(
-        self, func: Any, args: Any, kwargs: Any, result: Any, written: list[torch.Tensor], known: Any, all_known: bool
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        outputs: list[torch.Tensor],
+        written: list[torch.Tensor],
+        known: Any,
+        all_known: bool,
     ) -> None:
-        """Work out the result's values from those of the inputs, or forget what was overwritten."""
+        """Work out the results' values from those of the inputs, or forget what was overwritten."""
         if not all_known and not written:
             return
-        outputs = _tensors(result, [])
         small = all(tensor.numel() <= KNOWN_ELEMENTS for tensor in outputs)
         if not (all_known and small) or torch.Tag.nondeterministic_seeded in func.tags:
             for overwritten in map(known_values, written):
@@ -327,7 +261,7 @@ class FakeOperators(TorchDispatchMode):
                     overwritten.valid[0] = False
             return
         cells = {k.real.untyped_storage()._cdata: k.valid for k in known}
-        real = _tensors(self._really(func, args, kwargs), [])
+        real = tensors_in(self._really(func, args, kwargs), [])
         for fake, value in zip(outputs, real, strict=True):
             if isinstance(fake, FakeTensor):
                 cell = cells.get(value.untyped_storage()._cdata, [True])

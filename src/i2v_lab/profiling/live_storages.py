@@ -67,6 +67,14 @@ class StorageLife:
         return "activation" if self.module and not self.is_workspace else "other"
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What a storage adds to the count, and the allocator's block for it, if there is an allocator."""
+
+    nbytes: int
+    block: Block | None
+
+
 @dataclass
 class LocalPeak:
     """The most that was alive at any time within a scope.
@@ -116,7 +124,7 @@ class LiveStorageMeter(TorchDispatchMode):
         self._cap_bytes = cap_bytes
         self._device_type = device_type
         self._allocator = allocator
-        self._alive: dict[int, tuple[StorageLife, weakref.ref[Any], Block | None]] = {}
+        self._alive: dict[int, tuple[StorageLife, weakref.ref[Any], _Counted]] = {}
         self._live_bytes = 0
         self._peak_bytes = 0
         self._tick = 0
@@ -182,10 +190,19 @@ class LiveStorageMeter(TorchDispatchMode):
             is_weight = weights or (self.paths is not None and key in self.paths.weights)
             life = StorageLife(nbytes, tuple(tensor.shape), tensor.dtype, self._module(), is_weight, self._advance())
             self.lives.append(life)
-            block = self._allocator.allocate(nbytes) if self._allocator is not None and nbytes else None
-            self._alive[key] = (life, weakref.ref(storage, partial(self._died, key)), block)
-            self._live_bytes += block.size if block else nbytes
+            self._alive[key] = (life, weakref.ref(storage, partial(self._died, key)), self._count(nbytes))
         self._note_peak(before)
+
+    def _count(self, nbytes: int) -> _Counted:
+        block = self._allocator.allocate(nbytes) if self._allocator is not None and nbytes else None
+        counted = _Counted(block.size if block is not None else nbytes, block)
+        self._live_bytes += counted.nbytes
+        return counted
+
+    def _uncount(self, counted: _Counted) -> None:
+        self._live_bytes -= counted.nbytes
+        if self._allocator is not None and counted.block is not None:
+            self._allocator.free(counted.block)
 
     def _note_peak(self, before: int) -> None:
         if self._live_bytes > self._peak_bytes:
@@ -207,20 +224,17 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def borrow(self, nbytes: int, name: str) -> None:
         """Count bytes that a kernel allocates and frees inside itself; arguments as in :meth:`hold`."""
-        life, block = self._take(nbytes, name)
+        life, counted = self._take(nbytes, name)
         life.died = self._advance()
-        self._live_bytes -= block.size if block else nbytes
-        if self._allocator is not None and block is not None:
-            self._allocator.free(block)
+        self._uncount(counted)
 
-    def _take(self, nbytes: int, name: str) -> tuple[StorageLife, Block | None]:
+    def _take(self, nbytes: int, name: str) -> tuple[StorageLife, _Counted]:
         before = self._live_bytes
         life = StorageLife(nbytes, (nbytes,), torch.uint8, name, False, self._advance(), is_workspace=True)
         self.lives.append(life)
-        block = self._allocator.allocate(nbytes) if self._allocator else None
-        self._live_bytes += block.size if block else nbytes
+        counted = self._count(nbytes)
         self._note_peak(before)
-        return life, block
+        return life, counted
 
     # --- Calls that are not run again ---
 
@@ -245,8 +259,7 @@ class LiveStorageMeter(TorchDispatchMode):
     def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
         """What the storages of ``tensors`` count together."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors}
-        counted = [self._alive[key] for key in keys if key in self._alive]
-        return sum(block.size if block else life.nbytes for life, _, block in counted)
+        return sum(self._alive[key][2].nbytes for key in keys if key in self._alive)
 
     # --- What an autograd graph holds ---
 
@@ -299,11 +312,9 @@ class LiveStorageMeter(TorchDispatchMode):
             self._end(key)
 
     def _end(self, key: int) -> None:
-        life, _, block = self._alive.pop(key)
+        life, _, counted = self._alive.pop(key)
         life.died = self._advance()
-        self._live_bytes -= block.size if block else life.nbytes
-        if self._allocator is not None and block is not None:
-            self._allocator.free(block)
+        self._uncount(counted)
 
     def _module(self) -> str:
         return self.paths.current if self.paths else ""
