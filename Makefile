@@ -1,8 +1,8 @@
-# make setup | reproduce | test | bench | lab | clean. Every target sets up what it needs.
+# make setup | reproduce | test | figures | bench | lab | clean. Every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup reproduce test bench lab clean
+.PHONY: setup reproduce test figures bench lab clean
 
 setup: .venv/.stamp
 
@@ -20,6 +20,9 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+figures: setup
+	$(BIN)/python docs/draw_figures.py
 
 bench: setup
 	$(BIN)/python benchmarks/profiler_overhead.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,8 +56,13 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory, still: Path) -> Path:
-    """The build folder of one small reproduction of every notebook: made once, however many processes test it."""
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build folder of one small reproduction of every notebook: made once, however many processes test it.
+
+    Everything in it was measured here, with the tiny model.
+    """
+    from small_notebooks import SMALL
+
     from i2v_lab.reproduce import reproduce
 
     shared = tmp_path_factory.getbasetemp()
@@ -65,6 +71,10 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory, still: Path) -> Path:
     out = shared / "reproduced"
     with (shared / "reproduced.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not out.exists():
-            reproduce(parameters={"image": str(still), "width": 128, "height": 64, "frames": 17}, out=out)
+        if not (shared / "reproduced.done").exists():
+            parameters = shared / "parameters.yaml"
+            everywhere = {"source": "measure", "model": "ltx-2.3-tiny", "device": "cpu"}
+            parameters.write_text(json.dumps({**everywhere, **SMALL}))
+            reproduce(files=[parameters], out=out)
+            (shared / "reproduced.done").touch()
     return out

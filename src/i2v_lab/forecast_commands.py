@@ -270,7 +270,7 @@ def accuracy(
     from i2v_lab.reporting.tables import save_table
     from i2v_lab.studies.accuracy import accuracy_table, measured_table, summary_table
 
-    measured = measured_table(folder)
+    measured = measured_table(folder=folder)
     if measured.empty:
         print("no runs measured on a GPU there; make some with `i2v-lab generate --device cuda --profile DIR`")
         return

@@ -196,7 +196,9 @@ def own_kernel() -> Iterator[str]:
         spec = Path(folder) / "kernels" / KERNEL
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "i2v-lab", "language": "python"}))
+        env = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # nobody watches; bars would fill the pages
+        values = {"argv": argv, "display_name": "i2v-lab", "language": "python", "env": env}
+        (spec / "kernel.json").write_text(json.dumps(values))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, previous]))
         try:
             yield KERNEL

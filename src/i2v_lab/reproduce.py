@@ -101,7 +101,7 @@ def reproduce(
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
-    """The notebooks of these names, in their own order; all of them if there are none.
+    """The notebooks of these names, or numbers such as ``03``, in their own order; all of them if there are none.
 
     Raises:
         InvalidRequest: There is no notebook of that name, or none at all.
@@ -109,11 +109,14 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
     known = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     if not known:
         raise InvalidRequest(f"there are no notebooks in {NOTEBOOKS}; they come with a checkout of the repository")
+    wanted = set()
     for name in names:
-        if name.removesuffix(".ipynb") not in known:
+        stem = name.removesuffix(".ipynb")
+        matching = {each for each in known if stem in (each, each.partition("_")[0])}
+        if not matching:
             raise InvalidRequest(f"notebook={name!r} does not exist; use one of: {', '.join(known)}", notebook=name)
-    wanted = {name.removesuffix(".ipynb") for name in names} or set(known)
-    return [path for stem, path in known.items() if stem in wanted]
+        wanted |= matching
+    return [path for stem, path in known.items() if not names or stem in wanted]
 
 
 def _job(notebook: Path, given: dict[str, Any], code: dict[str, str], out: Path, force: bool) -> _Job:

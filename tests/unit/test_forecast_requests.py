@@ -32,8 +32,8 @@ from i2v_lab.studies import fit as fit_module
 from i2v_lab.studies.accuracy import accuracy_table, measured_table, reference_table, summary_table
 from i2v_lab.studies.calibration import calibrate
 from i2v_lab.studies.cards import Fit, gpu_memory_bytes, gpu_table, judge, judge_all
-from i2v_lab.studies.fit import TILINGS, FitSearch
 from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.fit import TILINGS, FitSearch
 from i2v_lab.studies.forecasts import forecast_many, forecast_request
 from i2v_lab.studies.sources import forecast_sweep
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from i2v_lab.errors import RecordError
+from i2v_lab.profiling.records import TimelineRecord
 from i2v_lab.reporting.figures import STYLE
 from i2v_lab.store import Run
 from i2v_lab.units import GIB, MIB
@@ -32,6 +33,7 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         RecordError: A run has no timeline: it was profiled on CUDA, or without attribution.
     """
     table = _timeline(run)
+    forecast = run.metadata.get("device") == "forecast"
     scale, unit = (GIB, "GiB") if _total(table).max() >= GIB else (MIB, "MiB")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
@@ -60,7 +62,9 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         _mark_phases(axes, table, top / scale)
         axes.set_ylim(0, top / scale * 1.32)
         axes.set_xlim(0, float(table["time_s"].max()))
-        axes.set_xlabel("time (s)")
+        axes.set_xlabel("progress of the run; a forecast has no clock" if forecast else "time (s)")
+        if forecast:
+            axes.set_xticks([])
         axes.set_ylabel(f"live tensor storages ({unit})")
         axes.set_title(f"What was alive, and what for: {run.folder.name}", loc="left", fontsize=11)
         axes.legend(loc="upper left", frameon=False, ncols=5, fontsize=8, bbox_to_anchor=(0, 1.0))
@@ -73,7 +77,14 @@ def _timeline(run: Run) -> pd.DataFrame:
         raise RecordError(
             f"run '{run.folder}' has no timeline; profile it on a CPU, where every storage is counted, with --profile"
         )
+    if run.metadata.get("device") == "forecast":  # its seconds are those of the forecast
+        table["time_s"] = [float(moment) for moment in range(len(table))]
     return table
+
+
+def has_timeline(run: Run) -> bool:
+    """Whether live storages were followed, so that :func:`timeline_figure` has something to draw."""
+    return bool(run.of(TimelineRecord))
 
 
 def _total(table: pd.DataFrame) -> pd.Series:

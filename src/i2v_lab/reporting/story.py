@@ -19,6 +19,7 @@ from i2v_lab.units import GIB, format_bytes
 
 CARD = "RTX PRO 6000 Blackwell"  # the published run's; how much CUDA can use of it is in data/gpus.csv
 FAILED, DONE = "failed", "done"
+SCOPES = ("escaped", "no_grad")
 SHORT = 180  # characters of a claim that the index has room for
 
 
@@ -168,7 +169,7 @@ def headline(pages: Sequence[Page]) -> Headline:
     cards = pd.read_csv(data_dir() / "gpus.csv").set_index("gpu")["memory_bytes"]
     card_bytes = int(cards[CARD])
     results = next((page.results for page in pages if page.results.get("escaped_peak_bytes") is not None), None)
-    ours = {scope: int(results[f"{scope}_peak_bytes"]) for scope in WORDS} if results else {}
+    ours = {scope: int(results[f"{scope}_peak_bytes"]) for scope in SCOPES} if results else {}
     on_card = max(ours.values(), default=card_bytes) > card_bytes / 20  # else the bars could not be seen beside it
     whole = 1.02 * max([card_bytes, *theirs.values(), *(ours.values() if on_card else ())])
     groups = [_bars(their_label, theirs, whole, card_bytes)]
@@ -193,7 +194,6 @@ def headline(pages: Sequence[Page]) -> Headline:
 
 def _bars(label: str, peaks: Mapping[str, int], whole: float, card_bytes: int | None) -> Bars:
     pair = [
-        Bar(scope, words, format_bytes(peaks[scope]), round(100 * peaks[scope] / whole, 2))
-        for scope, words in WORDS.items()
+        Bar(scope, WORDS[scope], format_bytes(peaks[scope]), round(100 * peaks[scope] / whole, 2)) for scope in SCOPES
     ]
     return Bars(label, pair, None if card_bytes is None else round(100 * card_bytes / whole, 2))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from i2v_lab.paths import data_dir
 from i2v_lab.reporting.files import write_atomically
 from i2v_lab.units import format_bytes
 
-WORDS = {"escaped": "outside no_grad", "no_grad": "inside no_grad"}
+WORDS = {
+    "escaped": "outside no_grad",
+    "no_grad": "inside no_grad",
+    "escaped, guarded": "outside, through guard_stream",
+    "plain": "consumed to its end",
+    "guarded": "through guard_stream",
+    "left_open": "stopped early and kept",
+}
+ABSENT = "n/a"
 
 
 def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
@@ -19,46 +27,40 @@ def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
     return write_atomically(folder / f"{name}.csv", lambda part: table.to_csv(part, index=False))
 
 
-def before_after_table(phases: pd.DataFrame) -> pd.DataFrame:
-    """Peak and time of every phase, before and after, formatted; the last row is the whole run.
+def readable(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Some columns of a tidy table as people read them: bytes and seconds with their unit, shares in percent.
 
-    What is compared stands side by side: first the peaks of all scopes, then their times.
+    The first column becomes the index. A column in which nothing is known is left out.
 
     Args:
-        phases: As in :class:`i2v_lab.studies.no_grad.Comparison`.
+        table: Tidy; the end of a column's name says its unit, as everywhere in this package.
+        columns: Heading by column's name, in the order wanted.
+
+    Example:
+        >>> rows = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2**30], "published_bytes": [None]})
+        >>> readable(rows, {"phase": "phase", "peak_bytes": "peak", "published_bytes": "published"})
+                          peak
+        decode_video  1.00 GiB
     """
-    rows = {}
-    for phase in phases["phase"].unique():
-        rows[phase] = phases[phases["phase"] == phase].set_index("decode_scope")
-    table = pd.DataFrame(index=[*rows, "whole run"])
-    scopes = phases["decode_scope"].unique()
-    for scope in scopes:
-        peaks = [int(rows[phase].loc[scope, "peak_bytes"]) for phase in rows]
-        table[f"peak {WORDS.get(scope, scope)}"] = [format_bytes(n) for n in [*peaks, max(peaks)]]
-    for scope in scopes:
-        seconds = [float(rows[phase].loc[scope, "seconds"]) for phase in rows]
-        table[f"time {WORDS.get(scope, scope)}"] = [f"{s:.2f} s" for s in [*seconds, sum(seconds)]]
-    return table
+    known = {name: heading for name, heading in columns.items() if not len(table) or not table[name].isna().all()}
+    shown = pd.DataFrame({heading: [_text(name, value) for value in table[name]] for name, heading in known.items()})
+    first = next(iter(known.values()))
+    return shown.set_index(first).rename_axis(None)
 
 
-def published_table(phases: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Our peaks beside the published ones: outside ``no_grad``, inside, and their ratio."""
-    published = json.loads((data_dir() / "published" / "no_grad_study.json").read_text())
-    theirs = {row["decode_scope"]: row["peak_gib"] for row in published["before_after"]}
-    ours = phases.groupby("decode_scope")["peak_bytes"].max()
-    first = published["before_after"][0]
-    rows = [
-        {
-            "run": f"published: {published['run']}, {first['width']}x{first['height']}, {first['frames']} frames",
-            WORDS["escaped"]: f"{theirs['escaped']:.2f} GiB",
-            WORDS["no_grad"]: f"{theirs['no_grad']:.2f} GiB",
-            "ratio": f"{theirs['escaped'] / theirs['no_grad']:.2f}",
-        },
-        {
-            "run": f"measured here: {model}",
-            WORDS["escaped"]: format_bytes(int(ours["escaped"])),
-            WORDS["no_grad"]: format_bytes(int(ours["no_grad"])),
-            "ratio": f"{ours['escaped'] / ours['no_grad']:.2f}",
-        },
-    ]
-    return pd.DataFrame(rows).set_index("run").rename_axis(None)
+def _text(name: str, value: Any) -> str:
+    if pd.isna(value):
+        return ABSENT
+    if name.endswith("bytes"):
+        return format_bytes(int(value))
+    if name.endswith("seconds"):
+        return f"{value:.1f} s"
+    if name.endswith("ratio"):
+        return f"{value:.2f}"
+    if name.endswith("error"):
+        return f"{100 * value:.2f} %"
+    if name.startswith("share"):
+        return f"{100 * value:.0f} %"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return WORDS.get(str(value), str(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,11 @@ def judge(forecast: Forecast, gpu: str, memory_bytes: int) -> Fit:
     if forecast.peak_reserved_bytes <= room_bytes:
         return Fit(gpu, memory_bytes, FITS)
     return Fit(gpu, memory_bytes, TIGHT if forecast.peak.peak_bytes <= room_bytes else NO)
+
+
+def context_bytes() -> int:
+    """What the CUDA context and the libraries take from a card besides tensors, as in ``data/workspaces.json``."""
+    return int(json.loads((data_dir() / "workspaces.json").read_text())["context_bytes"])
 
 
 def gpu_table() -> pd.DataFrame:

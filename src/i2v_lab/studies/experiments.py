@@ -8,6 +8,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Experiment:
         generations: How many times, one after another.
         consumer: How each video is consumed.
 
+    Raises:
+        InvalidRequest: ``generations`` is not above 0.
+        ValueError: There is no such consumer.
+
     Example:
         >>> request = I2VRequest(image="still.png", width=1024, height=768, frames=97, decode_scope="escaped")
         >>> Experiment(request=request, generations=3).name
@@ -54,6 +59,11 @@ class Experiment:
     model: str = FULL_SIZE_MODEL
     generations: int = 1
     consumer: Consumer = Consumer.PLAIN
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "consumer", Consumer(self.consumer))
+        if self.generations < 1:
+            raise InvalidRequest(f"generations={self.generations} is not above 0; use 1 or more")
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import i2v_lab
 from i2v_lab.errors import OutputError, RecordError
@@ -100,14 +101,25 @@ def forecast_experiments(
     todo = [index for index in range(len(experiments)) if index not in done]
     # The longest first, so that no core is left alone with it at the end.
     todo.sort(key=lambda index: -experiments[index].generations)
-    bar = tqdm(total=len(experiments), initial=len(done), desc="forecasts", disable=not progress or not todo)
+    bar = tqdm(total=len(experiments), initial=len(done), desc="forecasts", disable=hidden(progress and bool(todo)))
     jobs = min(jobs or usable_cores(), max(1, len(todo)))
+    if jobs == 1:
+        with bar:
+            for index in todo:
+                done[index] = forecast_experiment(experiments[index])
+                bar.update()
+        return [done[index] for index in range(len(experiments))]
     with bar, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # torch does not survive a fork
         pending = {pool.submit(forecast_experiment, experiments[index]): index for index in todo}
         for future in as_completed(pending):
             done[pending[future]] = future.result()
             bar.update()
     return [done[index] for index in range(len(experiments))]
+
+
+def hidden(progress: bool) -> bool:
+    """Whether a bar is not shown: nobody wants it, or ``TQDM_DISABLE`` says that nobody watches."""
+    return not progress or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
 
 
 def _work_out(experiment: Experiment, device: str) -> tuple[tuple[Record, ...], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -61,6 +62,12 @@ def measure(experiment: Experiment, folder: Path, device: str = "auto") -> Run:
             return run
     lines = child.stderr.strip().splitlines() or [f"its process ended with status {child.returncode}"]
     raise I2VLabError(f"{experiment.name}: {lines[-1].removeprefix('i2v-lab: ')}", status=child.returncode)
+
+
+def run_folder(runs_dir: Path, experiment: Experiment) -> Path:
+    """Where a measured run is kept: the same for equal experiments, another for every other."""
+    digest = hashlib.sha256(json.dumps(experiment.to_json(), sort_keys=True).encode()).hexdigest()
+    return runs_dir / f"{experiment.model}_{experiment.name}_{digest[:8]}"
 
 
 def is_result(run: Run) -> bool:

@@ -1,156 +1,107 @@
-"""Before and after: the same request decoded in the consumer's grad mode, and inside ``no_grad``.
-
-Each run is a process of its own, started through the command line, so that it measures what a user would.
-"""
+"""Before and after: the same request decoded in the consumer's grad mode, and inside ``no_grad``."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import av
 import pandas as pd
 
-from i2v_lab.errors import GradScopeError, I2VLabError
+from i2v_lab.profiling.records import GraphRecord
 from i2v_lab.request import DecodeScope, I2VRequest
+from i2v_lab.store import FAILED
+from i2v_lab.studies.experiments import Consumer, Experiment
+from i2v_lab.studies.localization import AFTER_RETURN, scope_experiments
+from i2v_lab.studies.measured import VIDEO
+from i2v_lab.studies.published import beside_published
+from i2v_lab.studies.sources import Observation, Source, observe, phases_frame, runs_frame
+from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
+from i2v_lab.units import format_bytes
+
+DEPTH = 3  # parts of a module's path that a table of the graph keeps
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What the runs showed.
-
-    Attributes:
-        phases: One row for each scope and phase: ``decode_scope, phase, seconds, peak_bytes, peak_so_far_bytes``.
-        videos: The MP4 of each scope.
-        frames_identical: Whether both videos decode to the same pixels in every frame.
-    """
-
-    phases: pd.DataFrame
-    videos: dict[str, Path]
-    frames_identical: bool
-
-    def verdict(self) -> dict[str, Any]:
-        """Named results: peaks in bytes, their ratio, the excess and where it is, and what that says of the claim.
-
-        ``confirmed``: the change of grad mode at least halves the peak of the whole run, the excess is all in
-        ``decode_video``, and no frame changes. ``refined``: decoding alone takes less, but the whole run is not halved,
-        or something else changes too. ``refuted``: decoding takes no less, or the video changes.
-        """
-        peaks = self.phases.groupby("decode_scope")["peak_bytes"].max()
-        by_phase = self.phases.pivot_table(index="phase", columns="decode_scope", values="peak_bytes", sort=False)
-        excess = by_phase["escaped"] - by_phase["no_grad"]
-        escaped, no_grad = int(peaks["escaped"]), int(peaks["no_grad"])
-        elsewhere = int(excess.drop("decode_video").abs().max())
-        decode_ratio = float(by_phase["escaped"]["decode_video"] / by_phase["no_grad"]["decode_video"])
-        if decode_ratio <= 1 or not self.frames_identical:
-            verdict = "refuted"
-        elif escaped >= 2 * no_grad and elsewhere == 0:
-            verdict = "confirmed"
-        else:
-            verdict = "refined"
-        return {
-            "escaped_peak_bytes": escaped,
-            "no_grad_peak_bytes": no_grad,
-            "peak_ratio": escaped / no_grad,
-            "decode_peak_ratio": decode_ratio,
-            "excess_bytes": int(excess.max()),
-            "excess_phase": str(excess.idxmax()),
-            "largest_difference_elsewhere_bytes": elsewhere,
-            "frames_identical": self.frames_identical,
-            "verdict": verdict,
-        }
+def fix_experiments(request: I2VRequest, model: str) -> list[Experiment]:
+    """With the defect; with the fix; with the defect, but the stream consumed through ``guard_stream``."""
+    before, after = scope_experiments(request, model)
+    return [before, after, replace(before, consumer=Consumer.GUARDED)]
 
 
-def compare_scopes(
-    request: I2VRequest, model: str, out_dir: Path, device: str = "auto", scopes: Sequence[str] = ("escaped", "no_grad")
-) -> Comparison:
-    """Run the same request once in each scope.
-
-    Args:
-        request: What to generate; its own ``decode_scope`` does not matter.
-        model: An architecture's name.
-        out_dir: Gets one MP4 for each scope; made if it does not exist.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        scopes: Which, of :class:`~i2v_lab.request.DecodeScope`.
-
-    Raises:
-        I2VLabError: A run failed; with its own message.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    videos = {scope: out_dir / f"{scope}.mp4" for scope in scopes}
-    tables = []
-    for scope, video in videos.items():
-        report = run_generate(request, model, DecodeScope(scope), video, device)
-        phases = pd.DataFrame(report["phases"])
-        phases.insert(0, "decode_scope", scope)
-        phases["peak_so_far_bytes"] = phases["peak_bytes"].cummax()
-        tables.append(phases)
-    digests = {frames_digest(video) for video in videos.values()}
-    return Comparison(pd.concat(tables, ignore_index=True), videos, len(digests) == 1)
-
-
-def inference_mode_message(request: I2VRequest, model: str, out_dir: Path, device: str = "auto") -> str:
-    """What a run says whose pipeline is inside ``inference_mode`` and whose consumer is not: torch's refusal.
-
-    Raises:
-        AssertionError: It did not fail, so the claim that it does is wrong.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        run_generate(request, model, DecodeScope.INFERENCE_MODE, out_dir / "inference_mode.mp4", device)
-    except GradScopeError as error:
-        return str(error)
-    raise AssertionError("the pipeline ran inside inference_mode, was consumed outside, and did not fail")
-
-
-def run_generate(
-    request: I2VRequest, model: str, scope: DecodeScope, video: Path, device: str = "auto"
-) -> dict[str, Any]:
-    """One ``i2v-lab generate --json`` in a process of its own.
+def fix_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Peak, time and bytes saved for backward of each way, and the published figures.
 
     Returns:
-        Its report.
-
-    Raises:
-        GradScopeError: It ended with status 1 because of its grad mode.
-        I2VLabError: It failed otherwise.
+        The columns of :func:`~i2v_lab.studies.published.beside_published`, one row for each run.
     """
-    options: dict[str, Any] = {
-        "image": request.image,
-        "prompt": request.prompt,
-        "negative-prompt": request.negative_prompt,
-        "width": request.width,
-        "height": request.height,
-        "frames": request.frames,
-        "fps": request.fps,
-        "seed": request.seed,
-        "variant": request.variant.value,
-        "quantization": request.quantization.value,
-        "model": model,
-        "decode-scope": scope.value,
-        "device": device,
-        "out": video,
-    }
-    if request.tiling is not None:
-        tiling = request.tiling
-        options |= {"tile-px": tiling.tile_px, "tile-overlap-px": tiling.tile_overlap_px}
-        options |= {"tile-frames": tiling.tile_frames, "tile-overlap-frames": tiling.tile_overlap_frames}
-    command = [sys.executable, "-m", "i2v_lab.cli", "generate", "--json"]
-    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command += ["--no-tiling"] if request.tiling is None else []
-    child = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    if child.returncode == 0:
-        report: dict[str, Any] = json.loads(child.stdout)
-        return report
-    lines = child.stderr.strip().splitlines() or ["no message"]
-    kind = GradScopeError if "Inference tensors" in lines[-1] else I2VLabError
-    raise kind(lines[-1].removeprefix("i2v-lab: "), decode_scope=scope.value, status=child.returncode)
+    return beside_published(runs_frame(observations))
+
+
+def phase_peaks(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Peaks of every phase, the runs side by side.
+
+    Returns:
+        ``phase``, and one column for each run: ``escaped_bytes``, ``no_grad_bytes``, ``guarded_bytes``;
+        missing values where there is no run.
+    """
+    table = phases_frame(observations)
+    way = table["decode_scope"].where(table["consumer"] == "plain", table["consumer"])
+    table = table.assign(way=way + "_bytes")
+    wide = table.pivot_table(index="phase", columns="way", values="peak_bytes", aggfunc="max", sort=False)
+    wide = wide.reindex(columns=["escaped_bytes", "no_grad_bytes", "guarded_bytes"]).astype("Int64")
+    return wide.reset_index().rename_axis(columns=None)
+
+
+def graph_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Bytes that autograd saved for backward, by module, where the defect's graph was largest.
+
+    Returns:
+        ``module, saved_bytes, share``, the largest first; empty if nothing was followed.
+    """
+    first = observations[0]
+    totals: dict[str, int] = {}
+    for record in first.run.of(GraphRecord) if first.run else []:
+        module = ".".join(record.module.split(".")[:DEPTH])
+        totals[module] = totals.get(module, 0) + record.nbytes
+    rows = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
+    table = pd.DataFrame(rows, columns=["module", "saved_bytes"]).astype({"saved_bytes": "int64"})
+    return table.assign(share=table["saved_bytes"] / max(1, int(table["saved_bytes"].sum())))
+
+
+# --- For real, at a size that any machine runs ---
+
+
+def small_runs(request: I2VRequest, model: str, runs_dir: Path, device: str = "auto") -> list[Observation]:
+    """Both scopes for real on this machine, for what no forecast can show: frames, and what torch refuses.
+
+    Returns:
+        With the defect, with the fix, and with the pipeline inside ``inference_mode``.
+    """
+    refused = Experiment(request=replace(request, decode_scope=DecodeScope.INFERENCE_MODE), model=model)
+    return observe([*scope_experiments(request, model), refused], Source.MEASURE, runs_dir, device)
+
+
+def video_of(observation: Observation) -> Path:
+    """The MP4 of a measured run."""
+    assert observation.run is not None
+    return observation.run.folder / VIDEO
+
+
+def frames_identical(observations: Sequence[Observation]) -> bool:
+    """Whether the first two runs' videos decode to the same pixels in every frame."""
+    first, second = (frames_digest(video_of(each)) for each in observations[:2])
+    return first == second
+
+
+def refusal(observation: Observation) -> str:
+    """What torch said to a pipeline inside ``inference_mode`` whose stream was consumed outside; empty if nothing."""
+    assert observation.run is not None
+    if observation.run.status != FAILED:
+        return ""
+    return str(observation.run.metadata["error"]).partition(": ")[2]
 
 
 def frames_digest(video: Path) -> str:
@@ -160,3 +111,54 @@ def frames_digest(video: Path) -> str:
         for frame in container.decode(video=0):
             digest.update(frame.to_ndarray(format="rgb24").tobytes())
     return digest.hexdigest()
+
+
+def fix_verdict(observations: Sequence[Observation], identical: bool, refused: str) -> dict[str, Any]:
+    """Claims 3 and 4: one call moved inside ``no_grad`` removes the excess, and ``inference_mode`` is no substitute.
+
+    ``confirmed``: the peak of the whole run is at least halved, the excess is all in ``decode_video``, no frame
+    changes, and torch refuses ``inference_mode``. ``refined``: decoding alone takes less, but the whole run is not
+    halved, or something else changes too. ``refuted``: decoding takes no less, or the video changes.
+
+    Args:
+        observations: Of :func:`fix_experiments`; the third may have no run.
+        identical: Of :func:`frames_identical`.
+        refused: Of :func:`refusal`.
+    """
+    named: dict[str, Any] = {"frames_identical": identical, "inference_mode_refused": bool(refused)}
+    headline = ("escaped_peak_bytes", "no_grad_peak_bytes", "peak_ratio", "excess_phase")
+    if any(each.run is None for each in observations[:2]):
+        return no_data(observations[:2], **dict.fromkeys(headline), **named)
+    by_phase = phase_peaks(observations).set_index("phase")
+    excess = by_phase["escaped_bytes"] - by_phase["no_grad_bytes"]
+    escaped, no_grad = int(by_phase["escaped_bytes"].max()), int(by_phase["no_grad_bytes"].max())
+    elsewhere = int(excess.drop(AFTER_RETURN).abs().max())
+    decode_ratio = float(by_phase["escaped_bytes"][AFTER_RETURN] / by_phase["no_grad_bytes"][AFTER_RETURN])
+    if decode_ratio <= 1 or not identical:
+        verdict = REFUTED
+    elif escaped >= 2 * no_grad and elsewhere == 0 and refused:
+        verdict = CONFIRMED
+    else:
+        verdict = REFINED
+    finding = (
+        f"Moved inside no_grad, the same request peaks at {format_bytes(no_grad)} instead of {format_bytes(escaped)}, "
+        f"{escaped / no_grad:.2f} times less; {AFTER_RETURN} alone goes down {decode_ratio:.1f} times, and "
+        f"{'every frame is identical' if identical else 'the frames differ'}."
+    )
+    if len(observations) > 2 and observations[2].run is not None:
+        guarded = int(by_phase["guarded_bytes"].max())
+        named["guarded_peak_bytes"] = guarded
+        named["guarded_saved_bytes"] = int(runs_frame(observations)["saved_for_backward_bytes"].iloc[2])
+    return conclude(
+        observations,
+        verdict,
+        finding,
+        escaped_peak_bytes=escaped,
+        no_grad_peak_bytes=no_grad,
+        peak_ratio=escaped / no_grad,
+        decode_peak_ratio=decode_ratio,
+        excess_bytes=int(excess.max()),
+        excess_phase=str(excess.idxmax()),
+        largest_difference_elsewhere_bytes=elsewhere,
+        **named,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.pipeline.architectures import load_architecture
@@ -18,8 +17,8 @@ from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.store import COMPLETE, Run
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, SMALL_MODEL, Experiment
-from i2v_lab.studies.forecasts import forecast_experiments, forecast_many
-from i2v_lab.studies.measured import measure
+from i2v_lab.studies.forecasts import forecast_experiments, forecast_many, hidden
+from i2v_lab.studies.measured import measure, run_folder
 from i2v_lab.studies.recorded import find_recorded, seconds_of
 
 FORECAST_DEVICE = "forecast"
@@ -119,8 +118,8 @@ def observe(
         forecasts = forecast_experiments(experiments, progress=progress)
         runs = [as_run(experiment, found) for experiment, found in zip(experiments, forecasts, strict=True)]
     elif kind is Source.MEASURE:
-        bar = tqdm(experiments, desc="runs", file=sys.stderr, disable=not progress)
-        runs = [measure(each, runs_dir / f"{each.model}_{each.name}", device) for each in bar]
+        bar = tqdm(experiments, desc="runs", disable=hidden(progress))
+        runs = [measure(each, run_folder(runs_dir, each), device) for each in bar]
     else:
         runs = [find_recorded(experiment) for experiment in experiments]
     return [Observation(each, kind, run) for each, run in zip(experiments, runs, strict=True)]

@@ -1,0 +1,36 @@
+"""Draw the README's figures from the recorded runs: `make figures`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from i2v_lab.reporting.figures import save_png
+from i2v_lab.reporting.study_figures import boundaries_figure, flatness_figure
+from i2v_lab.studies.experiments import FULL_SIZE_MODEL
+from i2v_lab.studies.localization import boundaries_table, scope_experiments
+from i2v_lab.studies.published import study_request, varied
+from i2v_lab.studies.resolution import deciding_table, flatness_table, resolution_experiments
+from i2v_lab.studies.sources import Source, observe
+
+FIGURES = Path(__file__).parent / "figures"
+
+
+def draw(folder: Path) -> list[Path]:
+    """Write both figures to a folder."""
+    request = study_request(FULL_SIZE_MODEL)
+    scopes = observe(scope_experiments(request, FULL_SIZE_MODEL), Source.RECORDED, folder)
+    sizes = varied(FULL_SIZE_MODEL, "sizes")
+    by_size = observe(resolution_experiments(request, FULL_SIZE_MODEL, sizes), Source.RECORDED, folder)
+    flatness = flatness_figure(
+        deciding_table(by_size), flatness_table(by_size), "megapixels", "megapixels of a frame, 97 frames"
+    )
+    return [
+        save_png(boundaries_figure(boundaries_table(scopes)), folder / "boundaries.png"),
+        save_png(flatness, folder / "resolution.png"),
+    ]
+
+
+if __name__ == "__main__":
+    for path in draw(Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES):
+        print(path)

@@ -1,0 +1,64 @@
+"""One generation, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from i2v_lab.request import I2VRequest
+from i2v_lab.studies.experiments import SMALL_MODEL, Experiment
+from i2v_lab.studies.measured import VIDEO, measure, run_folder
+from i2v_lab.studies.published import study_request
+from i2v_lab.studies.sources import Observation, Source, phases_frame
+from i2v_lab.studies.verdicts import CONFIRMED, REFUTED, conclude, no_data
+from i2v_lab.units import format_bytes
+
+LITTLE = 0.05  # of the peak: what may be left between phases
+
+
+def first_look_experiments(request: I2VRequest, model: str) -> list[Experiment]:
+    """The request as it is."""
+    return [Experiment(request=request, model=model)]
+
+
+def video_run(observation: Observation, runs_dir: Path, device: str = "auto") -> Path:
+    """A video of the request: of the run itself if it was made here, of the tiny model at its own size otherwise."""
+    if observation.source is Source.MEASURE and observation.run is not None:
+        return observation.run.folder / VIDEO
+    asked = observation.experiment.request
+    small = study_request(SMALL_MODEL, image=asked.image, prompt=asked.prompt, seed=asked.seed)
+    experiment = Experiment(request=replace(small, fps=asked.fps), model=SMALL_MODEL)
+    return measure(experiment, run_folder(runs_dir, experiment), device).folder / VIDEO
+
+
+def first_look_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Every phase; the columns of :func:`~i2v_lab.studies.sources.phases_frame`."""
+    return phases_frame(observations)
+
+
+def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
+    """The claim that the peak is that of the hungriest phase, since each frees what it loaded.
+
+    ``confirmed``: between phases never more than a twentieth of the peak is left. ``refuted``: more is.
+    """
+    table = phases_frame(observations)
+    if table.empty:
+        return no_data(observations)
+    peak, between = int(table["peak_bytes"].max()), int(table["start_bytes"].max())
+    top = table.loc[table["peak_bytes"] == peak, "phase"].iloc[0]
+    finding = (
+        f"The peak is {format_bytes(peak)}, in {top}; all phases' peaks together would be "
+        f"{format_bytes(int(table['peak_bytes'].sum()))}, and between phases at most {format_bytes(between)} are left."
+    )
+    return conclude(
+        observations,
+        CONFIRMED if between <= LITTLE * peak else REFUTED,
+        finding,
+        peak_bytes=peak,
+        peak_phase=str(top),
+        largest_between_bytes=between,
+    )

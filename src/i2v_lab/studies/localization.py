@@ -1,0 +1,127 @@
+"""Where is the peak: inside the pipeline, or after it has returned?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from i2v_lab.events import Phase
+from i2v_lab.request import DecodeScope, I2VRequest
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.published import published
+from i2v_lab.studies.sources import Observation, phases_frame
+from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
+from i2v_lab.units import GIB, format_bytes
+
+AFTER_RETURN = Phase.DECODE_VIDEO.value  # the one phase that runs when the stream is consumed
+SCOPES = (DecodeScope.ESCAPED, DecodeScope.NO_GRAD)
+
+
+def scope_experiments(request: I2VRequest, model: str) -> list[Experiment]:
+    """The same request with the graph retained, and without."""
+    return [Experiment(request=replace(request, decode_scope=scope), model=model) for scope in SCOPES]
+
+
+def boundaries_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """The peak so far after each phase, as a profiler sees it that is read at phase boundaries.
+
+    Returns:
+        One row for each run and phase: the columns of :func:`~i2v_lab.studies.sources.phases_frame`, and
+        ``published_so_far_bytes``, for the published request with the graph retained.
+    """
+    table = phases_frame(observations)
+    study = published()
+    theirs = {row["phase"]: round(row["peak_so_far_gib"] * GIB) for row in study["boundaries"]}
+    same = study["before_after"][0]
+    alike = (table["model"] == study["model"]) & (table["decode_scope"] == "escaped")
+    for name in ("width", "height", "frames"):
+        alike &= table[name] == same[name]
+    values = table["phase"].map(theirs).where(alike)
+    return table.assign(published_so_far_bytes=values.astype("Int64"))
+
+
+def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """The peak until the pipeline returned, and around the whole call.
+
+    Returns:
+        One row for each run: ``decode_scope, inside_bytes, whole_bytes, gap_bytes, floor_phase`` (where the peak until
+        the return is), then ``published_inside_bytes, published_whole_bytes``.
+    """
+    table = phases_frame(observations)
+    study = published()
+    ends = {row["phase"]: round(row["peak_so_far_gib"] * GIB) for row in study["boundaries"]}
+    fixed = round(study["before_after"][1]["peak_gib"] * GIB)
+    rows = []
+    same = boundaries_table(observations)["published_so_far_bytes"].notna().any()
+    for scope, phases in table.groupby("decode_scope", sort=False):
+        inside = phases[phases["phase"] != AFTER_RETURN].to_dict("records")
+        top = max(inside, key=lambda phase: phase["peak_bytes"])
+        theirs = (ends[""], ends[AFTER_RETURN]) if scope == "escaped" else (fixed, fixed)
+        rows.append(
+            {
+                "decode_scope": scope,
+                "inside_bytes": int(top["peak_bytes"]),
+                "whole_bytes": int(phases["peak_bytes"].max()),
+                "gap_bytes": int(phases["peak_bytes"].max()) - int(top["peak_bytes"]),
+                "floor_phase": top["phase"],
+                "published_inside_bytes": theirs[0] if same else None,
+                "published_whole_bytes": theirs[1] if same else None,
+            }
+        )
+    columns = ["decode_scope", "inside_bytes", "whole_bytes", "gap_bytes", "floor_phase"]
+    theirs_columns = ["published_inside_bytes", "published_whole_bytes"]
+    return pd.DataFrame(rows, columns=[*columns, *theirs_columns]).astype(dict.fromkeys(theirs_columns, "Int64"))
+
+
+def floor_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """The phases of the run without the graph, the highest peak first: what would have to shrink next.
+
+    Returns:
+        ``phase, peak_bytes, share`` of the highest.
+    """
+    table = phases_frame([each for each in observations if each.experiment.request.decode_scope is SCOPES[1]])
+    table = table.sort_values("peak_bytes", ascending=False, kind="stable")[["phase", "peak_bytes"]]
+    return table.assign(share=table["peak_bytes"] / table["peak_bytes"].max()).reset_index(drop=True)
+
+
+def localization_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
+    """Claim 2: the excess appears after the pipeline has returned.
+
+    ``confirmed``: every phase inside the pipeline has the same peak with and without the graph, and all of the excess
+    is in the stream's. ``refined``: another phase differs too. ``refuted``: the stream's phase has no excess.
+    """
+    if any(each.run is None for each in observations):
+        return no_data(observations)
+    table = phases_frame(observations)
+    peaks = table.pivot_table(index="phase", columns="decode_scope", values="peak_bytes", aggfunc="max", sort=False)
+    excess = peaks["escaped"] - peaks["no_grad"]
+    elsewhere = int(excess.drop(AFTER_RETURN).abs().max())
+    late = int(excess[AFTER_RETURN])
+    verdict = REFUTED if late <= 0 else CONFIRMED if elsewhere == 0 else REFINED
+    gaps: dict[Any, dict[Any, Any]] = gap_table(observations).set_index("decode_scope").to_dict("index")
+    floor: dict[Any, Any] = floor_table(observations).to_dict("records")[0]
+    finding = (
+        f"Until the pipeline returns, the peak is {format_bytes(int(gaps['escaped']['inside_bytes']))} with and "
+        f"without the defect"
+        if elsewhere == 0
+        else f"Inside the pipeline the runs differ by up to {format_bytes(elsewhere)}"
+    )
+    finding += (
+        f"; consuming the stream takes it to {format_bytes(int(gaps['escaped']['whole_bytes']))}. After the fix "
+        f"{floor['phase']} sets the floor, at {format_bytes(int(floor['peak_bytes']))}."
+    )
+    return conclude(
+        observations,
+        verdict,
+        finding,
+        inside_peak_bytes=int(gaps["escaped"]["inside_bytes"]),
+        whole_peak_bytes=int(gaps["escaped"]["whole_bytes"]),
+        gap_bytes=int(gaps["escaped"]["gap_bytes"]),
+        no_grad_whole_peak_bytes=int(gaps["no_grad"]["whole_bytes"]),
+        late_excess_bytes=late,
+        largest_difference_elsewhere_bytes=elsewhere,
+        floor_phase=str(floor["phase"]),
+    )

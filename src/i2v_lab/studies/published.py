@@ -1,0 +1,115 @@
+"""The published study's figures, and what each study varies for a model; both from ``data``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pandas as pd
+
+from i2v_lab.errors import InvalidRequest
+from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.architectures import load_architecture
+from i2v_lab.request import I2VRequest, Tiling
+from i2v_lab.studies.experiments import DEFAULT_STILL
+from i2v_lab.units import GIB
+
+KEYS = ["model", "width", "height", "frames", "decode_scope", "tile_px", "tile_frames", "consumer"]
+
+
+@cache
+def published() -> dict[str, Any]:
+    """All of ``data/published/no_grad_study.json``."""
+    return dict(json.loads((data_dir() / "published" / "no_grad_study.json").read_text()))
+
+
+def published_runs() -> pd.DataFrame:
+    """Every run of the published study, at its own tiling.
+
+    Returns:
+        ``model, width, height, frames, decode_scope, tile_px, tile_frames, consumer, published_bytes,
+        published_seconds, published_outcome``; the bytes of a run that went ``out of memory`` are the most it asked
+        for.
+    """
+    study = published()
+    default = {"tile_px": Tiling().tile_px, "tile_frames": Tiling().tile_frames}
+    complete = pd.DataFrame([*study["before_after"], *study["resolutions"]]).assign(published_outcome="complete")
+    failed = pd.DataFrame(study["out_of_memory"]).assign(published_outcome="out of memory")
+    table = pd.concat([complete, failed], ignore_index=True).fillna(default).assign(model=study["model"])
+    table["published_bytes"] = (table["peak_gib"] * GIB).round().astype("Int64")
+    table["published_seconds"] = table["seconds"].astype("Float64")
+    table = table.astype({"tile_px": "Int64", "tile_frames": "Int64"}).assign(consumer="plain")
+    columns = [*KEYS, "published_bytes", "published_seconds", "published_outcome"]
+    return table[columns].drop_duplicates(KEYS).reset_index(drop=True)
+
+
+def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
+    """``runs``, as of :func:`~i2v_lab.studies.sources.runs_frame`, with the columns of the published study.
+
+    They are missing values where the study has no such run.
+    """
+    theirs = published_runs()
+    plain = (runs["variant"] == "distilled") & (runs["quantization"] == "fp8-cast")
+    joined = runs.merge(theirs, on=KEYS, how="left")
+    for name in ("published_bytes", "published_seconds"):
+        joined[name] = joined[name].where(plain.to_numpy())
+    joined["published_outcome"] = joined["published_outcome"].where(plain.to_numpy()).fillna("").astype("str")
+    return joined
+
+
+def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
+    """What a study varies: as given, or as ``data/studies.json`` has it for the model.
+
+    Raises:
+        InvalidRequest: Nothing is given and the file says nothing of the model.
+    """
+    if given:
+        return list(given)
+    known = json.loads((data_dir() / "studies.json").read_text())
+    if model not in known:
+        raise InvalidRequest(f"data/studies.json says nothing of model={model!r}; give {what} as a parameter")
+    return list(known[model][what])
+
+
+def to_size(text: str) -> tuple[int, int]:
+    """Width and height of ``"1024x768"``.
+
+    Raises:
+        InvalidRequest: It is written otherwise.
+    """
+    try:
+        width, height = (int(part) for part in text.split("x"))
+    except (ValueError, AttributeError):
+        raise InvalidRequest(f"size={text!r} is not a size; write it as 1024x768", size=text) from None
+    return width, height
+
+
+def to_tiling(text: str) -> Tiling | None:
+    """The tiling of ``"768/64/80/24"``; ``None`` for ``"none"``.
+
+    Raises:
+        InvalidRequest: It is written otherwise, or breaks a rule.
+    """
+    if text == "none":
+        return None
+    try:
+        numbers = [int(part) for part in text.split("/")]
+    except (ValueError, AttributeError):
+        numbers = []
+    if len(numbers) != 4:
+        raise InvalidRequest(f"tiling={text!r} is not one; write it as 768/64/80/24, or none", tiling=text)
+    return Tiling(*numbers)
+
+
+def study_request(model: str, width: int = 0, height: int = 0, frames: int = 0, **rest: Any) -> I2VRequest:
+    """The request that a study starts from; 0 stands for the model's own width, height or frames.
+
+    Raises:
+        InvalidRequest: A rule is broken.
+    """
+    own = load_architecture(model).request
+    asked = {"width": width, "height": height, "frames": frames}
+    sizes = {name: value or own[name] for name, value in asked.items()}
+    return I2VRequest(**{"image": DEFAULT_STILL, **sizes, **rest})

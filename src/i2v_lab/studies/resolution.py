@@ -1,0 +1,102 @@
+"""After the fix, how flat is the peak over resolution and frames, and which phase decides it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from i2v_lab.request import DecodeScope, I2VRequest
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.localization import AFTER_RETURN
+from i2v_lab.studies.published import beside_published, to_size
+from i2v_lab.studies.sources import Observation, phases_frame, runs_frame
+from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
+from i2v_lab.units import format_bytes
+
+FLAT = 1.15  # the published 33.55 GiB to 29.51, and a little more
+
+
+def resolution_experiments(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[Experiment]:
+    """The request at each size, without the graph."""
+    fixed = replace(request, decode_scope=DecodeScope.NO_GRAD)
+    pairs = [to_size(size) for size in sizes]
+    return [Experiment(request=replace(fixed, width=w, height=h), model=model) for w, h in pairs]
+
+
+def frames_experiments(request: I2VRequest, model: str, frames: Sequence[int]) -> list[Experiment]:
+    """The request with each number of frames, without the graph."""
+    fixed = replace(request, decode_scope=DecodeScope.NO_GRAD)
+    return [Experiment(request=replace(fixed, frames=count), model=model) for count in frames]
+
+
+def flatness_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Peak and time of each run, what decides the peak, and the published figures.
+
+    Returns:
+        The columns of :func:`~i2v_lab.studies.published.beside_published`, then ``megapixels``, ``size`` such as
+        ``1024x768``, and ``decode_peak_bytes``.
+    """
+    table = beside_published(runs_frame(observations))
+    phases = phases_frame(observations)
+    decode = phases[phases["phase"] == AFTER_RETURN].set_index("name")["peak_bytes"]
+    table["megapixels"] = table["width"] * table["height"] / 1e6
+    table["size"] = [f"{width}x{height}" for width, height in zip(table["width"], table["height"], strict=True)]
+    table["decode_peak_bytes"] = table["name"].map(decode).astype("Int64")
+    return table
+
+
+def deciding_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Every phase's peak for every run.
+
+    Returns:
+        The columns of :func:`~i2v_lab.studies.sources.phases_frame`, then ``megapixels`` and ``decides``, whether the
+        phase has its run's highest peak.
+    """
+    table = phases_frame(observations)
+    highest = table.groupby("name")["peak_bytes"].transform("max")
+    return table.assign(
+        megapixels=table["width"] * table["height"] / 1e6, decides=table["peak_bytes"].eq(highest).astype("bool")
+    )
+
+
+def flatness_verdict(by_size: Sequence[Observation], by_frames: Sequence[Observation]) -> dict[str, Any]:
+    """Claim 5: the peak is nearly flat over resolution, because tiles are decoded one after another.
+
+    ``refuted``: from the smallest size to the largest it grows more than 1.15 times. ``confirmed``: it does not, and
+    the decoder itself grows no more either. ``refined``: it is flat, but for another reason: the decoder grows, below
+    the floor that another phase sets.
+    """
+    if any(each.run is None for each in by_size):
+        return no_data(by_size)
+    table = flatness_table(by_size).sort_values("megapixels", kind="stable")
+    small, large = table.iloc[0], table.iloc[-1]
+    growth = int(large["peak_bytes"]) / int(small["peak_bytes"])
+    decode_growth = int(large["decode_peak_bytes"]) / int(small["decode_peak_bytes"])
+    pixel_growth = float(large["megapixels"] / small["megapixels"])
+    verdict = REFUTED if growth > FLAT else CONFIRMED if decode_growth <= FLAT else REFINED
+    finding = (
+        f"From {small['size']} to {large['size']}, {pixel_growth:.1f} times the pixels, the peak goes from "
+        f"{format_bytes(int(small['peak_bytes']))} ({small['peak_phase']}) to "
+        f"{format_bytes(int(large['peak_bytes']))} ({large['peak_phase']}), {growth:.2f} times; the decoder's own "
+        f"grows {decode_growth:.2f} times, from {format_bytes(int(small['decode_peak_bytes']))}."
+    )
+    frames = flatness_table(by_frames).sort_values("frames", kind="stable")
+    frames_growth = None
+    if len(frames) > 1:
+        frames_growth = int(frames.iloc[-1]["peak_bytes"]) / int(frames.iloc[0]["peak_bytes"])
+    return conclude(
+        by_size,
+        verdict,
+        finding,
+        peak_growth=growth,
+        pixel_growth=pixel_growth,
+        decode_growth=decode_growth,
+        frames_growth=frames_growth,
+        smallest_peak_bytes=int(small["peak_bytes"]),
+        largest_peak_bytes=int(large["peak_bytes"]),
+        smallest_peak_phase=str(small["peak_phase"]),
+        largest_peak_phase=str(large["peak_phase"]),
+    )

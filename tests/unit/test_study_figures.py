@@ -1,0 +1,199 @@
+"""Figures and tables say what their data say, the same data give the same file, and the README's are up to date."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
+from i2v_lab.reporting import study_figures
+from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
+from i2v_lab.reporting.figures import save_figure
+from i2v_lab.reporting.tables import readable
+from i2v_lab.request import I2VRequest, Tiling
+from i2v_lab.store import Run
+from i2v_lab.studies.tiling import tile_layouts, tiling_experiments
+
+GIB = 2**30
+TOP = Path(__file__).parents[2]
+
+
+def _phases(last: float) -> pd.DataFrame:
+    rows = [
+        {"decode_scope": scope, "phase": phase, "peak_so_far_bytes": round(peak * GIB), "published_so_far_bytes": None}
+        for scope, end in (("escaped", last), ("no_grad", 24))
+        for phase, peak in (("encode_prompt", 23), ("decode_video", end))
+    ]
+    return pd.DataFrame(rows)
+
+
+def _tilings(last: float) -> pd.DataFrame:
+    row = {"tiling": "768 px", "status": "complete", "published_bytes": 80 * GIB, "published_outcome": "out of memory"}
+    return pd.DataFrame(
+        [
+            {**row, "decode_scope": "escaped", "decode_peak_bytes": round(last * GIB)},
+            {**row, "decode_scope": "no_grad", "decode_peak_bytes": 5 * GIB},
+        ]
+    )
+
+
+def _flat(last: float) -> pd.DataFrame:
+    rows = [
+        (m, phase, g) for m, g in ((0.8, 5), (3.1, last)) for phase, g in (("decode_video", g), ("encode_prompt", 23))
+    ]
+    table = pd.DataFrame(rows, columns=["megapixels", "phase", "gib"])
+    highest = table.groupby("megapixels")["gib"].transform("max")
+    known = {"published_bytes": 30 * GIB, "published_outcome": "complete"}
+    return table.assign(peak_bytes=(table["gib"] * GIB).astype("int64"), decides=table["gib"] == highest, **known)
+
+
+def _leak(last: float) -> pd.DataFrame:
+    rows = [
+        {
+            "consumer": c,
+            "decode_scope": s,
+            "generation": n,
+            "allocated_bytes": round(n * last * GIB * (c == "left_open")),
+        }
+        for c in ("plain", "left_open")
+        for s in ("escaped", "no_grad")
+        for n in (1, 2)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _cards(last: float) -> pd.DataFrame:
+    verdicts = ["fits", "tight", "no"]
+    rows = [
+        {"gpu": f"card {i}", "memory_bytes": 32 * GIB, "width": 64 * (i + 1), "height": 64, "frames": 9}
+        | {"needed_bytes": round(last * GIB), "verdict": verdict}
+        for i, verdict in enumerate(verdicts)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _errors(last: float) -> pd.DataFrame:
+    return pd.DataFrame({"phase": ["encode_prompt", "decode_video"], "error": [0.0001, last / 1e4]})
+
+
+def _graph(last: float) -> pd.DataFrame:
+    sizes = [last * GIB, *([GIB] * 11)]
+    modules = [f"video_decoder.part_{i}" for i in range(12)]
+    return pd.DataFrame({"module": modules, "saved_bytes": sizes, "share": np.array(sizes) / sum(sizes)})
+
+
+FIGURES = {
+    "boundaries": lambda last: study_figures.boundaries_figure(_phases(last)),
+    "tiling": lambda last: study_figures.tiling_figure(_tilings(last), 95 * GIB, "a card"),
+    "flatness": lambda last: study_figures.flatness_figure(_flat(last), _flat(last), "megapixels", "megapixels"),
+    "leak": lambda last: study_figures.leak_figure(_leak(last)),
+    "cards": lambda last: study_figures.card_map_figure(_cards(last)),
+    "accuracy": lambda last: study_figures.accuracy_figure(_errors(last)),
+    "modules": lambda last: study_figures.modules_figure(_graph(last)),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_the_same_for_the_same_data_and_another_for_others(name, tmp_path):
+    svg, png = save_figure(FIGURES[name](100.0), tmp_path, "a")
+    again, _ = save_figure(FIGURES[name](100.0), tmp_path, "b")
+    other, _ = save_figure(FIGURES[name](80.0), tmp_path, "c")
+    assert svg.read_bytes() == again.read_bytes() != other.read_bytes()
+    assert png.stat().st_size > 5_000
+
+
+def _texts(figure) -> str:
+    axes = figure.get_axes()
+    words = [text.get_text() for each in axes for text in [*each.texts, each.xaxis.label, each.yaxis.label]]
+    words += [label.get_text() for each in axes for label in [*each.get_yticklabels(), *each.get_xticklabels()]]
+    return "\n".join(words)
+
+
+def test_figures_name_what_they_show_with_its_unit():
+    assert "outside no_grad\n100.00 GiB" in _texts(FIGURES["boundaries"](100.0))
+    assert "peak so far (GiB)" in _texts(FIGURES["boundaries"](100.0))
+    words = _texts(FIGURES["tiling"](100.0))
+    assert "100.00 GiB, outside no_grad" in words
+    assert "a card" in words
+    assert "decode video, 8.00" in _texts(FIGURES["flatness"](8.0))
+    assert "2 others" in _texts(FIGURES["modules"](100.0))
+    failed = _tilings(100.0).assign(status="failed")
+    assert "outside no_grad, out of memory" in _texts(study_figures.tiling_figure(failed))
+
+
+def test_tiles_are_drawn_one_rectangle_each():
+    request = I2VRequest(image="x", width=1024, height=768, frames=97)
+    layouts = tile_layouts(tiling_experiments(request, "ltx-2.3-22b", [None, Tiling()]))
+    figure = study_figures.tile_figure(layouts)
+    assert [len(axes.patches) for axes in figure.get_axes()] == [1, 4, 1, 2]
+
+
+# --- Cells ---
+
+
+def test_cells_leave_a_file_for_everything_they_show(tmp_path):
+    cells = Cells(tmp_path, "09_test")
+    table = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2 * GIB], "other_bytes": [None], "seconds": [1.25]})
+    names = {"phase": "phase", "peak_bytes": "peak", "other_bytes": "published", "seconds": "time"}
+    shown = cells.table("peaks", table, names)
+    assert shown.to_dict("index") == {"decode_video": {"peak": "2.00 GiB", "time": "1.2 s"}}
+    assert pd.read_csv(tmp_path / "tables" / "09_test_peaks.csv")["peak_bytes"].to_list() == [2 * GIB]
+    cells.figure("errors", study_figures.accuracy_figure, _errors(3))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"09_test_errors.{s}" for s in ("csv", "png", "svg")
+    }
+    (tmp_path / "video.mp4").write_bytes(b"video")
+    assert cells.video("shown", tmp_path / "video.mp4") == tmp_path / "videos" / "09_test_shown.mp4"
+
+
+def test_cells_say_where_there_is_nothing(tmp_path):
+    cells = Cells(tmp_path, "09_test")
+    assert cells.table("peaks", _errors(1).head(0), {"phase": "phase"}).data == NOTHING
+    assert cells.figure("errors", study_figures.accuracy_figure, _errors(1).head(0)).data == NOTHING
+    assert "No timeline" in cells.timeline("timeline", None).data
+    assert absent([]).data == ""
+    assert absent(["a", "b"]).data == "*`data/measured` has no record of a, b.*"
+    assert sentence({"verdict": "refined", "finding": "So it is."}).data == "**Refined.** So it is."
+
+
+def test_a_forecasts_timeline_has_no_clock(tmp_path):
+    phase = PhaseRecord("decode_video", None, 0, GIB, 0, None, GIB, 0, 0.0, 1.0, True)
+    moments = [TimelineRecord("decode_video", t, GIB, 0, 0, 0) for t in (0.0, 7.0, 7.5)]
+    for device, label in (("forecast", "progress of the run; a forecast has no clock"), ("cpu", "time (s)")):
+        run = Run(Path("run"), {"device": device}, (phase, *moments), "complete")
+        cells = Cells(tmp_path / device, "09_test")
+        cells.timeline("timeline", run)
+        from i2v_lab.reporting.run_figures import timeline_figure
+
+        assert timeline_figure(run).get_axes()[0].get_xlabel() == label
+
+
+def test_readable_knows_units_shares_and_what_is_not_known():
+    table = pd.DataFrame(
+        {"name": ["a", "b"], "voxel_ratio": [1.449, 2.0], "share": [0.333, 1.0], "worst_error": [0.026, 0.0]}
+        | {"fails": [True, False], "decode_scope": ["escaped", "no_grad"], "saved_bytes": [1536, None]}
+    )
+    shown = readable(table, {name: name for name in table.columns})
+    assert shown.loc["a"].to_list() == ["1.45", "33 %", "2.60 %", "yes", "outside no_grad", "1.5 KiB"]
+    assert shown.loc["b", "saved_bytes"] == "n/a"
+
+
+# --- The README's figures ---
+
+
+def test_the_readmes_figures_are_what_the_code_draws(tmp_path):
+    drawn = runpy.run_path(str(TOP / "docs" / "draw_figures.py"))["draw"](tmp_path)
+    readme = (TOP / "README.md").read_text()
+    assert len(drawn) == 2
+    for path in drawn:
+        kept = TOP / "docs" / "figures" / path.name
+        assert f"docs/figures/{path.name}" in readme
+        ours, theirs = (np.asarray(Image.open(each).convert("L"), dtype=float) for each in (path, kept))
+        assert ours.shape == theirs.shape, f"{kept} is out of date: make figures"
+        off = float(np.abs(ours - theirs).mean())  # of 255; another version of the fonts moves an edge or two
+        assert off < 0.5, f"{kept} is out of date ({off:.2f}): make figures"
