@@ -228,22 +228,6 @@ def test_attention_by_a_name_of_its_own_is_refused(monkeypatch):
         forecast(attend)
 
 
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_a_dtype_that_is_left_out_is_the_default_of_the_moment(device):
-    def make() -> None:
-        for dtype in (torch.float32, torch.float64):
-            torch.set_default_dtype(dtype)
-            tensors = (torch.linspace(0, 1, 4, device=device), torch.ones(2, dtype=torch.int8, device=device) / 2)
-            made.append({tensor.dtype for tensor in tensors})
-
-    made: list[set[torch.dtype]] = []
-    try:
-        forecast(make)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert made == [{torch.float32}, {torch.float64}]
-
-
 # --- Real tensors that are no arguments -------------------------------------------------------------------------------
 
 
@@ -311,9 +295,7 @@ def test_each_of_many_short_lived_real_tensors_has_a_result_of_its_own_size():
 
     def read() -> None:
         for count in range(1, 65):  # no two of them are alive at a time, so that their addresses recur
-            real = torch.frombuffer(bytearray(raw), dtype=torch.uint8, count=count)
-            sizes.append(len(real + 1))
-            del real
+            sizes.append(len(torch.frombuffer(bytearray(raw), dtype=torch.uint8, count=count) + 1))
 
     forecast(read, device="cpu")
     assert sizes == list(range(1, 65))

@@ -16,7 +16,6 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -90,7 +89,6 @@ from ltx_pipelines.utils.constants import (
 )
 from ltx_pipelines.utils.media_io import normalize_latent, preprocess, resize_and_center_crop
 from ltx_pipelines.utils.types import PipelineComponents
-from transformers import PreTrainedModel
 
 from i2v_lab.paths import cache_dir
 from i2v_lab.request import I2VRequest, Quantization, Tiling, VideoShape
@@ -279,8 +277,7 @@ class Ledger(ModelLedger):
 
     def text_encoder(self) -> torch.nn.Module:
         """Gemma 3 with its tokenizer, at the architecture's size."""
-        replaced = patch.object(PreTrainedModel, "initialize_weights", lambda model: None)  # by what is loaded
-        with gemma_dimensions(self._weights.architecture.gemma), replaced:
+        with gemma_dimensions(self._weights.architecture.gemma):
             return super().text_encoder()
 
     def gemma_embeddings_processor(self) -> torch.nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ aten = torch.ops.aten
 KNOWN_ELEMENTS = 4096  # a tensor of up to this many elements keeps its values, where they are known
 META = torch.device("meta")
 DEVICE = torch.ops.prim.device.default
-EMPTY = aten.empty.memory_format
 UNANSWERABLE = (fake_tensor.DynamicOutputShapeException, fake_tensor.DataDependentOutputException)
 
 # Told of every operator that ran: itself, its arguments, its result, and all tensors in both.
@@ -68,9 +66,9 @@ def _outputs(result: Any, inputs: list[torch.Tensor]) -> _Outputs | None:
     """To make the like of a result again; ``None`` where it is not just new, dense tensors."""
     many = isinstance(result, list | tuple)
     tensors = list(result) if many else [result]
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors) or not are_new(tensors, inputs):
+    if not all(isinstance(tensor, FakeTensor) for tensor in tensors) or not are_new(tensors, inputs):
         return None
-    return _Outputs([_layout(tensor) for tensor in tensors], many)
+    return _Outputs([(t.shape, t.stride(), t.dtype, t.fake_device) for t in tensors], many)
 
 
 def are_new(tensors: list[torch.Tensor], inputs: list[torch.Tensor]) -> bool:
@@ -97,15 +95,11 @@ def _is_real(tensor: torch.Tensor) -> bool:
     return getattr(tensor.untyped_storage(), "_i2v_lab_stands_for_real", False)
 
 
-def _layout(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
-    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device  # a fake's own .device is slow
-    return tensor.shape, tensor.stride(), tensor.dtype, device
-
-
 def _shapes(value: Any) -> Any:
     """Nested arguments with each tensor by its layout, to compare."""
     if isinstance(value, torch.Tensor):
-        return _layout(value)
+        device = value.fake_device if isinstance(value, FakeTensor) else value.device  # a fake's own .device is slow
+        return (value.shape, value.stride(), value.dtype, device)
     if isinstance(value, list | tuple):
         return tuple([_shapes(item) for item in value])
     if isinstance(value, dict):
@@ -131,7 +125,6 @@ class FakeOperators(TorchDispatchMode):
         self._where = where
         self._watch = watch
         self._seen: dict[Any, _Outputs | None] = {}
-        self._attributes: dict[torch.device, dict[str, Any]] = {}
         self._leaves: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | None]] = {}  # and their gradients
 
     @classmethod
@@ -144,15 +137,13 @@ class FakeOperators(TorchDispatchMode):
         if func is DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         kwargs = kwargs or {}
-        if func is EMPTY and kwargs.get("device") == META:  # the most frequent of a skeleton's
-            with no_dispatch():
-                return func(*args, **kwargs)
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
         inputs = tensors_in((args, kwargs), [])
         others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
-        if _is_meta(kwargs, inputs, others):
-            return self._skeleton(func, args, kwargs, inputs)
+        if _is_meta(kwargs, inputs, others):  # a skeleton, which has no memory anywhere
+            with no_dispatch():
+                return func(*args, **kwargs)
         written = written_tensors(func, args, kwargs)
         if written and any(_is_real(tensor) for tensor in written):
             raise ForecastError(
@@ -224,62 +215,31 @@ class FakeOperators(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
         """``FakeTensorMode``'s result, by a shorter way than its own where there is one."""
-        if func is EMPTY and kwargs.get("device") is not None:
+        if func is aten.empty.memory_format and kwargs.get("device") is not None:
             return self._fake(func, args, {**kwargs, "device": META, "pin_memory": None}, kwargs["device"])
         if func in VIEWS and isinstance(inputs[0], FakeTensor):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
         if not makes_new_tensors(func):
             return func(*args, **kwargs)
-        return self._like_before(func, args, kwargs, inputs, nullcontext)
-
-    def _skeleton(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
-        """The result on the meta device, which has no memory anywhere."""
-        if makes_new_tensors(func):
-            return self._like_before(func, args, kwargs, inputs, no_dispatch)
-        with no_dispatch():
-            return func(*args, **kwargs)
-
-    def _like_before(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor], first: Any) -> Any:
-        """In the likeness of what an operator made of such inputs before; it runs the first time, within ``first``."""
-        key = (func, torch.get_default_dtype(), _shapes(args), _shapes(kwargs))
+        key = (func, _shapes(args), _shapes(kwargs))
         seen = self._seen.get(key)
         if seen is None:
-            with first():
-                result = func(*args, **kwargs)
+            result = func(*args, **kwargs)
             self._seen[key] = _outputs(result, inputs)
             return result
         with no_dispatch():
             metas = [
                 torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype, _ in seen.tensors
             ]
-        made = [self._fake_of(meta, one[3]) for meta, one in zip(metas, seen.tensors, strict=True)]
+        made = [FakeTensor(self._mode, meta, one[3]) for meta, one in zip(metas, seen.tensors, strict=True)]
         return made if seen.many else made[0]
 
     def _fake(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         with in_kernel_invocation_manager(self._mode):
             result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
-            return self._fake_of(result, device)
-        return [self._fake_of(tensor, device) for tensor in result]
-
-    def _fake_of(self, meta: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A fake on ``device``, or ``meta`` itself for a skeleton's.
-
-        All fakes of a device begin with the same attributes, which ``FakeTensor`` takes long to set one by one.
-        """
-        if device.type == "meta":
-            return meta
-        attributes = self._attributes.get(device)
-        if attributes is None:
-            fake = FakeTensor(self._mode, meta, device)
-            self._attributes[device] = dict(vars(fake))
-            return fake
-        fake = torch.Tensor._make_subclass(
-            FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=device
-        )
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(fake)
-        vars(fake).update(attributes)
-        return fake
+            return FakeTensor(self._mode, result, device)
+        return [FakeTensor(self._mode, tensor, device) for tensor in result]
 
     def _follow(
         self,

@@ -71,15 +71,13 @@ def written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:
-    """All tensors in nested arguments, added to ``found``."""
+    """All tensors in nested arguments."""
     if isinstance(value, torch.Tensor):
         found.append(value)
-    elif isinstance(value, dict):
-        tensors_in(list(value.values()), found)
     elif isinstance(value, list | tuple):
         for item in value:
-            if isinstance(item, torch.Tensor):
-                found.append(item)
-            elif isinstance(item, list | tuple | dict) and item and not (type(item) is list and type(item[0]) is int):
-                tensors_in(item, found)  # lists of sizes are the most frequent, and hold no tensors
+            tensors_in(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            tensors_in(item, found)
     return found
