@@ -221,7 +221,8 @@ class FakeOperators(TorchDispatchMode):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
         if not makes_new_tensors(func):
             return func(*args, **kwargs)
-        key = (func, _shapes(args), _shapes(kwargs))
+        # A factory answers in the default dtype where it is given none.
+        key = (func, torch.get_default_dtype(), _shapes(args), _shapes(kwargs))
         seen = self._seen.get(key)
         if seen is None:
             result = func(*args, **kwargs)
