@@ -3,53 +3,72 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from i2v_lab.paths import data_dir
-from i2v_lab.request import I2VRequest
-from i2v_lab.store import read_run
-from i2v_lab.studies.experiments import DEFAULT_STILL
-from i2v_lab.studies.forecasts import forecast_many
+from i2v_lab.profiling.records import PhaseRecord
+from i2v_lab.request import DecodeScope
+from i2v_lab.studies.forecasts import forecast_experiments
+from i2v_lab.studies.recorded import experiment_of, recorded_runs
 
 
 def measured_table(folder: Path | None = None) -> pd.DataFrame:
     """All runs measured on a GPU below a folder, ``data/measured`` by default.
 
+    Runs that are set apart (of another pipeline, below a cap) do not count, nor those in ``inference_mode``, which
+    torch refuses before their last phase.
+
     Returns:
-        One row for each run and phase that completed: ``gpu, run, model, phase, peak_bytes, peak_reserved_bytes``, and
-        ``request``, an :class:`~i2v_lab.request.I2VRequest`.
+        One row for each run, generation and phase that completed: ``gpu, run, model, generation, phase, peak_bytes,
+        peak_reserved_bytes``, and ``experiment``, an :class:`~i2v_lab.studies.experiments.Experiment`.
     """
     rows: list[dict[str, Any]] = []
-    for metadata in sorted((folder or data_dir() / "measured").rglob("metadata.json")):
-        run = read_run(metadata.parent)
-        if not str(run.metadata["device"]).startswith("cuda"):
+    for run in recorded_runs(folder):
+        experiment = experiment_of(run)
+        refused = experiment.request.decode_scope is DecodeScope.INFERENCE_MODE
+        if not str(run.metadata["device"]).startswith("cuda") or run.metadata.get("apart") or refused:
             continue
-        request = I2VRequest.from_json({**run.metadata["request"], "image": DEFAULT_STILL})
-        asked = {"gpu": run.metadata["device_name"], "run": metadata.parent.name, "model": run.metadata["model"]}
-        phases = run.frame("phase")
-        for phase in phases[phases["completed"]].itertuples():
-            measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
-            rows.append({**asked, "phase": phase.phase, **measured, "request": request})
+        asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": experiment.model}
+        for generation, phase in _numbered(run.of(PhaseRecord)):
+            if phase.completed:
+                measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
+                place = {"generation": generation, "phase": phase.phase}
+                rows.append({**asked, **place, **measured, "experiment": experiment})
     return pd.DataFrame(rows)
+
+
+def _numbered(phases: Iterable[PhaseRecord]) -> list[tuple[int, PhaseRecord]]:
+    """Phases with the generation that they belong to: how often one of the name has begun."""
+    begun: Counter[str] = Counter()
+    numbered = []
+    for phase in sorted(phases, key=lambda phase: phase.start_s):
+        begun[phase.phase] += 1
+        numbered.append((begun[phase.phase], phase))
+    return numbered
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Each measured phase beside its forecast.
 
     Returns:
-        ``measured`` without its requests, and ``forecast_bytes, error, forecast_reserved_bytes, reserved_error``;
+        ``measured`` without its experiments, and ``forecast_bytes, error, forecast_reserved_bytes, reserved_error``;
         errors are relative, negative where the forecast is under the truth.
     """
-    forecasts = {}
-    for model, part in measured.drop_duplicates(["gpu", "run"]).groupby("model"):
-        found = forecast_many(list(part["request"]), str(model))
-        for gpu, run, forecast in zip(part["gpu"], part["run"], found, strict=True):
-            forecasts.update({(gpu, run, phase.phase): phase for phase in forecast.phases})
-    table = measured.drop(columns="request")
-    phases = [forecasts[key] for key in zip(table["gpu"], table["run"], table["phase"], strict=True)]
+    likes = [experiment.like() for experiment in measured["experiment"]]
+    different = dict(zip(likes, measured["experiment"], strict=True))
+    found = forecast_experiments(list(different.values()))
+    forecasts = {
+        (like, generation, phase.phase): phase
+        for like, forecast in zip(different, found, strict=True)
+        for generation, phase in _numbered(forecast.phases)
+    }
+    table = measured.drop(columns="experiment")
+    phases = [forecasts[key] for key in zip(likes, table["generation"], table["phase"], strict=True)]
     table["forecast_bytes"] = [phase.peak_bytes for phase in phases]
     table["error"] = table["forecast_bytes"] / table["peak_bytes"] - 1
     table["forecast_reserved_bytes"] = [phase.peak_reserved_bytes for phase in phases]
