@@ -1,8 +1,8 @@
-# make setup | reproduce | test | figures | bench | lab | clean. Every target sets up what it needs.
+# make setup | reproduce | test | figures | bench | measure-gpu | lab | clean. Every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup reproduce test figures bench lab clean
+.PHONY: setup reproduce test figures bench measure-gpu lab clean
 
 setup: .venv/.stamp
 
@@ -26,6 +26,9 @@ figures: setup
 
 bench: setup
 	$(BIN)/python benchmarks/profiler_overhead.py
+
+measure-gpu: setup
+	$(BIN)/i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --device cuda
 
 lab: setup
 	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks

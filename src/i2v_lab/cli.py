@@ -16,6 +16,7 @@ import typer
 from i2v_lab import options
 from i2v_lab.errors import I2VLabError
 from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
+from i2v_lab.measure_command import MEASURE_EXAMPLES, measure
 from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
 from i2v_lab.request import DecodeScope, Quantization, Variant
 from i2v_lab.show import show
@@ -196,6 +197,7 @@ app.command(epilog=FORECAST_EXAMPLES)(forecast)
 app.command(epilog=FIT_EXAMPLES)(fit)
 app.command()(accuracy)
 app.command()(calibrate)
+app.command(epilog=MEASURE_EXAMPLES)(measure)
 app.command(epilog=REPRODUCE_EXAMPLES, cls=ReproduceCommand)(reproduce)
 
 

@@ -99,6 +99,12 @@ class GradEscape(I2VLabError):
     exit_status = 1
 
 
+class MeasureError(I2VLabError):
+    """At least one run of a plan failed in a way that is no result."""
+
+    exit_status = 1
+
+
 class ReproduceError(I2VLabError):
     """At least one notebook failed."""
 

@@ -294,8 +294,8 @@ def test_each_of_many_short_lived_real_tensors_has_a_result_of_its_own_size():
     raw, sizes = bytes(range(64)), []
 
     def read() -> None:
-        for count in range(1, 65):  # no two of them are alive at a time, so that their addresses recur
-            sizes.append(len(torch.frombuffer(bytearray(raw), dtype=torch.uint8, count=count) + 1))
+        counts = range(1, 65)  # no two of the tensors are alive at a time, so that their addresses recur
+        sizes.extend(len(torch.frombuffer(bytearray(raw), dtype=torch.uint8, count=count) + 1) for count in counts)
 
     forecast(read, device="cpu")
     assert sizes == list(range(1, 65))
@@ -482,3 +482,17 @@ def test_the_live_meter_is_untouched_by_forecasts():
         kept = torch.ones(100)
         forecast(lambda: torch.ones(10_000, device="cuda"))
         assert meter.peak_bytes() == kept.nbytes
+
+
+def test_a_dtype_that_is_left_out_is_the_default_of_the_moment():
+    def make() -> None:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            made.append({torch.linspace(0, 1, 4, device="cuda").dtype})
+
+    made: list[set[torch.dtype]] = []
+    try:
+        forecast(make)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made == [{torch.float32}, {torch.float64}]

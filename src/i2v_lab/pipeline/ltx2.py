@@ -102,6 +102,7 @@ __all__ = [
     "Contexts",
     "GaussianNoiser",
     "Ledger",
+    "ModelLedger",
     "SafetensorsModelStateDictLoader",
     "StateDict",
     "denoise_stage",
@@ -479,15 +480,19 @@ def decode_audio(latent: torch.Tensor, audio_decoder: Any, vocoder: Any) -> Audi
     return _decode_audio(latent, audio_decoder, vocoder)
 
 
+def tiling_config(tiling: Tiling | None) -> TilingConfig | None:
+    """ltx-core's own form of a tiling."""
+    if tiling is None:
+        return None
+    return TilingConfig(
+        SpatialTilingConfig(tiling.tile_px, tiling.tile_overlap_px),
+        TemporalTilingConfig(tiling.tile_frames, tiling.tile_overlap_frames),
+    )
+
+
 def decode_video(
     latent: torch.Tensor, video_decoder: Any, tiling: Tiling | None, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
     """The video latent to chunks ``(F, H, W, 3)`` uint8, decoded as they are asked for."""
-    config = None
-    if tiling is not None:
-        config = TilingConfig(
-            SpatialTilingConfig(tiling.tile_px, tiling.tile_overlap_px),
-            TemporalTilingConfig(tiling.tile_frames, tiling.tile_overlap_frames),
-        )
-    chunks: Iterator[torch.Tensor] = _decode_video(latent, video_decoder, config, generator)
+    chunks: Iterator[torch.Tensor] = _decode_video(latent, video_decoder, tiling_config(tiling), generator)
     return chunks

@@ -15,7 +15,7 @@ from i2v_lab.errors import DeviceUnavailable, GradScopeError
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
 from i2v_lab.pipeline import ltx2, phases
 from i2v_lab.pipeline.checkpoints import Weights
-from i2v_lab.pipeline.lifecycle import phase_scope
+from i2v_lab.pipeline.lifecycle import PhaseScope, phase_scope
 from i2v_lab.pipeline.media import load_still
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, VideoShape
 from i2v_lab.units import format_bytes
@@ -162,18 +162,25 @@ class TwoStagePipeline:
             scope.component("video_decoder", build) as decoder,
         ):
             chunks = phases.decode_video(run, decoder, latent)
-            for step in range(1, run.request.chunks() + 1):
-                with scopes.decode():
-                    chunk = next(chunks)
-                scope.step(step, run.request.chunks())
-                yield chunk
-                del chunk  # not to be held while the next one is decoded
-            with scopes.decode():
-                if next(chunks, None) is not None:
-                    raise AssertionError("the decoder yielded more chunks than its tiling has")
+            yield from decode_chunks(chunks, run.request.chunks(), scopes, scope)
 
     def _phase(self, phase: Phase) -> AbstractContextManager[Any]:
         return phase_scope(phase, self.device, self._emit)
+
+
+def decode_chunks(
+    chunks: Iterator[torch.Tensor], count: int, scopes: GradScopes, scope: PhaseScope
+) -> Iterator[torch.Tensor]:
+    """Pass on what a decoder yields, each chunk decoded in the grad mode of ``scopes`` and reported as a step."""
+    for step in range(1, count + 1):
+        with scopes.decode():
+            chunk = next(chunks)
+        scope.step(step, count)
+        yield chunk
+        del chunk  # not to be held while the next one is decoded
+    with scopes.decode():
+        if next(chunks, None) is not None:
+            raise AssertionError("the decoder yielded more chunks than its tiling has")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

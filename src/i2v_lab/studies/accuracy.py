@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from i2v_lab.paths import data_dir
+from i2v_lab.profiling.records import PhaseRecord
+from i2v_lab.request import DecodeScope
 from i2v_lab.store import Run
-from i2v_lab.studies.experiments import Consumer
 from i2v_lab.studies.forecasts import forecast_experiments
 from i2v_lab.studies.recorded import experiment_of, recorded_runs
 
@@ -28,7 +31,8 @@ SUMMARY_COLUMNS = (
 def measured_table(model: str | None = None, *, folder: Path | None = None, runs: int | None = None) -> pd.DataFrame:
     """All runs measured on a GPU below a folder, ``data/measured`` by default.
 
-    Those that are apart, below a cap for instance, and those of several generations do not count.
+    Runs that are set apart (of another pipeline, below a cap) do not count, nor those in ``inference_mode``, which
+    torch refuses before their last phase.
 
     Args:
         model: Only this one's.
@@ -36,26 +40,38 @@ def measured_table(model: str | None = None, *, folder: Path | None = None, runs
         runs: Only the first so many.
 
     Returns:
-        One row for each run and phase that completed: ``gpu, run, model, phase, peak_bytes, peak_reserved_bytes``, and
-        ``experiment``, an :class:`~i2v_lab.studies.experiments.Experiment`.
+        One row for each run, generation and phase that completed: ``gpu, run, model, generation, phase, peak_bytes,
+        peak_reserved_bytes``, and ``experiment``, an :class:`~i2v_lab.studies.experiments.Experiment`.
     """
     rows: list[dict[str, Any]] = []
     counted = [run for run in recorded_runs(folder) if _counts(run, model)]
     for run in counted[:runs]:
         experiment = experiment_of(run)
         asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": experiment.model}
-        phases = run.frame("phase")
-        for phase in phases[phases["completed"]].itertuples():
-            measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
-            rows.append({**asked, "phase": phase.phase, **measured, "experiment": experiment})
-    columns = ["gpu", "run", "model", "phase", "peak_bytes", "peak_reserved_bytes", "experiment"]
+        for generation, phase in _numbered(run.of(PhaseRecord)):
+            if phase.completed:
+                measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
+                place = {"generation": generation, "phase": phase.phase}
+                rows.append({**asked, **place, **measured, "experiment": experiment})
+    columns = ["gpu", "run", "model", "generation", "phase", "peak_bytes", "peak_reserved_bytes", "experiment"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _counts(run: Run, model: str | None) -> bool:
     experiment = experiment_of(run)
-    alone = experiment.generations == 1 and experiment.consumer is Consumer.PLAIN and not run.metadata.get("apart")
-    return alone and str(run.metadata["device"]).startswith("cuda") and model in (None, experiment.model)
+    refused = experiment.request.decode_scope is DecodeScope.INFERENCE_MODE
+    on_gpu = str(run.metadata["device"]).startswith("cuda")
+    return on_gpu and not refused and not run.metadata.get("apart") and model in (None, experiment.model)
+
+
+def _numbered(phases: Iterable[PhaseRecord]) -> list[tuple[int, PhaseRecord]]:
+    """Phases with the generation that they belong to: how often one of the name has begun."""
+    begun: Counter[str] = Counter()
+    numbered = []
+    for phase in sorted(phases, key=lambda phase: phase.start_s):
+        begun[phase.phase] += 1
+        numbered.append((begun[phase.phase], phase))
+    return numbered
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
@@ -65,15 +81,16 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
         ``measured`` without its experiments, and ``forecast_bytes, error, forecast_reserved_bytes, reserved_error``;
         errors are relative, negative where the forecast is under the truth.
     """
-    runs = measured.drop_duplicates(["gpu", "run"])
-    found = forecast_experiments(list(runs["experiment"]))
+    likes = [experiment.like() for experiment in measured["experiment"]]
+    different = dict(zip(likes, measured["experiment"], strict=True))
+    found = forecast_experiments(list(different.values()))
     forecasts = {
-        (gpu, run, phase.phase): phase
-        for gpu, run, forecast in zip(runs["gpu"], runs["run"], found, strict=True)
-        for phase in forecast.phases
+        (like, generation, phase.phase): phase
+        for like, forecast in zip(different, found, strict=True)
+        for generation, phase in _numbered(forecast.phases)
     }
     table = measured.drop(columns="experiment")
-    phases = [forecasts[key] for key in zip(table["gpu"], table["run"], table["phase"], strict=True)]
+    phases = [forecasts[key] for key in zip(likes, table["generation"], table["phase"], strict=True)]
     table["forecast_bytes"] = [phase.peak_bytes for phase in phases]
     table["error"] = table["forecast_bytes"] / table["peak_bytes"] - 1
     table["forecast_reserved_bytes"] = [phase.peak_reserved_bytes for phase in phases]

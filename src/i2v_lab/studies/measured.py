@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +30,67 @@ if TYPE_CHECKING:
 VIDEO = "video.mp4"
 GRAD_ERROR = "GradScopeError"
 OURS = {".json", ".jsonl", ".mp4", ".part"}  # suffixes in a folder that may be replaced
+SAMPLE_INTERVAL_S = 0.5  # of the whole card; with the pipeline's steps some ten seconds long a file stays small
+WHOLE = "generation"  # the phase around everything in runs whose time is compared
 
 
-def measure(experiment: Experiment, folder: Path, device: str = "auto") -> Run:
+class Implementation(StrEnum):
+    """Whose pipeline runs: ours, or that of the package it is held against, untouched."""
+
+    OURS = "i2v-lab"
+    UPSTREAM = "ltx-pipelines"
+
+
+class Attribution(StrEnum):
+    """How closely a run is followed.
+
+    ``full``: modules and autograd graphs, and NVML's view of the card. ``boundaries``: the phases alone, as
+    ``i2v-lab generate`` does it. ``off``: no phase. With the last two there is one phase around everything, so that
+    times can be compared.
+    """
+
+    FULL = "full"
+    BOUNDARIES = "boundaries"
+    OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a measured run has besides its experiment.
+
+    Attributes:
+        pipeline: Whose.
+        profiler: How closely it is followed.
+        vram_cap_bytes: The most the allocator may take; ``None`` leaves it the whole card.
+    """
+
+    pipeline: Implementation = Implementation.OURS
+    profiler: Attribution = Attribution.FULL
+    vram_cap_bytes: int | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether a run under these conditions is no answer to the question what its experiment takes."""
+        return self != Conditions()
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values, and ``apart``, which :func:`~i2v_lab.studies.recorded.find_recorded` goes by."""
+        return {**asdict(self), "apart": self.apart}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Conditions:
+        """Read what :meth:`to_json` returned, among other values; what is missing has its default."""
+        return cls(
+            pipeline=Implementation(values.get("pipeline", Implementation.OURS)),
+            profiler=Attribution(values.get("profiler", Attribution.FULL)),
+            vram_cap_bytes=values.get("vram_cap_bytes"),
+        )
+
+
+NORMAL = Conditions()
+
+
+def measure(experiment: Experiment, folder: Path, device: str = "auto", conditions: Conditions = NORMAL) -> Run:
     """Generate for real, in a process of its own, with synthetic weights.
 
     What is in ``folder`` already is taken if the same experiment ran there to its end with the same code; else it is
@@ -40,6 +100,7 @@ def measure(experiment: Experiment, folder: Path, device: str = "auto") -> Run:
         experiment: What to do.
         folder: A folder of its own; made if it does not exist.
         device: ``auto``, ``cpu`` or ``cuda``.
+        conditions: Whose pipeline, how closely followed, and below which cap.
 
     Returns:
         The run. One that ran out of memory, or whose grad mode torch refused, is a result like any other: its status is
@@ -49,10 +110,11 @@ def measure(experiment: Experiment, folder: Path, device: str = "auto") -> Run:
         I2VLabError: It failed in any other way; with its own message.
         RecordError: ``folder`` holds something else.
     """
-    settings = {"experiment": experiment.to_json(), "code": code_digest(), "asked_device": device}
-    kept = _kept(folder, settings)
+    settings = settings_of(experiment, device, conditions)
+    kept = kept_run(folder, settings)
     if kept is not None:
         return kept
+    _make_room(folder)
     asked = json.dumps({"settings": settings, "folder": str(folder)})
     command = [sys.executable, "-m", __name__]
     child = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)  # noqa: S603
@@ -70,6 +132,21 @@ def run_folder(runs_dir: Path, experiment: Experiment) -> Path:
     return runs_dir / f"{experiment.model}_{experiment.name}_{digest[:8]}"
 
 
+def settings_of(experiment: Experiment, device: str = "auto", conditions: Conditions = NORMAL) -> dict[str, Any]:
+    """What makes a run the one that is asked for; it stands in the run's metadata."""
+    settings = {"experiment": experiment.to_json(), "code": code_digest(), "asked_device": device}
+    return {**settings, **conditions.to_json()}
+
+
+def kept_run(folder: Path, settings: Mapping[str, Any]) -> Run | None:
+    """The run in ``folder``, if it ended and has these settings."""
+    with suppress(RecordError):  # there is none, or it is damaged, or was stopped before it began
+        run = read_run(folder)
+        if is_result(run) and settings.items() <= run.metadata.items():
+            return run
+    return None
+
+
 def is_result(run: Run) -> bool:
     """Whether a run shows something: it is complete, ran out of memory, or its grad mode was refused."""
     refused = str(run.metadata.get("error", "")).startswith(GRAD_ERROR)
@@ -78,15 +155,21 @@ def is_result(run: Run) -> bool:
 
 @contextmanager
 def profiled(
-    device: torch.device, folder: Path | None, metadata: Mapping[str, Any], *, attribute: bool = True
+    device: torch.device,
+    folder: Path | None,
+    metadata: Mapping[str, Any],
+    *,
+    attribute: bool = True,
+    vram_cap_bytes: int | None = None,
 ) -> Iterator[PhaseProfiler]:
     """A profiler for a real run, whose records go to a run directory.
 
     Args:
-        device: What to meter; on CUDA the whole card is sampled too.
+        device: What to meter.
         folder: The run directory; ``None`` keeps nothing.
         metadata: As :func:`i2v_lab.store.run_metadata` collects them.
-        attribute: Follow modules and autograd graphs.
+        attribute: Follow modules and autograd graphs, and on CUDA sample the whole card.
+        vram_cap_bytes: Refuse allocations beyond it.
 
     Raises:
         OutputError: ``folder`` is not empty or cannot be written.
@@ -98,22 +181,19 @@ def profiled(
         on_record = None
         if folder is not None:
             on_record = scopes.enter_context(RunWriter(folder, metadata)).append
-            if device.type == "cuda":
-                scopes.enter_context(NvmlSampler(device.index or 0, on_sample=on_record))
-        yield scopes.enter_context(PhaseProfiler(device, attribute=attribute, on_record=on_record))
+            if device.type == "cuda" and attribute:
+                scopes.enter_context(NvmlSampler(device.index or 0, SAMPLE_INTERVAL_S, on_sample=on_record))
+        yield scopes.enter_context(
+            PhaseProfiler(device, attribute=attribute, vram_cap_bytes=vram_cap_bytes, on_record=on_record)
+        )
 
 
-def _kept(folder: Path, settings: dict[str, Any]) -> Run | None:
+def _make_room(folder: Path) -> None:
     if not folder.exists():
-        return None
+        return
     if any(entry.suffix not in OURS for entry in folder.iterdir()):
         raise RecordError(f"'{folder}' holds more than a run; choose another folder", folder=folder)
-    with suppress(RecordError):  # damaged, or stopped before it began
-        run = read_run(folder)
-        if is_result(run) and settings.items() <= run.metadata.items():
-            return run
     shutil.rmtree(folder)
-    return None
 
 
 def main() -> None:
@@ -131,9 +211,11 @@ def _run(settings: dict[str, Any], folder: Path) -> None:
     from i2v_lab.pipeline.architectures import load_architecture
     from i2v_lab.pipeline.checkpoints import resolve_weights
     from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
+    from i2v_lab.pipeline.upstream import UpstreamPipeline
     from i2v_lab.request import Variant
 
     experiment = Experiment.from_json(settings["experiment"])
+    conditions = Conditions.from_json(settings)
     request = experiment.request
     experiment = experiment.with_request(image=str(find_still(request.image)))
     device = resolve_device(settings["asked_device"])
@@ -147,8 +229,13 @@ def _run(settings: dict[str, Any], folder: Path) -> None:
         name = VIDEO if videos == 1 else f"video_{videos}.mp4"
         media.write_video(chunks, generation.audio, folder / name, request.frame_rate)
 
-    with profiled(device, folder, metadata) as profiler:
-        perform(experiment, TwoStagePipeline(weights, device, sinks=[profiler]), profiler, write)
+    pipeline = UpstreamPipeline if conditions.pipeline is Implementation.UPSTREAM else TwoStagePipeline
+    attribute, cap = conditions.profiler is Attribution.FULL, conditions.vram_cap_bytes
+    with profiled(device, folder, metadata, attribute=attribute, vram_cap_bytes=cap) as profiler, ExitStack() as scopes:
+        if not attribute:
+            scopes.enter_context(profiler.phase(WHOLE))
+        sinks = [] if conditions.profiler is Attribution.OFF else [profiler]
+        perform(experiment, pipeline(weights, device, sinks=sinks), profiler, write)
 
 
 if __name__ == "__main__":

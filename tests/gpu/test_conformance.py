@@ -1,0 +1,78 @@
+"""At full size, on a GPU, our latents are bit for bit those of ltx-pipelines' own pipelines: one request a variant.
+
+The weights are random in the real layout, so nothing has to be downloaded. What the CPU tests in ``tests/conformance``
+hold for the tiny model, these hold for the kernels that a GPU chooses at 22B.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from i2v_lab.pipeline import ltx2, upstream
+from i2v_lab.pipeline.architectures import load_architecture
+from i2v_lab.pipeline.checkpoints import resolve_weights
+from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.request import I2VRequest, Variant
+from i2v_lab.studies.experiments import FULL_SIZE_MODEL
+
+NEEDED_BYTES = 30 * 2**30
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def _room_for_22b():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none here")
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    if total_bytes < NEEDED_BYTES:
+        pytest.skip(f"needs a card with {NEEDED_BYTES} bytes, and this one has {total_bytes}")
+
+
+class Kept:
+    """Copies, on the CPU, of the latents that one function returns."""
+
+    def __init__(self, monkeypatch, module, name, latents):
+        original = getattr(module, name)
+        self.latents = []
+
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs)
+            self.latents += [latent.cpu() for latent in latents(result)]
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.usefixtures("_room_for_22b")
+def test_latents_equal_upstreams_at_22b(still, monkeypatch, variant):
+    request = I2VRequest(
+        image=str(still),
+        prompt="waves roll in below the lighthouse",
+        negative_prompt="blurry",
+        width=768,
+        height=512,
+        frames=25,
+        seed=7,
+        variant=variant,
+    )
+    module = upstream.MODULES[variant]
+    ours = Kept(monkeypatch, ltx2, "denoise_stage", lambda latents: (latents.video, latents.audio))
+    theirs = Kept(monkeypatch, module, "denoise_audio_video", lambda states: [state.latent for state in states])
+    weights = resolve_weights(load_architecture(FULL_SIZE_MODEL))
+    frames = []
+    for pipeline in (TwoStagePipeline, upstream.UpstreamPipeline):
+        with pipeline(weights, "cuda")(request).video as chunks:
+            frames.append(torch.cat([chunk.cpu() for chunk in chunks]))
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert len(ours.latents) == len(theirs.latents) == 4  # video and audio, after stage 1 and stage 2
+    for mine, their in zip(ours.latents, theirs.latents, strict=True):
+        assert torch.equal(mine, their)
+        assert mine.isfinite().all()
+        assert mine.float().std() > 0.1  # neither of them is empty of anything to compare
+    assert torch.equal(*frames)

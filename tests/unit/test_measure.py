@@ -1,0 +1,227 @@
+"""A plan is read strictly, runs to its end whatever happens, goes on where it stopped; upstream counts apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
+from i2v_lab.measure_command import measure
+from i2v_lab.paths import data_dir
+from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord
+from i2v_lab.request import I2VRequest
+from i2v_lab.store import RunWriter, read_run
+from i2v_lab.studies import measured
+from i2v_lab.studies.accuracy import measured_table
+from i2v_lab.studies.experiments import DEFAULT_STILL, SMALL_MODEL, Experiment
+from i2v_lab.studies.measured import Attribution, Conditions, Implementation
+from i2v_lab.studies.plans import load_plan
+from i2v_lab.studies.recorded import find_recorded
+
+TINY = {"model": SMALL_MODEL, "width": 64, "height": 64, "frames": 9, "fps": 120.0, "expected_seconds": 30}
+TINY_EXPERIMENT = Experiment(
+    request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9, fps=120.0), model=SMALL_MODEL
+)
+
+
+def _plan(tmp_path: Path, *groups: object, **fields: object) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump({"defaults": TINY, "groups": list(groups), **fields}))
+    return path
+
+
+# --- Reading ---
+
+
+def test_a_plan_names_orders_and_times_its_runs(tmp_path):
+    first = [{}, {"decode_scope": "escaped"}, {"pipeline": "ltx-pipelines", "profiler": "boundaries"}]
+    second = [{"vram_cap_gib": 0.5, "expected_seconds": 7}, {"profiler": False}, {}]  # YAML reads off as False
+    runs = load_plan(_plan(tmp_path, {"runs": first, "rounds": 2}, {"runs": second}, process_seconds=4))
+    assert [run.name for run in runs] == [
+        "64x64x9_1",
+        "64x64x9_escaped_1",
+        "64x64x9_upstream_boundaries_1",
+        "64x64x9_upstream_boundaries_2",  # the second round is the first one backwards
+        "64x64x9_escaped_2",
+        "64x64x9_2",
+        "64x64x9_cap0.5",
+        "64x64x9_off",
+        "64x64x9_3",
+    ]
+    assert [run.expected_seconds for run in runs] == [34] * 6 + [11, 34, 34]
+    assert runs[0].experiment == TINY_EXPERIMENT
+    assert runs[2].conditions == Conditions(pipeline=Implementation.UPSTREAM, profiler=Attribution.BOUNDARIES)
+    assert runs[6].conditions == Conditions(vram_cap_bytes=2**29)
+    assert [run.conditions.apart for run in runs] == [False, False, True, True, False, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"hight": 64}, "group 1, run 1: hight=64 is unknown; use "),
+        ({"height": 500}, "group 1, run 1: height=500 is not a multiple of 64; use 448 or 512"),
+        ({"profiler": "half"}, "profiler='half' is unknown; use full or boundaries or off"),
+        ({"vram_cap_gib": "24"}, "vram_cap_gib='24' is not a number of 0 or more; use one"),
+        ({"consumer": "nobody"}, "consumer='nobody' is unknown; use plain or guarded or left_open"),
+        ({"tiling": {"tile_px": 100}}, "tile_px=100 is not a multiple of 32; use 96 or 128"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_with_its_place_and_the_remedy(tmp_path, run, message):
+    with pytest.raises(InvalidRequest) as caught:
+        load_plan(_plan(tmp_path, {"runs": [run]}))
+    assert message in str(caught.value)
+
+
+def test_a_plan_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InvalidRequest, match=r"cannot be read \(No such file or directory\); give a YAML file"):
+        load_plan(tmp_path / "nowhere.yaml")
+    with pytest.raises(InvalidRequest, match="is not a mapping"):
+        load_plan(_written(tmp_path, "- a\n- b"))
+    with pytest.raises(InvalidRequest, match="has no groups"):
+        load_plan(_written(tmp_path, "process_seconds: 3"))
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        load_plan(_written(tmp_path, "groups: ["))
+    with pytest.raises(InvalidRequest, match="rounds=0 is not a whole number above 0"):
+        load_plan(_plan(tmp_path, {"runs": [{}], "rounds": 0}))
+    with pytest.raises(InvalidRequest, match="two different runs that would both be called 64x64x9"):
+        load_plan(_plan(tmp_path, {"runs": [{}, {"seed": 3}]}))
+
+
+def _written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
+    runs = load_plan(data_dir() / "plans" / "h200.yaml")
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    plain = Conditions()
+    pairs = [run for run in runs if run.conditions == plain and run.experiment.like() == runs[0].experiment.like()]
+    assert len(pairs) >= 5
+    upstream = [run for run in runs if run.conditions.pipeline is Implementation.UPSTREAM]
+    assert {run.experiment.request.variant.value for run in upstream} == {"distilled", "dev"}
+    assert [run.conditions.vram_cap_bytes for run in runs if "_cap" in run.name] == [round(95.6 * 2**30)]
+
+
+# --- Running ---
+
+
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory):
+    """One plan run for real: upstream's pipeline, which succeeds, and a cap, below which nothing fits."""
+    folder = tmp_path_factory.mktemp("measured")
+    runs = [{"pipeline": "ltx-pipelines", "profiler": "boundaries"}, {"vram_cap_gib": 0.001}]
+    plan = _plan(folder, {"runs": runs})
+    measure(plan, folder / "runs", "cpu")
+    return plan, folder / "runs"
+
+
+def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
+    run = read_run(measured_once[1] / "64x64x9_upstream_boundaries")
+    assert run.status == "complete"
+    assert {key: run.metadata[key] for key in ("pipeline", "profiler", "vram_cap_bytes", "apart")} == {
+        "pipeline": "ltx-pipelines",
+        "profiler": "boundaries",
+        "vram_cap_bytes": None,
+        "apart": True,
+    }
+    phases = sorted(run.of(PhaseRecord), key=lambda phase: phase.start_s)
+    assert [(phase.phase, phase.parent) for phase in phases] == [
+        ("generation", None),
+        ("encode_prompt", "generation"),
+        ("denoise_stage_1", "generation"),
+        ("encode_image", "denoise_stage_1"),  # upstream encodes the still with the transformer there already
+        ("upsample_latent", "generation"),
+        ("encode_image", "generation"),
+        ("denoise_stage_2", "generation"),
+        ("decode_audio", "generation"),
+        ("decode_video", "generation"),
+    ]
+    assert all(phase.completed and phase.peak_bytes > 0 for phase in phases)
+    assert phases[0].peak_bytes == max(phase.peak_bytes for phase in phases)
+    assert find_recorded(TINY_EXPERIMENT, measured_once[1]) is None
+    assert measured_table(measured_once[1]).empty
+
+
+def test_out_of_memory_below_a_cap_is_a_record_like_any_other(measured_once):
+    run = read_run(measured_once[1] / "64x64x9_cap0.001")
+    assert run.status == "failed"
+    (record,) = run.of(OutOfMemoryRecord)
+    assert record.cap_bytes == run.metadata["vram_cap_bytes"] == round(0.001 * 2**30)
+    assert record.phase == "encode_prompt"
+
+
+def test_the_same_command_again_runs_nothing_and_no_machines_path_is_kept(measured_once, monkeypatch, capsys):
+    def no_process(*_, **__):
+        raise AssertionError("a process was started")
+
+    plan, out = measured_once
+    monkeypatch.setattr(measured.subprocess, "run", no_process)
+    measure(plan, out, "cpu")
+    assert "2 runs, 2 of them kept from before; 0 to make" in capsys.readouterr().out
+    for metadata in out.rglob("metadata.json"):
+        assert str(Path(measured.__file__).parents[3]) not in metadata.read_text()
+        assert str(out) not in metadata.read_text()
+
+
+def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
+    measured_once, tmp_path, monkeypatch, capsys
+):
+    """Of four runs one is kept, one was killed halfway, one fails, and one is new."""
+    out = tmp_path / "runs"
+    shutil.copytree(measured_once[1] / "64x64x9_cap0.001", out / "64x64x9_cap0.001")
+    killed = out / "64x64x9_escaped"
+    killed.mkdir(parents=True)
+    (killed / "records.jsonl").touch()
+    made = []
+
+    def process(command, **given):
+        asked = json.loads(given["input"])
+        folder = Path(asked["folder"])
+        made.append(folder.name)
+        if folder.name == "64x64x9_off":
+            return measured.subprocess.CompletedProcess(command, 2, "", "Traceback\ni2v-lab: no such luck; try again")
+        with RunWriter(folder, {"device": "cpu", **asked["settings"]}):
+            pass
+        return measured.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(measured.subprocess, "run", process)
+    plan = _plan(
+        tmp_path,
+        {"runs": [{"vram_cap_gib": 0.001}, {"profiler": "off"}, {"decode_scope": "escaped"}, {"frames": 17}]},
+    )
+    with pytest.raises(MeasureError, match="1 of 4 runs failed: 64x64x9_off; run the same command again"):
+        measure(plan, out, "cpu")
+    assert made == ["64x64x9_off", "64x64x9_escaped", "64x64x17"]
+    said = capsys.readouterr()
+    assert "4 runs, 1 of them kept from before; 3 to make, in about 90 s" in said.out
+    assert "no such luck; try again" in said.err
+    assert "[2/3] 64x64x9_escaped, about 60 s left" in said.err
+    outcomes = {words[0]: " ".join(words[1:4]) for words in map(str.split, said.out.splitlines()) if len(words) > 1}
+    assert outcomes["64x64x9_cap0.001"] == "out of memory,"
+    assert outcomes["64x64x9_off"] == "failed"
+    assert outcomes["64x64x9_escaped"].startswith("complete")
+
+
+def test_a_dry_run_says_what_would_run(tmp_path, capsys):
+    measure(_plan(tmp_path, {"runs": [{}]}, process_seconds=5), tmp_path / "runs", "cpu", dry_run=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "1 runs, 0 of them kept from before; 1 to make, in about 35 s",
+        f"{'64x64x9':<60}    35 s",
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    with pytest.raises(I2VLabError, match="holds more than a run; choose another folder"):
+        measured.measure(TINY_EXPERIMENT, folder, "cpu")
+    assert (folder / "thesis.tex").exists()
