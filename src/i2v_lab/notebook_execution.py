@@ -195,7 +195,7 @@ def own_kernel() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="i2v-lab-kernel-") as folder:
         spec = Path(folder) / "kernels" / KERNEL
         spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=ERROR", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
         env = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # nobody watches; bars would fill the pages
         values = {"argv": argv, "display_name": "i2v-lab", "language": "python", "env": env}
         (spec / "kernel.json").write_text(json.dumps(values))

@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, still, number, st
     for line in child.stderr:
         if line.startswith("decode_audio"):  # the part file exists from here on
             break
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [entry.name.endswith(".part.mp4") for entry in tmp_path.iterdir()] == [True]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.forecast import forecast, forecasting
@@ -496,3 +499,23 @@ def test_a_dtype_that_is_left_out_is_the_default_of_the_moment():
     finally:
         torch.set_default_dtype(torch.float32)
     assert made == [{torch.float32}, {torch.float64}]
+
+
+@pytest.mark.parametrize("maxsize", [5, None])
+def test_what_a_cache_keeps_of_a_forecast_is_not_met_by_real_code_nor_the_reverse(maxsize):
+    @functools.lru_cache(maxsize=maxsize)
+    def grid(size: int) -> tuple[torch.Tensor, int]:
+        return torch.arange(size), size
+
+    @functools.lru_cache
+    def number(size: int) -> int:
+        calls.append(size)
+        return size
+
+    calls: list[int] = []
+    assert (grid(3)[0].tolist(), number(3)) == ([0, 1, 2], 3)
+    seen = []
+    forecast(lambda: seen.append((type(grid(3)[0]), type(grid(4)[0]), number(3))), device="cpu")
+    assert seen == [(FakeTensor, FakeTensor, 3)]
+    assert [type(grid(size)[0]) for size in (3, 4)] == [torch.Tensor] * 2
+    assert (grid(4)[0].tolist(), number(3), calls) == ([0, 1, 2, 3], 3, [3])

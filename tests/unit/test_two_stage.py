@@ -16,6 +16,8 @@ from i2v_lab.pipeline.checkpoints import synthetic_weights
 from i2v_lab.pipeline.two_stage import TwoStagePipeline, require_memory, resolve_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.forecasts import forecast_experiment
 
 
 @pytest.fixture
@@ -170,3 +172,11 @@ def test_devices():
         assert resolve_device("auto") == torch.device("cpu")
         with pytest.raises(DeviceUnavailable, match="torch finds no CUDA device here; use cpu"):
             resolve_device("cuda")
+
+
+def test_a_forecast_in_the_same_process_changes_no_frame(tiny, request_64):
+    before = _frames(TwoStagePipeline(tiny), request_64)
+    new = replace(request_64, prompt="in no cache")
+    forecast_experiment(Experiment(request=new, model="ltx-2.3-tiny"), "cpu")
+    assert torch.equal(_frames(TwoStagePipeline(tiny), request_64), before)
+    assert before.float().std() > 1

@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from i2v_lab.events import VRAM_VARIABLE
+from i2v_lab.profiling.cached_tensors import no_cached_tensors
 from i2v_lab.profiling.caching_allocator import CachingAllocator
 from i2v_lab.profiling.fake_device import fake_device, to_fake
 from i2v_lab.profiling.garbage import no_collection
@@ -87,6 +88,7 @@ def forecasting(
     on_empty_cache = meter.allocator.empty_cache if meter.allocator is not None else lambda: None
     with (
         no_collection(),
+        no_cached_tensors(),
         patch.dict(os.environ, {VRAM_VARIABLE: "0"}),  # whose profiler would ask the real allocator
         fake_device(device, where=lambda: paths.current, watch=meter.watch, on_empty_cache=on_empty_cache),
         Replay(meter, paths, repeats or {}).active(),
