@@ -140,9 +140,9 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
 
 
 def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) -> None:
-    from i2v_lab.store import RunWriter, run_metadata
+    from i2v_lab.store import FORECAST, RunWriter, run_metadata
 
-    metadata = run_metadata(request.to_json(), "forecast", request.seed, sys.argv, model)
+    metadata = run_metadata(request.to_json(), FORECAST, request.seed, sys.argv, model)
     with RunWriter(folder, metadata) as writer:
         for record in result.records:
             writer.append(record)
@@ -153,10 +153,11 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
     from rich.table import Table
 
     from i2v_lab.reporting import run_tables
-    from i2v_lab.store import COMPLETE, Run
+    from i2v_lab.studies.experiments import Experiment
+    from i2v_lab.studies.sources import as_run
     from i2v_lab.units import format_bytes
 
-    run = Run(Path("forecast"), {}, result.records, COMPLETE)
+    run = as_run(Experiment(request=request, model=model), result)
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "

@@ -38,6 +38,7 @@ RECORDS = "records.jsonl"
 PART = f"{METADATA}.part"
 PACKAGES = ("i2v-lab", "torch", "ltx-core", "ltx-pipelines", "transformers")
 RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
+FORECAST = "forecast"  # in the place of a device
 WRITER = "`i2v-lab generate --profile DIR`"
 DTYPES: dict[Any, str] = {int: "int64", int | None: "Int64", float: "float64", bool: "bool", str: "str"}
 HINTS = {kind: get_type_hints(kind) for kind in KINDS.values()}
@@ -193,6 +194,11 @@ class Run:
     def finished(self) -> bool:
         """False if the run still goes on, or was killed before it could say how it ended."""
         return self.status != RUNNING
+
+    @property
+    def is_forecast(self) -> bool:
+        """Whether nothing ran: its seconds are then those of the forecast."""
+        return bool(self.metadata.get("device") == FORECAST)
 
     def of(self, kind: type[R]) -> list[R]:
         """The records of one type."""

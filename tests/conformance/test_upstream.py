@@ -95,7 +95,7 @@ def test_distilled_equals_upstream(tiny, still, monkeypatch, quantization):
             num_frames=17,
             frame_rate=FPS,
             images=[ImageConditioningInput(str(still), 0, 1.0)],
-            tiling_config=_tiling_config(request.tiling),
+            tiling_config=ltx2.tiling_config(request.tiling),
         )
         expected = torch.cat(list(video))
     _assert_same(captured, theirs)
@@ -159,13 +159,3 @@ def test_the_lora_changes_stage_2(tiny, still, monkeypatch):
     fused = ltx2.Ledger(tiny, torch.device("cpu"), Quantization.BF16, with_lora=True).transformer()
     key = "velocity_model.transformer_blocks.0.attn1.to_q.weight"
     assert not torch.equal(plain.state_dict()[key], fused.state_dict()[key])
-
-
-def _tiling_config(tiling: Tiling | None) -> object:
-    from ltx_core.model.video_vae import SpatialTilingConfig, TemporalTilingConfig, TilingConfig
-
-    assert tiling is not None
-    return TilingConfig(
-        SpatialTilingConfig(tiling.tile_px, tiling.tile_overlap_px),
-        TemporalTilingConfig(tiling.tile_frames, tiling.tile_overlap_frames),
-    )

@@ -34,7 +34,7 @@ from i2v_lab.studies.calibration import calibrate
 from i2v_lab.studies.cards import Fit, gpu_memory_bytes, gpu_table, judge, judge_all
 from i2v_lab.studies.experiments import Experiment
 from i2v_lab.studies.fit import TILINGS, FitSearch
-from i2v_lab.studies.forecasts import forecast_many, forecast_request
+from i2v_lab.studies.forecasts import forecast_experiments, forecast_request
 from i2v_lab.studies.sources import forecast_sweep
 
 GIB = 2**30
@@ -113,8 +113,9 @@ def test_what_is_not_run_again_changes_no_byte(variant):
 def full_size(_cache) -> dict[str, Forecast]:
     """1024x768, 97 frames at 22B, without and with the defect."""
     asked = I2VRequest(image=STILL, width=1024, height=768, frames=97)
-    requests = [asked, replace(asked, decode_scope=DecodeScope.ESCAPED)]
-    return dict(zip(("no_grad", "escaped"), forecast_many(requests, jobs=1, progress=False), strict=True))
+    experiments = [Experiment(request=asked).with_request(decode_scope=scope) for scope in ("no_grad", "escaped")]
+    found = forecast_experiments(experiments, jobs=1, progress=False)
+    return dict(zip(("no_grad", "escaped"), found, strict=True))
 
 
 def test_at_full_size_every_phase_is_within_1_percent_of_what_was_measured(full_size):
@@ -214,7 +215,11 @@ def test_what_is_wrong_with_a_request_is_said_before_torch_is_needed(tmp_path):
 
 def test_an_error_in_another_process_arrives_whole(tmp_path):
     with pytest.raises(InvalidImage, match="does not exist; check the path"):
-        forecast_many([replace(SMALL, image=str(tmp_path / "none.png"))], "ltx-2.3-tiny", jobs=1, progress=False)
+        forecast_experiments(
+            [Experiment(request=replace(SMALL, image=str(tmp_path / "none.png")), model="ltx-2.3-tiny")],
+            jobs=1,
+            progress=False,
+        )
     assert ForecastError("x", operator="y").fields == {"operator": "y"}
 
 

@@ -146,7 +146,7 @@ def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
     assert all(phase.completed and phase.peak_bytes > 0 for phase in phases)
     assert phases[0].peak_bytes == max(phase.peak_bytes for phase in phases)
     assert find_recorded(TINY_EXPERIMENT, measured_once[1]) is None
-    assert measured_table(measured_once[1]).empty
+    assert measured_table(folder=measured_once[1]).empty
 
 
 def test_out_of_memory_below_a_cap_is_a_record_like_any_other(measured_once):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ltx_pipelines.distilled
 import ltx_pipelines.ti2vid_two_stages
@@ -159,13 +160,6 @@ def _read_through(weights: Weights, ledger: Any) -> None:
     ledger.text_encoder_builder = replace(ledger.text_encoder_builder, model_path=weights.gemma_shards)
 
 
-@contextmanager
-def _on_any_device(device: torch.device) -> Iterator[None]:
+def _on_any_device(device: torch.device) -> AbstractContextManager[Any]:
     """Upstream synchronizes with CUDA whatever its device is; a CPU has nothing to wait for."""
-    synchronize = torch.cuda.synchronize
-    if device.type != "cuda":
-        torch.cuda.synchronize = lambda *_: None
-    try:
-        yield
-    finally:
-        torch.cuda.synchronize = synchronize
+    return nullcontext() if device.type == "cuda" else patch.object(torch.cuda, "synchronize", lambda *_: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
 from i2v_lab.reporting.figures import save_figure
+from i2v_lab.reporting.files import write_atomically
 from i2v_lab.reporting.run_figures import has_timeline, timeline_figure
 from i2v_lab.reporting.tables import readable, save_table
 from i2v_lab.store import Run
@@ -57,9 +59,7 @@ class Cells:
     def video(self, name: str, path: Path) -> Path:
         """A video's place below ``out_dir``; it is copied there."""
         kept = self.out / "videos" / f"{self.notebook}_{name}.mp4"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(path.read_bytes())
-        return kept
+        return write_atomically(kept, lambda part: shutil.copyfile(path, part))
 
     def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> SVG:
         """A figure of geometry, which has no table."""

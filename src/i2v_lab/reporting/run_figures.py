@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import TimelineRecord
-from i2v_lab.reporting.figures import STYLE
+from i2v_lab.reporting.figures import STYLE, phase_label
 from i2v_lab.store import Run
 from i2v_lab.units import GIB, MIB
 
@@ -33,7 +33,6 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         RecordError: A run has no timeline: it was profiled on CUDA, or without attribution.
     """
     table = _timeline(run)
-    forecast = run.metadata.get("device") == "forecast"
     scale, unit = (GIB, "GiB") if _total(table).max() >= GIB else (MIB, "MiB")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
@@ -62,8 +61,8 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         _mark_phases(axes, table, top / scale)
         axes.set_ylim(0, top / scale * 1.32)
         axes.set_xlim(0, float(table["time_s"].max()))
-        axes.set_xlabel("progress of the run; a forecast has no clock" if forecast else "time (s)")
-        if forecast:
+        axes.set_xlabel("progress of the run; a forecast has no clock" if run.is_forecast else "time (s)")
+        if run.is_forecast:
             axes.set_xticks([])
         axes.set_ylabel(f"live tensor storages ({unit})")
         axes.set_title(f"What was alive, and what for: {run.folder.name}", loc="left", fontsize=11)
@@ -77,7 +76,7 @@ def _timeline(run: Run) -> pd.DataFrame:
         raise RecordError(
             f"run '{run.folder}' has no timeline; profile it on a CPU, where every storage is counted, with --profile"
         )
-    if run.metadata.get("device") == "forecast":  # its seconds are those of the forecast
+    if run.is_forecast:
         table["time_s"] = [float(moment) for moment in range(len(table))]
     return table
 
@@ -110,5 +109,12 @@ def _mark_phases(axes: Axes, table: pd.DataFrame, top: float) -> None:
         start, end = float(rows["time_s"].min()), float(rows["time_s"].max())
         axes.axvline(start, color="#666666", linewidth=0.7, linestyle=":")
         if (end - start) / whole > 0.09:
-            name = str(phase).replace("_", "\n", 1).replace("_", " ")
-            axes.text((start + end) / 2, top * 1.03, name, fontsize=7.5, va="bottom", ha="center", color="#333333")
+            axes.text(
+                (start + end) / 2,
+                top * 1.03,
+                phase_label(str(phase)),
+                fontsize=7.5,
+                va="bottom",
+                ha="center",
+                color="#333333",
+            )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope
 from i2v_lab.store import Run
 from i2v_lab.studies.forecasts import forecast_experiments
-from i2v_lab.studies.recorded import experiment_of, recorded_runs
+from i2v_lab.studies.recorded import by_generation, experiment_of, recorded_runs
 
 SUMMARY_COLUMNS = (
     "phase",
@@ -48,7 +46,7 @@ def measured_table(model: str | None = None, *, folder: Path | None = None, runs
     for run in counted[:runs]:
         experiment = experiment_of(run)
         asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": experiment.model}
-        for generation, phase in _numbered(run.of(PhaseRecord)):
+        for generation, phase in by_generation(run.of(PhaseRecord)):
             if phase.completed:
                 measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
                 place = {"generation": generation, "phase": phase.phase}
@@ -64,16 +62,6 @@ def _counts(run: Run, model: str | None) -> bool:
     return on_gpu and not refused and not run.metadata.get("apart") and model in (None, experiment.model)
 
 
-def _numbered(phases: Iterable[PhaseRecord]) -> list[tuple[int, PhaseRecord]]:
-    """Phases with the generation that they belong to: how often one of the name has begun."""
-    begun: Counter[str] = Counter()
-    numbered = []
-    for phase in sorted(phases, key=lambda phase: phase.start_s):
-        begun[phase.phase] += 1
-        numbered.append((begun[phase.phase], phase))
-    return numbered
-
-
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Each measured phase beside its forecast.
 
@@ -87,7 +75,7 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
     forecasts = {
         (like, generation, phase.phase): phase
         for like, forecast in zip(different, found, strict=True)
-        for generation, phase in _numbered(forecast.phases)
+        for generation, phase in by_generation(forecast.phases)
     }
     table = measured.drop(columns="experiment")
     phases = [forecasts[key] for key in zip(likes, table["generation"], table["phase"], strict=True)]

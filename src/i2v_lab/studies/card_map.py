@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from i2v_lab.profiling.records import Forecast
-from i2v_lab.request import DecodeScope, I2VRequest
+from i2v_lab.request import I2VRequest
 from i2v_lab.studies.cards import FITS, NO, context_bytes, gpu_memory_bytes, gpu_table, judge
 from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.published import to_size
+from i2v_lab.studies.resolution import frames_experiments, resolution_experiments
 from i2v_lab.studies.sources import Observation
 from i2v_lab.studies.verdicts import conclude, no_data
 from i2v_lab.units import format_bytes
@@ -20,13 +19,8 @@ from i2v_lab.units import format_bytes
 
 def map_experiments(request: I2VRequest, model: str, sizes: Sequence[str], frames: Sequence[int]) -> list[Experiment]:
     """Every size with every number of frames, without the graph."""
-    fixed = replace(request, decode_scope=DecodeScope.NO_GRAD)
-    pairs = [to_size(size) for size in sizes]
-    return [
-        Experiment(request=replace(fixed, width=w, height=h, frames=count), model=model)
-        for w, h in pairs
-        for count in frames
-    ]
+    by_size = resolution_experiments(request, model, sizes)
+    return [each for size in by_size for each in frames_experiments(size.request, model, frames)]
 
 
 def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) -> pd.DataFrame:

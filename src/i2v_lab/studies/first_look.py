@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from i2v_lab.request import I2VRequest
 from i2v_lab.studies.experiments import SMALL_MODEL, Experiment
@@ -30,14 +27,9 @@ def video_run(observation: Observation, runs_dir: Path, device: str = "auto") ->
     if observation.source is Source.MEASURE and observation.run is not None:
         return observation.run.folder / VIDEO
     asked = observation.experiment.request
-    small = study_request(SMALL_MODEL, image=asked.image, prompt=asked.prompt, seed=asked.seed)
-    experiment = Experiment(request=replace(small, fps=asked.fps), model=SMALL_MODEL)
+    small = study_request(SMALL_MODEL, image=asked.image, prompt=asked.prompt, seed=asked.seed, fps=asked.fps)
+    experiment = Experiment(request=small, model=SMALL_MODEL)
     return measure(experiment, run_folder(runs_dir, experiment), device).folder / VIDEO
-
-
-def first_look_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """Every phase; the columns of :func:`~i2v_lab.studies.sources.phases_frame`."""
-    return phases_frame(observations)
 
 
 def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:

@@ -63,39 +63,29 @@ def forecast_experiment(experiment: Experiment, device: str = "cuda") -> Forecas
         device: As in :func:`forecast_request`, and so are the errors.
     """
     start_s = time.perf_counter()
-    known = _read(_path(experiment, device))
+    path = _path(experiment, device)
+    known = _read(path)
     if known is None:
         with no_collection():
             known = _work_out(experiment, device)
         records, context_bytes = known
         values = {"records": [record_to_json(record) for record in records], "context_bytes": context_bytes}
         try:
-            write_text(_path(experiment, device), json.dumps(values))
+            write_text(path, json.dumps(values))
         except OSError as error:
             raise OutputError(f"the cache folder '{cache_dir()}' cannot be written ({error.strerror})") from error
     return Forecast(*known, time.perf_counter() - start_s)
 
 
-def forecast_many(
-    requests: Sequence[I2VRequest], model: str = FULL_SIZE_MODEL, *, jobs: int | None = None, progress: bool = True
-) -> list[Forecast]:
-    """:func:`forecast_request` for many, on all cores.
-
-    Args:
-        requests: In the order of the result.
-        model: An architecture's name.
-        jobs: Processes; by default one for each core.
-        progress: Show a bar on stderr.
-    """
-    return forecast_experiments([Experiment(request=r, model=model) for r in requests], jobs=jobs, progress=progress)
-
-
 def forecast_experiments(
     experiments: Sequence[Experiment], *, jobs: int | None = None, progress: bool = True
 ) -> list[Forecast]:
-    """:func:`forecast_experiment` for many, on all cores; arguments as in :func:`forecast_many`.
+    """:func:`forecast_experiment` for many, on all cores; those in the cache need no process of their own.
 
-    Those in the cache need no process of their own.
+    Args:
+        experiments: In the order of the result.
+        jobs: Processes; by default one for each core.
+        progress: Show a bar on stderr.
     """
     done = {index: forecast_experiment(each) for index, each in enumerate(experiments) if _path(each).exists()}
     todo = [index for index in range(len(experiments)) if index not in done]

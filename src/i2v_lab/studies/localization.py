@@ -50,12 +50,12 @@ def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
         One row for each run: ``decode_scope, inside_bytes, whole_bytes, gap_bytes, floor_phase`` (where the peak until
         the return is), then ``published_inside_bytes, published_whole_bytes``.
     """
-    table = phases_frame(observations)
+    table = boundaries_table(observations)
+    same = table["published_so_far_bytes"].notna().any()
     study = published()
     ends = {row["phase"]: round(row["peak_so_far_gib"] * GIB) for row in study["boundaries"]}
     fixed = round(study["before_after"][1]["peak_gib"] * GIB)
     rows = []
-    same = boundaries_table(observations)["published_so_far_bytes"].notna().any()
     for scope, phases in table.groupby("decode_scope", sort=False):
         inside = phases[phases["phase"] != AFTER_RETURN].to_dict("records")
         top = max(inside, key=lambda phase: phase["peak_bytes"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from i2v_lab.paths import data_dir
+from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.store import METADATA, Run, read_run
 from i2v_lab.studies.experiments import DEFAULT_STILL, Consumer, Experiment
@@ -42,14 +45,28 @@ def find_recorded(experiment: Experiment, folder: Path | None = None) -> Run | N
 
     Runs of another pipeline, below a cap, or without the profiler's attribution do not count.
     """
-    wanted = experiment.like()
-    runs = [
-        run
-        for run in recorded_runs(folder)
-        if not run.metadata.get("apart") and is_result(run) and experiment_of(run).like() == wanted
-    ]
-    runs.sort(key=seconds_of)
+    runs = _by_likeness(folder or data_dir() / "measured").get(experiment.like(), [])
     return runs[len(runs) // 2] if runs else None
+
+
+@cache
+def _by_likeness(folder: Path) -> dict[str, list[Run]]:
+    """The runs that count, the quickest first, by what :meth:`Experiment.like` says of them."""
+    found: dict[str, list[Run]] = {}
+    for run in sorted(_read_all(folder), key=seconds_of):
+        if not run.metadata.get("apart") and is_result(run):
+            found.setdefault(experiment_of(run).like(), []).append(run)
+    return found
+
+
+def by_generation(phases: Iterable[PhaseRecord]) -> list[tuple[int, PhaseRecord]]:
+    """Phases in the order in which they began, with the generation they belong to: how often one of the name had."""
+    begun: Counter[str] = Counter()
+    numbered = []
+    for phase in sorted(phases, key=lambda phase: phase.start_s):
+        begun[phase.phase] += 1
+        numbered.append((begun[phase.phase], phase))
+    return numbered
 
 
 def seconds_of(run: Run) -> float:

@@ -13,15 +13,14 @@ from tqdm.auto import tqdm
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.profiling.records import Forecast
+from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.store import COMPLETE, Run
+from i2v_lab.store import COMPLETE, FORECAST, Run
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, SMALL_MODEL, Experiment
-from i2v_lab.studies.forecasts import forecast_experiments, forecast_many, hidden
+from i2v_lab.studies.forecasts import forecast_experiments, hidden
 from i2v_lab.studies.measured import measure, run_folder
-from i2v_lab.studies.recorded import find_recorded, seconds_of
+from i2v_lab.studies.recorded import by_generation, find_recorded, seconds_of
 
-FORECAST_DEVICE = "forecast"
 REQUEST_COLUMNS = ("width", "height", "frames", "variant", "quantization", "decode_scope")
 TILE_COLUMNS = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
 PHASE_COLUMNS = {
@@ -128,7 +127,7 @@ def observe(
 def as_run(experiment: Experiment, forecast: Forecast) -> Run:
     """A forecast in the form of a run that was never on disk."""
     metadata = {
-        "device": FORECAST_DEVICE,
+        "device": FORECAST,
         "model": experiment.model,
         "request": experiment.request.to_json(),
         "experiment": experiment.to_json(),
@@ -213,8 +212,8 @@ def forecast_sweep(
     Returns:
         As :func:`phases_frame`.
     """
-    found = forecast_many(requests, model, jobs=jobs, progress=progress)
     asked = [Experiment(request=request, model=model) for request in requests]
+    found = forecast_experiments(asked, jobs=jobs, progress=progress)
     return phases_frame(
         [Observation(each, Source.FORECAST, as_run(each, one)) for each, one in zip(asked, found, strict=True)]
     )
@@ -222,14 +221,12 @@ def forecast_sweep(
 
 def _phase_rows(observation: Observation, run: Run) -> list[dict[str, Any]]:
     asked = _asked(observation, run)
-    phases = run.frame("phase").sort_values("start_s", kind="stable")
-    first = phases["phase"].iloc[0] if len(phases) else ""
     rows = []
-    generation = 0
-    for phase in phases.to_dict("records"):
-        generation += phase["phase"] == first
-        row = {**asked, "generation": generation, "phase": phase["phase"], **{key: phase[key] for key in PHASE_COLUMNS}}
-        rows.append({**row, "seconds": None} if observation.source is Source.FORECAST else row)
+    for generation, phase in by_generation(run.of(PhaseRecord)):
+        figures = {name: getattr(phase, name) for name in PHASE_COLUMNS}
+        if observation.source is Source.FORECAST:
+            figures["seconds"] = None
+        rows.append({**asked, "generation": generation, "phase": phase.phase, **figures})
     return rows
 
 

@@ -121,7 +121,7 @@ def tiling_table(observations: Sequence[Observation]) -> pd.DataFrame:
     sizes = [each.experiment.request.shape for each in found]
     voxels = [grid.voxels / (s.width * s.height * s.frames) for grid, s in zip(grids, sizes, strict=True)]
     table["voxel_ratio"] = pd.Series(voxels, dtype="float64")
-    table["decode_peak_bytes"] = pd.Series([_decode_peak(each) for each in found], dtype="Int64")
+    table["decode_peak_bytes"] = pd.Series([_decode(each, "peak_bytes") for each in found], dtype="Int64")
     table["decode_seconds"] = pd.Series([_decode_seconds(each) for each in found], dtype="Float64")
     return table
 
@@ -139,10 +139,6 @@ def _decode(observation: Observation, column: str) -> Any:
     phases = observation.run.frame("phase")
     decode = phases[phases["phase"] == "decode_video"]
     return decode[column].max() if len(decode) else None
-
-
-def _decode_peak(observation: Observation) -> Any:
-    return _decode(observation, "peak_bytes")
 
 
 def _decode_seconds(observation: Observation) -> Any:
@@ -178,7 +174,7 @@ def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.Da
             continue
         totals = [m.weight_bytes + m.saved_bytes + m.activation_bytes + m.other_bytes for m in moments]
         beyond = next((index for index, total in enumerate(totals) if total > room_bytes), len(totals))
-        demanded = _decode_peak(each)
+        demanded = _decode(each, "peak_bytes")
         reached = max(totals[:beyond], default=0)
         fails = beyond < len(totals)
         rows.append(
