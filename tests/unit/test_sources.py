@@ -66,6 +66,13 @@ def test_a_stream_that_is_consumed_leaves_nothing_and_a_guarded_one_has_no_graph
     assert graph > no_graph == 0
 
 
+def test_streams_left_open_are_closed_from_the_last_to_the_first():
+    asked = Experiment(request=ESCAPED, model=SMALL_MODEL, generations=2, consumer=Consumer.LEFT_OPEN)
+    last, first = (p for p in forecast_experiment(asked, device="cpu").phases if p.phase == "decode_video")
+    assert first.start_s < last.start_s
+    assert last.start_s + last.seconds <= first.start_s + first.seconds
+
+
 def test_a_stream_left_open_keeps_the_same_again_for_each_generation_and_more_with_a_graph():
     (first, second), _ = _left(ESCAPED, Consumer.LEFT_OPEN, generations=2)
     (fixed,), _ = _left(SMALL, Consumer.LEFT_OPEN)
@@ -144,7 +151,7 @@ def test_of_several_records_the_one_with_the_median_time_is_found(tmp_path):
     asked = Experiment(request=SMALL, model=SMALL_MODEL)
     for name, seconds in (("a", 9.0), ("b", 1.0), ("c", 3.0)):
         _write(tmp_path / name, asked.with_request(image="elsewhere.png", seed=7), seconds)
-    _write(tmp_path / "d", asked, 2.0, apart=True)
+    _write(tmp_path / "d", asked, 30.0, apart=True)  # with it the median would be another
     _write(tmp_path / "e", replace(asked, generations=2), 2.0)
     assert seconds_of(find_recorded(asked, tmp_path)) == 3.0
     assert find_recorded(asked.with_request(frames=17), tmp_path) is None

@@ -19,6 +19,7 @@ from i2v_lab.profiling.records import GenerationRecord, GraphRecord, PhaseRecord
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.store import Run
 from i2v_lab.studies import card_map, leak, localization, no_grad, resolution, tiling
+from i2v_lab.studies.cards import context_bytes
 from i2v_lab.studies.experiments import Consumer, Experiment
 from i2v_lab.studies.first_look import first_look_verdict
 from i2v_lab.studies.published import beside_published, published_runs, to_size, to_tiling, varied
@@ -256,6 +257,7 @@ def test_cards_are_judged_by_what_the_process_takes():
     table = card_map.card_table([*found, unseen(experiments[0])], ["A100 80GB", "RTX 4090", "RTX 5090"])
     assert table["gpu"].to_list() == ["RTX 4090"] * 2 + ["RTX 5090"] * 2 + ["A100 80GB"] * 2
     assert table["verdict"].to_list() == ["no", "no", "fits", "no", "fits", "fits"]
+    assert table["needed_bytes"].to_list()[:2] == [23 * GIB + context_bytes(), 40 * GIB + context_bytes()]
     cards = card_map.summary_by_card(table).set_index("gpu")
     assert cards["fitting"].to_dict() == {"RTX 4090": 0, "RTX 5090": 1, "A100 80GB": 2}
     assert cards["largest_fitting"].to_list() == ["none", "1024x768, 97 frames", "2048x1536, 97 frames"]
@@ -265,6 +267,14 @@ def test_cards_are_judged_by_what_the_process_takes():
     for changed, verdict in (({"worst_error": 0.04}, "refined"), ({"median_error": 0.02}, "refuted")):
         assert card_map.card_verdict(found, table, pd.DataFrame([errors | changed]))["verdict"] == verdict
     assert card_map.card_verdict(found, table, pd.DataFrame())["verdict"] == "no data"
+
+
+def test_a_tight_request_is_not_counted_as_one_that_fits():
+    experiment = card_map.map_experiments(REQUEST, "ltx-2.3-22b", ["1024x768"], [97])[0]
+    cached = PhaseRecord("decode_video", None, 0, 20 * GIB, 0, 40 * GIB, 20 * GIB, 0, 9.0, 1.0, True)
+    table = card_map.card_table([seen(experiment, cached)], ["RTX 5090"])
+    assert table["verdict"].to_list() == ["tight"]
+    assert card_map.summary_by_card(table)["fitting"].to_list() == [0]
 
 
 def test_a_first_look_is_confirmed_while_little_is_left_between_phases():
