@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.rich_repr import HtmlFields
 
 SPATIAL_SCALE = 32  # pixels per latent position; ltx_core.types.VIDEO_SCALE_FACTORS
 TEMPORAL_SCALE = 8  # frames per latent position after the first; the same
@@ -22,14 +23,24 @@ PIXEL_MULTIPLE = SPATIAL_SCALE * STAGE_2_FACTOR
 
 
 class Variant(StrEnum):
-    """Which checkpoint and sampler: see the README's table of variants."""
+    """Which checkpoint and sampler: see the README's table of variants.
+
+    Example:
+        >>> [variant.value for variant in Variant]
+        ['distilled', 'dev']
+    """
 
     DISTILLED = "distilled"
     DEV = "dev"
 
 
 class Quantization(StrEnum):
-    """How the transformer's weights are kept on the device."""
+    """How the transformer's weights are kept on the device.
+
+    Example:
+        >>> I2VRequest(image="still.png", quantization="bf16").quantization is Quantization.BF16
+        True
+    """
 
     FP8_CAST = "fp8-cast"
     BF16 = "bf16"
@@ -41,6 +52,10 @@ class DecodeScope(StrEnum):
     ``no_grad`` re-enters ``torch.no_grad()`` for every chunk, wherever the stream is consumed. ``escaped`` decodes in
     the consumer's own grad mode, which is the defect this package studies. ``inference_mode`` runs the pipeline inside
     ``torch.inference_mode()`` and decodes in the consumer's grad mode, which torch refuses.
+
+    Example:
+        >>> I2VRequest(image="still.png", decode_scope="escaped").decode_scope is DecodeScope.ESCAPED
+        True
     """
 
     NO_GRAD = "no_grad"
@@ -100,7 +115,7 @@ class LatentShape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tiling:
+class Tiling(HtmlFields):
     """How the video decoder cuts its latent into overlapping tiles.
 
     Attributes:
@@ -180,7 +195,7 @@ def _make_whole(owner: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class I2VRequest:
+class I2VRequest(HtmlFields):
     """One generation: a still and a prompt in, a video of the given size out.
 
     Attributes:

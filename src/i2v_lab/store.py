@@ -24,7 +24,8 @@ from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from i2v_lab.errors import OutputError, RecordError
-from i2v_lab.profiling.records import KINDS, Record, record_from_json, record_to_json
+from i2v_lab.profiling.records import KINDS, PhaseRecord, Record, record_from_json, record_to_json
+from i2v_lab.rich_repr import phases_html
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,6 +200,11 @@ class Run:
     def is_forecast(self) -> bool:
         """Whether nothing ran: its seconds are then those of the forecast."""
         return bool(self.metadata.get("device") == FORECAST)
+
+    def _repr_html_(self) -> str:
+        device = self.metadata.get("device_name") or self.metadata.get("device")
+        words = f"Run {self.folder.name}: {self.status}, on {device}."
+        return phases_html(self.of(PhaseRecord), words, times=not self.is_forecast)
 
     def of(self, kind: type[R]) -> list[R]:
         """The records of one type."""

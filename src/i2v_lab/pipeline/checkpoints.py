@@ -38,6 +38,11 @@ class Weights:
         upsampler: Path of the spatial latent upsampler.
         lora: Path of the distilled LoRA (``dev`` variant, stage 2).
         loader: Reads them: ltx-core's own for safetensors files.
+
+    Example:
+        >>> weights = resolve_weights(load_architecture("ltx-2.3-tiny"))  # doctest: +SKIP
+        >>> weights.is_synthetic  # doctest: +SKIP
+        True
     """
 
     architecture: Architecture
@@ -80,6 +85,13 @@ def resolve_weights(
     Raises:
         CheckpointError: A file is missing, truncated, of another architecture, lacks tensors or holds NaN.
         OutputError: Synthetic weights cannot be kept in the cache.
+
+    Example:
+        >>> from i2v_lab.pipeline.architectures import load_architecture
+        >>> resolve_weights(load_architecture("ltx-2.3-22b"), checkpoint=Path("gone.safetensors"))
+        Traceback (most recent call last):
+        ...
+        i2v_lab.errors.CheckpointError: ...
     """
     given = {"checkpoint": checkpoint, "gemma": gemma, "upsampler": upsampler, "lora": lora}
     if not any(given.values()):

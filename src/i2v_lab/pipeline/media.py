@@ -126,6 +126,11 @@ def write_video(
     Raises:
         OutputError: It cannot be written, for instance because the disk is full. What ``chunks`` raises comes through
             as it is.
+
+    Example:
+        >>> grey = torch.full((9, 64, 64, 3), 128, dtype=torch.uint8)
+        >>> write_video([grey], None, Path("grey.mp4"), Fraction(24))
+        9
     """
     check_output(path)
     part = _part_path(path)

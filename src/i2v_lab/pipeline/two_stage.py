@@ -52,6 +52,12 @@ class VideoStream(Iterator[torch.Tensor]):
     Attributes:
         shape: The whole video.
         chunks: How many chunks there will be.
+
+    Example:
+        >>> from i2v_lab.request import VideoShape
+        >>> with VideoStream(iter([torch.zeros(9, 64, 64, 3)]), VideoShape(9, 64, 64), chunks=1) as stream:
+        ...     [chunk.shape[0] for chunk in stream]
+        [9]
     """
 
     def __init__(self, source: Iterator[torch.Tensor], shape: VideoShape, chunks: int) -> None:
@@ -91,6 +97,11 @@ class Generation:
     Attributes:
         video: Lazily decoded chunks of frames.
         audio: ``waveform`` ``(2, samples)`` float32 and ``sampling_rate`` in Hz.
+
+    Example:
+        >>> generation = pipeline(request)  # everything but the decoding of the video  # doctest: +SKIP
+        >>> with generation.video as chunks:  # doctest: +SKIP
+        ...     write_video(chunks, generation.audio, Path("video.mp4"), request.frame_rate)
     """
 
     video: VideoStream

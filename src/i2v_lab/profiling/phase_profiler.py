@@ -30,6 +30,8 @@ from i2v_lab.profiling.records import (
     StepRecord,
 )
 from i2v_lab.profiling.timeline import phase_timeline
+from i2v_lab.rich_repr import phases_html
+from i2v_lab.units import format_bytes
 
 HOLDERS = 20  # largest storages written down for a phase's peak
 TORCH_ASKED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
@@ -142,6 +144,12 @@ class PhaseProfiler:
     def allocated_bytes(self) -> int:
         """Allocated now."""
         return self._meter.allocated_bytes()
+
+    def _repr_html_(self) -> str:
+        if not self.phases:
+            return phases_html([], "PhaseProfiler: no phase has ended yet.")
+        words = f"PhaseProfiler: the peak is {format_bytes(self.peak.peak_bytes)} in {self.peak.phase}."
+        return phases_html(self.phases, words)
 
     # --- Being told ---
 

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from i2v_lab.errors import RecordError
+from i2v_lab.rich_repr import HtmlFields, phases_html
+from i2v_lab.units import format_bytes
 
 
 @dataclass(frozen=True)
-class PhaseRecord:
+class PhaseRecord(HtmlFields):
     """Memory and time of one phase.
 
     Attributes:
@@ -45,7 +47,7 @@ class PhaseRecord:
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(HtmlFields):
     """Memory and time of one denoising step, or of one decoded chunk.
 
     Attributes:
@@ -64,7 +66,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class HolderRecord:
+class HolderRecord(HtmlFields):
     """One storage that was alive at the moment of a phase's peak.
 
     Attributes:
@@ -85,7 +87,7 @@ class HolderRecord:
 
 
 @dataclass(frozen=True)
-class ModuleRecord:
+class ModuleRecord(HtmlFields):
     """What one module held at the moment of a phase's peak, in one category.
 
     Attributes:
@@ -102,7 +104,7 @@ class ModuleRecord:
 
 
 @dataclass(frozen=True)
-class TimelineRecord:
+class TimelineRecord(HtmlFields):
     """Live bytes by category at one moment.
 
     Attributes:
@@ -123,7 +125,7 @@ class TimelineRecord:
 
 
 @dataclass(frozen=True)
-class GraphRecord:
+class GraphRecord(HtmlFields):
     """What an autograd graph held on behalf of one module, at the moment it held most in a phase.
 
     Attributes:
@@ -138,7 +140,7 @@ class GraphRecord:
 
 
 @dataclass(frozen=True)
-class OutOfMemoryRecord:
+class OutOfMemoryRecord(HtmlFields):
     """An allocation that did not fit, on a real card or below a cap set on purpose.
 
     Attributes:
@@ -159,7 +161,7 @@ class OutOfMemoryRecord:
 
 
 @dataclass(frozen=True)
-class GenerationRecord:
+class GenerationRecord(HtmlFields):
     """What one of several generations in a process left behind.
 
     Attributes:
@@ -173,7 +175,7 @@ class GenerationRecord:
 
 
 @dataclass(frozen=True)
-class DeviceRecord:
+class DeviceRecord(HtmlFields):
     """What NVML says of a whole card at one moment.
 
     Attributes:
@@ -219,6 +221,12 @@ class Forecast:
         context_bytes: What the CUDA context and the libraries take from the card besides; in no record. 0 where no
             model of them was asked for.
         seconds: What the forecast took.
+
+    Example:
+        >>> phase = PhaseRecord("decode_video", None, 0, 3 * 2**20, 0, 4 * 2**20, 3 * 2**20, 0, 0.0, 0.1, True)
+        >>> forecast = Forecast((phase,), context_bytes=2**20, seconds=0.1)
+        >>> forecast.peak.phase, forecast.peak_reserved_bytes
+        ('decode_video', 4194304)
     """
 
     records: tuple[Record, ...]
@@ -239,6 +247,11 @@ class Forecast:
     def peak_reserved_bytes(self) -> int:
         """The most that the caching allocator would hold; the peak itself where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
+
+    def _repr_html_(self) -> str:
+        needed = format_bytes(self.peak_reserved_bytes + self.context_bytes)
+        words = f"Forecast: the peak is {format_bytes(self.peak.peak_bytes)} in {self.peak.phase}; "
+        return phases_html(self.phases, f"{words}a process takes {needed} from the card.", times=False)
 
 
 KINDS: dict[str, type[Any]] = {

@@ -33,7 +33,7 @@ def phase_timeline(meter: LiveStorageMeter, phase: str, start_tick: int, origin_
         changes[row[category], last] -= nbytes
 
     for life in meter.lives:
-        idle = "activation" if life.module else "other"
+        idle = "activation" if life.module and not life.is_workspace else "other"
         add("weight" if life.is_weight else idle, life.nbytes, life.born, life.died)
         for start, end in [] if life.is_weight else life.saved:
             stop = life.died if end is None else end

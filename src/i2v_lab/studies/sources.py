@@ -211,6 +211,10 @@ def forecast_sweep(
 
     Returns:
         As :func:`phases_frame`.
+
+    Example:
+        >>> frames = [I2VRequest(image="stills/lighthouse.png", frames=count) for count in (25, 97)]
+        >>> forecast_sweep(frames).groupby("frames")["peak_bytes"].max()  # doctest: +SKIP
     """
     asked = [Experiment(request=request, model=model) for request in requests]
     found = forecast_experiments(asked, jobs=jobs, progress=progress)
