@@ -99,6 +99,12 @@ class GradEscape(I2VLabError):
     exit_status = 1
 
 
+class GenerationStopped(I2VLabError):
+    """A generation was stopped by hand."""
+
+    exit_status = 1
+
+
 class MeasureError(I2VLabError):
     """At least one run of a plan failed in a way that is no result."""
 

@@ -77,6 +77,13 @@ def forecast_experiment(experiment: Experiment, device: str = "cuda") -> Forecas
     return Forecast(*known, time.perf_counter() - start_s)
 
 
+def cached_forecast(experiment: Experiment, device: str = "cuda") -> Forecast | None:
+    """The forecast of an experiment that has been worked out before; ``None`` if it has not."""
+    start_s = time.perf_counter()
+    known = _read(_path(experiment, device))
+    return None if known is None else Forecast(*known, time.perf_counter() - start_s)
+
+
 def forecast_experiments(
     experiments: Sequence[Experiment], *, jobs: int | None = None, progress: bool = True
 ) -> list[Forecast]:

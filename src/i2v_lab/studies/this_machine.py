@@ -1,0 +1,33 @@
+"""What the machine that this runs on has room for."""
+
+from __future__ import annotations
+
+
+def room_here(device: str = "auto") -> tuple[str, int, str]:
+    """A name in words, the bytes there are, and the device that they are on: ``cuda`` or ``cpu``.
+
+    On CUDA it is the whole card, less what other processes have of it; elsewhere the memory that is free now.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        DeviceUnavailable: There is no such device.
+
+    Example:
+        >>> name, memory_bytes, device = room_here("cpu")
+        >>> name, device
+        ('this machine', 'cpu')
+    """
+    import psutil
+    import torch
+
+    from i2v_lab.pipeline.two_stage import resolve_device
+    from i2v_lab.profiling.nvml import read_device
+
+    target = resolve_device(device)
+    if target.type == "cpu":
+        return "this machine", psutil.virtual_memory().available, "cpu"
+    total_bytes = int(torch.cuda.get_device_properties(target).total_memory)
+    others_bytes = read_device(target.index or 0).others_bytes or 0
+    return f"this {torch.cuda.get_device_name(target)}", total_bytes - others_bytes, "cuda"
