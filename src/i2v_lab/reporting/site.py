@@ -22,6 +22,7 @@ from i2v_lab.store import run_metadata
 from i2v_lab.units import format_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 BANNER = "papermill-error-cell-tag"  # papermill's own cells about an error; the page has its own words for it
 
 
@@ -100,6 +101,8 @@ def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
             data = output.get("data", {})
             if not data or MIME in data:
                 continue
+            if "text/html" in data:
+                data.pop(WIDGET, None)  # widgets need a kernel; each says the same as HTML
             if "image/svg+xml" in data or "image/png" in data or "text/html" in data:
                 count += 1
             label = heading if count < 2 else f"{heading} ({count})"

@@ -52,7 +52,8 @@ def _text(name: str, value: Any) -> str:
     if pd.isna(value):
         return ABSENT
     if name.endswith("bytes"):
-        return format_bytes(int(value))
+        plus = "+" if name.startswith("difference") and value > 0 else ""
+        return plus + format_bytes(int(value))
     if name.endswith("seconds"):
         return f"{value:.1f} s"
     if name.endswith("ratio"):
@@ -64,3 +65,13 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return WORDS.get(str(value), str(value))
+
+
+def as_sentence(words: str) -> str:
+    """With a capital in front and a full stop behind; of several lines each.
+
+    Example:
+        >>> as_sentence("peak 30.1 MiB in decode_video")
+        'Peak 30.1 MiB in decode_video.'
+    """
+    return " ".join(f"{line[:1].upper()}{line[1:].rstrip('.')}." for line in words.splitlines())

@@ -1,0 +1,94 @@
+"""Two run directories side by side, as sentences, pictures and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from i2v_lab.errors import RecordError
+from i2v_lab.reporting import pictures
+from i2v_lab.reporting.run_tables import difference_headline, difference_table, headline
+from i2v_lab.reporting.tables import as_sentence, readable
+from i2v_lab.store import METADATA, Run, read_run
+
+BARS = "Where there is an allocator, bars end at what it held; the table has what was allocated."
+COLUMNS = {
+    "phase": "phase",
+    "peak_bytes": "peak",
+    "other_peak_bytes": "other peak",
+    "difference_bytes": "change",
+    "seconds": "time",
+    "other_seconds": "other time",
+}
+
+
+def find_runs(folders: Sequence[Path]) -> dict[str, Path]:
+    """All run directories below these folders, by a short name that no other one has, in the order of the folders."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for metadata in sorted(folder.rglob(METADATA)):
+            run = metadata.parent
+            name = run.relative_to(folder).as_posix() if run != folder else run.name
+            found[name if name not in found else f"{folder.name}/{name}"] = run
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs.
+
+    Attributes:
+        first: The one that is looked at.
+        second: The one that is held against it.
+
+    Example:
+        >>> Comparison.read(Path("runs/escaped"), Path("runs/no_grad")).headline  # doctest: +SKIP
+        'peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s'
+    """
+
+    first: Run
+    second: Run
+
+    @classmethod
+    def read(cls, first: Path, second: Path) -> Comparison:
+        """Read both.
+
+        Raises:
+            RecordError: One of them is missing or damaged.
+        """
+        return cls(read_run(first), read_run(second))
+
+    @property
+    def headline(self) -> str:
+        """How the second differs from the first, in one sentence."""
+        return difference_headline(self.first, self.second)
+
+    def html(self) -> str:
+        """Everything: what each run was, bars, timelines, and the difference phase by phase."""
+        table = readable(difference_table(self.first, self.second), COLUMNS)
+        return "".join(
+            [
+                f"<p><strong>{escape(as_sentence(self.headline))}</strong></p>",
+                *(
+                    f"<p>{words}: {escape(run.folder.name)}. {escape(as_sentence(headline(run)))}</p>"
+                    for words, run in (("First (upper bars, areas)", self.first), ("Second (lower bars)", self.second))
+                ),
+                pictures.phase_bars(self.first, other=self.second),
+                f"<p><small>{BARS}</small></p>",
+                pictures.timeline(self.first, self.second),
+                pictures.table_html(table),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+
+def compare_html(first: Path, second: Path) -> str:
+    """The comparison, or in one line why there is none."""
+    try:
+        return Comparison.read(first, second).html()
+    except RecordError as error:
+        return f"<p><em>{escape(str(error))}</em></p>"
