@@ -1,8 +1,8 @@
-# make setup | reproduce | test | figures | bench | measure-gpu | lab | clean. Every target sets up what it needs.
+# make setup | reproduce | test | endurance | figures | pictures | bench | measure-gpu | lab | clean. Every target sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup reproduce test figures bench measure-gpu lab clean
+.PHONY: setup reproduce test endurance figures pictures bench measure-gpu lab clean
 
 setup: .venv/.stamp
 
@@ -21,8 +21,14 @@ test: setup
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
+endurance: setup
+	$(BIN)/python tests/endurance.py
+
 figures: setup
 	$(BIN)/python docs/draw_figures.py
+
+pictures: setup
+	$(BIN)/python docs/draw_jupyterlab.py
 
 bench: setup
 	$(BIN)/python benchmarks/profiler_overhead.py
@@ -31,7 +37,7 @@ measure-gpu: setup
 	$(BIN)/i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --device cuda
 
 lab: setup
-	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
+	$(BIN)/i2v-lab lab $(LAB)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from i2v_lab.errors import I2VLabError
+    from i2v_lab.lab.compare import Compare
+    from i2v_lab.lab.explorer import Explorer
+    from i2v_lab.lab.generate import Generate
+    from i2v_lab.lab.monitor import VramMonitor
     from i2v_lab.pipeline.checkpoints import Weights, resolve_weights
     from i2v_lab.pipeline.media import write_video
     from i2v_lab.pipeline.two_stage import Generation, TwoStagePipeline, VideoStream
@@ -28,6 +32,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Compare": "i2v_lab.lab.compare",
+    "Explorer": "i2v_lab.lab.explorer",
+    "Generate": "i2v_lab.lab.generate",
+    "VramMonitor": "i2v_lab.lab.monitor",
     "I2VLabError": "i2v_lab.errors",
     "Weights": "i2v_lab.pipeline.checkpoints",
     "resolve_weights": "i2v_lab.pipeline.checkpoints",
@@ -49,8 +57,11 @@ _HOME = {
 }
 
 __all__ = [
+    "Compare",
     "DecodeScope",
+    "Explorer",
     "Forecast",
+    "Generate",
     "Generation",
     "I2VLabError",
     "I2VRequest",
@@ -60,6 +71,7 @@ __all__ = [
     "TwoStagePipeline",
     "Variant",
     "VideoStream",
+    "VramMonitor",
     "Weights",
     "forecast",
     "forecast_request",

@@ -16,6 +16,7 @@ import typer
 from i2v_lab import options
 from i2v_lab.errors import I2VLabError
 from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
+from i2v_lab.lab_command import LAB_CONTEXT, LAB_EXAMPLES, lab
 from i2v_lab.measure_command import MEASURE_EXAMPLES, measure
 from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
 from i2v_lab.request import DecodeScope, Quantization, Variant
@@ -197,6 +198,7 @@ app.command(epilog=FORECAST_EXAMPLES)(forecast)
 app.command(epilog=FIT_EXAMPLES)(fit)
 app.command()(accuracy)
 app.command()(calibrate)
+app.command(epilog=LAB_EXAMPLES, context_settings=LAB_CONTEXT)(lab)
 app.command(epilog=MEASURE_EXAMPLES)(measure)
 app.command(epilog=REPRODUCE_EXAMPLES, cls=ReproduceCommand)(reproduce)
 

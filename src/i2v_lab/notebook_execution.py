@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +17,8 @@ import psutil
 from jupyter_core.utils import ensure_event_loop
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
+
+from i2v_lab.kernel_spec import write_kernel_spec
 
 ENGINE = "i2v-lab-executor"
 KERNEL = "i2v-lab-run"
@@ -193,12 +193,8 @@ def own_kernel() -> Iterator[str]:
     """
     previous = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory(prefix="i2v-lab-kernel-") as folder:
-        spec = Path(folder) / "kernels" / KERNEL
-        spec.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
         env = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # nobody watches; bars would fill the pages
-        values = {"argv": argv, "display_name": "i2v-lab", "language": "python", "env": env}
-        (spec / "kernel.json").write_text(json.dumps(values))
+        write_kernel_spec(Path(folder), KERNEL, env, ("--log-level=CRITICAL",))
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, previous]))
         try:
             yield KERNEL

@@ -1,0 +1,300 @@
+"""``Generate``: a still and a prompt in, a video out, followed step by step."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from dataclasses import replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from i2v_lab.errors import I2VLabError
+from i2v_lab.lab.controls import choose, frame_counts, sizes, two_columns
+from i2v_lab.lab.monitor import VramMonitor
+from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
+from i2v_lab.lab.view import View, page, sentence
+from i2v_lab.pipeline.architectures import architecture_names, load_architecture
+from i2v_lab.reporting import pictures
+from i2v_lab.reporting.run_tables import headline, phase_table
+from i2v_lab.reporting.tables import WORDS, as_sentence, readable
+from i2v_lab.request import DecodeScope, I2VRequest
+from i2v_lab.studies.cards import FITS
+from i2v_lab.studies.exploration import Exploration, Question
+from i2v_lab.studies.generating import Generating, State
+from i2v_lab.studies.published import study_request
+from i2v_lab.studies.sources import choose_model
+from i2v_lab.studies.this_machine import room_here
+
+PHASES = {"phase": "phase", "peak_bytes": "peak", "end_bytes": "left behind", "seconds": "time"}
+
+
+class Generate(View):
+    """Choose or drop a still, say what should happen, and press Generate; Stop ends it within one step.
+
+    Each generation leaves a run directory with its video below ``runs_dir``. Before it starts, a forecast for this very
+    machine says whether it will fit.
+
+    Args:
+        runs_dir: Where generations and dropped stills are kept.
+        request: Where to begin; by default the model's own size.
+        model: An architecture's name; ``auto`` is the full size where there is a GPU, the tiny model elsewhere.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        monitor: Shown under the progress, and told of every phase; by default one of its own.
+
+    Attributes:
+        generating: The generation; works without any widget.
+        exploration: The forecast for what is chosen.
+
+    Example:
+        >>> from i2v_lab import Generate
+        >>> Generate("runs")  # as the last line of a cell  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        runs_dir: str | Path = "runs",
+        request: I2VRequest | None = None,
+        model: str = "auto",
+        device: str = "auto",
+        monitor: VramMonitor | None = None,
+    ) -> None:
+        super().__init__()
+        self.runs_dir = Path(runs_dir)
+        self.model = choose_model(model, "measure", device)
+        self.request = request or study_request(self.model, prompt="waves roll in below the lighthouse")
+        self.monitor = monitor or VramMonitor(device)
+        self.generating = Generating(self.runs_dir, device, self.monitor.monitor, self._show)
+        self.room = room_here(device)
+        self.exploration = Exploration(self._question(), self._show)
+        self._drawing = threading.RLock()
+        self._setting = False
+        self._shown: Path | None = None
+
+    def __repr__(self) -> str:
+        request = self.request
+        size = f"{request.width}x{request.height}, {request.frames} frames"
+        return f"Generate({self.model}, {size}: {self.generating.state})"
+
+    def _question(self) -> Question:
+        name, memory_bytes, device = self.room
+        return Question(request=self.request, model=self.model, gpu=name, memory_bytes=memory_bytes, device=device)
+
+    # --- What there is to see ---
+
+    def html(self) -> str:
+        """What is chosen, what the forecast says of it, and the last generation, as a static page."""
+        request = self.request
+        asked = (
+            f"{self.model}, {request.width}x{request.height}, {request.frames} frames, seed {request.seed}, decoded "
+            f"{WORDS[request.decode_scope.value]}. {request.prompt}"
+        )
+        return preview(request.image) + sentence(asked) + self._verdict() + self._progress() + self._result()
+
+    def _verdict(self) -> str:
+        exploration, answer = self.exploration, self.exploration.answer
+        if exploration.problem:
+            return sentence(f"No forecast: {exploration.problem}", "problem")
+        if exploration.working:
+            return sentence("Forecasting whether it will fit; you need not wait.", "working")
+        if answer is None or answer.question != exploration.question:
+            return ""
+        colour = pictures.verdict_colour(answer.fit.verdict)
+        words = answer.sentence if answer.fit.verdict == FITS else f"Warning. {answer.sentence}"
+        return f'<p class="verdict" style="border-color:{colour}">{escape(words)}</p>'
+
+    def _progress(self) -> str:
+        generating = self.generating
+        rows = []
+        for phase in list(generating.progress):
+            share = 100 if phase.seconds is not None else 100 * phase.step / phase.steps if phase.steps else 4
+            count = f"{phase.step} of {phase.steps}" if phase.steps else ""
+            time = f"{phase.seconds:.1f} s" if phase.seconds is not None else "…"
+            rows.append(
+                f"<tr><td>{phase.phase.replace('_', ' ')}</td><td><span class='bar'><span style='width:{share:.0f}%'>"
+                f"</span></span></td><td>{count}</td><td>{time}</td></tr>"
+            )
+        table = f"<table>{''.join(rows)}</table>" if rows else ""
+        if generating.state is State.RUNNING and not rows:
+            return sentence("Preparing the weights; the first time this takes a while.", "state")
+        words = generating.message or ("Ready." if generating.state is State.IDLE else "Generating.")
+        return sentence(words, "state") + table
+
+    def _result(self) -> str:
+        """The phase table of a generation that has ended, and its video where no widget shows it."""
+        generating = self.generating
+        run = generating.run if generating.state not in (State.IDLE, State.RUNNING) else None
+        if run is None:
+            return ""
+        phases = phase_table(run)
+        table = pictures.table_html(readable(phases, PHASES)) if len(phases) else ""
+        words = as_sentence(headline(run)) if generating.state is State.DONE else ""
+        return self._video_html() + sentence(words) + table
+
+    def _video_html(self) -> str:
+        video = self.generating.video
+        if video is None or self._widget is not None:
+            return ""
+        data = base64.b64encode(video.read_bytes()).decode()
+        return f'<video controls loop muted src="data:video/mp4;base64,{data}" aria-label="the video"></video>'
+
+    # --- Widgets ---
+
+    def _build(self) -> Any:
+        import ipywidgets as widgets
+
+        wide = widgets.Layout(width="300px", height="4.5em")
+        self._controls: dict[str, Any] = {
+            "image": choose(widgets.Dropdown, "still", list_stills(self.runs_dir, self.request.image)),
+            "prompt": widgets.Textarea(description="prompt", continuous_update=False, layout=wide),
+            "model": choose(widgets.Dropdown, "model", architecture_names()),
+            "size": choose(widgets.Dropdown, "size", ["1x1"]),
+            "frames": choose(widgets.SelectionSlider, "frames", [1]),
+            "seed": widgets.BoundedIntText(description="seed", min=0, max=2**53),
+            "decode_scope": choose(
+                widgets.Dropdown, "decoded", [(WORDS[s], s) for s in (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)]
+            ),
+        }
+        for name in ("prompt", "seed"):
+            self._controls[name].style.description_width = "70px"
+        upload = widgets.FileUpload(accept="image/*", description="Choose a file")
+        upload.observe(self._uploaded, "value")
+        self._dropped = widgets.Textarea()
+        self._dropped.add_class("i2v-dropped")
+        self._dropped.layout.display = "none"
+        self._dropped.observe(self._drop, "value")
+        self._start = widgets.Button(description="Generate", button_style="primary", icon="play")
+        self._stop = widgets.Button(description="Stop", icon="stop", disabled=True)
+        self._start.on_click(lambda _: self.start())
+        self._stop.on_click(lambda _: self.generating.stop())
+        self._still_box, self._verdict_box, self._progress_box = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self._result_box = widgets.HTML()
+        self._video_box = widgets.VBox([])
+        self._note = widgets.HTML()
+        self._set_controls()
+        for control in self._controls.values():
+            control.observe(self._moved, "value")
+        drop = widgets.VBox([widgets.HTML(page(DROP_ZONE)), self._dropped, upload, self._note])
+        form = two_columns([self._still_box, widgets.VBox([drop, *self._controls.values()])])
+        buttons = widgets.HBox([self._start, self._stop])
+        whole = widgets.VBox(
+            [
+                form,
+                self._verdict_box,
+                buttons,
+                self._progress_box,
+                self._video_box,
+                self._result_box,
+                self.monitor.widget,
+            ]
+        )
+        whole.layout.max_width = "740px"
+        whole.add_class("i2v-generate")
+        self._widget = whole
+        self.exploration.ask(self._question())
+        return whole
+
+    def _set_controls(self) -> None:
+        self._setting = True
+        try:
+            controls, request = self._controls, self.request
+            controls["size"].options = sizes(self.model, request)
+            controls["frames"].options = frame_counts(request)
+            values = {"model": self.model, "size": f"{request.width}x{request.height}"}
+            names = ("image", "prompt", "frames", "seed", "decode_scope")
+            for name, value in {**values, **{name: getattr(request, name) for name in names}}.items():
+                controls[name].value = value
+            self._still_box.value = page(preview(request.image))
+        finally:
+            self._setting = False
+
+    def _moved(self, _: Any) -> None:
+        if self._setting:
+            return
+        values = {name: control.value for name, control in self._controls.items()}
+        model, (width, height) = values.pop("model"), map(int, values.pop("size").split("x"))
+        if model != self.model:
+            self.model = model
+            own: dict[str, Any] = {**load_architecture(model).request}
+            self.request = replace(self.request, **own)
+        else:
+            self.request = replace(self.request, width=width, height=height, **values)
+        self._set_controls()
+        self.exploration.ask(self._question())
+
+    def _uploaded(self, change: Any) -> None:
+        for file in change["new"]:
+            self.add_still(file["name"], bytes(file["content"]))
+
+    def _drop(self, change: Any) -> None:
+        if change["new"]:
+            file = json.loads(change["new"])
+            self._dropped.value = ""
+            self.add_still(file["name"], base64.b64decode(file["data"]))
+
+    def add_still(self, name: str, content: bytes) -> None:
+        """Keep a picture beside the generations and choose it; one that cannot be read is refused in words."""
+        try:
+            path = add_still(self.runs_dir, name, content)
+        except I2VLabError as error:
+            self._tell(str(error))
+            return
+        self._tell(f"{name} is the still now.")
+        self.request = replace(self.request, image=str(path))
+        if self._widget is not None:
+            self._setting = True
+            self._controls["image"].options = list_stills(self.runs_dir, str(path))
+            self._setting = False
+            self._set_controls()
+        self.exploration.ask(self._question())
+
+    def _tell(self, words: str) -> None:
+        if self._widget is not None:
+            self._note.value = page(sentence(words, "note"))
+
+    def start(self) -> None:
+        """Generate what is chosen; returns at once."""
+        try:
+            self.generating.start(self.request, self.model)
+        except I2VLabError as error:
+            self._tell(str(error))
+        self._show()
+
+    def _show(self) -> None:
+        with self._drawing:
+            if self._widget is None:
+                return
+            running = self.generating.state is State.RUNNING
+            self._verdict_box.value = page(self._verdict())
+            self._start.disabled, self._stop.disabled = running, not running
+            self._progress_box.value = page(self._progress())
+            self._result_box.value = page(self._result())
+            self._show_video()
+
+    def _show_video(self) -> None:
+        import ipywidgets as widgets
+
+        video = self.generating.video
+        if video == self._shown:
+            return
+        self._shown = video
+        for old in self._video_box.children:
+            old.close()
+        new = partial(
+            widgets.Video.from_file,
+            format="mp4",
+            autoplay=True,
+            loop=True,
+            controls=True,
+            layout=widgets.Layout(width="384px"),
+        )
+        self._video_box.children = [] if video is None else [new(video)]
+
+    def close(self) -> None:
+        """Stop what is under way, wait for its end, and take the widgets off the page."""
+        self.generating.stop()
+        self.generating.wait()
+        self.exploration.close()
+        super().close()

@@ -1,0 +1,103 @@
+"""``VramMonitor``: what is in use right now, as a chart that moves."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from i2v_lab.lab.view import View, page, sentence
+from i2v_lab.profiling.monitor import MemoryMonitor
+from i2v_lab.reporting import pictures
+from i2v_lab.reporting.figures import BLUE, GREY, ORANGE, SKY
+from i2v_lab.units import format_bytes
+
+SHOWN = 240  # samples
+
+
+class VramMonitor(View):
+    """A live chart of allocated and reserved bytes, of what others use, and of what the card has for this process.
+
+    A thread of its own looks, so the chart moves while a cell runs. As one of a pipeline's sinks it marks the phases.
+    On a machine with no GPU it shows the process's own tensors, and says so.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        interval_s: Seconds between looks.
+
+    Attributes:
+        monitor: The samples and marks; works without any widget.
+
+    Example:
+        >>> from i2v_lab import VramMonitor
+        >>> monitor = VramMonitor("cpu")
+        >>> with monitor:  # or its button
+        ...     pass
+        >>> len(monitor.monitor.samples) > 0
+        True
+    """
+
+    def __init__(self, device: str = "auto", interval_s: float = 0.25) -> None:
+        super().__init__()
+        self.monitor = MemoryMonitor(device, interval_s, on_sample=self._show)
+        self._drawing = threading.Lock()
+
+    def __repr__(self) -> str:
+        samples = self.monitor.samples
+        now = f"{format_bytes(samples[-1].allocated_bytes)} allocated" if samples else "not started"
+        return f"VramMonitor({self.monitor.device}: {now})"
+
+    def __call__(self, event: Any) -> None:
+        """Take note of a pipeline's event."""
+        self.monitor(event)
+
+    def __enter__(self) -> VramMonitor:
+        self.monitor.start()
+        self._show()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.monitor.stop()
+
+    def html(self) -> str:
+        """The chart as a static page; with one look of now if there was none."""
+        if not self.monitor.samples:
+            self.monitor.look()
+        return self._chart()
+
+    def _chart(self) -> str:
+        samples = list(self.monitor.samples)[-SHOWN:]
+        if not samples:
+            return sentence(self.monitor.source) + sentence("Press Watch, or generate something.")
+        curves = [
+            pictures.Curve("allocated", BLUE, [s.allocated_bytes for s in samples], filled=True),
+            pictures.Curve("reserved", SKY, [s.reserved_bytes for s in samples]),
+            pictures.Curve("other processes", GREY, [s.others_bytes for s in samples]),
+            pictures.Curve("budget", ORANGE, [s.budget_bytes for s in samples]),
+        ]
+        times = [sample.time_s for sample in samples]
+        picture = pictures.over_time(times, curves, list(self.monitor.marks), "Memory in use over the last seconds")
+        return sentence(self.monitor.source) + picture
+
+    def _build(self) -> Any:
+        import ipywidgets as widgets
+
+        self._start = widgets.Button(description="Watch", icon="eye")
+        self._stop = widgets.Button(description="Pause", icon="pause")
+        self._start.on_click(lambda _: self.__enter__())
+        self._stop.on_click(lambda _: self.monitor.stop())
+        self._picture = widgets.HTML()
+        self._widget = widgets.VBox([widgets.HBox([self._start, self._stop]), self._picture])
+        self._show()
+        return self._widget
+
+    def _show(self) -> None:
+        with self._drawing:
+            if self._widget is None:
+                return
+            self._picture.value = page(self._chart())
+            self._start.disabled, self._stop.disabled = self.monitor.running, not self.monitor.running
+
+    def close(self) -> None:
+        """Look no longer, and take the widgets off the page."""
+        self.monitor.stop()
+        super().close()

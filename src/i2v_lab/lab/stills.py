@@ -1,0 +1,91 @@
+"""Stills to choose from: those of the package and those that somebody dropped."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html import escape
+from pathlib import Path
+
+from i2v_lab.errors import I2VLabError, InvalidImage
+from i2v_lab.paths import data_dir, find_still
+from i2v_lab.reporting.files import write_atomically
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+PREVIEW_PX = 320
+# ipywidgets' own upload takes no drops. What is dropped here goes, by a text area that nobody sees, to the kernel.
+DROP_ZONE = """<div class="i2v-drop" tabindex="0"
+  ondragover="event.preventDefault(); this.classList.add('over')" ondragleave="this.classList.remove('over')"
+  ondrop="
+    event.preventDefault(); event.stopPropagation(); this.classList.remove('over');
+    const file = event.dataTransfer.files[0];
+    const area = this.closest('.i2v-generate').querySelector('.i2v-dropped textarea');
+    if (file) {
+      const reader = new FileReader();
+      reader.onload = () => {
+        area.value = JSON.stringify({name: file.name, data: reader.result.split(',')[1] || ''});
+        for (const kind of ['input', 'change']) area.dispatchEvent(new Event(kind, {bubbles: true}));
+      };
+      reader.readAsDataURL(file);
+    }">Drop a still here</div>"""
+
+
+def list_stills(runs_dir: Path, chosen: str) -> list[tuple[str, str]]:
+    """Names and paths: the package's stills, those that were dropped, and the one that is chosen."""
+    ours = [(path.stem, f"stills/{path.name}") for path in sorted((data_dir() / "stills").iterdir()) if _is_still(path)]
+    dropped = [(path.name, str(path)) for path in sorted(_folder(runs_dir).glob("*")) if _is_still(path)]
+    known = [*ours, *dropped]
+    return known if chosen in [path for _, path in known] else [*known, (Path(chosen).name, chosen)]
+
+
+def add_still(runs_dir: Path, name: str, content: bytes) -> Path:
+    """Keep what was dropped, if it is a picture.
+
+    Args:
+        runs_dir: Gets a folder ``stills``.
+        name: Of the file; only its last part counts.
+        content: All of it.
+
+    Raises:
+        InvalidImage: It is no picture, or a damaged one.
+    """
+    from i2v_lab.pipeline.media import load_still
+
+    plain = re.sub(r"[^\w.-]+", "_", Path(name.replace("\\", "/")).name).lstrip(".") or "still"
+    target = _folder(runs_dir) / plain
+    if target.suffix.lower() not in SUFFIXES:
+        raise InvalidImage(f"'{name}' is not a picture; drop a PNG, JPEG or WebP", name=name)
+
+    def write(part: Path) -> None:
+        part.write_bytes(content)
+        try:
+            load_still(part)
+        except I2VLabError as error:  # which names the part
+            raise InvalidImage(f"'{name}' cannot be read as a picture; drop a PNG, JPEG or WebP", name=name) from error
+
+    return write_atomically(target, write)
+
+
+def preview(image: str) -> str:
+    """A still, small, inside a page; nothing if it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(find_still(image)) as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((PREVIEW_PX, PREVIEW_PX))
+    except OSError:
+        return ""
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="still" alt="{escape(Path(image).stem)}" src="data:image/jpeg;base64,{data}"/>'
+
+
+def _folder(runs_dir: Path) -> Path:
+    return runs_dir / "stills"
+
+
+def _is_still(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
