@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from made_notebooks import FAILED, make_notebooks
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 from i2v_lab.reporting.site import render_site
 
@@ -67,22 +65,6 @@ PASTE = """() => {
   document.body.append(area);
   area.focus();
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        reason = f"none of {', '.join(names)} is on the PATH; apt-get install chromium"
-        if os.environ.get("I2V_LAB_REQUIRE_CHROMIUM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    root = hasattr(os, "geteuid") and os.geteuid() == 0  # as root it has no sandbox and refuses to start with one
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"] if root else [])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=["made", "reproduced"])

@@ -131,6 +131,24 @@ def test_a_reproduction_leaves_figures_tables_videos_and_pages(reproduced):
         assert str(Path.cwd()) not in shown
 
 
+VIEWS = {  # what each of a notebook's views shows, in their order
+    "00_generate": ['class="still"', 'aria-label="Memory in use', 'aria-label="Peak of each phase of'],
+    "06_will_it_fit": ['data-of="64x64x9"'],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_headless_every_widget_is_a_static_page(name, reproduced):
+    cells = nbformat.read(reproduced / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    bundles = [output.data for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    views = [bundle for bundle in bundles if "i2v-view" in bundle.get("text/html", "")]
+    assert [next(word for word in VIEWS[name] if word in view["text/html"]) for view in views] == VIEWS[name]
+    assert all(set(bundle) <= {"text/html", "text/plain"} for bundle in views)
+    page = (reproduced / "site" / f"{name}.html").read_text()
+    assert all(word in page for word in VIEWS[name])
+    assert "vnd.jupyter.widget" not in page
+
+
 @pytest.mark.usefixtures("one_core")
 @pytest.mark.parametrize("name", NAMES)
 def test_forecast_for_the_tiny_model_the_named_results_are_there(name, reproduced):

@@ -1,0 +1,352 @@
+"""The views of JupyterLab without a browser: what they show, what they leave behind, what they say of themselves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from endurance import MIB, change_controls, stop_at_random
+
+import i2v_lab
+from i2v_lab import Compare, Explorer, Generate, I2VRequest, PhaseProfiler, Tiling, VramMonitor
+from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
+from i2v_lab.events import Phase, PhaseStarted
+from i2v_lab.lab.stills import add_still, list_stills
+from i2v_lab.lab_command import START, lab_command, lab_environment
+from i2v_lab.profiling.monitor import MemoryMonitor
+from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
+from i2v_lab.reporting import pictures
+from i2v_lab.reporting.comparison import find_runs
+from i2v_lab.store import COMPLETE, Run, RunWriter
+from i2v_lab.studies import background
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.exploration import Exploration, Question, _thinned
+from i2v_lab.studies.generating import State
+
+TINY = "ltx-2.3-tiny"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def _request(**changes) -> I2VRequest:
+    return I2VRequest(**{"image": "stills/lighthouse.png", "width": 64, "height": 64, "frames": 9, **changes})
+
+
+def _phase(name: str, peak: int, **changes) -> PhaseRecord:
+    values = dict.fromkeys(("start_bytes", "end_bytes", "start_s"), 0) | {"peak_so_far_bytes": peak, "seconds": 0.5}
+    known = {"parent": None, "peak_reserved_bytes": None, "saved_for_backward_bytes": 0, "completed": True}
+    return PhaseRecord(**{"phase": name, "peak_bytes": peak, **values, **known, **changes})
+
+
+# --- Impatience; `make endurance` does the same at full length ---
+
+
+def test_random_control_changes_leave_nothing_behind():
+    done = change_controls(40)
+    assert done.problems == []
+    assert (done.threads, done.processes) == (0, 0)
+    assert done.grown_bytes < 20 * MIB
+    assert len(done.known_ms) >= 10
+    assert min(done.known_ms) < 150
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_generation_stopped_at_a_random_moment_ends_within_a_step_and_the_next_one_works(tmp_path):
+    stops = stop_at_random(1, tmp_path, seed=5)
+    assert [stop.state for stop in stops] == [State.STOPPED]
+    for stop in stops:
+        assert stop.steps_after <= 1
+        assert stop.tensors <= 0
+        assert stop.leftovers == []
+
+
+# --- Explorer ---
+
+
+def test_a_newer_question_overtakes_a_forecast_that_is_under_way(monkeypatch):
+    seen = []
+    monkeypatch.setattr(background, "LOOK_S", 0.01)
+    latest = background.LatestForecast(lambda experiment, error: seen.append((experiment, error)))
+    first = Experiment(request=_request(width=192, height=192, frames=17), model=TINY)
+    unreadable = replace(first, request=_request(image="gone.png"))
+    latest.ask(first)
+    time.sleep(0.3)
+    latest.ask(unreadable)
+    deadline = time.monotonic() + 60
+    while not seen and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [experiment for experiment, _ in seen] == [unreadable], "the first one was ended and says nothing"
+    assert isinstance(seen[0][1], InvalidImage)
+    latest.drop(wait_s=5)
+    assert latest._thread is None
+
+
+def test_a_process_that_dies_is_a_problem_in_words_and_the_next_question_is_answered(monkeypatch):
+    monkeypatch.setattr(background, "_forecast", _die)
+    seen = []
+    latest = background.LatestForecast(lambda experiment, error: seen.append(error))
+    latest.ask(Experiment(request=_request(frames=33), model=TINY))
+    latest._thread.join(60)
+    assert isinstance(seen[0], ForecastError)
+    assert "ended with status 3" in str(seen[0])
+
+
+def _die(*_) -> None:
+    sys.exit(3)
+
+
+def test_an_answer_holds_what_the_forecast_says(tiny):
+    exploration = Exploration(Question(request=_request(), model=TINY, gpu="T4"))
+    exploration.ask(exploration.question, wait=True)
+    answer = exploration.answer
+    whole = i2v_lab.forecast_request(_request(), TINY)
+    assert answer.needed_bytes == whole.peak_reserved_bytes + whole.context_bytes
+    assert answer.fit.verdict == "fits"
+    assert answer.sentence.startswith("It fits: T4 has 14.56 GiB, this takes")
+    small = replace(exploration.question, memory_bytes=answer.needed_bytes - 1, gpu="a small card")
+    exploration.ask(small)
+    assert exploration.answer.fit.verdict == "tight"
+    exploration.ask(replace(small, memory_bytes=whole.context_bytes))
+    assert exploration.answer.sentence.startswith("It does not fit: a small card has")
+    exploration.ask(replace(small, request=_request(image="gone.png")), wait=True)
+    assert "gone.png" in exploration.problem
+    # What is left out of a picture changes none of its sums.
+    thin = replace(whole, records=_thinned(whole))
+    assert thin.phases == whole.phases
+    assert len(thin.records) < len(whole.records) / 5
+    assert _by_category(thin) == _by_category(whole)
+    assert _highest(thin) == _highest(whole)
+    code = exploration.question.code()
+    assert 'image="gone.png"' in code
+
+
+def _by_category(forecast: Forecast) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    for record in forecast.records:
+        if isinstance(record, ModuleRecord):
+            found[record.phase, record.category] = found.get((record.phase, record.category), 0) + record.nbytes
+    return found
+
+
+def _highest(forecast: Forecast) -> int:
+    moments = [record for record in forecast.records if isinstance(record, TimelineRecord)]
+    return max(m.weight_bytes + m.saved_bytes + m.activation_bytes + m.other_bytes for m in moments)
+
+
+def test_the_code_of_a_question_asks_the_same_question():
+    for tiling, scope in ((None, "escaped"), (Tiling(128, 32, 16, 8), "no_grad")):
+        question = Question(request=_request(tiling=tiling, decode_scope=scope), model=TINY, gpu="L4")
+        body = question.code().rpartition("\nforecast = ")[0]
+        scope_of_cell: dict[str, object] = {}
+        exec(body, scope_of_cell)
+        assert scope_of_cell["request"] == question.request
+        assert f'model="{TINY}")' in question.code()
+
+
+def test_another_model_brings_its_own_sizes_and_tiles(tiny):
+    explorer = Explorer(_request(), TINY)
+    controls = explorer.controls
+    assert "64x64" in controls["size"].options
+    controls["model"].value = "ltx-2.3-22b"
+    assert controls["size"].value == "1024x768"
+    assert explorer.exploration.question.request.frames == controls["frames"].value
+    assert "2048x1536" in controls["size"].options
+    explorer.close()
+
+
+# --- Every view, with a front end and without ---
+
+
+def _views(tmp_path: Path) -> list[object]:
+    explorer = Explorer(_request(), TINY)
+    return [explorer, VramMonitor("cpu"), Generate(tmp_path, _request(), TINY, "cpu"), Compare([tmp_path])]
+
+
+def test_a_view_is_widgets_for_those_who_watch_and_html_for_everybody(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    for view in _views(tmp_path):
+        bundle = view._repr_mimebundle_()
+        assert {WIDGET, "text/html", "text/plain"} <= set(bundle), view
+        view.close()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    for view in _views(tmp_path):
+        bundle = view._repr_mimebundle_()
+        assert set(bundle) == {"text/html", "text/plain"}, view
+        assert "i2v-view" in bundle["text/html"]
+        assert "<script" not in bundle["text/html"]
+        assert view._widget is None
+        view.close()
+
+
+# --- VramMonitor ---
+
+
+def test_a_monitor_counts_tensors_marks_phases_and_says_what_it_shows():
+    view = VramMonitor("cpu", interval_s=0.01)
+    with view:
+        kept = torch.zeros(2**20)
+        view(PhaseStarted(Phase.DECODE_VIDEO))
+        time.sleep(0.05)
+        with pytest.raises(ProfilerError, match="another monitor counts"):
+            MemoryMonitor("cpu").start()
+    assert view.monitor.samples[-1].allocated_bytes == kept.nbytes
+    assert view.monitor.samples[-1].reserved_bytes is None
+    assert len(view.monitor.samples) >= 3
+    html = view.html()
+    assert "No GPU is in use here" in html
+    assert "allocated 4.0 MiB" in html
+    assert "decode video" in html
+    assert not view.monitor.running
+
+
+def test_a_monitor_follows_a_profiler_of_another_thread():
+    monitor = MemoryMonitor("cpu", interval_s=0.01)
+    with PhaseProfiler("cpu") as profiler, monitor.following(profiler):
+        kept = torch.zeros(1000)
+        time.sleep(0.05)
+    assert max(sample.allocated_bytes for sample in monitor.samples) == kept.nbytes
+    assert not monitor.running
+    with pytest.raises(ProfilerError, match="interval_s=0"):
+        MemoryMonitor("cpu", interval_s=0)
+
+
+# --- Generate ---
+
+
+def test_a_dropped_file_that_is_no_picture_is_refused_in_words(tmp_path):
+    generate = Generate(tmp_path, _request(), TINY, "cpu")
+    assert generate.widget is not None
+    generate.add_still("notes.txt", b"hello")
+    assert "notes.txt&#x27; is not a picture" in generate._note.value
+    generate.add_still("broken.png", b"hello")
+    assert "broken.png&#x27; cannot be read as a picture" in generate._note.value
+    assert not list((tmp_path / "stills").glob("*"))
+    generate.add_still("../../a b.png", Path(i2v_lab.paths.data_dir() / "stills" / "tower.png").read_bytes())
+    assert generate.request.image == str(tmp_path / "stills" / "a_b.png")
+    assert generate._controls["image"].value == generate.request.image
+    assert ("a_b.png", generate.request.image) in list_stills(tmp_path, "")
+    with pytest.raises(InvalidImage):
+        add_still(tmp_path, "x", b"")
+    generate.close()
+
+
+def test_a_request_that_will_not_fit_this_machine_gets_a_warning_before_it_runs(tiny, tmp_path):
+    generate = Generate(tmp_path, _request(), TINY, "cpu")
+    generate.room = ("this card", 2**20, "cuda")
+    generate.exploration.ask(generate._question(), wait=True)
+    assert "Warning. It does not fit: this card has 1.0 MiB" in generate.html()
+
+
+# --- Pictures and comparisons ---
+
+
+def _run(name: str, *records) -> Run:
+    return Run(Path(name), {"device": "cpu"}, records, COMPLETE)
+
+
+def _numbers(svg: str, attribute: str) -> list[float]:
+    return [float(part.get(attribute)) for part in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")]
+
+
+def test_bars_are_as_long_as_what_they_stand_for_and_end_at_the_cards_line():
+    parts = [ModuleRecord("decode_video", "a", "weight", 300), ModuleRecord("decode_video", "b", "saved", 100)]
+    run = _run("one", _phase("decode_video", 400, peak_reserved_bytes=500), *parts)
+    svg = pictures.phase_bars(run, context_bytes=100, line=pictures.Line(600, "a card"))
+    saved, weights, reserve, context, *_ = _numbers(svg, "width")
+    assert weights / saved == pytest.approx(3, rel=0.01)
+    assert reserve == pytest.approx(saved, rel=0.01)
+    assert context == pytest.approx(saved, rel=0.01)
+    line = re.search(r'<line x1="([\d.]+)"', svg)
+    assert float(line[1]) == pytest.approx(pictures.LEFT + saved + weights + reserve + context, abs=0.5)
+    unknown = _run("two", _phase("decode_video", 400, saved_for_backward_bytes=300))
+    saved, rest, *_ = _numbers(pictures.phase_bars(unknown), "width")
+    assert saved / rest == pytest.approx(3, rel=0.01)
+
+
+def test_a_timeline_needs_storages_that_were_followed():
+    assert "No timeline" in pictures.timeline(_run("one", _phase("decode_video", 400)))
+    moments = [TimelineRecord("decode_video", t / 10, 100 * t, 0, 50, 0) for t in range(4)]
+    svg = pictures.timeline(_run("one", *moments), _run("two", *moments[:2]))
+    assert "dashed: all of two" in svg
+    ElementTree.fromstring(svg)
+
+
+def test_two_runs_are_compared_by_name(tmp_path):
+    for name, peak in (("a", 400), ("b", 900)):
+        with RunWriter(tmp_path / name, {"device": "cpu"}) as writer:
+            writer.append(_phase("decode_video", peak * 2**20))
+    assert list(find_runs([tmp_path])) == ["a", "b"]
+    compare = Compare([tmp_path])
+    assert (compare.first, compare.second) == ("a", "b")
+    assert "Peak 900.0 MiB instead of 400.0 MiB: +500.0 MiB (+125 %)" in compare.html()
+    assert "+500.0 MiB</td>" in compare.html()
+    (tmp_path / "b" / "records.jsonl").write_text("x\n")
+    assert "SHA-256" in compare.html()
+    assert "no pair of runs" in Compare([tmp_path / "a"]).html()
+    with RunWriter(tmp_path / "c", {"device": "cpu"}) as writer:
+        writer.append(_phase("decode_video", 2**20))
+    assert compare.widget is not None
+    compare.look_again()
+    assert compare._choices[0].options == ("a", "b", "c")
+    compare._choices[1].value = "c"
+    assert "Peak 1.0 MiB instead of 400.0 MiB" in compare._picture.value
+
+
+# --- JupyterLab itself; that it starts is in tests/browser ---
+
+
+def test_jupyterlab_is_told_to_listen_here_and_to_ask_nobody(tmp_path):
+    command = lab_command(["--port=1234"])
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert "--ip=127.0.0.1" in command
+    assert not any("token" in word or "password" in word for word in command)
+    assert command[-1] == "--port=1234"
+    environment = lab_environment(tmp_path / "jupyter", {"JUPYTER_PATH": "/elsewhere"})
+    assert environment["JUPYTER_PATH"] == f"{tmp_path / 'jupyter'}:/elsewhere"
+    spec = json.loads((tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json").read_text())
+    assert spec["argv"][0] == sys.executable
+    page = json.loads((tmp_path / "jupyter" / "labconfig" / "page_config.json").read_text())
+    assert page["disabledExtensions"] == {"@jupyterlab/apputils-extension:announcements": True}
+
+
+def test_the_start_page_leads_to_every_notebook():
+    folder = Path(i2v_lab.__file__).parents[2] / "notebooks"
+    text = (folder / START).read_text()
+    assert set(re.findall(r"\]\(([^)]+)\)", text)) == {path.name for path in folder.glob("*.ipynb")}
+    names = re.search(r"from i2v_lab import (.+)", text)[1].split(", ")
+    assert set(names) <= set(i2v_lab.__all__)
+
+
+# --- Help where people look ---
+
+
+@pytest.mark.parametrize("name", i2v_lab.__all__)
+def test_a_question_mark_behind_a_public_name_says_something_useful(name):
+    text = inspect.getdoc(getattr(i2v_lab, name)) or ""
+    assert len(text) > 60
+    assert "Example:" in text
+    assert ">>>" in text
+
+
+def test_records_requests_and_profilers_show_themselves_as_tables(tmp_path):
+    record = _phase("decode_video", 3 * 2**20)
+    html = record._repr_html_()
+    assert '<td style="text-align:left">peak_bytes</td><td >3.0 MiB</td>' in html.replace("<td>", "<td >")
+    assert "n/a" in html
+    assert "&lt;b&gt;" in GraphRecord("<b>", "m", 1)._repr_html_()
+    assert "1024" in I2VRequest(image="x.png")._repr_html_()
+    with PhaseProfiler("cpu") as profiler:
+        assert "no phase has ended" in profiler._repr_html_()
+        with profiler.phase("multiply"):
+            torch.ones(16, 16) @ torch.ones(16, 16)
+    assert "the peak is 3.0 KiB in multiply" in profiler._repr_html_()
+    assert "<td>3.0 KiB</td>" in profiler._repr_html_().replace("<td >", "<td>")
+    assert "takes 5.0 MiB from the card" in Forecast((record,), 2 * 2**20, 0.1)._repr_html_()
+    assert "decode_video" in _run("one", record)._repr_html_()
