@@ -21,6 +21,7 @@ from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
 from i2v_lab.events import Phase, PhaseStarted
 from i2v_lab.lab.stills import add_still, list_stills
 from i2v_lab.lab_command import START, lab_command, lab_environment
+from i2v_lab.paths import CACHE_VARIABLE
 from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
 from i2v_lab.reporting import pictures
@@ -70,8 +71,9 @@ def test_a_generation_stopped_at_a_random_moment_ends_within_a_step_and_the_next
 # --- Explorer ---
 
 
-def test_a_newer_question_overtakes_a_forecast_that_is_under_way(monkeypatch):
+def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monkeypatch):
     seen = []
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(background, "LOOK_S", 0.01)
     latest = background.LatestForecast(lambda experiment, error: seen.append((experiment, error)))
     first = Experiment(request=_request(width=192, height=192, frames=17), model=TINY)
@@ -84,6 +86,7 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(monkeypatch):
         time.sleep(0.05)
     assert [experiment for experiment, _ in seen] == [unreadable], "the first one was ended and says nothing"
     assert isinstance(seen[0][1], InvalidImage)
+    assert not list(tmp_path.rglob("forecasts/*.json")), "it did not come to its end unheard, either"
     latest.drop(wait_s=5)
     assert latest._thread is None
 
