@@ -25,7 +25,7 @@ figures: setup
 	$(BIN)/python docs/draw_figures.py
 
 bench: setup
-	$(BIN)/python benchmarks/profiler_overhead.py
+	$(BIN)/python benchmarks/turns.py
 
 measure-gpu: setup
 	$(BIN)/i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --device cuda
