@@ -31,7 +31,7 @@ pictures: setup
 	$(BIN)/python docs/draw_jupyterlab.py
 
 bench: setup
-	$(BIN)/python benchmarks/profiler_overhead.py
+	$(BIN)/python benchmarks/turns.py
 
 measure-gpu: setup
 	$(BIN)/i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --device cuda

@@ -269,7 +269,7 @@ def accuracy(
 
     from i2v_lab.reporting.run_tables import rich_table
     from i2v_lab.reporting.tables import save_table
-    from i2v_lab.studies.accuracy import accuracy_table, measured_table, summary_table
+    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
 
     measured = measured_table(folder=folder)
     if measured.empty:
@@ -283,6 +283,7 @@ def accuracy(
     columns = ["run", "phase", "peak_bytes", "forecast_bytes", "error"]
     console.print(rich_table(worst[columns], "The ten worst errors"))
     console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
+    console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the experiments"))
 
 
 def calibrate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from i2v_lab.studies.accuracy import measured_table
 from i2v_lab.studies.experiments import DEFAULT_STILL, SMALL_MODEL, Experiment
 from i2v_lab.studies.measured import Attribution, Conditions, Implementation
 from i2v_lab.studies.plans import load_plan
+from i2v_lab.studies.processes import Ended
 from i2v_lab.studies.recorded import find_recorded
 
 TINY = {"model": SMALL_MODEL, "width": 64, "height": 64, "frames": 9, "fps": 120.0, "expected_seconds": 30}
@@ -162,7 +162,7 @@ def test_the_same_command_again_runs_nothing_and_no_machines_path_is_kept(measur
         raise AssertionError("a process was started")
 
     plan, out = measured_once
-    monkeypatch.setattr(measured.subprocess, "run", no_process)
+    monkeypatch.setattr(measured, "run_apart", no_process)
     measure(plan, out, "cpu")
     assert "2 runs, 2 of them kept from before; 0 to make" in capsys.readouterr().out
     for metadata in out.rglob("metadata.json"):
@@ -181,17 +181,15 @@ def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
     (killed / "records.jsonl").touch()
     made = []
 
-    def process(command, **given):
-        asked = json.loads(given["input"])
-        folder = Path(asked["folder"])
+    def process(_, settings, folder):
         made.append(folder.name)
         if folder.name == "64x64x9_off":
-            return measured.subprocess.CompletedProcess(command, 2, "", "Traceback\ni2v-lab: no such luck; try again")
-        with RunWriter(folder, {"device": "cpu", **asked["settings"]}):
+            return Ended(2, "Traceback\ni2v-lab: no such luck; try again")
+        with RunWriter(folder, {"device": "cpu", **settings}):
             pass
-        return measured.subprocess.CompletedProcess(command, 0, "", "")
+        return Ended(0, "")
 
-    monkeypatch.setattr(measured.subprocess, "run", process)
+    monkeypatch.setattr(measured, "run_apart", process)
     plan = _plan(
         tmp_path,
         {"runs": [{"vram_cap_gib": 0.001}, {"profiler": "off"}, {"decode_scope": "escaped"}, {"frames": 17}]},

@@ -31,7 +31,7 @@ def test_an_experiment_has_a_name_and_survives_json():
         generations=3,
         consumer=Consumer.LEFT_OPEN,
     )
-    assert odd.name == "64x64x9_tile64x16_escaped_dev_bf16_left_open_3times"
+    assert odd.name == "64x64x9_tile64x16_overlap32x8_escaped_dev_bf16_left_open_3times"
     assert Experiment(request=replace(SMALL, tiling=None)).name == "64x64x9_untiled"
     assert Experiment.from_json(json.loads(json.dumps(odd.to_json()))) == odd
 
@@ -172,7 +172,7 @@ def test_what_is_recorded_is_looked_up_and_what_is_not_is_missing():
     assert missing(found) == ["64x64x97"]
     assert device_of(found) == "NVIDIA H200"
     table = runs_frame(found)
-    measured = read_run(data_dir() / "measured" / "nvidia-h200" / "1024x768x97").frame("phase")
+    measured = read_run(data_dir() / "measured" / "nvidia-h200" / "1024x768x97_1").frame("phase")
     assert table["peak_bytes"].to_list() == [measured["peak_bytes"].max()]
     assert table["seconds"].to_list() == table["recorded_seconds"].to_list()
     assert phases_frame(found[1:]).empty

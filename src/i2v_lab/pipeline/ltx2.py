@@ -263,7 +263,11 @@ class Ledger(ModelLedger):
         )
 
     def build_model_builders(self) -> None:
-        """As upstream, plus the text encoder by its list of shards, everything through the weights' own loader."""
+        """As upstream, everything through the weights' own loader; the text encoder by its list of shards.
+
+        The embeddings connectors lie under the transformer's prefix: upstream's builder loads them with it, 3 GiB at
+        full size, and drops them. Ours leaves them where they are.
+        """
         super().build_model_builders()
         self.text_encoder_builder = Builder(
             model_path=self._weights.gemma_shards,
@@ -272,6 +276,8 @@ class Ledger(ModelLedger):
             registry=self.registry,
             module_ops=(GEMMA_MODEL_OPS, *module_ops_from_gemma_root(self._weights.gemma_root)),
         )
+        keys = _transformer_keys(self._weights.architecture)
+        self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=keys)
         for name, builder in list(vars(self).items()):
             if isinstance(builder, Builder):
                 setattr(self, name, replace(builder, model_loader=self._weights.loader))
@@ -285,6 +291,20 @@ class Ledger(ModelLedger):
         """The feature extractor and both connectors, for Gemma at the architecture's size."""
         with gemma_dimensions(self._weights.architecture.gemma):
             return super().gemma_embeddings_processor()
+
+
+@cache
+def _transformer_keys(architecture: Architecture) -> SDOps:
+    """ltx-core's key map of the transformer, letting through what it has and not the connectors under its prefix."""
+    (prefix,) = (op.prefix for op in LTXV_MODEL_COMFY_RENAMING_MAP.mapping if isinstance(op, ContentMatching))
+    own = {
+        key.removeprefix(prefix).partition(".")
+        for key in file_layout(architecture, "checkpoint")
+        if key.startswith(prefix) and EMBEDDINGS_PROCESSOR_KEY_OPS.apply_to_key(key) is None
+    }
+    matchers = [ContentMatching(prefix + name + dot) for name, dot, _ in sorted(own)]
+    rest = [op for op in LTXV_MODEL_COMFY_RENAMING_MAP.mapping if not isinstance(op, ContentMatching)]
+    return replace(LTXV_MODEL_COMFY_RENAMING_MAP, mapping=(*dict.fromkeys(matchers), *rest))
 
 
 def quantization_policy(quantization: Quantization) -> QuantizationPolicy | None:
@@ -356,8 +376,8 @@ def encode_still(video_encoder: Any, pixels: np.ndarray, shape: VideoShape, devi
     """A still ``(H, W, 3)`` uint8 to its latent ``(1, 128, 1, H', W')``: compressed, resized, cropped as upstream."""
     compressed = preprocess(image=pixels, crf=DEFAULT_IMAGE_CRF)
     image = torch.tensor(compressed, dtype=torch.float32, device=device)
-    image = resize_and_center_crop(image, shape.height, shape.width)
-    latent: torch.Tensor = video_encoder(normalize_latent(image, device, DTYPE))
+    image = normalize_latent(resize_and_center_crop(image, shape.height, shape.width), device, DTYPE)
+    latent: torch.Tensor = video_encoder(image)
     return latent
 
 

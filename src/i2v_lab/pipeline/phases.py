@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,25 +61,32 @@ def encode_image(run: Run, scope: PhaseScope, pixels: np.ndarray) -> tuple[torch
     return first, second
 
 
-def denoise_stage_1(run: Run, scope: PhaseScope, contexts: list[ltx2.Contexts], still: torch.Tensor) -> ltx2.Latents:
+def transformer(run: Run, scope: PhaseScope, *, stage: int) -> AbstractContextManager[Any]:
+    """The transformer of a stage. The distilled variant's is the same in both; the guided one fuses a LoRA for 2."""
+    ledger = run.ledger(with_lora=run.guided and stage == 2)
+    return scope.component("transformer", ledger.transformer)
+
+
+def denoise_stage_1(
+    run: Run, scope: PhaseScope, transformer: Any, contexts: list[ltx2.Contexts], still: torch.Tensor
+) -> ltx2.Latents:
     """From noise to latents at half size."""
     architecture = run.weights.architecture
-    with scope.component("transformer", run.ledger().transformer) as transformer:
-        if run.guided:
-            sigmas = ltx2.scheduled_sigmas(architecture, run.device)
-            denoise_fn = ltx2.guided(transformer, architecture, *contexts)
-        else:
-            sigmas = ltx2.distilled_sigmas(run.device)
-            denoise_fn = ltx2.unguided(transformer, contexts[0])
-        return ltx2.denoise_stage(
-            run.request,
-            run.request.stage_shape(1),
-            still,
-            ltx2.GaussianNoiser(generator=run.generator),
-            sigmas,
-            denoise_fn,
-            scope.step,
-        )
+    if run.guided:
+        sigmas = ltx2.scheduled_sigmas(architecture, run.device)
+        denoise_fn = ltx2.guided(transformer, architecture, *contexts)
+    else:
+        sigmas = ltx2.distilled_sigmas(run.device)
+        denoise_fn = ltx2.unguided(transformer, contexts[0])
+    return ltx2.denoise_stage(
+        run.request,
+        run.request.stage_shape(1),
+        still,
+        ltx2.GaussianNoiser(generator=run.generator),
+        sigmas,
+        denoise_fn,
+        scope.step,
+    )
 
 
 def upsample_latent(run: Run, scope: PhaseScope, latents: ltx2.Latents) -> ltx2.Latents:
@@ -92,20 +101,24 @@ def upsample_latent(run: Run, scope: PhaseScope, latents: ltx2.Latents) -> ltx2.
 
 
 def denoise_stage_2(
-    run: Run, scope: PhaseScope, contexts: list[ltx2.Contexts], still: torch.Tensor, latents: ltx2.Latents
+    run: Run,
+    scope: PhaseScope,
+    transformer: Any,
+    contexts: list[ltx2.Contexts],
+    still: torch.Tensor,
+    latents: ltx2.Latents,
 ) -> ltx2.Latents:
     """Refine the upsampled latents at full size, in three unguided steps."""
-    with scope.component("transformer", run.ledger(with_lora=run.guided).transformer) as transformer:
-        return ltx2.denoise_stage(
-            run.request,
-            run.request.stage_shape(2),
-            still,
-            ltx2.GaussianNoiser(generator=run.generator),
-            ltx2.stage_2_sigmas(run.device),
-            ltx2.unguided(transformer, contexts[0]),
-            scope.step,
-            initial=latents,
-        )
+    return ltx2.denoise_stage(
+        run.request,
+        run.request.stage_shape(2),
+        still,
+        ltx2.GaussianNoiser(generator=run.generator),
+        ltx2.stage_2_sigmas(run.device),
+        ltx2.unguided(transformer, contexts[0]),
+        scope.step,
+        initial=latents,
+    )
 
 
 def decode_audio(run: Run, scope: PhaseScope, latent: torch.Tensor) -> ltx2.Audio:

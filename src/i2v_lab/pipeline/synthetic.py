@@ -22,6 +22,7 @@ from i2v_lab.pipeline.architectures import Architecture
 
 SCHEME = "synthetic:"
 SEED = 2203
+PERIOD = 2**18  # elements that a tensor on the CPU repeats: drawn one by one, the LoRA of 22B takes a minute and a half
 FILES = {
     "checkpoint": "checkpoint.safetensors",
     "gemma": "gemma/model.safetensors",
@@ -51,7 +52,12 @@ def synthetic_tensor(key: str, shape: tuple[int, ...], device: torch.device | st
         std *= 0.3  # its residual branches have no norm: without this the waveform is clipped throughout
     seed = int.from_bytes(hashlib.sha256(f"{SEED}:{key}".encode()).digest()[:7])
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=ltx2.DTYPE, device=device).mul_(std)
+    count = math.prod(shape)
+    if device.type != "cpu" or count <= PERIOD:
+        return torch.randn(shape, generator=generator, dtype=ltx2.DTYPE, device=device).mul_(std)
+    values = torch.randn(PERIOD, generator=generator, dtype=ltx2.DTYPE).mul_(std)
+    whole, rest = divmod(count, PERIOD)
+    return torch.cat([*[values] * whole, values[:rest]]).reshape(shape)
 
 
 def _uninitialized_tensor(key: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:

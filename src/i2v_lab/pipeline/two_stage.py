@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,8 @@ class Generation:
 class TwoStagePipeline:
     """Image to video in two stages: denoise at half size, upsample the latent, refine at full size, decode.
 
-    A cold start on every call: each component is built for its phase and released after it.
+    A cold start on every call: each component is built for its phase and released after it, except that the transformer
+    of the distilled variant stays from the first stage to the second.
 
     Args:
         weights: From :func:`~i2v_lab.pipeline.checkpoints.resolve_weights`.
@@ -151,12 +152,19 @@ class TwoStagePipeline:
                 contexts = phases.encode_prompt(run, scope)
             with self._phase(Phase.ENCODE_IMAGE) as scope:
                 still_1, still_2 = phases.encode_image(run, scope, pixels)
-            with self._phase(Phase.DENOISE_STAGE_1) as scope:
-                latents = phases.denoise_stage_1(run, scope, contexts, still_1)
-            with self._phase(Phase.UPSAMPLE_LATENT) as scope:
-                latents = phases.upsample_latent(run, scope, latents)
-            with self._phase(Phase.DENOISE_STAGE_2) as scope:
-                latents = phases.denoise_stage_2(run, scope, contexts, still_2, latents)
+            with ExitStack() as held:  # the transformer, which the distilled variant builds once for both stages
+                with self._phase(Phase.DENOISE_STAGE_1) as scope:
+                    transformer = held.enter_context(phases.transformer(run, scope, stage=1))
+                    latents = phases.denoise_stage_1(run, scope, transformer, contexts, still_1)
+                    if run.guided:
+                        held.close()
+                with self._phase(Phase.UPSAMPLE_LATENT) as scope:
+                    latents = phases.upsample_latent(run, scope, latents)
+                with self._phase(Phase.DENOISE_STAGE_2) as scope:
+                    if run.guided:
+                        transformer = held.enter_context(phases.transformer(run, scope, stage=2))
+                    latents = phases.denoise_stage_2(run, scope, transformer, contexts, still_2, latents)
+                    held.close()
             del contexts, still_1, still_2
             with self._phase(Phase.DECODE_AUDIO) as scope:
                 audio = phases.decode_audio(run, scope, latents.audio)

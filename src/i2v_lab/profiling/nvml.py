@@ -6,10 +6,33 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self
+
+import torch
 
 from i2v_lab.errors import ProfilerError
 from i2v_lab.profiling.records import DeviceRecord
+
+
+def card_index(device: torch.device) -> int:
+    """Which card, as NVML counts, a CUDA device is: CUDA counts only what ``CUDA_VISIBLE_DEVICES`` leaves.
+
+    Matched by UUID; where NVML does not answer, CUDA's own index.
+    """
+    index = device.index or 0
+    try:
+        import pynvml
+    except ImportError:
+        return index
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            return int(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
+        finally:
+            pynvml.nvmlShutdown()
+    return index
 
 
 def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:

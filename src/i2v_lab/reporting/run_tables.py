@@ -301,6 +301,8 @@ def _heading(name: str) -> str:
         "median_error": "median\nerror",
         "worst_error": "worst\nerror",
         "share_under": "share\nunder",
+        "corrected_median_error": "corrected,\nmedian",
+        "corrected_worst_error": "corrected,\nworst",
         "median_reserved_error": "reserved,\nmedian",
         "worst_reserved_error": "reserved,\nworst",
     }

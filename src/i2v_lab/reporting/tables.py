@@ -58,7 +58,7 @@ def _text(name: str, value: Any) -> str:
         return f"{value:.1f} s"
     if name.endswith("ratio"):
         return f"{value:.2f}"
-    if name.endswith("error"):
+    if name.endswith(("error", "told_share")):
         return f"{100 * value:.2f} %"
     if name.startswith("share"):
         return f"{100 * value:.0f} %"

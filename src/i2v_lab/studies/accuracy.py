@@ -24,6 +24,15 @@ SUMMARY_COLUMNS = (
     "median_reserved_error",
     "worst_reserved_error",
 )
+HALVES_COLUMNS = [
+    "counted",
+    "fitted",
+    "judged",
+    "median_error",
+    "worst_error",
+    "corrected_median_error",
+    "corrected_worst_error",
+]
 
 
 def measured_table(model: str | None = None, *, folder: Path | None = None, runs: int | None = None) -> pd.DataFrame:
@@ -66,8 +75,8 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Each measured phase beside its forecast.
 
     Returns:
-        ``measured`` without its experiments, and ``forecast_bytes, error, forecast_reserved_bytes, reserved_error``;
-        errors are relative, negative where the forecast is under the truth.
+        ``measured`` with its experiments' names, and ``forecast_bytes, error, forecast_reserved_bytes,
+        reserved_error``; errors are relative, negative where the forecast is under the truth.
     """
     likes = [experiment.like() for experiment in measured["experiment"]]
     different = dict(zip(likes, measured["experiment"], strict=True))
@@ -77,7 +86,7 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
         for like, forecast in zip(different, found, strict=True)
         for generation, phase in by_generation(forecast.phases)
     }
-    table = measured.drop(columns="experiment")
+    table = measured.assign(experiment=[experiment.name for experiment in measured["experiment"]])
     phases = [forecasts[key] for key in zip(likes, table["generation"], table["phase"], strict=True)]
     table["forecast_bytes"] = [phase.peak_bytes for phase in phases]
     table["error"] = table["forecast_bytes"] / table["peak_bytes"] - 1
@@ -111,6 +120,34 @@ def summary_table(accuracy: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def halves_table(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Would a correction fitted to measured runs help? Fitted to one half of the experiments, judged on the other.
+
+    The correction is a factor for each phase, of the peak and of the reserved bytes: the median of measured over
+    forecast. Experiments are halved by their names' order, every second one; repeats stay together.
+
+    Returns:
+        For ``allocated`` and ``reserved`` bytes as ``counted``: ``fitted`` and ``judged``, the numbers of experiments,
+        then ``median_error, worst_error`` of the judged half as it is forecast, and ``corrected_median_error,
+        corrected_worst_error`` with the correction. Empty where there are fewer than two experiments.
+    """
+    names = sorted(set(accuracy["experiment"]))
+    fitted, judged = (accuracy[accuracy["experiment"].isin(half)] for half in (names[::2], names[1::2]))
+    if judged.empty:
+        return pd.DataFrame(columns=HALVES_COLUMNS)
+    rows = []
+    for what, forecast, truth in (
+        ("allocated", "forecast_bytes", "peak_bytes"),
+        ("reserved", "forecast_reserved_bytes", "peak_reserved_bytes"),
+    ):
+        factors = (fitted[truth] / fitted[forecast]).groupby(fitted["phase"]).median()
+        plain = (judged[forecast] / judged[truth] - 1).abs()
+        corrected = (judged[forecast] * judged["phase"].map(factors).fillna(1) / judged[truth] - 1).abs()
+        errors = [plain.median(), plain.max(), corrected.median(), corrected.max()]
+        rows.append([what, len(names[::2]), len(names[1::2]), *errors])
+    return pd.DataFrame(rows, columns=HALVES_COLUMNS)
 
 
 def reference_table() -> pd.DataFrame:

@@ -71,8 +71,7 @@ class Experiment:
         request = self.request
         parts = [f"{request.width}x{request.height}x{request.frames}"]
         if request.tiling != Tiling():
-            tiling = request.tiling
-            parts.append(f"tile{tiling.tile_px}x{tiling.tile_frames}" if tiling else "untiled")
+            parts += _tiling_name(request.tiling)
         if request.decode_scope is not DecodeScope.NO_GRAD:
             parts.append(request.decode_scope.value)
         parts += [value for value in (request.variant.value, request.quantization.value) if value in ("dev", "bf16")]
@@ -100,6 +99,17 @@ class Experiment:
     def with_request(self, **changes: Any) -> Experiment:
         """The same with another request."""
         return replace(self, request=replace(self.request, **changes))
+
+
+def _tiling_name(tiling: Tiling | None) -> list[str]:
+    if tiling is None:
+        return ["untiled"]
+    usual = (tiling.tile_overlap_px, tiling.tile_overlap_frames) == (
+        Tiling().tile_overlap_px,
+        Tiling().tile_overlap_frames,
+    )
+    overlap = [] if usual else [f"overlap{tiling.tile_overlap_px}x{tiling.tile_overlap_frames}"]
+    return [f"tile{tiling.tile_px}x{tiling.tile_frames}", *overlap]
 
 
 def perform(

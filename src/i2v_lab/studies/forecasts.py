@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from i2v_lab.reporting.files import write_text
 from i2v_lab.request import I2VRequest
 from i2v_lab.store import usable_cores
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, Experiment, perform
+from i2v_lab.studies.processes import process_context
 
 PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "transformers")
 
@@ -106,7 +106,7 @@ def forecast_experiments(
                 done[index] = forecast_experiment(experiments[index])
                 bar.update()
         return [done[index] for index in range(len(experiments))]
-    with bar, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # torch does not survive a fork
+    with bar, ProcessPoolExecutor(jobs, mp_context=process_context()) as pool:
         pending = {pool.submit(forecast_experiment, experiments[index]): index for index in todo}
         for future in as_completed(pending):
             done[pending[future]] = future.result()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +19,7 @@ from i2v_lab.profiling.records import OutOfMemoryRecord
 from i2v_lab.store import COMPLETE, FAILED, METADATA, Run, RunWriter, read_run, run_metadata
 from i2v_lab.studies.experiments import Experiment, perform
 from i2v_lab.studies.forecasts import code_digest
+from i2v_lab.studies.processes import run_apart
 
 if TYPE_CHECKING:
     import torch
@@ -115,15 +115,13 @@ def measure(experiment: Experiment, folder: Path, device: str = "auto", conditio
     if kept is not None:
         return kept
     _make_room(folder)
-    asked = json.dumps({"settings": settings, "folder": str(folder)})
-    command = [sys.executable, "-m", __name__]
-    child = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)  # noqa: S603
+    ended = run_apart(_answer, settings, folder)
     if (folder / METADATA).exists():
         run = read_run(folder)
         if is_result(run):
             return run
-    lines = child.stderr.strip().splitlines() or [f"its process ended with status {child.returncode}"]
-    raise I2VLabError(f"{experiment.name}: {lines[-1].removeprefix('i2v-lab: ')}", status=child.returncode)
+    lines = ended.errors.strip().splitlines() or [f"its process ended with status {ended.status}"]
+    raise I2VLabError(f"{experiment.name}: {lines[-1].removeprefix('i2v-lab: ')}", status=ended.status)
 
 
 def run_folder(runs_dir: Path, experiment: Experiment) -> Path:
@@ -174,7 +172,7 @@ def profiled(
     Raises:
         OutputError: ``folder`` is not empty or cannot be written.
     """
-    from i2v_lab.profiling.nvml import NvmlSampler
+    from i2v_lab.profiling.nvml import NvmlSampler, card_index
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
     with ExitStack() as scopes:
@@ -182,7 +180,7 @@ def profiled(
         if folder is not None:
             on_record = scopes.enter_context(RunWriter(folder, metadata)).append
             if device.type == "cuda" and attribute:
-                scopes.enter_context(NvmlSampler(device.index or 0, SAMPLE_INTERVAL_S, on_sample=on_record))
+                scopes.enter_context(NvmlSampler(card_index(device), SAMPLE_INTERVAL_S, on_sample=on_record))
         yield scopes.enter_context(
             PhaseProfiler(device, attribute=attribute, vram_cap_bytes=vram_cap_bytes, on_record=on_record)
         )
@@ -196,11 +194,10 @@ def _make_room(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def main() -> None:
-    """Run what stdin describes; errors of ours are one line on stderr."""
-    asked = json.load(sys.stdin)
+def _answer(settings: dict[str, Any], folder: Path) -> None:
+    """In a process of its own: errors of ours are one line on stderr."""
     try:
-        _run(asked["settings"], Path(asked["folder"]))
+        _run(settings, folder)
     except I2VLabError as error:
         print(f"i2v-lab: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -236,7 +233,3 @@ def _run(settings: dict[str, Any], folder: Path) -> None:
             scopes.enter_context(profiler.phase(WHOLE))
         sinks = [] if conditions.profiler is Attribution.OFF else [profiler]
         perform(experiment, pipeline(weights, device, sinks=sinks), profiler, write)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,167 @@
+"""What the time of a generation depends on: ways of running it, in turns within one process, compared in pairs.
+
+Processes of their own differ by more than what is looked for here, so all ways run in one. They change places from
+round to round, so that a slow minute of the machine, and what the run before left behind, hit all alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from i2v_lab.paths import data_dir
+from i2v_lab.request import DecodeScope, I2VRequest
+from i2v_lab.studies.measured import Implementation, profiled
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from i2v_lab.events import Event
+    from i2v_lab.pipeline.checkpoints import Weights
+    from i2v_lab.profiling.phase_profiler import PhaseProfiler
+
+BASELINE = "no profiler"
+RESAMPLES = 10_000
+COLUMNS = ["round", "place", "way", "seconds", "told_s"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way of generating.
+
+    Attributes:
+        pipeline: Whose.
+        scope: Where the video is decoded.
+        attribute: Follow modules and autograd graphs, or the phases alone; ``None`` goes without a profiler.
+    """
+
+    pipeline: Implementation = Implementation.OURS
+    scope: DecodeScope = DecodeScope.NO_GRAD
+    attribute: bool | None = None
+
+
+WAYS: Mapping[str, Way] = {
+    BASELINE: Way(),
+    "no profiler, again": Way(),
+    "phase boundaries": Way(attribute=False),
+    "modules and graphs": Way(attribute=True),
+    "decoded outside no_grad": Way(scope=DecodeScope.ESCAPED),
+    "ltx-pipelines": Way(pipeline=Implementation.UPSTREAM),
+}
+
+
+def take_turns(weights: Weights, device: torch.device, request: I2VRequest, rounds: int) -> Iterator[dict[str, Any]]:
+    """Generate in every way of :data:`WAYS`, round after round, after one generation that does not count.
+
+    A generation's time is from the pipeline's call to the last chunk, which stays on the device.
+
+    Args:
+        weights: The model's.
+        device: Where to run.
+        request: What to generate; its ``decode_scope`` is each way's own.
+        rounds: How often.
+
+    Yields:
+        ``round`` and ``place`` in it, from 1; ``way``; ``seconds``; and ``told_s``, of these the seconds in which the
+        profiler took note of the pipeline's events, ``None`` without one.
+    """
+    _generate(Way(), weights, device, request)
+    names = list(WAYS)
+    for number in range(rounds):
+        turn = number % len(names)
+        for place, name in enumerate(names[turn:] + names[:turn], start=1):
+            seconds, told_s = _generate(WAYS[name], weights, device, request)
+            yield {"round": number + 1, "place": place, "way": name, "seconds": seconds, "told_s": told_s}
+
+
+def _generate(way: Way, weights: Weights, device: torch.device, request: I2VRequest) -> tuple[float, float | None]:
+    import torch
+
+    from i2v_lab.pipeline.two_stage import TwoStagePipeline
+    from i2v_lab.pipeline.upstream import UpstreamPipeline
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    pipeline = UpstreamPipeline if way.pipeline is Implementation.UPSTREAM else TwoStagePipeline
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with _profiler(way, device, Path(folder) / "run") as profiler:
+            told = _Told(profiler) if profiler else None
+            generation = pipeline(weights, device, sinks=[told] if told else [])(
+                replace(request, decode_scope=way.scope)
+            )
+            for chunk in generation.video:
+                del chunk
+        return time.perf_counter() - start, told.seconds if told else None
+
+
+def _profiler(way: Way, device: torch.device, folder: Path) -> AbstractContextManager[PhaseProfiler | None]:
+    if way.attribute is None:
+        return nullcontext()
+    return profiled(device, folder, {}, attribute=way.attribute)
+
+
+class _Told:
+    """Passes events on and adds up how long the receiver takes."""
+
+    def __init__(self, receiver: Callable[[Event], None]) -> None:
+        self._receiver = receiver
+        self.seconds = 0.0
+
+    def __call__(self, event: Event) -> None:
+        start = time.perf_counter()
+        self._receiver(event)
+        self.seconds += time.perf_counter() - start
+
+
+def recorded_turns(path: Path | None = None) -> pd.DataFrame:
+    """Turns that were taken before, at 22B on an H200 by default.
+
+    Returns:
+        The columns that :func:`take_turns` yields, and ``gpu``.
+    """
+    import pandas as pd
+
+    values = json.loads((path or data_dir() / "measured" / "turns-h200.json").read_text())
+    return pd.DataFrame(values["turns"], columns=COLUMNS).assign(gpu=values["device"])
+
+
+def turns_table(turns: pd.DataFrame) -> pd.DataFrame:
+    """Each way's time as a multiple of the way without a profiler, of the same round.
+
+    Returns:
+        ``way, rounds, median_seconds``, the median ratio as ``ratio``, from ``low_ratio`` to ``high_ratio`` in 95 % of
+        10,000 bootstrap resamples of the rounds, and ``told_share``, the median share of the time spent in taking note
+        of events.
+    """
+    import numpy as np
+    import pandas as pd
+
+    seconds = turns.pivot(index="round", columns="way", values="seconds").dropna()  # a round cut short pairs nothing
+    chosen = np.random.default_rng(0).integers(len(seconds), size=(RESAMPLES, len(seconds)))
+    rows = []
+    for way in [name for name in WAYS if name in seconds]:
+        ratios = (seconds[way] / seconds[BASELINE]).to_numpy()
+        low, high = np.quantile(np.median(ratios[chosen], axis=1), [0.025, 0.975])
+        of_way = turns[turns["way"] == way]
+        rows.append(
+            {
+                "way": way,
+                "rounds": len(seconds),
+                "median_seconds": seconds[way].median(),
+                "ratio": float(np.median(ratios)),
+                "low_ratio": float(low),
+                "high_ratio": float(high),
+                "told_share": (of_way["told_s"].astype(float) / of_way["seconds"]).median(),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,101 @@
+"""A process of one's own: the environment and code of the moment, a status, and what it said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from i2v_lab.studies.processes import run_apart
+
+HERE = "I2V_LAB_OF_THE_MOMENT"
+
+
+def _say() -> None:
+    print(os.environ.get(HERE), Path.cwd())
+    print("to stderr", file=sys.stderr)
+    sys.exit(3)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fail() -> None:
+    raise ValueError("no such thing")
+
+
+def _imports(path: str) -> None:
+    Path(path).write_text("\n".join(sorted(sys.modules)))
+
+
+def _sleep(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_it_has_the_environment_of_the_moment_and_its_words_come_back(monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    for value in ("first", "second"):
+        monkeypatch.setenv(HERE, value)
+        ended = run_apart(_say)
+        assert ended.status == 3
+        assert ended.errors.splitlines() == [f"{value} {tmp_path}", "to stderr"]
+    monkeypatch.delenv(HERE)
+    assert run_apart(_say).errors.splitlines()[0] == f"None {tmp_path}"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_death_and_errors_are_told_apart():
+    assert run_apart(_die).status == -signal.SIGKILL
+    ended = run_apart(_fail)
+    assert ended.status == 1
+    assert ended.errors.strip().endswith("ValueError: no such thing")
+
+
+def test_what_it_is_forked_from_knows_libraries_but_neither_this_package_nor_what_looks_for_a_gpu(tmp_path):
+    run_apart(_imports, str(tmp_path / "modules"))
+    modules = set((tmp_path / "modules").read_text().split())
+    assert {"torch", "ltx_core.model.video_vae", "av"} <= modules
+    assert "ltx_pipelines" not in modules  # it asks for CUDA devices on import, and what has asked cannot be forked
+    assert "i2v_lab.pipeline.ltx2" not in modules
+
+
+def test_an_interrupted_wait_leaves_no_process(tmp_path):
+    told = tmp_path / "pid"
+
+    def interrupt() -> None:
+        while not (told.exists() and told.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(_sleep, str(told))
+    thread.join()
+    assert not psutil.pid_exists(int(told.read_text()))
+
+
+def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
+    told = tmp_path / "pid"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as t; "
+    code += f"t.run_apart(t._sleep, {str(told)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    while not (told.exists() and told.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    pid = int(told.read_text())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
