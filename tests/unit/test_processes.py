@@ -77,10 +77,14 @@ def test_an_interrupted_wait_leaves_no_process(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_apart(_sleep, str(told))
-    thread.join()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # parallel workers of pytest ignore it
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_apart(_sleep, str(told))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        thread.join()
     assert not psutil.pid_exists(int(told.read_text()))
 
 

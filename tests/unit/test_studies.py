@@ -15,7 +15,14 @@ from ltx_core.model.video_vae.tiling import SpatialTilingConfig, TemporalTilingC
 from ltx_core.model.video_vae.video_vae import VideoDecoder
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.profiling.records import GenerationRecord, GraphRecord, PhaseRecord, Record, TimelineRecord
+from i2v_lab.profiling.records import (
+    GenerationRecord,
+    GraphRecord,
+    OutOfMemoryRecord,
+    PhaseRecord,
+    Record,
+    TimelineRecord,
+)
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.store import Run
 from i2v_lab.studies import card_map, leak, localization, no_grad, resolution, tiling
@@ -249,6 +256,28 @@ def test_the_verdict_on_the_leak_is_of_the_growth(consumed, left_open, verdict):
     ]
     assert leak.leak_verdict(found)["verdict"] == verdict
     assert leak.leak_table(found)["growth_bytes"].to_list()[:2] == [(5 + growths[0]) * GIB, growths[0] * GIB]
+
+
+def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
+    experiments = leak.leak_experiments(REQUEST, "ltx-2.3-22b", 5)
+    ends = [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [3, 5, 7, 9, 11], [100]]  # GiB after each generation
+    refused = OutOfMemoryRecord("decode_video", "decoder", 2**27, 137 * GIB, None, "CUDA out of memory")
+    order = sorted(
+        experiments, key=lambda each: (each.consumer.value != "plain", each.request.decode_scope == "escaped")
+    )
+    found = [
+        seen(each, *(GenerationRecord(n, left * GIB) for n, left in enumerate(lefts, 1)), encode_prompt=1)
+        for each, lefts in zip(order, ends, strict=True)
+    ]
+    found[-1] = seen(order[-1], GenerationRecord(1, 100 * GIB), refused, status="failed", encode_prompt=1)
+    results = leak.leak_verdict(found)
+    assert results["verdict"] == "refined"
+    assert results["open_escaped_growth_bytes"] == 100 * GIB
+    assert results["open_no_grad_growth_bytes"] == 2 * GIB
+    ended = "With the defect and streams kept, generation 2 of 5 ran out of memory."
+    assert results["finding"].endswith(ended)
+    found[-1] = seen(order[-1], refused, status="failed", encode_prompt=1)
+    assert leak.leak_verdict(found)["open_escaped_growth_bytes"] == 137 * GIB
 
 
 def test_cards_are_judged_by_what_the_process_takes():

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from i2v_lab.profiling.records import GenerationRecord
-from i2v_lab.request import I2VRequest
+from i2v_lab.profiling.records import GenerationRecord, OutOfMemoryRecord
+from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.studies.experiments import Consumer, Experiment
 from i2v_lab.studies.localization import AFTER_RETURN, SCOPES
 from i2v_lab.studies.sources import Observation, phases_frame
@@ -67,18 +67,29 @@ def leak_peaks(observations: Sequence[Observation]) -> pd.DataFrame:
     return before.groupby(keys, sort=False)["peak_bytes"].max().reset_index()
 
 
+def _last_growth(observation: Observation) -> int:
+    """What the last generation left that ended; of a run that ran out of memory in its first, what was alive then."""
+    if observation.run is None:
+        return 0
+    left = [0, *(record.allocated_bytes for record in observation.run.of(GenerationRecord))]
+    if len(left) == 1:
+        left += [record.alive_bytes for record in observation.run.of(OutOfMemoryRecord)]
+    return left[-1] - left[-2] if len(left) > 1 else 0
+
+
 def leak_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     """Claim 6: a leak over consecutive generations was the same retained graph.
 
-    Told from the growth of what is allocated after each generation. ``confirmed``: with the defect it grows even when
-    every stream is consumed to its end, and without the defect it does not. ``refined``: it grows only where streams
-    are left open, and then more with the defect, by a quarter at least. ``refuted``: it grows no more than that.
+    Told from the growth of what is allocated after the last generation that ended. ``confirmed``: with the defect it
+    grows even when every stream is consumed to its end, and without the defect it does not. ``refined``: it grows only
+    where streams are left open, and then more with the defect, by a quarter at least. ``refuted``: no more than that.
     """
     if any(each.run is None for each in observations):
         return no_data(observations)
-    table = leak_table(observations)
-    last = table[table["generation"] == table["generation"].max()].set_index(["consumer", "decode_scope"])
-    growth = {key: int(value) for key, value in last["growth_bytes"].items()}
+    growth = {
+        (each.experiment.consumer.value, each.experiment.request.decode_scope.value): _last_growth(each)
+        for each in observations
+    }
     consumed, fixed = growth["plain", "escaped"], growth["plain", "no_grad"]
     open_graph, open_fixed = growth["left_open", "escaped"], growth["left_open", "no_grad"]
     least = NOTHING * max(1, open_graph)
@@ -93,6 +104,15 @@ def leak_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
         f"{format_bytes(fixed)} without; streams that are stopped early and kept leave {format_bytes(open_graph)} each "
         f"with the defect, {format_bytes(open_fixed)} without."
     )
+    for each in observations:
+        if each.run is not None and each.run.of(OutOfMemoryRecord):
+            reached = len(each.run.of(GenerationRecord)) + 1
+            defect = each.experiment.request.decode_scope is DecodeScope.ESCAPED
+            kept = each.experiment.consumer is Consumer.LEFT_OPEN
+            finding += (
+                f" {'With' if defect else 'Without'} the defect and streams {'kept' if kept else 'consumed'}, "
+                f"generation {reached} of {each.experiment.generations} ran out of memory."
+            )
     return conclude(
         observations,
         verdict,
