@@ -6,14 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from i2v_lab.errors import ForecastError, I2VLabError
 from i2v_lab.studies.experiments import Experiment
 from i2v_lab.studies.forecasts import forecast_experiment
-from i2v_lab.studies.processes import process_context
+from i2v_lab.studies.processes import end_with_parent, process_context
 
 LOOK_S = 0.05  # between two looks at whether something else is wanted
 Wanted = tuple[Experiment, str]
@@ -109,7 +108,7 @@ def _forecast(sender: Connection, environment: Mapping[str, str], experiment: Ex
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted cell is no reason
     os.environ.clear()
     os.environ.update(environment)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     error: I2VLabError | None = None
     try:
         forecast_experiment(experiment, device)
@@ -119,10 +118,3 @@ def _forecast(sender: Connection, environment: Mapping[str, str], experiment: Ex
         reason = next(iter(str(problem).splitlines()), type(problem).__name__)
         error = ForecastError(f"the forecast of {experiment.name} failed ({reason}); ask for another request")
     sender.send(error)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

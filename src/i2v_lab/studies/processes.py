@@ -100,11 +100,11 @@ def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., 
     os.dup2(written, 2)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     function(*args)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A process whose parent was killed would go on, with a GPU's memory in its hands."""
     parent = multiprocessing.parent_process()
     if parent is not None:
