@@ -126,22 +126,52 @@ class Stop:
     leftovers: list[str]
 
 
+WHILE_DECODING = 5  # events from the beginning of the video's decoding on: after these a stop may come too late
+
+
+class Told:
+    """Counts what a generation tells, so that a moment is one of its own and no guess at how fast this machine is."""
+
+    def __init__(self, generating) -> None:
+        self.events = 0
+        self.reached = threading.Event()
+        self._until = None
+        self._pass_on = generating.on_change
+        generating.on_change = self
+
+    def begin(self, until: int) -> None:
+        """Count anew; ``reached`` is set with the event of this number."""
+        self.events, self._until = 0, until
+        self.reached.clear()
+        if until == 0:
+            self.reached.set()
+
+    def __call__(self) -> None:
+        self.events += 1
+        if self.events == self._until:
+            self.reached.set()
+        self._pass_on()
+
+
 def stop_at_random(count: int, folder: Path, seed: int = 0) -> list[Stop]:
     """Start and stop generations; at the end one that is not stopped has to give a video."""
     chance = random.Random(seed)
     generate = Generate(folder, I2VRequest(image=STILL, width=64, height=64, frames=9), MODEL, "cpu")
     generating = generate.generating
+    told = Told(generating)
     generate.start()
-    start_s = time.perf_counter()
     generating.wait()
-    whole_s = time.perf_counter() - start_s
     assert generating.state is State.DONE, generating.message
+    moments = told.events - WHILE_DECODING
     before = live_tensors()
     stops = []
     for _ in range(count):
-        at_s = chance.uniform(0, 0.95 * whole_s)
+        told.begin(until=chance.randint(0, moments))
+        start_s = time.perf_counter()
         generate.start()
-        generating.wait(at_s)
+        assert told.reached.wait(120)
+        time.sleep(chance.uniform(0, 0.1))
+        at_s = time.perf_counter() - start_s
         steps, where = _steps(generating), generating.progress[-1].phase if generating.progress else "the weights"
         asked_s = time.perf_counter()
         generating.stop()
