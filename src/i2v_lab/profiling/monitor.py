@@ -15,7 +15,7 @@ import torch
 from i2v_lab.errors import ProfilerError
 from i2v_lab.events import Event, PhaseStarted
 from i2v_lab.profiling.live_storages import LiveStorageMeter
-from i2v_lab.profiling.nvml import read_device
+from i2v_lab.profiling.nvml import card_index, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 KEPT = 600  # samples; older ones are dropped
@@ -111,7 +111,7 @@ class MemoryMonitor:
         now_s = time.perf_counter() - self._origin_s
         if self.device.type == "cuda":
             index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-            card = read_device(index)
+            card = read_device(card_index(torch.device("cuda", index)))
             sample = Sample(
                 now_s,
                 torch.cuda.memory_allocated(index),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from i2v_lab.errors import ProfilerError
 from i2v_lab.profiling.records import DeviceRecord
 
 
+@cache
 def card_index(device: torch.device) -> int:
     """Which card, as NVML counts, a CUDA device is: CUDA counts only what ``CUDA_VISIBLE_DEVICES`` leaves.
 
@@ -42,7 +44,7 @@ def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:
     others' bytes are what is used less our own, if our own are known, and ``None`` if not.
 
     Args:
-        index: The card, as NVML counts.
+        index: The card, as NVML counts: see :func:`card_index`.
         time_s: Goes into the record.
 
     Returns:

@@ -12,7 +12,7 @@ from typing import Any
 from i2v_lab.errors import ForecastError, I2VLabError
 from i2v_lab.studies.experiments import Experiment
 from i2v_lab.studies.forecasts import forecast_experiment
-from i2v_lab.studies.processes import end_with_parent, process_context
+from i2v_lab.studies.processes import begin_as_child, process_context
 
 LOOK_S = 0.05  # between two looks at whether something else is wanted
 Wanted = tuple[Experiment, str]
@@ -106,9 +106,7 @@ class LatestForecast:
 def _forecast(sender: Connection, environment: Mapping[str, str], experiment: Experiment, device: str) -> None:
     """In a process of its own, which also ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted cell is no reason
-    os.environ.clear()
-    os.environ.update(environment)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    begin_as_child(environment)
     error: I2VLabError | None = None
     try:
         forecast_experiment(experiment, device)

@@ -93,18 +93,23 @@ def run_apart(function: Callable[..., None], *args: Any) -> Ended:
 
 def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is for the one who waits; this process just ends
-    os.environ.clear()
-    os.environ.update(environment)
+    begin_as_child(environment)
     written = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(written, 1)
     os.dup2(written, 2)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
-    threading.Thread(target=end_with_parent, daemon=True).start()
     function(*args)
 
 
-def end_with_parent() -> None:
+def begin_as_child(environment: Mapping[str, str]) -> None:
+    """In a process of :func:`process_context`: have the environment of who asked, and end with them, killed or not."""
+    os.environ.clear()
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     """A process whose parent was killed would go on, with a GPU's memory in its hands."""
     parent = multiprocessing.parent_process()
     if parent is not None:

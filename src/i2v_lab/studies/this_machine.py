@@ -23,11 +23,11 @@ def room_here(device: str = "auto") -> tuple[str, int, str]:
     import torch
 
     from i2v_lab.pipeline.two_stage import resolve_device
-    from i2v_lab.profiling.nvml import read_device
+    from i2v_lab.profiling.nvml import card_index, read_device
 
     target = resolve_device(device)
     if target.type == "cpu":
         return "this machine", psutil.virtual_memory().available, "cpu"
     total_bytes = int(torch.cuda.get_device_properties(target).total_memory)
-    others_bytes = read_device(target.index or 0).others_bytes or 0
+    others_bytes = read_device(card_index(target)).others_bytes or 0
     return f"this {torch.cuda.get_device_name(target)}", total_bytes - others_bytes, "cuda"
