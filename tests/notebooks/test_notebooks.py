@@ -184,6 +184,7 @@ def test_the_recorded_study_says_what_it_says_at_full_size(recorded):
     assert fix["no_grad_peak_bytes"] / GIB == pytest.approx(23.68, rel=1e-3)
     assert fix["peak_ratio"] == pytest.approx(4.32, rel=5e-3)
     assert results["00_generate"]["peak_phase"] == "encode_prompt"
+    assert results["00_generate"]["verdict"] == "refined"  # the distilled transformer stays between the stages
     assert results["02_peak_localization"]["verdict"] == "confirmed"
     assert results["02_peak_localization"]["gap_bytes"] / GIB == pytest.approx(78.70, rel=1e-3)
     flat = results["04_flat_across_resolution"]

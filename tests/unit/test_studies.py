@@ -313,6 +313,17 @@ def test_a_first_look_is_confirmed_while_little_is_left_between_phases():
     assert first_look_verdict([seen(experiment, left, encode_prompt=20)])["verdict"] == "refuted"
 
 
+def test_a_first_look_is_refined_where_the_transformer_alone_stays_between_the_stages():
+    stays = [
+        PhaseRecord(name, None, 18 * GIB, 19 * GIB, 18 * GIB, None, 19 * GIB, 0, 9.0, 1.0, True)
+        for name in ("upsample_latent", "denoise_stage_2")
+    ]
+    results = first_look_verdict([seen(Experiment(request=REQUEST), *stays, encode_prompt=20, decode_video=5)])
+    assert results["verdict"] == "refined"
+    assert (results["largest_between_bytes"], results["largest_elsewhere_bytes"]) == (18 * GIB, 0)
+    assert "at most 18.00 GiB are left, and 0 B if the transformer is left out" in results["finding"]
+
+
 def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
     experiments = tiling.tiling_experiments(REQUEST, "ltx-2.3-22b", [Tiling(), None])
     absent = [unseen(each) for each in experiments]

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from i2v_lab.events import Phase
 from i2v_lab.request import I2VRequest
 from i2v_lab.studies.experiments import SMALL_MODEL, Experiment
 from i2v_lab.studies.measured import VIDEO, measure, run_folder
 from i2v_lab.studies.published import study_request
 from i2v_lab.studies.sources import Observation, Source, phases_frame
-from i2v_lab.studies.verdicts import CONFIRMED, REFUTED, conclude, no_data
+from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
 LITTLE = 0.05  # of the peak: what may be left between phases
+BETWEEN_STAGES = (Phase.UPSAMPLE_LATENT.value, Phase.DENOISE_STAGE_2.value)  # which may find the transformer there
 
 
 def first_look_experiments(request: I2VRequest, model: str) -> list[Experiment]:
@@ -35,22 +37,32 @@ def video_run(observation: Observation, runs_dir: Path, device: str = "auto") ->
 def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     """The claim that the peak is that of the hungriest phase, since each frees what it loaded.
 
-    ``confirmed``: between phases never more than a twentieth of the peak is left. ``refuted``: more is.
+    ``confirmed``: between phases never more than a twentieth of the peak is left. ``refined``: more is, but only from
+    one denoising stage to the other, where the distilled transformer stays. ``refuted``: more is elsewhere.
     """
     table = phases_frame(observations)
     if table.empty:
         return no_data(observations)
     peak, between = int(table["peak_bytes"].max()), int(table["start_bytes"].max())
+    elsewhere = int(table.loc[~table["phase"].isin(BETWEEN_STAGES), "start_bytes"].max())
     top = table.loc[table["peak_bytes"] == peak, "phase"].iloc[0]
+    verdict, exception = CONFIRMED, ""
+    if elsewhere > LITTLE * peak:
+        verdict = REFUTED
+    elif between > LITTLE * peak:
+        verdict = REFINED
+        exception = f", and {format_bytes(elsewhere)} if the transformer is left out, which stays between the stages"
     finding = (
         f"The peak is {format_bytes(peak)}, in {top}; all phases' peaks together would be "
-        f"{format_bytes(int(table['peak_bytes'].sum()))}, and between phases at most {format_bytes(between)} are left."
+        f"{format_bytes(int(table['peak_bytes'].sum()))}, and between phases at most {format_bytes(between)} are "
+        f"left{exception}."
     )
     return conclude(
         observations,
-        CONFIRMED if between <= LITTLE * peak else REFUTED,
+        verdict,
         finding,
         peak_bytes=peak,
         peak_phase=str(top),
         largest_between_bytes=between,
+        largest_elsewhere_bytes=elsewhere,
     )
