@@ -191,6 +191,12 @@ def test_a_view_is_widgets_for_those_who_watch_and_html_for_everybody(tiny, tmp_
 # --- VramMonitor ---
 
 
+def test_a_monitor_that_nobody_watched_shows_one_look_and_says_so():
+    html = VramMonitor("cpu").html()
+    assert html.count("<circle") == 1
+    assert "Nobody has watched yet: this is one look" in html
+
+
 def test_a_monitor_counts_tensors_marks_phases_and_says_what_it_shows():
     view = VramMonitor("cpu", interval_s=0.01)
     with view:

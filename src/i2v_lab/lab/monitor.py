@@ -62,6 +62,7 @@ class VramMonitor(View):
         """The chart as a static page; with one look of now if there was none."""
         if not self.monitor.samples:
             self.monitor.look()
+            return self._chart() + sentence("Nobody has watched yet: this is one look, from when the page was made.")
         return self._chart()
 
     def _chart(self) -> str:

@@ -221,6 +221,8 @@ def over_time(times_s: Sequence[float], curves: Sequence[Curve], marks: Sequence
             ends = f"{points[0][0]:.1f},{bottom} {path} {points[-1][0]:.1f},{bottom}"
             parts.append(f'<polygon points="{ends}" fill="{curve.colour}" fill-opacity="0.35"/>')
         parts.append(f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.8"/>')
+        if len(points) == 1:  # which makes no line
+            parts.append(f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="4" fill="{curve.colour}"/>')
     shown = -1e9
     for moment, phase in marks:
         x = left + (moment - first) / span * room
