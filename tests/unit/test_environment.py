@@ -23,6 +23,13 @@ def test_environment_yml_installs_what_pyproject_names():
     assert f"python{PROJECT['requires-python']}" in dependencies
 
 
+def test_every_way_of_setting_up_ends_with_ltx_video_without_its_pins():
+    command = "pip install --no-deps ltx-video==0.1.2"
+    assert command in (TOP / "README.md").read_text()
+    assert command in (TOP / "environment.yml").read_text().splitlines()[0]
+    assert "--no-deps ltx-video==0.1.2" in (TOP / "Makefile").read_text()
+
+
 def test_versions_and_licence_agree():
     citation = yaml.safe_load((TOP / "CITATION.cff").read_text())
     assert PROJECT["version"] == citation["version"] == i2v_lab.__version__
