@@ -164,7 +164,9 @@ def test_samples_keep_to_their_grid(monkeypatch):
 
 class _Greedy(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of ...")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of ..."
+        )
 
 
 def test_the_allocators_refusal_is_charged_to_the_module_that_asked():
