@@ -7,6 +7,7 @@ on the way to a picture; so that belongs to their own phase, until a component i
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,10 +46,13 @@ class CallPhases:
         self._name: str | None = None  # of the open phase; None while it has only just begun to build
         self._is_open = False
         self._aside: OpenPhase | None = None
+        self._ended: list[tuple[OpenPhase, bool]] = []
+        self._unnamed = CALL
         self._stage = 1
         self._inside = False
         self._entry: Any = None
         self._exits: list[Any] = []
+        self._handled: BaseException | None = None
         for name, module in components.items():
             profiler.component(name, module)
             self._names[module] = name
@@ -57,46 +61,58 @@ class CallPhases:
                     self._owners[child] = (weakref.ref(part), child_name)
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
-        """Within this scope components are followed; the phase that is open at its end stays open, unless it failed."""
+    def followed(self, unnamed: str = CALL) -> Iterator[None]:
+        """Within this scope components are followed; the phase that is open at its end stays open, unless it failed.
+
+        Args:
+            unnamed: What a phase is called that no component's call has given a name.
+        """
+        self._unnamed = unnamed
         if not self._is_open:
-            self._profiler.start(CALL)
+            self._profiler.start(unnamed)
             self._is_open, self._name = True, None
         built = torch_module.register_module_module_registration_hook(self._built)
         self._listen()
         try:
             yield
         except BaseException as error:
-            self.finish(error=error)
+            self.finish(completed=False, failed=True)
+            self.write(error)
             raise
         finally:
             built.remove()
             self._entry.remove()
             self._leave_for_good()
-            self._inside = False
+            self._inside, self._handled = False, None
 
-    def finish(self, unnamed: str = CALL, *, completed: bool = True, error: BaseException | None = None) -> None:
+    def finish(self, *, completed: bool = True, failed: bool = False) -> None:
         """End the open phase, if there is one; what was built last belongs to the phase before, unless it failed.
 
         Args:
-            unnamed: The phase's name if no component's call has given it one.
             completed: Whether it came to its end.
-            error: What it ended by. Not kept.
+            failed: Whether it ended by an error.
         """
         if not self._is_open:
             return
-        if self._aside is not None and error is None:
+        if self._aside is not None and not failed:
             self._profiler.reopen(self._aside)
             self._aside = None
         else:
-            self._write_aside()
-            if self._name is None:
-                self._profiler.rename(unnamed)
-        phase = self._profiler.set_aside()
-        self._profiler.write_phase(phase, completed=completed and error is None, error=error)
+            self._end_aside()
+        self._ended.append((self._profiler.set_aside(), completed))
         self._is_open, self._name = False, None
         if self._profiler.paths is not None:
             self._profiler.paths.components.clear()
+
+    def write(self, error: BaseException | None = None) -> None:
+        """Write down all phases that have ended: after the call, not between two phases, which it would lie between.
+
+        Args:
+            error: What the last one ended by. Not kept.
+        """
+        ended, self._ended = self._ended, []
+        for phase, completed in ended:
+            self._profiler.write_phase(phase, completed, None if completed else error)
 
     def step(self) -> None:
         """A step of the open phase is done."""
@@ -118,6 +134,7 @@ class CallPhases:
         if self._inside:  # a call in another thread
             return
         self._inside = True
+        self._handled = sys.exception()  # the caller may be in an except block
         self._entry.remove()  # its parts need not be met one by one
         self._leave_for_good()
         self._exits.append(module.register_forward_hook(self._leaving, always_call=True))
@@ -133,6 +150,8 @@ class CallPhases:
             return
         self._inside = False
         self._listen()
+        if sys.exception() is not self._handled:  # it failed: what ends now is its phase
+            return
         kind = self._known[module][1]
         if kind == DENOISE:
             self._profiler.note_step()
@@ -170,7 +189,7 @@ class CallPhases:
         """What runs from now on belongs to the next component's phase, whichever that is."""
         if self._name is not None:
             self._aside = self._profiler.set_aside()
-            self._profiler.start(CALL)
+            self._profiler.start(self._unnamed)
             self._name = None
             if self._profiler.paths is not None:
                 self._profiler.paths.components.clear()
@@ -180,7 +199,7 @@ class CallPhases:
         if name == self._name:
             return
         if self._name is not None:
-            self._profiler.write_phase(self._profiler.set_aside())
+            self._ended.append((self._profiler.set_aside(), True))
             self._profiler.start(name)
         elif self._aside is not None and self._aside.name == name:
             self._profiler.reopen(self._aside)
@@ -188,13 +207,13 @@ class CallPhases:
             self._name = name
             return
         else:
-            self._write_aside()
+            self._end_aside()
             self._profiler.rename(name)
         self._name = name
         if kind == Phase.UPSAMPLE_LATENT.value:
             self._stage += 1
 
-    def _write_aside(self) -> None:
+    def _end_aside(self) -> None:
         if self._aside is not None:
-            self._profiler.write_phase(self._aside)
+            self._ended.append((self._aside, True))
             self._aside = None

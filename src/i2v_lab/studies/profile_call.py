@@ -129,6 +129,7 @@ class ProfiledCall:
             result = pipeline(*args, **kwargs)
         self._phases.finish()
         self.seconds = time.perf_counter() - start_s
+        self._phases.write()
         self.result = self._follow(result)
 
     def _follow(self, value: Any) -> Any:
@@ -193,7 +194,7 @@ class FollowedStream(Iterator[Any]):
         if self._start_s is None:
             self._start_s = time.perf_counter()
         try:
-            with self._call._phases.followed():
+            with self._call._phases.followed(Phase.DECODE_VIDEO.value):
                 item = next(self._source, self)  # itself stands for the end: an exception would be a failure
         except BaseException as error:
             self._end(completed=False, error=error)
@@ -218,9 +219,10 @@ class FollowedStream(Iterator[Any]):
     def _end(self, *, completed: bool, error: BaseException | None = None) -> None:
         self._is_over = True
         self._source = iter(())  # what a generator holds goes with it
-        self._call._phases.finish(Phase.DECODE_VIDEO.value, completed=completed)
+        self._call._phases.finish(completed=completed)
         if self._start_s is not None:
             self._call.seconds += time.perf_counter() - self._start_s
+        self._call._phases.write()
         self._call._ended(self, error)
 
     def __enter__(self) -> Self:
