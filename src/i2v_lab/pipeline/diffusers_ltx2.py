@@ -6,8 +6,9 @@ latent, the latent upsampled, the same pipeline again from there, decoded by it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from diffusers import (
     LTX2LatentUpsamplePipeline,
     LTX2VideoTransformer3DModel,
 )
+from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, STAGE_2_DISTILLED_SIGMA_VALUES
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -67,6 +70,14 @@ TINY: Sizes = {  # every dimension small; 32 pixels and 8 frames of a latent's p
     "vocoder": {"hidden_channels": 64},
     "latent_upsampler": {"mid_channels": 32, "num_blocks_per_stage": 1},
 }
+
+
+class Offload(StrEnum):
+    """Where the weights wait: on the device, or on the CPU by whole components or by blocks of layers."""
+
+    NONE = "none"
+    MODEL = "model"
+    GROUP = "group"
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,13 @@ class DiffusersLTX2:
 
 
 def diffusers_ltx2(
-    weights: Weights, sizes: Sizes = FULL, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16
+    weights: Weights,
+    sizes: Sizes = FULL,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    offload: Offload = Offload.NONE,
+    forecast: bool = False,
 ) -> DiffusersLTX2:
     """Build diffusers' pipelines with random weights.
 
@@ -126,6 +143,8 @@ def diffusers_ltx2(
         sizes: What differs from diffusers' default configuration, by component: :data:`FULL` or :data:`TINY`.
         device: Where the components are built.
         dtype: Of all weights.
+        offload: With ``model`` and ``group`` the components are built on the CPU and moved to ``device`` by diffusers.
+        forecast: For a run under :func:`~i2v_lab.profiling.forecast.forecasting`.
     """
     with ltx2.gemma_dimensions(weights.architecture.gemma):
         gemma = Gemma3Config(**ltx2.gemma_config())
@@ -133,22 +152,49 @@ def diffusers_ltx2(
     def build(kind: Any, name: str) -> Any:
         return kind(**sizes.get(name, {})).eval()
 
-    with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
+    where = device if offload is Offload.NONE else "cpu"
+    with torch.random.fork_rng(devices=[]), torch.device(where), _default_dtype(dtype):
         torch.manual_seed(0)
         vae = build(AutoencoderKLLTX2Video, "vae")
         generate = LTX2ImageToVideoPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=vae,
             audio_vae=build(AutoencoderKLLTX2Audio, "audio_vae"),
-            text_encoder=Gemma3ForConditionalGeneration(gemma).eval(),
+            text_encoder=Gemma3ForConditionalGeneration(gemma).to(dtype).eval(),  # its vision part is float32 else
             tokenizer=AutoTokenizer.from_pretrained(weights.gemma_root),
             connectors=build(LTX2TextConnectors, "connectors"),
             transformer=build(LTX2VideoTransformer3DModel, "transformer"),
             vocoder=build(LTX2Vocoder, "vocoder"),
         )
         upsample = LTX2LatentUpsamplePipeline(vae, build(LTX2LatentUpsamplerModel, "latent_upsampler"))
+    if offload is Offload.MODEL:
+        for pipeline in (generate, upsample):
+            pipeline.enable_model_cpu_offload(device=device)
+    elif offload is Offload.GROUP:
+        onload = torch.device(device)
+        generate.enable_group_offload(onload_device=onload, offload_type="block_level", num_blocks_per_group=1)
+        upsample.latent_upsampler.to(onload)
+    if forecast:
+        generate.video_processor = ForecastProcessor(generate.vae_spatial_compression_ratio, resample="bilinear")
     generate.set_progress_bar_config(disable=True)
     return DiffusersLTX2(generate, upsample)
+
+
+def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+    """The modules that run many times alike without guidance; see :func:`i2v_lab.pipeline.ltx2.repeats`."""
+    return {LTX2VideoTransformerBlock: lambda *args, **kwargs: ()}
+
+
+class ForecastProcessor(VideoProcessor):
+    """Reads a still as diffusers does, but for asking whether it has negative values: a forecast does not know.
+
+    Only a warning follows from the answer, and nothing that is on the device.
+    """
+
+    def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """The still ``(1, 3, H, W)`` in [-1, 1]."""
+        resized = self.resize(image, height, width)
+        return self.normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
 
 
 class _default_dtype:  # noqa: N801 - a context manager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import time
@@ -107,6 +108,11 @@ class ProfiledCall:
         self._phases = phases
         self._scopes = ExitStack()
         self._streams: list[FollowedStream] = []
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether a part of the result has still to be produced."""
+        return bool(self._streams)
 
     @property
     def records(self) -> list[Record]:
@@ -247,11 +253,14 @@ def device_of(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> torch
 
 def _metadata(pipeline: Any, args: Any, kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What can be written of a call: who was called, and those of its arguments that are plain values."""
-    name = getattr(pipeline, "__qualname__", None) or type(pipeline).__name__
     try:
         arguments = dict(inspect.signature(pipeline).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):  # it says nothing of its arguments, or they are wrong, which it will say itself
         arguments = dict(kwargs)
+    while isinstance(pipeline, functools.partial):
+        arguments = {**pipeline.keywords, **arguments}
+        pipeline = pipeline.func
+    name = getattr(pipeline, "__qualname__", None) or type(pipeline).__name__
     plain = {key: each for key, each in arguments.items() if isinstance(each, str | int | float | None)}
     package = type(pipeline).__module__.partition(".")[0]
     found = None
