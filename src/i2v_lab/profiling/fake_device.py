@@ -116,6 +116,7 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     _DATA.__set__(tensor, value)
     if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
         tensor.fake_device = value.fake_device
+        tensor._i2v_lab_known = getattr(value, "_i2v_lab_known", None)  # type: ignore[attr-defined]
 
 
 def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any], original: Any) -> torch.Tensor:
@@ -178,11 +179,11 @@ class _CpuGenerator(torch.Generator):
 
 
 def _convert_module(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """What ``Module._apply`` does, for fake parameters, which cannot be swapped or given other data in place."""
+    """What ``Module._apply`` does, for fake parameters, which cannot be swapped."""
     if recurse:
         for child in module.children():
             _convert_module(child, fn)
-    for name, parameter in module._parameters.items():
+    for parameter in module._parameters.values():
         if parameter is not None:
             with torch.no_grad():
                 converted = fn(parameter)
@@ -193,7 +194,7 @@ def _convert_module(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.
                         "module inside the callable, or pass it as an argument",
                         module=type(module).__name__,
                     )
-                module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+                parameter.data = converted  # the same object: one that is tied stays tied
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = fn(buffer)

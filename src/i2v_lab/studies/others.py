@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from i2v_lab.paths import find_still
+from i2v_lab.paths import cache_dir, find_still
 from i2v_lab.profiling.records import Forecast
+from i2v_lab.reporting.files import write_text
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, SMALL_MODEL
+from i2v_lab.studies.forecasts import code_digest
 
 if TYPE_CHECKING:
     import torch
 
     from i2v_lab.pipeline.checkpoints import Weights
 
+CALLERS = "the caller's"
+PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "diffusers", "transformers")
 COLUMNS = ["pipeline", "lazy", "own_scope", "grad_bytes", "no_grad_bytes", "guarded_bytes"]
 
 
@@ -48,16 +56,51 @@ class Subject:
 def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -> pd.DataFrame:
     """How other people's pipelines can leak a graph, each run for real on the CPU, tiny, with random weights.
 
+    Which modes they run in does not depend on their size, so the answer is the same from every source; it is kept in
+    the cache.
+
     Args:
         image: The still.
         model: A small architecture's name, whose weights ltx-pipelines gets; diffusers' are as small.
 
     Returns:
         ``pipeline``; ``lazy``: whether frames are decoded after it has returned; ``own_scope``: the grad mode that its
-        components run in when it is called with grad enabled, empty if the caller's; and the bytes that autograd
+        components run in when it is called with grad enabled; and the bytes that autograd
         retains while the frames are made: ``grad_bytes`` with grad enabled, ``no_grad_bytes`` inside ``no_grad``,
         ``guarded_bytes`` with grad enabled but through ``guard_stream``, missing where there is no stream to guard.
     """
+    path = _kept_at(image, model)
+    rows = _kept(path)
+    if rows is None:
+        rows = _leak_rows(image, model)
+        write_text(path, json.dumps(rows))
+    return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[3:], "Int64"))
+
+
+def leak_summary(table: pd.DataFrame) -> dict[str, int]:
+    """How many of :func:`leak_table`'s ways are lazy and how many retain a graph; what the two remedies leave."""
+    return {
+        "others": len(table),
+        "others_lazy": int(table["lazy"].sum()),
+        "others_leaking": int((table["grad_bytes"] > 0).sum()),
+        "others_no_grad_bytes": int(table["no_grad_bytes"].max()),
+        "others_guarded_bytes": int(table["guarded_bytes"].max()),
+    }
+
+
+def _kept_at(image: str, model: str) -> Path:
+    parts = [str(find_still(image)), model, code_digest(), Path(__file__).read_text(), *map(version, PACKAGES)]
+    return cache_dir() / "leaks" / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.json"
+
+
+def _kept(path: Path) -> list[Any] | None:
+    with suppress(OSError, ValueError):
+        rows: list[Any] = json.loads(path.read_text())
+        return rows
+    return None
+
+
+def _leak_rows(image: str, model: str) -> list[list[Any]]:
     from i2v_lab.pipeline.architectures import load_architecture
     from i2v_lab.pipeline.checkpoints import resolve_weights
 
@@ -67,9 +110,7 @@ def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -
     )  # any size shows a graph
     with ExitStack() as scopes:
         subjects = [*_upstream(weights, request, scopes), *_diffusers(weights, request)]
-        rows = [_row(subject) for subject in subjects]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype(dict.fromkeys(COLUMNS[3:], "Int64"))
+        return [_row(subject) for subject in subjects]
 
 
 def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Iterator[Subject]:
@@ -142,7 +183,7 @@ class _Seen(Exception):
 
 
 def own_scope(call: Callable[[], Any]) -> str:
-    """The grad mode that a pipeline's first component runs in while the caller's is enabled; empty if the same."""
+    """The grad mode that a pipeline's first component runs in while the caller has grad enabled."""
     import torch
     from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -150,7 +191,7 @@ def own_scope(call: Callable[[], Any]) -> str:
 
     def look(module: torch.nn.Module, args: Any) -> None:
         inference = torch.is_inference_mode_enabled()
-        seen.append("inference_mode" if inference else "" if torch.is_grad_enabled() else "no_grad")
+        seen.append("inference_mode" if inference else CALLERS if torch.is_grad_enabled() else "no_grad")
         raise _Seen
 
     handle = register_module_forward_pre_hook(look)
