@@ -118,6 +118,34 @@ def test_phases_follow_one_another_without_a_gap_and_a_lazy_stream_is_followed(t
     assert "Builds, on cpu" in shown.output
 
 
+def test_what_lies_between_two_calls_is_charged_to_one_of_them():
+    class Holds:
+        def __init__(self) -> None:
+            self.text_encoder, self.video_encoder, self.transformer = (nn.Linear(64, 64) for _ in range(3))
+
+        @torch.no_grad()
+        def __call__(self, after: str) -> None:
+            for name in ("text_encoder", "video_encoder", "transformer", "transformer", "video_encoder"):
+                getattr(self, name)(torch.ones(1, 64))
+                if name == after:
+                    torch.ones(MIB)
+
+    def large(after: str) -> list[str]:
+        phases = profile_call(Holds(), after).phases
+        assert [phase.phase for phase in phases] == [
+            "encode_prompt",
+            "encode_image",
+            "denoise_stage_1",
+            "encode_image",
+        ]
+        return [f"{number} {phase.phase}" for number, phase in enumerate(phases) if phase.peak_bytes > 4 * MIB]
+
+    assert large("nothing") == []
+    assert large("text_encoder") == ["1 encode_image"]  # which it prepares
+    assert large("video_encoder") == ["2 denoise_stage_1", "3 encode_image"]  # after the last call there is no other
+    assert large("transformer") == ["2 denoise_stage_1"]  # what it returned is worked on
+
+
 def test_parts_called_past_their_component_are_named_below_it():
     call = profile_call(Builds())
     list(call.result[0])
