@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from i2v_lab.pipeline.checkpoints import Weights, resolve_weights
     from i2v_lab.pipeline.media import write_video
     from i2v_lab.pipeline.two_stage import Generation, TwoStagePipeline, VideoStream
+    from i2v_lab.profiling.autograd_graph import guard_stream, watch
     from i2v_lab.profiling.forecast import forecast, forecasting
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
     from i2v_lab.studies.forecasts import forecast_request
+    from i2v_lab.studies.profile_call import ProfiledCall, profile_call
     from i2v_lab.studies.sources import forecast_sweep
 
 __version__ = "0.1.0"
@@ -45,9 +47,13 @@ _HOME = {
     "VideoStream": "i2v_lab.pipeline.two_stage",
     "Forecast": "i2v_lab.profiling.records",
     "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
+    "guard_stream": "i2v_lab.profiling.autograd_graph",
+    "watch": "i2v_lab.profiling.autograd_graph",
     "forecast": "i2v_lab.profiling.forecast",
     "forecasting": "i2v_lab.profiling.forecast",
     "forecast_request": "i2v_lab.studies.forecasts",
+    "ProfiledCall": "i2v_lab.studies.profile_call",
+    "profile_call": "i2v_lab.studies.profile_call",
     "forecast_sweep": "i2v_lab.studies.sources",
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
@@ -66,6 +72,7 @@ __all__ = [
     "I2VLabError",
     "I2VRequest",
     "PhaseProfiler",
+    "ProfiledCall",
     "Quantization",
     "Tiling",
     "TwoStagePipeline",
@@ -77,7 +84,10 @@ __all__ = [
     "forecast_request",
     "forecast_sweep",
     "forecasting",
+    "guard_stream",
+    "profile_call",
     "resolve_weights",
+    "watch",
     "write_video",
 ]
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from i2v_lab import options
+from i2v_lab.doctor_command import doctor
 from i2v_lab.errors import I2VLabError
 from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
 from i2v_lab.lab_command import LAB_CONTEXT, LAB_EXAMPLES, lab
@@ -193,6 +194,7 @@ def _print_report(report: dict[str, Any]) -> None:
     )
 
 
+app.command()(doctor)
 app.command()(show)
 app.command(epilog=FORECAST_EXAMPLES)(forecast)
 app.command(epilog=FIT_EXAMPLES)(fit)

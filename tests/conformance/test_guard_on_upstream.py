@@ -5,14 +5,21 @@ from __future__ import annotations
 import gc
 
 import ltx_pipelines.distilled
+import ltx_pipelines.ti2vid_two_stages
 import pytest
 import torch
+from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDOps
 from ltx_pipelines.utils.args import ImageConditioningInput
 
+from i2v_lab import profile_call
 from i2v_lab.errors import GradEscape
 from i2v_lab.pipeline import ltx2
 from i2v_lab.profiling.autograd_graph import GradEscapeWarning, guard_stream, watch
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.records import GraphRecord, ModuleRecord, StepRecord
+
+ARGUMENTS = ("waves", 7, 64, 128, 17, 120.0)  # prompt, seed, height, width, frames, frames per second
+STAGES = ["denoise_stage_1", "upsample_latent", "encode_image", "denoise_stage_2", "decode_audio", "decode_video"]
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +30,20 @@ def upstream(tiny, still):
         module = ltx_pipelines.distilled
         decode, calls = module.vae_decode_video, []
         patch.setattr(module, "vae_decode_video", lambda *args: calls.append(args) or decode(*args))
+        pipeline = module.DistilledPipeline(
+            distilled_checkpoint_path=tiny.checkpoint,
+            gemma_root=tiny.gemma_root,
+            spatial_upsampler_path=tiny.upsampler,
+            loras=[],
+            device=torch.device("cpu"),
+        )
         with torch.no_grad():
-            video, _ = module.DistilledPipeline(
-                distilled_checkpoint_path=tiny.checkpoint,
-                gemma_root=tiny.gemma_root,
-                spatial_upsampler_path=tiny.upsampler,
-                loras=[],
-                device=torch.device("cpu"),
-            )("waves", 7, 64, 128, 17, 120.0, [ImageConditioningInput(str(still), 0, 1.0)])
-    video.close()
+            call = profile_call(pipeline, *ARGUMENTS, [ImageConditioningInput(str(still), 0, 1.0)])
+        for _ in call.result[0]:  # with grad enabled
+            pass
     (arguments,) = calls
     stream = lambda: decode(*arguments)  # noqa: E731
+    stream.call = call
     stream.decoder = arguments[1]
     return stream
 
@@ -43,6 +53,59 @@ def _consume(stream) -> tuple[torch.Tensor, int]:
     with PhaseProfiler("cpu") as profiler, profiler.phase("decode_video"):
         frames = torch.cat(list(stream))
     return frames, profiler.peak.peak_bytes
+
+
+def test_profile_call_tells_upstreams_phases_peaks_and_what_its_stream_keeps(upstream):
+    call = upstream.call
+    assert [phase.phase for phase in call.phases] == ["encode_prompt", "encode_image", *STAGES]
+    assert sum(phase.seconds for phase in call.phases) == pytest.approx(call.seconds, rel=0.02)
+    kept = {phase.phase: phase.saved_for_backward_bytes for phase in call.phases}
+    assert kept.pop("decode_video") > 2**21
+    assert set(kept.values()) == {0}
+    graph = {record.module: record.nbytes for record in call.records if isinstance(record, GraphRecord)}
+    assert sum(graph.values()) == call.phases[-1].saved_for_backward_bytes
+    assert all(module.startswith("video_decoder") for module in graph)
+    assert "video_decoder.conv_in.conv" in graph
+    steps = [(r.phase, r.steps) for r in call.records if isinstance(r, StepRecord)]
+    assert steps == [("denoise_stage_1", 8)] * 8 + [("denoise_stage_2", 3)] * 3 + [("decode_video", 1)]
+    components = {r.module.partition(".")[0] for r in call.records if isinstance(r, ModuleRecord)}
+    assert {"gemma_text_encoder", "x0_model", "video_encoder", "audio_decoder", "video_decoder"} <= components
+
+
+def test_profile_call_on_the_guided_pipeline(tiny, still, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    lora = LoraPathStrengthAndSDOps(tiny.lora, 1.0, LTXV_LORA_COMFY_RENAMING_MAP)
+    params = ltx2.sampling_params(tiny.architecture)
+    with ltx2.gemma_dimensions(tiny.architecture.gemma), torch.no_grad():
+        pipeline = ltx_pipelines.ti2vid_two_stages.TI2VidTwoStagesPipeline(
+            checkpoint_path=tiny.checkpoint,
+            distilled_lora=[lora],
+            gemma_root=tiny.gemma_root,
+            spatial_upsampler_path=tiny.upsampler,
+            loras=[],
+            device=torch.device("cpu"),
+        )
+        call = profile_call(
+            pipeline,
+            prompt="waves",
+            negative_prompt="",
+            seed=7,
+            height=64,
+            width=64,
+            num_frames=9,
+            frame_rate=120.0,
+            num_inference_steps=2,
+            video_guider_params=params.video_guider_params,
+            audio_guider_params=params.audio_guider_params,
+            images=[ImageConditioningInput(str(still), 0, 1.0)],
+        )
+        list(call.result[0])
+    assert [phase.phase for phase in call.phases] == ["encode_prompt", "encode_image", *STAGES]
+    assert sum(phase.seconds for phase in call.phases) == pytest.approx(call.seconds, rel=0.02)
+    steps = [r.phase for r in call.records if isinstance(r, StepRecord)]
+    assert steps.count("denoise_stage_1") == 2 * 4  # conditioned, not, perturbed, and without the other modality
+    assert steps.count("denoise_stage_2") == 3
+    assert all(phase.saved_for_backward_bytes == 0 for phase in call.phases)
 
 
 def test_guard_stream_and_watch_catch_and_fix_the_defect(upstream):

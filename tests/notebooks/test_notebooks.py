@@ -100,6 +100,8 @@ def check(name: str, results: Mapping[str, Any]) -> None:
         assert results["decode_peak_ratio"] > 1.5
         assert results["excess_phase"] == "decode_video"
         assert results["guarded_peak_bytes"] == results["no_grad_peak_bytes"]
+        assert (results["others"], results["others_lazy"], results["others_leaking"]) == (4, 2, 3)
+        assert results["others_no_grad_bytes"] == results["others_guarded_bytes"] == 0
     if name == "05_leak":
         assert results["consumed_escaped_growth_bytes"] == results["consumed_no_grad_growth_bytes"] < 1024
         assert results["open_escaped_growth_bytes"] > 1.25 * results["open_no_grad_growth_bytes"] > 0

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -65,6 +66,16 @@ class UpstreamPipeline:
             with _on_any_device(self.device), self._told(MODULES[request.variant], ledgers), scopes.body():
                 video, audio = pipeline(**self._arguments(request))
         return Generation(VideoStream(self._decode(request, scopes, video), request.shape, request.chunks()), audio)
+
+    @contextmanager
+    def untouched(self, request: I2VRequest) -> Iterator[partial[Any]]:
+        """Upstream's pipeline with the request's arguments, to be called within this scope; tells nobody of phases."""
+        with ltx2.gemma_dimensions(self.weights.architecture.gemma), tempfile.TemporaryDirectory() as folder:
+            pipeline = self._pipeline(request, _gemma_folder(self.weights, Path(folder)))
+            for ledger in [part for part in vars(pipeline).values() if isinstance(part, ltx2.ModelLedger)]:
+                _read_through(self.weights, ledger)
+            with _on_any_device(self.device):
+                yield partial(pipeline, **self._arguments(request))
 
     def _pipeline(self, request: I2VRequest, gemma_root: Path) -> Any:
         weights = self.weights

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import GradEscape, ProfilerError
+from i2v_lab.profiling.components import find_modules
 from i2v_lab.profiling.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 
@@ -271,9 +272,9 @@ class Watch:
     _handles: list[Any] = field(default_factory=list)
     _modes: list[bool] = field(default_factory=list)
 
-    def attach(self, model: torch.nn.Module) -> Self:
-        """Watch this model too."""
-        kind = type(model).__name__
+    def attach(self, model: torch.nn.Module, name: str = "") -> Self:
+        """Watch this model too, under a name; by default its class."""
+        kind = name or type(model).__name__
         for path, part in model.named_modules():
             name = f"{kind}.{path}" if path else kind
             self._handles.append(part.register_forward_pre_hook(self._entering(name)))
@@ -318,14 +319,14 @@ class Watch:
         self.close()
 
 
-def watch(model: torch.nn.Module, on_escape: OnEscape = "fix") -> Watch:
-    """Guard a module against being called with grad enabled, from wherever it is called.
+def watch(model: Any, on_escape: OnEscape = "fix") -> Watch:
+    """Guard a module, or all modules of a pipeline, against being called with grad enabled, from wherever.
 
     Every part that has parameters of its own is guarded, so that a model whose methods call ``self.forward`` directly,
     past its own hooks, is covered too.
 
     Args:
-        model: The module.
+        model: The module, or an object that holds some, such as a pipeline of diffusers.
         on_escape: ``fix`` runs each such part inside ``no_grad``; ``warn`` warns once; ``raise`` raises
             :class:`~i2v_lab.errors.GradEscape` before the part runs.
 
@@ -333,7 +334,16 @@ def watch(model: torch.nn.Module, on_escape: OnEscape = "fix") -> Watch:
         A handle: ``close()`` it, or use it as a context manager.
 
     Raises:
-        ProfilerError: Another ``on_escape``.
+        ProfilerError: Another ``on_escape``, or an object that holds no module: it builds them when it is called.
     """
     _check_mode(on_escape)
-    return Watch(on_escape).attach(model)
+    handle = Watch(on_escape)
+    if isinstance(model, torch.nn.Module):
+        return handle.attach(model)
+    components = find_modules(model)
+    if not components:
+        kind = type(model).__name__
+        raise ProfilerError(f"{kind} holds no module that could be watched; use guard_stream on what it returns")
+    for name, module in components.items():
+        handle.attach(module, name)
+    return handle

@@ -76,6 +76,9 @@ def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     return tree_map_only(torch.Tensor, lambda t: fake(t).to(device), values)
 
 
+_DATA: Any = torch._C.TensorBase.data  # the descriptor
+
+
 class _FakeMode(FakeTensorMode):
     """Never asks whether there is a CUDA device, so that the answer is the same on every machine."""
 
@@ -108,6 +111,27 @@ def _numpy(tensor: torch.Tensor, where: Callable[[], str], **kwargs: Any) -> Any
         return torch._C.TensorBase.numpy(known.real if known is not None else tensor, **kwargs)
 
 
+def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Where ``tensor.data = value`` moves a tensor, as offloading does, a fake has to be told where it is now."""
+    _DATA.__set__(tensor, value)
+    if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
+        tensor.fake_device = value.fake_device
+        tensor._i2v_lab_known = getattr(value, "_i2v_lab_known", None)  # type: ignore[attr-defined]
+
+
+def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any], original: Any) -> torch.Tensor:
+    """A fake has no storage that could be copied; its clone is told of, and knows the same values."""
+    if not isinstance(tensor, FakeTensor):
+        result: torch.Tensor = original(tensor, memo)
+        return result
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone()
+        if isinstance(tensor, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, tensor.requires_grad)
+        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
 def _plain(data: Any) -> Any:
     """Nested lists of numbers, where some are tensors of one element."""
     if isinstance(data, list | tuple):
@@ -127,6 +151,8 @@ def _substitutes(
     attention = functools.partial(_attention, functional.scaled_dot_product_attention)
     yield functional, "scaled_dot_product_attention", attention
     yield torch.Tensor, "numpy", functools.partialmethod(_numpy, where)
+    yield torch.Tensor, "data", property(_DATA.__get__, _set_data)
+    yield torch.Tensor, "__deepcopy__", functools.partialmethod(_deepcopy, original=torch.Tensor.__deepcopy__)
     yield torch.nn.Module, "_apply", _convert_module
     for kind in (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills in place what has no values
@@ -153,11 +179,11 @@ class _CpuGenerator(torch.Generator):
 
 
 def _convert_module(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """What ``Module._apply`` does, for fake parameters, which cannot be swapped or given other data in place."""
+    """What ``Module._apply`` does, for fake parameters, which cannot be swapped."""
     if recurse:
         for child in module.children():
             _convert_module(child, fn)
-    for name, parameter in module._parameters.items():
+    for parameter in module._parameters.values():
         if parameter is not None:
             with torch.no_grad():
                 converted = fn(parameter)
@@ -168,7 +194,7 @@ def _convert_module(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.
                         "module inside the callable, or pass it as an argument",
                         module=type(module).__name__,
                     )
-                module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+                parameter.data = converted  # the same object: one that is tied stays tied
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = fn(buffer)

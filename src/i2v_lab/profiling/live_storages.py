@@ -296,11 +296,12 @@ class LiveStorageMeter(TorchDispatchMode):
         """When a tick was, on ``time.perf_counter``'s clock."""
         return self._times_s[tick - self._first_tick]
 
-    def forget_the_dead(self) -> None:
-        """Drop what has ended, once it has been written down."""
-        self.lives = [life for life in self.lives if life.died is None]
-        self._times_s = [self._times_s[-1]]
-        self._first_tick = self._tick
+    def forget_the_dead(self, tick: int | None = None) -> None:
+        """Drop what had ended at a tick, by default now, once it has been written down."""
+        tick = self._tick if tick is None else tick
+        self.lives = [life for life in self.lives if life.died is None or life.died > tick]
+        del self._times_s[: tick - self._first_tick]
+        self._first_tick = tick
 
     def _advance(self) -> int:
         self._tick += 1

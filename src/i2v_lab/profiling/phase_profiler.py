@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.live_storages import LiveStorageMeter, StorageLife
 from i2v_lab.profiling.meters import CudaMeter, MemoryMeter, make_meter
 from i2v_lab.profiling.module_paths import ModulePaths
+from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.records import (
     GenerationRecord,
     GraphRecord,
@@ -36,24 +36,6 @@ from i2v_lab.units import format_bytes
 HOLDERS = 20  # largest storages written down for a phase's peak
 TORCH_ASKED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-@dataclass
-class _OpenPhase:
-    """A phase that has not ended: its maxima over the segments so far."""
-
-    name: str
-    parent: str | None
-    start_bytes: int
-    start_s: float
-    start_tick: int
-    peak_bytes: int = 0
-    peak_tick: int = 0
-    reserved_bytes: int | None = None
-    saved_bytes: int = 0
-    saved_by_module: dict[str, int] = field(default_factory=dict)
-    step_start_s: float = 0.0
-    step_peak_bytes: int = 0
 
 
 class PhaseProfiler:
@@ -114,7 +96,7 @@ class PhaseProfiler:
         if self._live is not None:
             self._live.paths = self.paths
         self._on_record = on_record
-        self._open: list[_OpenPhase] = []
+        self._open: list[OpenPhase] = []
         self._peak_so_far_bytes = 0
         self._origin_s = 0.0
         self._scopes = ExitStack()
@@ -157,7 +139,7 @@ class PhaseProfiler:
         """Take note of a pipeline's event."""
         match event:
             case PhaseStarted(phase=phase):
-                self._start(phase.value)
+                self.start(phase.value)
             case ComponentBuilt(name=name, module=module):
                 self.component(name, module)
                 if self.paths is not None:
@@ -173,7 +155,7 @@ class PhaseProfiler:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge a ``with`` block to a phase of this name."""
-        self._start(name)
+        self.start(name)
         start_s = time.perf_counter()
         try:
             yield
@@ -215,14 +197,15 @@ class PhaseProfiler:
 
     # --- Segments ---
 
-    def _start(self, name: str) -> None:
+    def start(self, name: str) -> None:
+        """Begin a phase, inside of those that are open."""
         self._require_active()
         self._cut()
         now_s = time.perf_counter() - self._origin_s
         tick = self._live.tick if self._live else 0
         parent = self._open[-1].name if self._open else None
         allocated = self._meter.allocated_bytes()
-        self._open.append(_OpenPhase(name, parent, allocated, now_s, tick, allocated, tick, step_start_s=now_s))
+        self._open.append(OpenPhase(name, parent, allocated, now_s, tick, allocated, tick, step_start_s=now_s))
         if self.paths is not None:
             self.paths.phase = name
 
@@ -253,25 +236,62 @@ class PhaseProfiler:
         phase.step_start_s, phase.step_peak_bytes = now_s, 0
 
     def _end(self, seconds: float, completed: bool, error: BaseException | None) -> None:
+        phase = self.set_aside()
+        phase.seconds = seconds
+        self.write_phase(phase, completed, error)
+
+    # --- Phases whose name, or number of steps, shows later ---
+
+    def set_aside(self) -> OpenPhase:
+        """End the innermost phase and do not write it down yet."""
         self._cut()
         phase = self._open.pop()
         if self.paths is not None:
             self.paths.phase = self._open[-1].name if self._open else ""
-        end_bytes = self._meter.allocated_bytes()
+        phase.end_bytes = self._meter.allocated_bytes()
+        phase.end_tick = self._live.tick if self._live else 0
+        phase.peak_so_far_bytes = self._peak_so_far_bytes
+        phase.seconds = time.perf_counter() - self._origin_s - phase.start_s
+        return phase
+
+    def reopen(self, phase: OpenPhase) -> None:
+        """Go on with a phase that was set aside; the one that was begun since turns out to be a part of it."""
+        phase.absorb(self.set_aside())
+        self._open.append(phase)
+        self.rename(phase.name)
+
+    def rename(self, name: str) -> None:
+        """Give the innermost phase another name."""
+        self._open[-1].name = name
+        if self.paths is not None:
+            self.paths.phase = name
+
+    def note_step(self) -> None:
+        """A step of the innermost phase is done; it is written down with the phase, when their number is known."""
+        self._cut()
+        phase = self._open[-1]
+        now_s = time.perf_counter() - self._origin_s
+        phase.steps.append((phase.step_peak_bytes, now_s - phase.step_start_s))
+        phase.step_start_s, phase.step_peak_bytes = now_s, 0
+
+    def write_phase(self, phase: OpenPhase, completed: bool = True, error: BaseException | None = None) -> None:
+        """Write down a phase that was set aside."""
+        for step, (peak_bytes, seconds) in enumerate(phase.steps, start=1):
+            self._write(StepRecord(phase.name, step, len(phase.steps), peak_bytes, seconds))
         if isinstance(error, VramCapExceeded | torch.OutOfMemoryError):
-            self._write(self._out_of_memory(phase.name, error, end_bytes))
+            self._write(self._out_of_memory(phase.name, error, phase.end_bytes))
         self._write(
             PhaseRecord(
                 phase=phase.name,
                 parent=phase.parent,
                 start_bytes=phase.start_bytes,
                 peak_bytes=phase.peak_bytes,
-                end_bytes=end_bytes,
+                end_bytes=phase.end_bytes,
                 peak_reserved_bytes=phase.reserved_bytes,
-                peak_so_far_bytes=self._peak_so_far_bytes,
+                peak_so_far_bytes=phase.peak_so_far_bytes,
                 saved_for_backward_bytes=phase.saved_bytes if self._probe else None,
                 start_s=phase.start_s,
-                seconds=seconds,
+                seconds=phase.seconds,
                 completed=completed,
             )
         )
@@ -279,13 +299,13 @@ class PhaseProfiler:
             self._write(GraphRecord(phase.name, module, nbytes))
         if self._live is not None and self.paths is not None:
             self._write_the_peak(phase, list(self._live.alive_at(phase.peak_tick)))
-            if not self._open:
-                for record in phase_timeline(self._live, phase.name, phase.start_tick, self._origin_s):
+            if phase.parent is None:
+                for record in phase_timeline(self._live, phase.name, phase.start_tick, phase.end_tick, self._origin_s):
                     self._write(record)
-        if self._live is not None and not self._open:
-            self._live.forget_the_dead()
+        if self._live is not None and phase.parent is None:
+            self._live.forget_the_dead(phase.end_tick)
 
-    def _write_the_peak(self, phase: _OpenPhase, alive: list[StorageLife]) -> None:
+    def _write_the_peak(self, phase: OpenPhase, alive: list[StorageLife]) -> None:
         totals: defaultdict[tuple[str, str], int] = defaultdict(int)
         for life in alive:
             totals[life.module, life.category_at(phase.peak_tick)] += life.nbytes

@@ -10,8 +10,10 @@ from i2v_lab.profiling.records import TimelineRecord
 POINTS = 400  # at most, for one phase
 
 
-def phase_timeline(meter: LiveStorageMeter, phase: str, start_tick: int, origin_s: float) -> list[TimelineRecord]:
-    """The timeline from ``start_tick`` to now, at most ``POINTS`` points.
+def phase_timeline(
+    meter: LiveStorageMeter, phase: str, start_tick: int, end_tick: int, origin_s: float
+) -> list[TimelineRecord]:
+    """The timeline from ``start_tick`` to ``end_tick``, at most ``POINTS`` points.
 
     The ticks are cut into equal runs, and of each run the moment with the most bytes alive is kept, so that no peak is
     smoothed away.
@@ -20,15 +22,16 @@ def phase_timeline(meter: LiveStorageMeter, phase: str, start_tick: int, origin_
         meter: Has watched the phase, and not forgotten it.
         phase: For the records.
         start_tick: Where the phase began.
+        end_tick: Where it ended; the meter may have watched more since.
         origin_s: Zero of the records' time, on ``time.perf_counter``'s clock.
     """
-    count = meter.tick - start_tick + 1
+    count = end_tick - start_tick + 1
     changes = np.zeros((len(CATEGORIES), count + 1), dtype=np.int64)
     row = {category: index for index, category in enumerate(CATEGORIES)}
 
     def add(category: str, nbytes: int, start: int, end: int | None) -> None:
-        first = max(start - start_tick, 0)
-        last = count if end is None else max(end - start_tick, 0)
+        first = min(max(start - start_tick, 0), count)
+        last = count if end is None else min(max(end - start_tick, 0), count)
         changes[row[category], first] += nbytes
         changes[row[category], last] -= nbytes
 

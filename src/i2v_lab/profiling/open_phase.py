@@ -1,0 +1,43 @@
+"""A phase that has not been written down yet: its maxima over the segments so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class OpenPhase:
+    """What is known of a phase so far; fields as in :class:`~i2v_lab.profiling.records.PhaseRecord`.
+
+    Attributes:
+        steps: Peak and seconds of each step whose total is not known before the phase ends.
+        end_bytes: Set when the phase ends, and so are ``end_tick``, ``peak_so_far_bytes`` and ``seconds``.
+    """
+
+    name: str
+    parent: str | None
+    start_bytes: int
+    start_s: float
+    start_tick: int
+    peak_bytes: int = 0
+    peak_tick: int = 0
+    reserved_bytes: int | None = None
+    saved_bytes: int = 0
+    saved_by_module: dict[str, int] = field(default_factory=dict)
+    step_start_s: float = 0.0
+    step_peak_bytes: int = 0
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    end_bytes: int = 0
+    end_tick: int = 0
+    peak_so_far_bytes: int = 0
+    seconds: float = 0.0
+
+    def absorb(self, later: OpenPhase) -> None:
+        """Count what ran after this phase was set aside as a part of it."""
+        self.step_peak_bytes = max(self.step_peak_bytes, later.step_peak_bytes)
+        if later.peak_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_tick = later.peak_bytes, later.peak_tick
+        if later.reserved_bytes is not None:
+            self.reserved_bytes = max(self.reserved_bytes or 0, later.reserved_bytes)
+        if later.saved_bytes > self.saved_bytes:
+            self.saved_bytes, self.saved_by_module = later.saved_bytes, later.saved_by_module

@@ -1,0 +1,267 @@
+"""Other people's pipelines: which of them can leak a graph, and how; and what they would take at full size."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from i2v_lab.paths import cache_dir, find_still
+from i2v_lab.profiling.records import Forecast
+from i2v_lab.reporting.files import write_text
+from i2v_lab.request import I2VRequest, Variant
+from i2v_lab.studies.experiments import FULL_SIZE_MODEL, SMALL_MODEL
+from i2v_lab.studies.forecasts import code_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from i2v_lab.pipeline.checkpoints import Weights
+
+CALLERS = "the caller's"
+PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "diffusers", "transformers")
+COLUMNS = ["pipeline", "lazy", "own_scope", "grad_bytes", "no_grad_bytes", "guarded_bytes"]
+
+
+# --- Which of them can leak a graph, and how --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline to be asked how it can leak.
+
+    Attributes:
+        name: For the table.
+        call: Calls it, ready to go.
+        decode: From what the call returned, the decoding that is left to its caller, as often as asked for; ``None``
+            where nothing is left.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    decode: Callable[[Any], Iterable[Any]] | None
+
+
+def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -> pd.DataFrame:
+    """How other people's pipelines can leak a graph, each run for real on the CPU, tiny, with random weights.
+
+    Which modes they run in does not depend on their size, so the answer is the same from every source; it is kept in
+    the cache.
+
+    Args:
+        image: The still.
+        model: A small architecture's name, whose weights ltx-pipelines gets; diffusers' are as small.
+
+    Returns:
+        ``pipeline``; ``lazy``: whether frames are decoded after it has returned; ``own_scope``: the grad mode that its
+        components run in when it is called with grad enabled; and the bytes that autograd
+        retains while the frames are made: ``grad_bytes`` with grad enabled, ``no_grad_bytes`` inside ``no_grad``,
+        ``guarded_bytes`` with grad enabled but through ``guard_stream``, missing where there is no stream to guard.
+    """
+    path = _kept_at(image, model)
+    rows = _kept(path)
+    if rows is None:
+        rows = _leak_rows(image, model)
+        write_text(path, json.dumps(rows))
+    return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[3:], "Int64"))
+
+
+def leak_summary(table: pd.DataFrame) -> dict[str, int]:
+    """How many of :func:`leak_table`'s ways are lazy and how many retain a graph; what the two remedies leave."""
+    return {
+        "others": len(table),
+        "others_lazy": int(table["lazy"].sum()),
+        "others_leaking": int((table["grad_bytes"] > 0).sum()),
+        "others_no_grad_bytes": int(table["no_grad_bytes"].max()),
+        "others_guarded_bytes": int(table["guarded_bytes"].max()),
+    }
+
+
+def _kept_at(image: str, model: str) -> Path:
+    parts = [str(find_still(image)), model, code_digest(), Path(__file__).read_text(), *map(version, PACKAGES)]
+    return cache_dir() / "leaks" / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.json"
+
+
+def _kept(path: Path) -> list[Any] | None:
+    with suppress(OSError, ValueError):
+        rows: list[Any] = json.loads(path.read_text())
+        return rows
+    return None
+
+
+def _leak_rows(image: str, model: str) -> list[list[Any]]:
+    from i2v_lab.pipeline.architectures import load_architecture
+    from i2v_lab.pipeline.checkpoints import resolve_weights
+
+    weights = resolve_weights(load_architecture(model), needs_lora=True)
+    request = I2VRequest(
+        image=str(find_still(image)), width=64, height=64, frames=9, fps=120.0
+    )  # any size shows a graph
+    with ExitStack() as scopes:
+        subjects = [*_upstream(weights, request, scopes), *_diffusers(weights, request)]
+        return [_row(subject) for subject in subjects]
+
+
+def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Iterator[Subject]:
+    from i2v_lab.pipeline.upstream import UpstreamPipeline
+
+    for variant, options in ((Variant.DISTILLED, {}), (Variant.DEV, {"num_inference_steps": 1})):
+        call = scopes.enter_context(UpstreamPipeline(weights).untouched(replace(request, variant=variant)))
+        yield Subject(
+            f"ltx-pipelines {type(call.func).__name__}", partial(call, **options), lambda made: again(made[0])
+        )
+
+
+def _diffusers(weights: Weights, request: I2VRequest) -> Iterator[Subject]:
+    import torch
+
+    from i2v_lab.pipeline.diffusers_ltx2 import TINY, diffusers_ltx2
+
+    pipeline = diffusers_ltx2(weights, TINY, dtype=torch.float32)
+    name = f"diffusers {type(pipeline.generate).__name__}"
+    decode = pipeline.generate.vae.decode
+    yield Subject(name, partial(pipeline, request), None)
+    yield Subject(
+        f"{name}, output_type='latent'", partial(pipeline, request, "latent"), lambda made: map(decode, [made[0]])
+    )
+
+
+def again(stream: Iterator[Any]) -> Iterator[Any]:
+    """A generator that has not begun, begun anew with the same arguments; the first one is left as it is."""
+    code = stream.gi_code  # type: ignore[attr-defined]
+    function = stream.gi_frame.f_globals[code.co_name]  # type: ignore[attr-defined]
+    arguments = inspect.getgeneratorlocals(stream)  # type: ignore[arg-type]
+    begun: Iterator[Any] = function(**arguments)
+    return begun
+
+
+def _row(subject: Subject) -> list[Any]:
+    import torch
+
+    from i2v_lab.profiling.autograd_graph import guard_stream
+
+    scope = own_scope(subject.call)
+    if subject.decode is None:  # it makes the frames itself
+        return [subject.name, False, scope, *(_retained(_called(subject.call), grad) for grad in (True, False)), None]
+    with torch.no_grad():
+        made = subject.call()
+    decode = partial(subject.decode, made)
+    lazy = any(isinstance(part, Iterator) for part in made)
+    kept = [_retained(decode(), True), _retained(decode(), False), _retained(guard_stream(decode()), True)]
+    return [subject.name, lazy, scope, *kept]
+
+
+def _called(call: Callable[[], Any]) -> Iterator[Any]:
+    yield call()
+
+
+def _retained(frames: Iterable[Any], grad: bool) -> int:
+    """The most that autograd retained while frames were made."""
+    import torch
+
+    from i2v_lab.profiling.phase_profiler import PhaseProfiler
+
+    with PhaseProfiler() as profiler, profiler.phase("decode_video"), torch.set_grad_enabled(grad):
+        for frame in frames:
+            del frame
+    return profiler.peak.saved_for_backward_bytes or 0
+
+
+class _Seen(Exception):
+    """Ends a call at the first module that runs in it."""
+
+
+def own_scope(call: Callable[[], Any]) -> str:
+    """The grad mode that a pipeline's first component runs in while the caller has grad enabled."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    seen: list[str] = []
+
+    def look(module: torch.nn.Module, args: Any) -> None:
+        inference = torch.is_inference_mode_enabled()
+        seen.append("inference_mode" if inference else CALLERS if torch.is_grad_enabled() else "no_grad")
+        raise _Seen
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        with torch.enable_grad():
+            call()
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+# --- At full size -----------------------------------------------------------------------------------------------------
+
+
+class Other(StrEnum):
+    """Whose pipeline, and how its weights are kept off the device."""
+
+    UPSTREAM = "ltx-pipelines"
+    DIFFUSERS = "diffusers"
+    DIFFUSERS_MODEL = "diffusers, model offloading"
+    DIFFUSERS_GROUP = "diffusers, group offloading"
+
+
+def forecast_other(other: Other, request: I2VRequest, model: str = FULL_SIZE_MODEL, device: str = "cuda") -> Forecast:
+    """What somebody else's two-stage pipeline would record for a request, without a GPU.
+
+    ltx-pipelines' runs with the model's architecture and the request's variant and quantization. diffusers' runs in
+    bfloat16 and without guidance, at the size of its default configuration, which is LTX-2's; from the model it takes
+    Gemma. Its video decoder does not tile.
+
+    Args:
+        other: Whose.
+        request: What to generate.
+        model: An architecture's name; a small one makes diffusers' small too.
+        device: ``cuda`` (there need be none) or ``cpu``.
+
+    Raises:
+        ForecastError: It does something that cannot be known without running it.
+
+    Example:
+        >>> request = I2VRequest(image="stills/lighthouse.png", width=1024, height=768, frames=97)
+        >>> forecast_other(Other.UPSTREAM, request).peak.phase  # doctest: +SKIP
+        'encode_prompt'
+    """
+    from i2v_lab.pipeline import ltx2
+    from i2v_lab.pipeline.architectures import load_architecture
+    from i2v_lab.pipeline.checkpoints import skeleton_weights
+    from i2v_lab.profiling.forecast import forecasting
+    from i2v_lab.profiling.workspaces import load_workspaces
+
+    start_s = time.perf_counter()
+    workspaces = load_workspaces() if device == "cuda" else None
+    weights = skeleton_weights(load_architecture(model))
+    request = replace(request, image=str(find_still(request.image)))
+    if other is Other.UPSTREAM:
+        from i2v_lab.pipeline.upstream import UpstreamPipeline
+
+        with forecasting(device, repeats=ltx2.repeats(), workspaces=workspaces) as profiler:
+            for chunk in UpstreamPipeline(weights, device, sinks=[profiler])(request).video:
+                del chunk
+    else:
+        from i2v_lab.pipeline.diffusers_ltx2 import FULL, TINY, Offload, diffusers_ltx2, repeats
+        from i2v_lab.studies.profile_call import profile_call
+
+        offload = {Other.DIFFUSERS_MODEL: Offload.MODEL, Other.DIFFUSERS_GROUP: Offload.GROUP}.get(other, Offload.NONE)
+        sizes = FULL if model == FULL_SIZE_MODEL else TINY
+        with forecasting(device, repeats=repeats(), workspaces=workspaces) as profiler:
+            pipeline = diffusers_ltx2(weights, sizes, device, offload=offload, forecast=True)
+            profile_call(pipeline, request, profiler=profiler)
+    context_bytes = workspaces.context_bytes if workspaces else 0
+    return Forecast(tuple(profiler.records), context_bytes, time.perf_counter() - start_s)

@@ -1,0 +1,198 @@
+"""The doctor names what is broken, by whom and what to do, and nothing that is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import distributions
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from i2v_lab import doctor
+from i2v_lab.cli import app
+from i2v_lab.doctor import Check, State, examine
+from i2v_lab.doctor_command import doctor_table, verdict
+from i2v_lab.requirements_check import Packages
+from i2v_lab.units import GIB, MIB
+
+HEALTHY = {
+    "i2v-lab": (
+        "0.1.0",
+        ["torch==2.11.*", "torchaudio==2.11.*", "torchvision==0.26.*", "ltx-core==1.0.0", "tokenizers>=0.22"],
+    ),
+    "torch": ("2.11.0", ["sympy"]),
+    "torchaudio": ("2.11.0", []),
+    "torchvision": ("0.26.0", ["torch==2.11.0"]),
+    "sympy": ("1.14", ["gmpy2; extra == 'fast'", "colorama; sys_platform == 'nowhere'"]),
+    "ltx-core": ("1.0.0", ["transformers>=4.52", "torch"]),
+    "ltx-pipelines": ("1.0.0", ["ltx-core"]),
+    "ltx-video": ("0.1.2", ["transformers<4.52.0,>=4.47.2"]),
+    "transformers": ("4.57.6", ["huggingface-hub<1.0,>=0.34", "tokenizers<=0.23,>=0.22"]),
+    "huggingface-hub": ("0.36.2", []),
+    "tokenizers": ("0.22.2", []),
+    "diffusers": ("0.39.0", ["huggingface_hub<2.0"]),
+    "av": ("18.1.0", []),
+    "jupyterlab": ("4.6.6", []),
+}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """An environment as its metadata on disk: healthy but for what is given; ``None`` takes a package away."""
+
+    def make(**changes: tuple[str, list[str]] | None) -> Packages:
+        for name, package in {**HEALTHY, **{key.replace("_", "-"): value for key, value in changes.items()}}.items():
+            if package is not None:
+                folder = tmp_path / f"{name.replace('-', '_')}-{package[0]}.dist-info"
+                folder.mkdir()
+                lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {package[0]}"]
+                lines += [f"Requires-Dist: {requirement}" for requirement in package[1]]
+                (folder / "METADATA").write_text("\n".join(lines) + "\n")
+        (tmp_path / "left_behind-1.0.dist-info").mkdir()
+        return Packages(distributions(path=[str(tmp_path)]))
+
+    return make
+
+
+def _ill(packages: Packages) -> dict[str, Check]:
+    return {check.name: check for check in examine(packages) if check.state is not State.OK}
+
+
+def test_a_healthy_environment_has_one_complaint_which_is_explained(made):
+    packages = made()
+    assert [str(each) for each in packages.unmet] == [
+        "ltx-video needs transformers<4.52.0,>=4.47.2; 4.57.6 is installed"
+    ]
+    assert _ill(packages) == {}
+    (ltx_video,) = doctor.check_packages(packages, ("ltx-video",))
+    assert ltx_video.advice == doctor.WHY_EXPECTED
+    (transformers,) = doctor.check_packages(packages, ("transformers",))
+    assert (transformers.state, transformers.advice) == (State.OK, "")
+
+
+def test_it_says_of_this_environment_what_pip_check_says():
+    said = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False).stdout
+    told = {line.split()[0] for line in said.splitlines() if " has requirement " in line or " requires " in line}
+    assert {each.package for each in Packages().unmet} == told
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "state", "found", "advice"),
+    [
+        ({"tokenizers": ("0.21.0", [])}, "tokenizers", "broken", "0.21.0", "i2v-lab needs tokenizers>=0.22; 0.21.0 is"),
+        ({"tokenizers": None}, "tokenizers", "broken", "missing", "pip install 'tokenizers<=0.23,>=0.22'."),
+        ({"huggingface_hub": ("1.2.0", [])}, "huggingface-hub", "broken", "1.2.0", "needs huggingface-hub<1.0,>=0.34"),
+        ({"torchvision": ("0.25.0", [])}, "torch family", "broken", "torchvision 0.25.0", "not one family"),
+        ({"torchaudio": ("2.11.0+cpu", [])}, "torch family", "broken", "torchaudio 2.11.0+cpu", "all from one index"),
+        ({"torchaudio": None}, "torch family", "broken", "torchaudio missing", "pip install 'torch==2.11.*'"),
+        ({"torch": ("2.11.1", [])}, "torch family", "broken", "torch 2.11.1", "torchvision needs torch==2.11.0"),
+        ({"sympy": None}, "other requirements", "broken", "torch needs sympy; none", "pip install 'sympy'."),
+        ({"rival": ("1", ["av<5"])}, "other requirements", "warning", "rival needs av<5; 18.1.0", "does not need who"),
+        ({"ltx_video": None}, "ltx-video", "warning", "missing", "pip install --no-deps ltx-video==0.1.2. Until then"),
+        ({"jupyterlab": None}, "jupyterlab", "warning", "missing", "there is no `i2v-lab lab`; everything else runs."),
+        ({"i2v_lab": None}, "other requirements", "broken", "i2v-lab itself is not installed", "pip install -e ."),
+    ],
+)  # fmt: skip
+def test_what_is_broken_is_named_with_what_to_do(made, changes, name, state, found, advice):
+    ill = _ill(made(**changes))
+    assert ill[name].state == state
+    assert found in ill[name].found
+    assert advice in ill[name].advice
+
+
+def test_a_machine_without_a_gpu_is_healthy_and_one_whose_card_torch_misses_is_warned(monkeypatch):
+    import pynvml
+    import torch
+
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
+    assert (doctor.check_driver().state, doctor.check_driver().found) == (State.OK, "none")
+    assert doctor.check_cuda().state is State.OK
+
+    card = SimpleNamespace(free=70 * GIB, total=80 * GIB)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion_v2", lambda: 12040)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "550.54")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: card)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: "NVIDIA Something")
+    found = doctor.check_driver().found
+    assert found == "550.54, up to CUDA 12.4: NVIDIA Something (70.00 GiB of 80.00 GiB free)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    check = doctor.check_cuda()
+    assert check.state is State.WARNING
+    assert "The driver knows CUDA 12 at most: install a newer driver" in check.advice
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "Install torch with CUDA" in doctor.check_cuda().advice
+
+
+def test_encoders_disk_memory_and_shared_memory(monkeypatch, tmp_path):
+    assert doctor.check_encoders().state is State.OK
+    monkeypatch.setattr(doctor, "ENCODERS", ("libx264", "none-such"))
+    assert doctor.check_encoders().state is State.BROKEN
+    assert "without none-such: no MP4" in doctor.check_encoders().found
+
+    deep = tmp_path / "not" / "made"
+    assert doctor.check_disk("cache folder", deep, "x").found.startswith(f"{deep}: ")
+    assert not deep.exists()
+    usage = SimpleNamespace(free=MIB)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    assert doctor.check_disk("cache folder", tmp_path, "set X to a folder").state is State.BROKEN
+    usage.free = GIB
+    check = doctor.check_disk("cache folder", tmp_path, "set X to a folder")
+    assert check.state is State.WARNING
+    assert check.advice == "Free some space, or set X to a folder with 2.00 GiB and more"
+    (tmp_path / "file").touch()
+    check = doctor.check_disk("cache folder", tmp_path / "file" / "below", "set X to a folder")
+    assert check.state is State.BROKEN
+    assert check.advice.startswith("It cannot be written")
+
+    assert [doctor.check_memory(free).state for free in (GIB // 2, GIB, 3 * GIB)] == ["broken", "warning", "ok"]
+    assert doctor.check_shared_memory(tmp_path, free=MIB).state is State.WARNING
+    assert doctor.check_shared_memory(tmp_path / "none").state is State.OK
+    assert doctor.check_python("3.9.18").state is State.BROKEN
+    assert doctor.check_python("3.12.1").state is State.OK
+    assert doctor.check_chromium(lambda name: None).state is State.OK
+
+
+# --- The command ---
+
+
+def test_the_command_prints_a_row_for_each_check_and_json_for_programs():
+    told = CliRunner().invoke(app, ["doctor", "--json"])
+    report = json.loads(told.output)
+    assert (told.exit_code, report["ok"]) == (0, True)
+    checks = [Check(**each) for each in report["checks"]]
+    assert {"Python", "torch family", "ltx-video", "encoders of av", "memory"} <= {check.name for check in checks}
+    console = Console(width=150)
+    with console.capture() as captured:
+        console.print(doctor_table([Check(**{**each, "state": State(each["state"])}) for each in report["checks"]]))
+    assert all(check.name in captured.get() for check in checks)
+
+
+def test_the_exit_status_is_1_only_where_a_run_would_fail(monkeypatch):
+    for state, status, said in [
+        (State.BROKEN, 1, "A run would fail. broken: av; warning: disk."),
+        (State.WARNING, 0, "Everything that a run needs is here; warning: av, disk."),
+        (State.OK, 0, "Everything that a run needs is here; warning: disk."),
+    ]:
+        checks = [Check("av", state, "18"), Check("disk", State.WARNING, "[full]", "free [some]")]
+        monkeypatch.setattr(doctor, "examine", lambda checks=checks: checks)
+        told = CliRunner().invoke(app, ["doctor"])
+        assert (told.exit_code, verdict(checks)) == (status, said)
+        assert said in told.output
+        assert "[full]" in told.output
+
+
+def test_the_doctor_needs_no_torch_to_be_asked_for_help():
+    code = "import sys, i2v_lab.doctor, i2v_lab.doctor_command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,109 @@
+"""Other people's pipelines: what they would take, and how a grad scope is found out."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pandas as pd
+import pytest
+import torch
+
+from i2v_lab import I2VRequest, forecasting
+from i2v_lab.profiling.records import GraphRecord
+from i2v_lab.studies.others import Other, again, forecast_other, leak_summary, own_scope
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def forecasts(still):
+    request = I2VRequest(image=str(still), width=128, height=64, frames=9, fps=120)
+    return {other: forecast_other(other, request, "ltx-2.3-tiny") for other in Other}
+
+
+def test_every_pipeline_of_others_can_be_forecast_on_a_card(forecasts):
+    stages = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent"]
+    for other, forecast in forecasts.items():
+        phases = [phase.phase for phase in forecast.phases]
+        assert phases[:4] == stages
+        assert set(phases) >= {"denoise_stage_2", "decode_audio", "decode_video"}
+        assert forecast.context_bytes > 0
+        assert not [record for record in forecast.records if isinstance(record, GraphRecord)], other
+
+
+def test_offloading_keeps_weights_off_the_card(forecasts):
+    def starts(other: Other) -> dict[str, int]:
+        return {phase.phase: phase.start_bytes for phase in forecasts[other].phases}
+
+    resident, model, group = map(starts, (Other.DIFFUSERS, Other.DIFFUSERS_MODEL, Other.DIFFUSERS_GROUP))
+    assert resident["denoise_stage_1"] - group["denoise_stage_1"] > 8 * MIB
+    assert all(group[phase] < resident[phase] for phase in resident)
+    assert all(model[phase] < resident[phase] for phase in resident)
+    peaks = {
+        other: {phase.phase: phase.peak_bytes for phase in forecast.phases}["denoise_stage_2"]
+        for other, forecast in forecasts.items()
+    }
+    assert peaks[Other.DIFFUSERS_GROUP] < peaks[Other.DIFFUSERS_MODEL] < peaks[Other.DIFFUSERS]
+    first, _, _, _, second, *_ = forecasts[Other.DIFFUSERS_GROUP].phases
+    assert first.phase == second.phase == "encode_prompt"
+    assert second.peak_bytes - first.peak_bytes < MIB // 8  # what went on the card the first time is not there twice
+
+
+def test_what_is_copied_or_moved_by_its_data_is_where_a_forecast_says():
+    with forecasting("cuda") as profiler, profiler.phase("move"):
+        before = profiler.allocated_bytes()
+        layer = torch.nn.Linear(256, 256, bias=False)
+        assert profiler.allocated_bytes() == before  # on the CPU
+        layer.weight.data = layer.weight.data.to("cuda")
+        gc.collect()
+        assert profiler.allocated_bytes() - before == 256 * 256 * 4
+        assert layer(torch.ones(1, 256, device="cuda")).device.type == "cuda"
+        twin = copy.deepcopy(layer)
+        assert isinstance(twin.weight, torch.nn.Parameter)
+        assert twin.weight.untyped_storage()._cdata != layer.weight.untyped_storage()._cdata
+        assert profiler.allocated_bytes() - before == 2 * 256 * 256 * 4
+        layer.tied = layer.weight
+        moved = torch.nn.Sequential(layer).to("cpu")[0]
+        assert moved.tied is moved.weight is layer.weight
+        assert layer.weight.device.type == "cpu"
+        gc.collect()
+        assert profiler.allocated_bytes() - before == 256 * 256 * 4  # its twin's
+        sigmas = copy.deepcopy({"sigmas": torch.tensor([1.0, 0.5])})
+        assert sigmas["sigmas"].tolist() == [1.0, 0.5]  # known before, known after
+
+
+def test_the_grad_scope_of_a_call_is_that_of_its_first_module():
+    layer = torch.nn.Linear(1, 1)
+    call = lambda: layer(torch.ones(1))  # noqa: E731
+    with torch.no_grad():  # it is asked with grad enabled, whatever the mode here
+        assert own_scope(call) == "the caller's"
+    assert own_scope(torch.no_grad()(call)) == "no_grad"
+    assert own_scope(torch.inference_mode()(call)) == "inference_mode"
+    assert call().requires_grad  # nothing is left hooked in
+
+
+def counted(start: int, items: list[int]):
+    yield from (start + item for item in items)
+
+
+def test_a_stream_that_has_not_begun_can_be_begun_anew():
+    stream = counted(1, [1, 2])
+    assert [list(again(stream)), list(again(stream)), list(stream)] == [[2, 3]] * 3
+
+
+def test_the_summary_counts_what_leaks():
+    rows = {
+        "lazy": [True, False, False],
+        "grad_bytes": [5, 3, 0],
+        "no_grad_bytes": [0, 0, 0],
+        "guarded_bytes": [0, 1, None],
+    }
+    table = pd.DataFrame(rows).astype({"guarded_bytes": "Int64"})
+    assert leak_summary(table) == {
+        "others": 3,
+        "others_lazy": 1,
+        "others_leaking": 2,
+        "others_no_grad_bytes": 0,
+        "others_guarded_bytes": 1,
+    }
