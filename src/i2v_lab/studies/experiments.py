@@ -12,7 +12,7 @@ from i2v_lab.errors import InvalidRequest
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 
 if TYPE_CHECKING:
-    from i2v_lab.pipeline.two_stage import Generation
+    from i2v_lab.pipeline.generation import Generation
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 FULL_SIZE_MODEL = "ltx-2.3-22b"
