@@ -49,6 +49,7 @@ def forecast_request(request: I2VRequest, model: str = FULL_SIZE_MODEL, device: 
     Raises:
         UnknownModel: No such architecture.
         InvalidRequest: The model has not what is asked for.
+        BackendUnavailable: Its package is not installed.
         InvalidImage: The still cannot be read.
         ForecastError: The pipeline does something that cannot be known without running it.
 
@@ -68,7 +69,9 @@ def forecast_experiment(experiment: Experiment, device: str = "cuda") -> Forecas
         device: As in :func:`forecast_request`, and so are the errors.
     """
     start_s = time.perf_counter()
-    check_request(load_architecture(experiment.model), experiment.request)
+    architecture = load_architecture(experiment.model)
+    check_request(architecture, experiment.request)
+    backend_of(architecture).require_package()
     path = _path(experiment, device)
     known = _read(path)
     if known is None:
