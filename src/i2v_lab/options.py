@@ -12,8 +12,10 @@ from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Varia
 
 Prompt = Annotated[str, typer.Option(help="What should happen.")]
 NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]
-Width = Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")]
-Height = Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")]
+Width = Annotated[
+    int | None, typer.Option(help="Pixels, a multiple of 64; of 32 for LTX-Video. [default: the model's]")
+]
+Height = Annotated[int | None, typer.Option(help="Pixels, likewise. [default: the model's]")]
 Frames = Annotated[int | None, typer.Option(help="8k+1. [default: the model's]")]
 Fps = Annotated[float, typer.Option(help="Frames per second.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from i2v_lab.errors import BackendUnavailable, InvalidRequest
-from i2v_lab.request import I2VRequest, Quantization, Variant
+from i2v_lab.request import PIXEL_MULTIPLE, SPATIAL_SCALE, I2VRequest, Quantization, Variant, VideoShape
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ class Backend:
         weights: Options that name real weights.
         quantizations: Of the transformer; the first is the usual one.
         tiled: Whether its decoder can cut the latent into tiles.
+        pixel_multiple: Of the width and height of its videos.
         homes: Its parts, as ``module:name`` below :mod:`i2v_lab.pipeline`.
 
     Example:
@@ -56,6 +57,7 @@ class Backend:
     weights: tuple[str, ...]
     quantizations: tuple[Quantization, ...]
     tiled: bool
+    pixel_multiple: int
     homes: Mapping[str, str] = field(repr=False)
 
     def require_package(self) -> None:
@@ -140,6 +142,7 @@ BACKENDS: Mapping[str, Backend] = {
             weights=("checkpoint", "gemma", "upsampler", "lora"),
             quantizations=(Quantization.FP8_CAST, Quantization.BF16),
             tiled=True,
+            pixel_multiple=PIXEL_MULTIPLE,
             homes={
                 "resolve_weights": "checkpoints:resolve_weights",
                 "skeleton_weights": "checkpoints:skeleton_weights",
@@ -155,6 +158,7 @@ BACKENDS: Mapping[str, Backend] = {
             weights=("checkpoint", "text_encoder", "upsampler"),
             quantizations=(Quantization.BF16,),  # its own fp8 needs q8_kernels
             tiled=False,  # its tiles leave out the timestep that the decoder of 0.9.8 is conditioned on
+            pixel_multiple=SPATIAL_SCALE,
             homes={
                 "resolve_weights": "ltx_video_weights:resolve_weights",
                 "skeleton_weights": "ltx_video_weights:skeleton_weights",
@@ -200,12 +204,43 @@ def check_request(architecture: Architecture, request: I2VRequest) -> None:
             raise InvalidRequest(
                 f"{name}={value!r} is not for model={model!r}; use {' or '.join(choices)}", **{name: value}
             )
+    for name in ("width", "height"):
+        value, multiple = getattr(request, name), backend.pixel_multiple
+        if value % multiple:
+            raise InvalidRequest(
+                f"{name}={value} is not for model={model!r}; use a multiple of {multiple}", **{name: value}
+            )
+    if backend.name == "ltx-video" and stage_shape(architecture, request, 1).latent().tokens == 1:
+        raise InvalidRequest(
+            f"frames=1 at {request.width}x{request.height} is not for model={model!r}, whose transformer needs "
+            "more than one latent position; use 9 frames, or 128 pixels or more",
+            frames=1,
+        )
     if request.tiling is not None and not backend.tiled:
         raise InvalidRequest(
             f"tile_px={request.tiling.tile_px} is not for model={model!r}, whose decoder works in one piece; use no "
             "tiling (--no-tiling, or tiling=None)",
             tiling=request.tiling,
         )
+
+
+def stage_shape(architecture: Architecture, request: I2VRequest, stage: int) -> VideoShape:
+    """The video in pixels as a stage of the model works on it.
+
+    Models of ltx-video begin at two thirds of the size, rounded down to 32 pixels, and double that: their second stage
+    may be larger than what is asked for, and is scaled down at the end. Source: ``LTXMultiScalePipeline.__call__``.
+
+    Example:
+        >>> from i2v_lab.pipeline.architectures import load_architecture
+        >>> request = I2VRequest(image="still.png", width=320, height=192)
+        >>> stage_shape(load_architecture("ltxv-tiny"), request, 2)
+        VideoShape(frames=97, height=192, width=384)
+    """
+    if "downscale_factor" not in architecture.sampling:
+        return request.stage_shape(stage)
+    factor = architecture.sampling["downscale_factor"]
+    height, width = (int(side * factor) // SPATIAL_SCALE * SPATIAL_SCALE for side in (request.height, request.width))
+    return VideoShape(request.frames, height * stage, width * stage)
 
 
 def _option(name: str) -> str:

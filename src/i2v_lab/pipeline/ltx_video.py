@@ -37,6 +37,7 @@ from PIL import Image
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from i2v_lab.pipeline.backends import stage_shape
 from i2v_lab.request import SPATIAL_SCALE, I2VRequest, VideoShape
 
 if TYPE_CHECKING:
@@ -200,22 +201,6 @@ def _known_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
         warnings.filterwarnings("ignore", message="Accessing config attribute", category=FutureWarning)
         yield
-
-
-def stage_shape(architecture: Architecture, request: I2VRequest, stage: int) -> VideoShape:
-    """The video in pixels as a stage works on it; the second may be larger than what is asked for, and is scaled down.
-
-    Source: ``LTXMultiScalePipeline.__call__``.
-
-    Example:
-        >>> from i2v_lab.pipeline.architectures import load_architecture
-        >>> request = I2VRequest(image="still.png", width=320, height=192, quantization="bf16", tiling=None)
-        >>> stage_shape(load_architecture("ltxv-tiny"), request, 2)
-        VideoShape(frames=97, height=192, width=384)
-    """
-    factor = architecture.sampling["downscale_factor"]
-    height, width = (int(side * factor) // SPATIAL_SCALE * SPATIAL_SCALE for side in (request.height, request.width))
-    return VideoShape(request.frames, height * stage, width * stage)
 
 
 def still_pixels(pixels: np.ndarray, request: I2VRequest) -> np.ndarray:

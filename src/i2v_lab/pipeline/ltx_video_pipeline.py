@@ -12,7 +12,7 @@ import torch
 
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
 from i2v_lab.pipeline import ltx_video
-from i2v_lab.pipeline.backends import check_request
+from i2v_lab.pipeline.backends import check_request, stage_shape
 from i2v_lab.pipeline.generation import (
     GRAD_SCOPES,
     Generation,
@@ -97,7 +97,7 @@ class LtxVideoPipeline:
                 build = partial(ltx_video.build_vae, weights, device, "encoder")
                 with scope.component("video_encoder", build) as encoder:
                     still = torch.tensor(pixels)
-                    shapes = [ltx_video.stage_shape(weights.architecture, request, stage) for stage in (1, 2)]
+                    shapes = [stage_shape(weights.architecture, request, stage) for stage in (1, 2)]
                     stills = [ltx_video.encode_still(encoder, still, each, device, noise.of_torch) for each in shapes]
                     del still
             with ExitStack() as held:  # the transformer of both passes

@@ -19,7 +19,7 @@ FULL_SIZE_MODEL = "ltx-2.3-22b"
 SMALL_MODEL = "ltx-2.3-tiny"
 DEFAULT_STILL = "stills/lighthouse.png"
 # What a request has that no byte depends on: the still is scaled, the prompt filled up to 1,024 tokens.
-WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed")
+WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed", "pixel_multiple")
 
 
 class Consumer(StrEnum):
