@@ -317,6 +317,7 @@ class I2VRequest(HtmlFields):
     def digest(self) -> str:
         """A hash of everything that shapes the result, stable over machines: the still counts by its content."""
         values = self.to_json()
+        del values["pixel_multiple"]  # a rule for sizes, which shapes nothing itself
         still = Path(self.image)
         values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

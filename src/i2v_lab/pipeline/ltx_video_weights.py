@@ -105,7 +105,7 @@ class MakingLoader:
 
     Args:
         architecture: What to make.
-        make: A tensor of a name, shape and device.
+        make: A tensor of a name, shape, device and dtype.
     """
 
     def __init__(self, architecture: Architecture, make: Callable[..., torch.Tensor]) -> None:
@@ -117,7 +117,7 @@ class MakingLoader:
     ) -> dict[str, torch.Tensor]:
         """As :class:`Loader` has it."""
         return {
-            key: self._make(key, shape, device).to(dtype)
+            key: self._make(key, shape, device, dtype)
             for path in paths
             for key, shape in file_layout(self._architecture, path.removeprefix(SCHEME)).items()
             if key.startswith(prefix)
@@ -193,7 +193,7 @@ def resolve_weights(
 def synthetic_weights(architecture: Architecture) -> LtxVideoWeights:
     """Random weights in the real layout."""
     if elements(file_layout(architecture, "checkpoint")) * DTYPE.itemsize > FILE_LIMIT_BYTES:
-        return _on_demand(architecture, synthetic_tensor)
+        return _on_demand(architecture, _drawn)
     folder = _cached_folder(architecture, with_weights=True)
     path = {file: str(folder / name) for file, name in FILES.items()}
     return LtxVideoWeights(
@@ -206,6 +206,10 @@ def skeleton_weights(architecture: Architecture) -> LtxVideoWeights:
     for file in FILES:
         file_layout(architecture, file)  # kept from here on; under fake tensors it would take longer
     return _on_demand(architecture, uninitialized_tensor)
+
+
+def _drawn(key: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
+    return synthetic_tensor(key, shape, device).to(dtype)
 
 
 def _on_demand(architecture: Architecture, make: Callable[..., torch.Tensor]) -> LtxVideoWeights:
@@ -228,7 +232,7 @@ def _cached_folder(architecture: Architecture, *, with_weights: bool) -> Path:
             for file, name in FILES.items():
                 dtype = torch.float32 if file == "upsampler" else DTYPE
                 layout = file_layout(architecture, file)
-                tensors = {key: synthetic_tensor(key, shape).to(dtype) for key, shape in layout.items()}
+                tensors = {key: _drawn(key, shape, "cpu", dtype) for key, shape in layout.items()}
                 described = {"config": json.dumps(metadata[file])} if file in metadata else {"format": "pt"}
                 save_file(tensors, folder / name, metadata=described)
 

@@ -44,6 +44,8 @@ def synthetic_tensor(key: str, shape: tuple[int, ...], device: torch.device | st
     return torch.cat([*[values] * whole, values[:rest]]).reshape(shape)
 
 
-def uninitialized_tensor(key: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """The same without values: enough where only memory counts."""
-    return torch.empty(shape, dtype=DTYPE, device=device)
+def uninitialized_tensor(
+    key: str, shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype = DTYPE
+) -> torch.Tensor:
+    """A tensor without values: enough where only memory counts."""
+    return torch.empty(shape, dtype=dtype, device=device)
