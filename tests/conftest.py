@@ -47,6 +47,15 @@ def tiny_files(tiny) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def ltxv_tiny(_cache):
+    """Weights of ``ltxv-tiny``, as files."""
+    from i2v_lab.pipeline.architectures import load_architecture
+    from i2v_lab.pipeline.ltx_video_weights import resolve_weights
+
+    return resolve_weights(load_architecture("ltxv-tiny"))
+
+
+@pytest.fixture(scope="session")
 def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small RGB picture with some structure in it."""
     path = tmp_path_factory.mktemp("stills") / "still.png"

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from i2v_lab.lab.generate import Generate
     from i2v_lab.lab.monitor import VramMonitor
     from i2v_lab.pipeline.checkpoints import Weights, resolve_weights
+    from i2v_lab.pipeline.generation import Generation, VideoStream
     from i2v_lab.pipeline.media import write_video
-    from i2v_lab.pipeline.two_stage import Generation, TwoStagePipeline, VideoStream
+    from i2v_lab.pipeline.two_stage import TwoStagePipeline
     from i2v_lab.profiling.autograd_graph import guard_stream, watch
     from i2v_lab.profiling.forecast import forecast, forecasting
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -42,9 +43,9 @@ _HOME = {
     "Weights": "i2v_lab.pipeline.checkpoints",
     "resolve_weights": "i2v_lab.pipeline.checkpoints",
     "write_video": "i2v_lab.pipeline.media",
-    "Generation": "i2v_lab.pipeline.two_stage",
+    "Generation": "i2v_lab.pipeline.generation",
     "TwoStagePipeline": "i2v_lab.pipeline.two_stage",
-    "VideoStream": "i2v_lab.pipeline.two_stage",
+    "VideoStream": "i2v_lab.pipeline.generation",
     "Forecast": "i2v_lab.profiling.records",
     "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
     "guard_stream": "i2v_lab.profiling.autograd_graph",

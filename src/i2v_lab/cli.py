@@ -20,7 +20,7 @@ from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy,
 from i2v_lab.lab_command import LAB_CONTEXT, LAB_EXAMPLES, lab
 from i2v_lab.measure_command import MEASURE_EXAMPLES, measure
 from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
-from i2v_lab.request import DecodeScope, Quantization, Variant
+from i2v_lab.request import DecodeScope, Variant
 from i2v_lab.show import show
 from i2v_lab.studies.experiments import SMALL_MODEL
 
@@ -55,6 +55,7 @@ Real weights on a GPU:
 def main() -> None:
     """Entry point of ``i2v-lab``: errors of ours are one line on stderr and an exit status, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
@@ -88,27 +89,38 @@ def generate(
     seed: options.Seed = 10,
     model: options.Model = SMALL_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
-    quantization: options.QuantizationOption = Quantization.FP8_CAST,
-    tile_px: options.TilePx = 768,
-    tile_overlap_px: options.TileOverlapPx = 64,
-    tile_frames: options.TileFrames = 80,
-    tile_overlap_frames: options.TileOverlapFrames = 24,
+    quantization: options.QuantizationOption = None,
+    tile_px: options.TilePx = None,
+    tile_overlap_px: options.TileOverlapPx = None,
+    tile_frames: options.TileFrames = None,
+    tile_overlap_frames: options.TileOverlapFrames = None,
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Main weights. [default: synthetic]")] = None,
-    gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder.")] = None,
+    gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder (LTX-2).")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="T5 folder (LTX-Video).")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
-    lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (dev variant).")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (LTX-2, dev variant).")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Turn a still into a video, and report the peak memory of every phase."""
     from i2v_lab.pipeline.architectures import load_architecture
+    from i2v_lab.pipeline.backends import backend_of
 
     architecture = load_architecture(model)
+    backend = backend_of(architecture)
+    paths = {
+        "checkpoint": checkpoint,
+        "gemma": gemma,
+        "text_encoder": text_encoder,
+        "upsampler": upsampler,
+        "lora": lora,
+    }
+    backend.require_own(paths, model)
     request = options.build_request(
-        architecture.request,
+        architecture,
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
         no_tiling,
         image=str(image),
@@ -128,27 +140,18 @@ def generate(
     media.check_output(out)
     media.load_still(image)
 
-    from i2v_lab.pipeline.checkpoints import resolve_weights
-    from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
+    from i2v_lab.pipeline.generation import resolve_device
     from i2v_lab.progress import ProgressReport
     from i2v_lab.store import run_metadata
     from i2v_lab.studies.measured import profiled
 
     target = resolve_device(device)
     with ProgressReport(request.frames) as progress:
-        weights = resolve_weights(
-            architecture,
-            checkpoint=checkpoint,
-            gemma=gemma,
-            upsampler=upsampler,
-            lora=lora,
-            needs_lora=variant is Variant.DEV,
-            progress=progress.checked,
-        )
+        weights = backend.resolve_weights(architecture, variant, progress.checked, **paths)
         metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
         # Following modules and graphs is what --profile adds; peaks alone need neither.
         with profiled(target, profile, metadata, attribute=profile is not None) as profiler:
-            generation = TwoStagePipeline(weights, target, sinks=[profiler, progress])(request)
+            generation = backend.pipeline(weights, target, sinks=[profiler, progress])(request)
             with generation.video as chunks:
                 media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)
     report: dict[str, Any] = {

@@ -57,6 +57,10 @@ class UnknownModel(I2VLabError):
     """No architecture of that name is in ``data/architectures``."""
 
 
+class BackendUnavailable(I2VLabError):
+    """The package that a model runs on is not installed."""
+
+
 class CheckpointError(I2VLabError):
     """Weights are missing, damaged, incomplete or of another architecture."""
 

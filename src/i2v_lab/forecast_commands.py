@@ -13,7 +13,7 @@ import typer
 
 from i2v_lab import options
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def forecast(
     seed: options.Seed = 10,
     model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
-    quantization: options.QuantizationOption = Quantization.FP8_CAST,
-    tile_px: options.TilePx = 768,
-    tile_overlap_px: options.TileOverlapPx = 64,
-    tile_frames: options.TileFrames = 80,
-    tile_overlap_frames: options.TileOverlapFrames = 24,
+    quantization: options.QuantizationOption = None,
+    tile_px: options.TilePx = None,
+    tile_overlap_px: options.TileOverlapPx = None,
+    tile_frames: options.TileFrames = None,
+    tile_overlap_frames: options.TileOverlapFrames = None,
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
     vram_cap_gib: Annotated[float | None, typer.Option(help="Judge a card of this size too, in GiB.")] = None,
@@ -81,7 +81,7 @@ def forecast(
             f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB", vram_cap_gib=vram_cap_gib
         )
     request = options.build_request(
-        load_architecture(model).request,
+        load_architecture(model),
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
         no_tiling,
         image=str(image),
@@ -190,10 +190,11 @@ def fit(
     fps: options.Fps = 24.0,
     model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
-    quantization: options.QuantizationOption = Quantization.FP8_CAST,
+    quantization: options.QuantizationOption = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the largest video that a card takes: its size, its frames, or its tiling, whichever is left open."""
+    from i2v_lab.pipeline.architectures import load_architecture
     from i2v_lab.studies.fit import FitSearch
     from i2v_lab.units import format_bytes
 
@@ -203,17 +204,18 @@ def fit(
     if sides is None:
         raise InvalidRequest(f"aspect={aspect!r} is not two numbers; write it as 4:3", aspect=aspect)
     memory_bytes = _memory_bytes(gpu)
-    asked = {"frames": frames, "width": width, "height": height}
-    default = Tiling()
+    # Where it is searched for, a size may be any.
     request = options.build_request(
-        {},
-        (default.tile_px, default.tile_overlap_px, default.tile_frames, default.tile_overlap_frames),
+        load_architecture(model),
+        (None,) * 4,
         no_tiling=False,
         image=DEFAULT_STILL,
         fps=fps,
         variant=variant,
         quantization=quantization,
-        **asked,
+        frames=I2VRequest.frames if frames is None else frames,
+        width=I2VRequest.width if width is None else width,
+        height=I2VRequest.height if height is None else height,
     )
 
     def tell(tried: I2VRequest, result: Forecast, verdict: str) -> None:

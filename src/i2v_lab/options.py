@@ -6,40 +6,51 @@ from typing import Annotated, Any
 
 import typer
 
+from i2v_lab.pipeline.architectures import Architecture
+from i2v_lab.pipeline.backends import backend_of, check_request
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 Prompt = Annotated[str, typer.Option(help="What should happen.")]
 NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]
-Width = Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")]
-Height = Annotated[int | None, typer.Option(help="Pixels, a multiple of 64. [default: the model's]")]
+Width = Annotated[
+    int | None, typer.Option(help="Pixels, a multiple of 64; of 32 for LTX-Video. [default: the model's]")
+]
+Height = Annotated[int | None, typer.Option(help="Pixels, likewise. [default: the model's]")]
 Frames = Annotated[int | None, typer.Option(help="8k+1. [default: the model's]")]
 Fps = Annotated[float, typer.Option(help="Frames per second.")]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Model = Annotated[str, typer.Option(help="An architecture of data/architectures.")]
 VariantOption = Annotated[Variant, typer.Option(help="Sampler: 8+3 steps, or guided then 3.")]
-QuantizationOption = Annotated[Quantization, typer.Option(help="Of the transformer.")]
-TilePx = Annotated[int, typer.Option(help="Decoder tile, longer side.")]
-TileOverlapPx = Annotated[int, typer.Option(help="Overlap of tiles, pixels.")]
-TileFrames = Annotated[int, typer.Option(help="Decoder tile, frames.")]
-TileOverlapFrames = Annotated[int, typer.Option(help="Overlap of tiles, frames.")]
+QuantizationOption = Annotated[Quantization | None, typer.Option(help="Of the transformer. [default: the model's]")]
+TilePx = Annotated[int | None, typer.Option(help="Decoder tile, longer side. [default: 768]")]
+TileOverlapPx = Annotated[int | None, typer.Option(help="Overlap of tiles, pixels. [default: 64]")]
+TileFrames = Annotated[int | None, typer.Option(help="Decoder tile, frames. [default: 80]")]
+TileOverlapFrames = Annotated[int | None, typer.Option(help="Overlap of tiles, frames. [default: 24]")]
 NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")]
 DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def build_request(
-    defaults: dict[str, int], tile: tuple[int, int, int, int], no_tiling: bool, **asked: Any
+    architecture: Architecture, tile: tuple[int | None, ...], no_tiling: bool, **asked: Any
 ) -> I2VRequest:
     """The request of a command line.
 
     Args:
-        defaults: Width, height and frames to use where none is asked for.
+        architecture: Has what to use where nothing is asked for, and a backend, which must be there.
         tile: ``tile_px, tile_overlap_px, tile_frames, tile_overlap_frames``.
         no_tiling: Disregard ``tile``.
         **asked: Everything else, ``None`` where nothing is asked for.
 
     Raises:
         InvalidRequest: A rule is broken.
+        BackendUnavailable: The model's package is not installed.
     """
     given = {name: value for name, value in asked.items() if value is not None}
-    return I2VRequest(**{**defaults, **given}, tiling=None if no_tiling else Tiling(*tile))
+    names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
+    tiles = {name: value for name, value in zip(names, tile, strict=True) if value is not None}
+    untiled = no_tiling or (not tiles and "tiling" in architecture.request)
+    request = I2VRequest(**{**architecture.request, **given, "tiling": None if untiled else Tiling(**tiles)})
+    check_request(architecture, request)
+    backend_of(architecture).require_package()
+    return request

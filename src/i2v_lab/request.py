@@ -202,8 +202,8 @@ class I2VRequest(HtmlFields):
         image: Path of the still that becomes the first frame.
         prompt: What should happen.
         negative_prompt: What should not; used by the ``dev`` variant only.
-        width: Pixels, a multiple of 64 (stage 1 runs at half size, on a latent grid of 32 pixels).
-        height: Pixels, a multiple of 64.
+        width: Pixels, a multiple of ``pixel_multiple``; at least 64.
+        height: Pixels, likewise.
         frames: ``8 k + 1``.
         fps: Frames per second of the result.
         seed: For the noise; the same request gives the same video.
@@ -211,6 +211,8 @@ class I2VRequest(HtmlFields):
         quantization: How the transformer is kept on the device.
         tiling: The decoder's tiles; ``None`` decodes in one piece.
         decode_scope: The grad mode of the decoding.
+        pixel_multiple: 64 where stage 1 runs at half size, on a latent grid of 32 pixels; 32 for models of ltx-video,
+            which round for themselves.
 
     Raises:
         InvalidRequest: The first rule that is broken, with the value and the remedy.
@@ -236,24 +238,28 @@ class I2VRequest(HtmlFields):
     quantization: Quantization = Quantization.FP8_CAST
     tiling: Tiling | None = Tiling()
     decode_scope: DecodeScope = DecodeScope.NO_GRAD
+    pixel_multiple: int = PIXEL_MULTIPLE
 
     def __post_init__(self) -> None:
-        _make_whole(self, "width", "height", "frames", "seed")
+        _make_whole(self, "width", "height", "frames", "seed", "pixel_multiple")
         for name, kind in CHOICES.items():
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, kind(value))
             except ValueError:
                 raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
+        multiple = self.pixel_multiple
+        if multiple not in (SPATIAL_SCALE, PIXEL_MULTIPLE):
+            raise InvalidRequest(f"pixel_multiple={multiple} is unknown; use 32 or 64", pixel_multiple=multiple)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value <= 0:
                 raise InvalidRequest(f"{name}={value} is not above 0; use {PIXEL_MULTIPLE} or more", **{name: value})
-            if value % PIXEL_MULTIPLE:
-                remedy = _neighbours(value, PIXEL_MULTIPLE, PIXEL_MULTIPLE)
-                raise InvalidRequest(
-                    f"{name}={value} is not a multiple of {PIXEL_MULTIPLE}; use {remedy}", **{name: value}
-                )
+            if value % multiple:
+                remedy = _neighbours(value, multiple, PIXEL_MULTIPLE) or PIXEL_MULTIPLE
+                raise InvalidRequest(f"{name}={value} is not a multiple of {multiple}; use {remedy}", **{name: value})
+            if value < PIXEL_MULTIPLE:
+                raise InvalidRequest(f"{name}={value} is below {PIXEL_MULTIPLE}; use that or more", **{name: value})
         if self.frames < 1 or (self.frames - 1) % TEMPORAL_SCALE:
             remedy = _neighbours(self.frames, TEMPORAL_SCALE, 1, offset=1) if self.frames > 0 else "1 or 9"
             raise InvalidRequest(f"frames={self.frames} is not 8k+1; use {remedy}", frames=self.frames)
@@ -311,6 +317,7 @@ class I2VRequest(HtmlFields):
     def digest(self) -> str:
         """A hash of everything that shapes the result, stable over machines: the still counts by its content."""
         values = self.to_json()
+        del values["pixel_multiple"]  # a rule for sizes, which shapes nothing itself
         still = Path(self.image)
         values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

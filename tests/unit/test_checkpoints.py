@@ -605,12 +605,12 @@ def test_some_options_without_the_others_are_refused(tiny, tiny_files, given, na
 
 
 def test_an_unknown_model_is_refused_with_those_that_are_known():
-    assert architecture_names() == ["ltx-2.3-22b", "ltx-2.3-tiny"]
+    assert {"ltx-2.3-22b", "ltx-2.3-tiny", "ltxv-tiny"} <= set(architecture_names())
     for name in ("../secrets", "", "LTX-2.3-TINY", "ltx-2.3-tiny.json"):
         with pytest.raises(UnknownModel) as caught:
             load_architecture(name)
         assert str(caught.value) == (
-            f"model={name!r} is not a known architecture; use one of: ltx-2.3-22b, ltx-2.3-tiny"
+            f"model={name!r} is not a known architecture; use one of: {', '.join(architecture_names())}"
         )
         assert caught.value.exit_status == 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from i2v_lab.pipeline.architectures import load_architecture
+from i2v_lab.pipeline.backends import backend_of
 from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest, Tiling
 from i2v_lab.studies.published import to_size, to_tiling, varied
 
@@ -51,7 +52,8 @@ def frame_counts(request: I2VRequest) -> list[int]:
 
 def tilings(model: str, request: I2VRequest) -> list[tuple[str, Tiling | None]]:
     """Tilings in words, the request's own among them."""
-    found = dict.fromkeys([Tiling(), request.tiling, *(to_tiling(text) for text in varied(model, "tilings"))])
+    usual = [Tiling()] if backend_of(load_architecture(model)).tiled else []
+    found = dict.fromkeys([*usual, request.tiling, *(to_tiling(text) for text in varied(model, "tilings"))])
     return [(_words(tiling), tiling) for tiling in found]
 
 

@@ -6,11 +6,8 @@ a module constant, and the progress bar of the Euler loop, whose place our step 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -90,7 +87,7 @@ from ltx_pipelines.utils.constants import (
 from ltx_pipelines.utils.media_io import normalize_latent, preprocess, resize_and_center_crop
 from ltx_pipelines.utils.types import PipelineComponents
 
-from i2v_lab.paths import cache_dir
+from i2v_lab.pipeline.weight_files import kept_layout
 from i2v_lab.request import I2VRequest, Quantization, Tiling, VideoShape
 
 if TYPE_CHECKING:
@@ -184,16 +181,7 @@ def file_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, .
     for a large model, so the result is kept in the cache folder.
     """
     recipe = f"{architecture.to_json()}:{version('ltx-core')}:{Path(__file__).read_text()}"
-    kept = cache_dir() / "layouts" / f"{file}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.json"
-    with suppress(OSError, ValueError, AttributeError):
-        return {key: tuple(shape) for key, shape in json.loads(kept.read_text()).items()}
-    layout = _work_out_layout(architecture, file)
-    with suppress(OSError):  # a cache that cannot be written is said where it is needed
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(layout))
-        part.replace(kept)
-    return layout
+    return kept_layout(file, recipe, lambda: _work_out_layout(architecture, file))
 
 
 def _work_out_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, ...]]:

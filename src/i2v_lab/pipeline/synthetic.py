@@ -6,9 +6,7 @@ seeded per tensor by its name: the same on every machine, whichever subset is ma
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,49 +17,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from i2v_lab.pipeline import ltx2
 from i2v_lab.pipeline.architectures import Architecture
+from i2v_lab.pipeline.random_tensors import synthetic_tensor, uninitialized_tensor
 
 SCHEME = "synthetic:"
-SEED = 2203
-PERIOD = 2**18  # elements that a tensor on the CPU repeats: drawn one by one, the LoRA of 22B takes a minute and a half
 FILES = {
     "checkpoint": "checkpoint.safetensors",
     "gemma": "gemma/model.safetensors",
     "upsampler": "upsampler.safetensors",
     "lora": "distilled-lora.safetensors",
 }
-
-
-def synthetic_tensor(key: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    """One tensor, bfloat16, with values that keep activations finite through every layer.
-
-    Matrices and kernels are normal with variance 1 / fan-in, norms are one, biases small, the VAE's statistics neutral.
-
-    Example:
-        >>> synthetic_tensor("vae.decoder.conv_in.conv.bias", (4,)).dtype
-        torch.bfloat16
-    """
-    device = torch.device(device)
-    if device.type == "meta":
-        return torch.empty(shape, dtype=ltx2.DTYPE, device=device)
-    if key.endswith("std-of-means") or (len(shape) == 1 and "norm" in key and key.endswith("weight")):
-        return torch.ones(shape, dtype=ltx2.DTYPE, device=device)
-    if key.endswith(("mean-of-means", ".alpha", ".beta")):
-        return torch.zeros(shape, dtype=ltx2.DTYPE, device=device)
-    std = 0.02 if len(shape) < 2 else 1 / math.sqrt(math.prod(shape[1:]))
-    if key.startswith("vocoder.") and ("resblocks" in key or "conv_post" in key):
-        std *= 0.3  # its residual branches have no norm: without this the waveform is clipped throughout
-    seed = int.from_bytes(hashlib.sha256(f"{SEED}:{key}".encode()).digest()[:7])
-    generator = torch.Generator(device).manual_seed(seed)
-    count = math.prod(shape)
-    if device.type != "cpu" or count <= PERIOD:
-        return torch.randn(shape, generator=generator, dtype=ltx2.DTYPE, device=device).mul_(std)
-    values = torch.randn(PERIOD, generator=generator, dtype=ltx2.DTYPE).mul_(std)
-    whole, rest = divmod(count, PERIOD)
-    return torch.cat([*[values] * whole, values[:rest]]).reshape(shape)
-
-
-def _uninitialized_tensor(key: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
-    return torch.empty(shape, dtype=ltx2.DTYPE, device=device)
 
 
 class SyntheticStateDictLoader:
@@ -76,7 +40,7 @@ class SyntheticStateDictLoader:
 
     def __init__(self, architecture: Architecture, *, values: bool = True) -> None:
         self._architecture = architecture
-        self._make = synthetic_tensor if values else _uninitialized_tensor
+        self._make = synthetic_tensor if values else uninitialized_tensor
 
     def metadata(self, path: str) -> dict[str, Any]:
         """The configuration that the builder reads from a file's metadata."""

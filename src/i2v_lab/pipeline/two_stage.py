@@ -3,109 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-import psutil
 import torch
 
-from i2v_lab.errors import DeviceUnavailable, GradScopeError
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
 from i2v_lab.pipeline import ltx2, phases
 from i2v_lab.pipeline.checkpoints import Weights
-from i2v_lab.pipeline.lifecycle import PhaseScope, phase_scope
+from i2v_lab.pipeline.generation import (
+    GRAD_SCOPES,
+    Generation,
+    GradScopes,
+    VideoStream,
+    decode_chunks,
+    require_free_memory,
+    resolve_device,
+)
+from i2v_lab.pipeline.lifecycle import phase_scope
 from i2v_lab.pipeline.media import load_still
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, VideoShape
-from i2v_lab.units import format_bytes
-
-GradMode = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class GradScopes:
-    """The grad modes of a run.
-
-    Attributes:
-        body: Around every phase up to the decoded audio, and around the building of the video decoder.
-        decode: Around the decoding of each chunk of video; ``nullcontext`` leaves it to the consumer.
-    """
-
-    body: GradMode
-    decode: GradMode
-
-
-GRAD_SCOPES = {
-    DecodeScope.NO_GRAD: GradScopes(body=torch.no_grad, decode=torch.no_grad),
-    DecodeScope.ESCAPED: GradScopes(body=torch.no_grad, decode=nullcontext),
-    DecodeScope.INFERENCE_MODE: GradScopes(body=torch.inference_mode, decode=nullcontext),
-}
-
-
-class VideoStream(Iterator[torch.Tensor]):
-    """A video that is decoded while it is consumed; each item is a chunk ``(F, H, W, 3)`` uint8 on the run's device.
-
-    The decoder is built when the first chunk is asked for and let go of after the last one, on :meth:`close`, on an
-    error, or at the end of a ``with`` block. The caller's grad mode is left as it was found.
-
-    Attributes:
-        shape: The whole video.
-        chunks: How many chunks there will be.
-
-    Example:
-        >>> from i2v_lab.request import VideoShape
-        >>> with VideoStream(iter([torch.zeros(9, 64, 64, 3)]), VideoShape(9, 64, 64), chunks=1) as stream:
-        ...     [chunk.shape[0] for chunk in stream]
-        [9]
-    """
-
-    def __init__(self, source: Iterator[torch.Tensor], shape: VideoShape, chunks: int) -> None:
-        self._source = source
-        self.shape = shape
-        self.chunks = chunks
-
-    def __next__(self) -> torch.Tensor:
-        try:
-            return next(self._source)
-        except RuntimeError as error:
-            if "nference tensor" not in str(error):
-                raise
-            raise GradScopeError(
-                f"{str(error).splitlines()[0].rstrip('.')}. The pipeline ran inside torch.inference_mode() but its "
-                "video was decoded outside; use decode_scope='no_grad', which needs no mode around the consumer",
-                decode_scope=DecodeScope.INFERENCE_MODE.value,
-            ) from error
-
-    def __enter__(self) -> VideoStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop early: the decoder and everything it holds are released."""
-        close = getattr(self._source, "close", None)
-        if close is not None:
-            close()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a pipeline returns.
-
-    Attributes:
-        video: Lazily decoded chunks of frames.
-        audio: ``waveform`` ``(2, samples)`` float32 and ``sampling_rate`` in Hz.
-
-    Example:
-        >>> generation = pipeline(request)  # everything but the decoding of the video  # doctest: +SKIP
-        >>> with generation.video as chunks:  # doctest: +SKIP
-        ...     write_video(chunks, generation.audio, Path("video.mp4"), request.frame_rate)
-    """
-
-    video: VideoStream
-    audio: ltx2.Audio
+from i2v_lab.request import I2VRequest, Quantization
 
 
 class TwoStagePipeline:
@@ -187,41 +105,6 @@ class TwoStagePipeline:
         return phase_scope(phase, self.device, self._emit)
 
 
-def decode_chunks(
-    chunks: Iterator[torch.Tensor], count: int, scopes: GradScopes, scope: PhaseScope
-) -> Iterator[torch.Tensor]:
-    """Pass on what a decoder yields, each chunk decoded in the grad mode of ``scopes`` and reported as a step."""
-    for step in range(1, count + 1):
-        with scopes.decode():
-            chunk = next(chunks)
-        scope.step(step, count)
-        yield chunk
-        del chunk  # not to be held while the next one is decoded
-    with scopes.decode():
-        if next(chunks, None) is not None:
-            raise AssertionError("the decoder yielded more chunks than its tiling has")
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device to run on; ``auto`` is CUDA where there is one.
-
-    Raises:
-        DeviceUnavailable: CUDA is asked for where there is none, or the name is not a device.
-    """
-    name = str(device)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(name)
-    except RuntimeError as error:
-        raise DeviceUnavailable(f"device={name!r} is not a device; use cpu or cuda", device=name) from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise DeviceUnavailable(f"device={name!r} is not supported; use cpu or cuda", device=name)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceUnavailable(f"device={name!r}: torch finds no CUDA device here; use cpu", device=name)
-    return resolved
-
-
 def require_memory(weights: Weights, quantization: Quantization, device: torch.device) -> None:
     """On a CPU, refuse a model whose largest component exceeds the free memory, before the system kills the run.
 
@@ -235,13 +118,4 @@ def require_memory(weights: Weights, quantization: Quantization, device: torch.d
     transformer = sum(p.numel() for p in ltx2.meta_component(architecture, "transformer").parameters())
     item_bytes = 1 if quantization is Quantization.FP8_CAST else ltx2.DTYPE.itemsize
     sizes = {"text_encoder": gemma * ltx2.DTYPE.itemsize, "transformer": transformer * item_bytes}
-    name = max(sizes, key=lambda key: sizes[key])
-    free = psutil.virtual_memory().available
-    if sizes[name] > free:
-        raise DeviceUnavailable(
-            f"model={architecture.name!r} needs {format_bytes(sizes[name])} for its {name} alone and this machine has "
-            f"{format_bytes(free)} free; use --model ltx-2.3-tiny, or a machine that has more",
-            component=name,
-            needed_bytes=sizes[name],
-            free_bytes=free,
-        )
+    require_free_memory(architecture.name, sizes, device, "ltx-2.3-tiny")

@@ -25,8 +25,8 @@ from ltx_pipelines.utils.args import ImageConditioningInput
 from i2v_lab.events import EventSink, Phase, broadcast
 from i2v_lab.pipeline import ltx2
 from i2v_lab.pipeline.checkpoints import Weights
+from i2v_lab.pipeline.generation import GRAD_SCOPES, Generation, GradScopes, VideoStream, decode_chunks, resolve_device
 from i2v_lab.pipeline.lifecycle import phase_scope
-from i2v_lab.pipeline.two_stage import GRAD_SCOPES, Generation, GradScopes, VideoStream, decode_chunks, resolve_device
 from i2v_lab.request import I2VRequest, Variant
 
 MODULES = {Variant.DISTILLED: ltx_pipelines.distilled, Variant.DEV: ltx_pipelines.ti2vid_two_stages}

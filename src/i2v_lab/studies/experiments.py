@@ -12,14 +12,14 @@ from i2v_lab.errors import InvalidRequest
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 
 if TYPE_CHECKING:
-    from i2v_lab.pipeline.two_stage import Generation
+    from i2v_lab.pipeline.generation import Generation
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 FULL_SIZE_MODEL = "ltx-2.3-22b"
 SMALL_MODEL = "ltx-2.3-tiny"
 DEFAULT_STILL = "stills/lighthouse.png"
 # What a request has that no byte depends on: the still is scaled, the prompt filled up to 1,024 tokens.
-WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed")
+WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed", "pixel_multiple")
 
 
 class Consumer(StrEnum):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from i2v_lab.errors import I2VLabError
 from i2v_lab.profiling.records import Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
-from i2v_lab.request import I2VRequest
+from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest
 from i2v_lab.store import Run
 from i2v_lab.studies.background import LatestForecast
 from i2v_lab.studies.cards import FITS, TIGHT, Fit, gpu_memory_bytes, judge, judge_all
@@ -82,6 +82,8 @@ class Question:
         lines += [f"    {name}={getattr(request, name)}," for name in ("width", "height", "frames")]
         lines += [f"    quantization={_quoted(request.quantization.value)},", f"    tiling={tiles},"]
         lines += [f"    decode_scope={_quoted(request.decode_scope.value)},"]
+        if request.pixel_multiple != PIXEL_MULTIPLE:
+            lines.append(f"    pixel_multiple={request.pixel_multiple},")
         gpu = _quoted(self.gpu)
         return "\n".join(
             [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from i2v_lab.pipeline.architectures import load_architecture
+from i2v_lab.pipeline.backends import backend_of
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
 from i2v_lab.studies.cards import FITS, judge
@@ -76,7 +78,8 @@ class FitSearch:
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
         """The tiling that decodes least of the video twice, of those that fit the request's size and frames."""
-        for tiling in TILINGS:
+        tiled = backend_of(load_architecture(self._model)).tiled
+        for tiling in TILINGS if tiled else (None,):
             tried = replace(request, tiling=tiling)
             forecast, fits = self._try(tried)
             if fits:

@@ -20,6 +20,7 @@ import i2v_lab
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.paths import cache_dir, data_dir, find_still
 from i2v_lab.pipeline.architectures import Architecture, load_architecture
+from i2v_lab.pipeline.backends import backend_of, check_request
 from i2v_lab.profiling.garbage import no_collection
 from i2v_lab.profiling.records import Forecast, Record, record_from_json, record_to_json
 from i2v_lab.reporting.files import write_text
@@ -28,11 +29,14 @@ from i2v_lab.store import usable_cores
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, Experiment, perform
 from i2v_lab.studies.processes import process_context
 
-PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "transformers")
+PACKAGES = {
+    "ltx-2": ("torch", "ltx-core", "ltx-pipelines", "transformers"),
+    "ltx-video": ("torch", "ltx-video", "diffusers", "transformers"),
+}
 
 
 def forecast_request(request: I2VRequest, model: str = FULL_SIZE_MODEL, device: str = "cuda") -> Forecast:
-    """What :class:`~i2v_lab.pipeline.two_stage.TwoStagePipeline` would record for a request.
+    """What a model's pipeline would record for a request.
 
     The pipeline itself runs, under fake tensors. On ``cuda`` the records are those of the caching allocator, cuBLAS and
     cuDNN workspaces included; on ``cpu`` those of live storages. Kept in the cache by everything that they depend on.
@@ -44,6 +48,8 @@ def forecast_request(request: I2VRequest, model: str = FULL_SIZE_MODEL, device: 
 
     Raises:
         UnknownModel: No such architecture.
+        InvalidRequest: The model has not what is asked for.
+        BackendUnavailable: Its package is not installed.
         InvalidImage: The still cannot be read.
         ForecastError: The pipeline does something that cannot be known without running it.
 
@@ -63,6 +69,9 @@ def forecast_experiment(experiment: Experiment, device: str = "cuda") -> Forecas
         device: As in :func:`forecast_request`, and so are the errors.
     """
     start_s = time.perf_counter()
+    architecture = load_architecture(experiment.model)
+    check_request(architecture, experiment.request)
+    backend_of(architecture).require_package()
     path = _path(experiment, device)
     known = _read(path)
     if known is None:
@@ -120,16 +129,15 @@ def hidden(progress: bool) -> bool:
 
 
 def _work_out(experiment: Experiment, device: str) -> tuple[tuple[Record, ...], int]:
-    from i2v_lab.pipeline import ltx2
-    from i2v_lab.pipeline.checkpoints import skeleton_weights
-    from i2v_lab.pipeline.two_stage import TwoStagePipeline
     from i2v_lab.profiling.forecast import forecasting
     from i2v_lab.profiling.workspaces import load_workspaces
 
     workspaces = load_workspaces() if device == "cuda" else None
-    weights = skeleton_weights(load_architecture(experiment.model))
-    with forecasting(device, repeats=ltx2.repeats(), workspaces=workspaces) as profiler:
-        pipeline = TwoStagePipeline(weights, device, sinks=[profiler])
+    architecture = load_architecture(experiment.model)
+    backend = backend_of(architecture)
+    weights = backend.skeleton_weights(architecture)
+    with forecasting(device, repeats=backend.repeats(), workspaces=workspaces) as profiler:
+        pipeline = backend.pipeline(weights, device, sinks=[profiler])
         perform(_with_still(experiment), pipeline, profiler, _discard)
     return tuple(profiler.records), workspaces.context_bytes if workspaces else 0
 
@@ -160,7 +168,7 @@ def _key(experiment: Experiment, architecture: Architecture, device: str) -> str
         json.dumps(architecture.sampling, sort_keys=True),
         architecture.model_version,
         device,
-        *(version(package) for package in PACKAGES),
+        *(version(package) for package in PACKAGES[architecture.backend]),
         code_digest(),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

@@ -18,7 +18,8 @@ from i2v_lab.errors import GenerationStopped, I2VLabError
 from i2v_lab.events import ComponentBuilt, Event, EventSink, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.paths import find_still
 from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.request import I2VRequest, Variant
+from i2v_lab.pipeline.backends import backend_of, check_request
+from i2v_lab.request import I2VRequest
 from i2v_lab.store import Run, read_run, run_metadata
 from i2v_lab.studies.measured import VIDEO, profiled
 
@@ -119,13 +120,16 @@ class Generating:
             I2VLabError: Another generation is under way.
             InvalidImage: The still cannot be read.
             UnknownModel: There is no such architecture.
+            InvalidRequest: The model has not what is asked for.
         """
         from i2v_lab.pipeline.media import load_still
 
         if self.state is State.RUNNING:
             raise I2VLabError(ONE_AT_A_TIME)
         request = replace(request, image=str(find_still(request.image)))
-        load_architecture(model)
+        architecture = load_architecture(model)
+        check_request(architecture, request)
+        backend_of(architecture).require_package()
         load_still(request.image)
         self.wait()
         self.folder = self._next_folder(request)
@@ -169,23 +173,20 @@ class Generating:
 
     def _generate(self, request: I2VRequest, model: str, folder: Path) -> None:
         from i2v_lab.pipeline import media
-        from i2v_lab.pipeline.checkpoints import resolve_weights
-        from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
+        from i2v_lab.pipeline.generation import resolve_device
 
         target = resolve_device(self.device)
         self._check_stop()
-        weights = resolve_weights(
-            load_architecture(model),
-            needs_lora=request.variant is Variant.DEV,
-            progress=lambda *_: self._check_stop(),
-        )
+        architecture = load_architecture(model)
+        backend = backend_of(architecture)
+        weights = backend.resolve_weights(architecture, request.variant, lambda *_: self._check_stop())
         metadata = run_metadata(request.to_json(), str(target), request.seed, [], model)
         with profiled(target, folder, metadata) as profiler, ExitStack() as scopes:
             sinks: list[EventSink] = [profiler, self._follow]
             if self.monitor is not None:
                 scopes.enter_context(self.monitor.following(profiler))
                 sinks.insert(0, self.monitor)
-            generation = TwoStagePipeline(weights, target, sinks=sinks)(request)
+            generation = backend.pipeline(weights, target, sinks=sinks)(request)
             with generation.video as chunks:
                 media.write_video(chunks, generation.audio, folder / VIDEO, request.frame_rate, self._check_stop)
 

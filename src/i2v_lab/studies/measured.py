@@ -24,7 +24,7 @@ from i2v_lab.studies.processes import run_apart
 if TYPE_CHECKING:
     import torch
 
-    from i2v_lab.pipeline.two_stage import Generation
+    from i2v_lab.pipeline.generation import Generation
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 VIDEO = "video.mp4"
@@ -206,17 +206,18 @@ def _answer(settings: dict[str, Any], folder: Path) -> None:
 def _run(settings: dict[str, Any], folder: Path) -> None:
     from i2v_lab.pipeline import media
     from i2v_lab.pipeline.architectures import load_architecture
-    from i2v_lab.pipeline.checkpoints import resolve_weights
-    from i2v_lab.pipeline.two_stage import TwoStagePipeline, resolve_device
-    from i2v_lab.pipeline.upstream import UpstreamPipeline
-    from i2v_lab.request import Variant
+    from i2v_lab.pipeline.backends import backend_of, check_request
+    from i2v_lab.pipeline.generation import resolve_device
 
     experiment = Experiment.from_json(settings["experiment"])
     conditions = Conditions.from_json(settings)
     request = experiment.request
     experiment = experiment.with_request(image=str(find_still(request.image)))
     device = resolve_device(settings["asked_device"])
-    weights = resolve_weights(load_architecture(experiment.model), needs_lora=request.variant is Variant.DEV)
+    architecture = load_architecture(experiment.model)
+    backend = backend_of(architecture)
+    check_request(architecture, request)
+    weights = backend.resolve_weights(architecture, request.variant)
     metadata = run_metadata(request.to_json(), str(device), request.seed, [], experiment.model, **settings)
     videos = 0
 
@@ -226,7 +227,7 @@ def _run(settings: dict[str, Any], folder: Path) -> None:
         name = VIDEO if videos == 1 else f"video_{videos}.mp4"
         media.write_video(chunks, generation.audio, folder / name, request.frame_rate)
 
-    pipeline = UpstreamPipeline if conditions.pipeline is Implementation.UPSTREAM else TwoStagePipeline
+    pipeline = backend.upstream if conditions.pipeline is Implementation.UPSTREAM else backend.pipeline
     attribute, cap = conditions.profiler is Attribution.FULL, conditions.vram_cap_bytes
     with profiled(device, folder, metadata, attribute=attribute, vram_cap_bytes=cap) as profiler, ExitStack() as scopes:
         if not attribute:

@@ -12,6 +12,7 @@ import pandas as pd
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.architectures import load_architecture
+from i2v_lab.pipeline.backends import check_request
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.experiments import DEFAULT_STILL
 from i2v_lab.units import GIB
@@ -109,7 +110,9 @@ def study_request(model: str, width: int = 0, height: int = 0, frames: int = 0, 
     Raises:
         InvalidRequest: A rule is broken.
     """
-    own = load_architecture(model).request
+    architecture = load_architecture(model)
     asked = {"width": width, "height": height, "frames": frames}
-    sizes = {name: value or own[name] for name, value in asked.items()}
-    return I2VRequest(**{"image": DEFAULT_STILL, **sizes, **rest})
+    sizes = {name: value for name, value in asked.items() if value}
+    request = I2VRequest(**{"image": DEFAULT_STILL, **architecture.request, **sizes, **rest})
+    check_request(architecture, request)
+    return request

@@ -22,7 +22,7 @@ def room_here(device: str = "auto") -> tuple[str, int, str]:
     import psutil
     import torch
 
-    from i2v_lab.pipeline.two_stage import resolve_device
+    from i2v_lab.pipeline.generation import resolve_device
     from i2v_lab.profiling.nvml import card_index, read_device
 
     target = resolve_device(device)

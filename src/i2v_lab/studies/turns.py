@@ -85,13 +85,13 @@ def take_turns(weights: Weights, device: torch.device, request: I2VRequest, roun
 def _generate(way: Way, weights: Weights, device: torch.device, request: I2VRequest) -> tuple[float, float | None]:
     import torch
 
-    from i2v_lab.pipeline.two_stage import TwoStagePipeline
-    from i2v_lab.pipeline.upstream import UpstreamPipeline
+    from i2v_lab.pipeline.backends import backend_of
 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    pipeline = UpstreamPipeline if way.pipeline is Implementation.UPSTREAM else TwoStagePipeline
+    backend = backend_of(weights.architecture)
+    pipeline = backend.upstream if way.pipeline is Implementation.UPSTREAM else backend.pipeline
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         with _profiler(way, device, Path(folder) / "run") as profiler:
