@@ -19,7 +19,7 @@ from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy,
 from i2v_lab.lab_command import LAB_CONTEXT, LAB_EXAMPLES, lab
 from i2v_lab.measure_command import MEASURE_EXAMPLES, measure
 from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
-from i2v_lab.request import DecodeScope, Quantization, Variant
+from i2v_lab.request import DecodeScope, MemoryPolicy, Quantization, Variant
 from i2v_lab.show import show
 from i2v_lab.studies.experiments import SMALL_MODEL
 
@@ -94,6 +94,7 @@ def generate(
     tile_overlap_frames: options.TileOverlapFrames = 24,
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Main weights. [default: synthetic]")] = None,
     gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder.")] = None,
@@ -121,6 +122,7 @@ def generate(
         variant=variant,
         quantization=quantization,
         decode_scope=decode_scope,
+        memory=memory,
     )
     from i2v_lab.pipeline import media  # the first import of torch: options are right by now
 
@@ -159,6 +161,7 @@ def generate(
         "fps": request.fps,
         "seed": request.seed,
         "decode_scope": request.decode_scope.value,
+        "memory": request.memory.value,
         "peak_bytes": profiler.peak.peak_bytes,
         "peak_phase": profiler.peak.phase,
         "phases": [

@@ -13,7 +13,7 @@ import typer
 
 from i2v_lab import options
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Quantization, Tiling, Variant
 from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def forecast(
     tile_overlap_frames: options.TileOverlapFrames = 24,
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
     vram_cap_gib: Annotated[float | None, typer.Option(help="Judge a card of this size too, in GiB.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Write the records to this folder, for `i2v-lab show`.")] = None,
     as_json: options.AsJson = False,
@@ -95,6 +96,7 @@ def forecast(
         variant=variant,
         quantization=quantization,
         decode_scope=decode_scope,
+        memory=memory,
     )
     result = _forecast(request, model)
     fits = judge_all(result)
@@ -159,9 +161,10 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
 
     run = as_run(Experiment(request=request, model=model), result)
     console = Console(highlight=False, markup=False, emoji=False)
+    policy = f", {request.memory}" if request.memory is not MemoryPolicy.RESIDENT else ""
     console.print(
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
-        f"{request.quantization}, decode {request.decode_scope}",
+        f"{request.quantization}, decode {request.decode_scope}{policy}",
         soft_wrap=True,
     )
     console.print(run_tables.headline(run))
@@ -191,6 +194,7 @@ def fit(
     model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
     quantization: options.QuantizationOption = Quantization.FP8_CAST,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the largest video that a card takes: its size, its frames, or its tiling, whichever is left open."""
@@ -213,6 +217,7 @@ def fit(
         fps=fps,
         variant=variant,
         quantization=quantization,
+        memory=memory,
         **asked,
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Quantization, Tiling, Variant
 
 Prompt = Annotated[str, typer.Option(help="What should happen.")]
 NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]
@@ -24,6 +24,9 @@ TileFrames = Annotated[int, typer.Option(help="Decoder tile, frames.")]
 TileOverlapFrames = Annotated[int, typer.Option(help="Overlap of tiles, frames.")]
 NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")]
 DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")]
+MemoryOption = Annotated[
+    MemoryPolicy, typer.Option(help="What is held at a time; auto: the fastest that fits by the forecast.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -63,10 +63,29 @@ class DecodeScope(StrEnum):
     INFERENCE_MODE = "inference_mode"
 
 
+class MemoryPolicy(StrEnum):
+    """How much of the device a generation holds at a time.
+
+    ``resident`` runs every phase as ltx-core does, with its components' weights on the device. ``lean`` has the same
+    weights and no activations that it can do without. ``streamed`` is lean, and weights arrive block by block. ``auto``
+    stands for the fastest of these that a card takes, and is resolved before the run.
+
+    Example:
+        >>> I2VRequest(image="still.png", memory="lean").memory is MemoryPolicy.LEAN
+        True
+    """
+
+    RESIDENT = "resident"
+    LEAN = "lean"
+    STREAMED = "streamed"
+    AUTO = "auto"
+
+
 CHOICES: dict[str, type[StrEnum]] = {
     "variant": Variant,
     "quantization": Quantization,
     "decode_scope": DecodeScope,
+    "memory": MemoryPolicy,
 }
 
 
@@ -211,6 +230,7 @@ class I2VRequest(HtmlFields):
         quantization: How the transformer is kept on the device.
         tiling: The decoder's tiles; ``None`` decodes in one piece.
         decode_scope: The grad mode of the decoding.
+        memory: How much of the device is held at a time.
 
     Raises:
         InvalidRequest: The first rule that is broken, with the value and the remedy.
@@ -236,6 +256,7 @@ class I2VRequest(HtmlFields):
     quantization: Quantization = Quantization.FP8_CAST
     tiling: Tiling | None = Tiling()
     decode_scope: DecodeScope = DecodeScope.NO_GRAD
+    memory: MemoryPolicy = MemoryPolicy.RESIDENT
 
     def __post_init__(self) -> None:
         _make_whole(self, "width", "height", "frames", "seed")
@@ -311,6 +332,8 @@ class I2VRequest(HtmlFields):
     def digest(self) -> str:
         """A hash of everything that shapes the result, stable over machines: the still counts by its content."""
         values = self.to_json()
+        if self.memory is MemoryPolicy.RESIDENT:
+            del values["memory"]  # so that a request from before there were policies keeps its digest
         still = Path(self.image)
         values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
