@@ -21,6 +21,7 @@ from i2v_lab.errors import CheckpointError, OutputError
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 from i2v_lab.pipeline import ltx2, synthetic
 from i2v_lab.pipeline.architectures import Architecture
+from i2v_lab.pipeline.memory.weight_files import SafetensorsReader, TensorReader
 
 OPTIONS = {"checkpoint": "--checkpoint", "gemma": "--gemma", "upsampler": "--upsampler", "lora": "--lora"}
 Progress = Callable[[str, int, int], None]
@@ -52,6 +53,10 @@ class Weights:
     upsampler: str
     lora: str
     loader: Any = field(default_factory=ltx2.SafetensorsModelStateDictLoader)
+
+    def reader(self) -> TensorReader:
+        """What reads single tensors: the loader, where it makes them, else one for safetensors files."""
+        return self.loader if isinstance(self.loader, synthetic.SyntheticStateDictLoader) else SafetensorsReader()
 
     @property
     def is_synthetic(self) -> bool:

@@ -39,6 +39,9 @@ class PhaseScope:
             yield module
         finally:
             for part in module.modules():
+                stream: Any = vars(part).get("weight_stream")
+                if stream is not None:
+                    stream.close()
                 part._parameters.clear()
                 part._buffers.clear()
             if self.device.type == "cuda":

@@ -6,6 +6,7 @@ a module constant, and the progress bar of the Euler loop, whose place our step 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -92,8 +93,10 @@ from ltx_pipelines.utils.types import PipelineComponents
 
 from i2v_lab.paths import cache_dir
 from i2v_lab.pipeline.memory import lean_decode
+from i2v_lab.pipeline.memory.lean_decode import LEAN_DECODER
 from i2v_lab.pipeline.memory.lean_text import LEAN_FEATURES, TEXT_ONLY, text_only_keys
 from i2v_lab.pipeline.memory.lean_transformer import LEAN_TRANSFORMER, LeanBlock
+from i2v_lab.pipeline.memory.streaming import StreamedBuilder
 from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization, Tiling, VideoShape
 
 if TYPE_CHECKING:
@@ -238,6 +241,16 @@ def checkpoint_key(key_ops: SDOps | None, module_key: str) -> str | None:
     return None
 
 
+# The builders of components that are streamed, each with whether its blocks are called many times.
+STREAMED = {
+    "transformer_builder": True,
+    "text_encoder_builder": False,
+    "embeddings_processor_builder": False,
+    "vae_encoder_builder": False,
+    "vae_decoder_builder": True,
+}
+
+
 # --- Components ------------------------------------------------------------------------------------------------------
 
 
@@ -299,10 +312,17 @@ class Ledger(ModelLedger):
         self.transformer_builder = replace(self.transformer_builder, module_ops=(LEAN_TRANSFORMER,))
         features: Builder[Any] = getattr(self, "embeddings_processor_builder")  # noqa: B009
         self.embeddings_processor_builder = replace(features, module_ops=(LEAN_FEATURES,))
+        decoder: Builder[Any] = getattr(self, "vae_decoder_builder")  # noqa: B009
+        self.vae_decoder_builder = replace(decoder, module_ops=(LEAN_DECODER,))
         text = self.text_encoder_builder
         self.text_encoder_builder = replace(
             text, model_sd_ops=text_only_keys(text.model_sd_ops), module_ops=(*text.module_ops, TEXT_ONLY)
         )
+        if self._memory is MemoryPolicy.STREAMED:
+            for name, repeated in STREAMED.items():
+                builder = getattr(self, name)
+                fields = {field.name: getattr(builder, field.name) for field in dataclasses.fields(builder)}
+                setattr(self, name, StreamedBuilder(**fields, reader=self._weights.reader(), repeated=repeated))
 
     def text_encoder(self) -> torch.nn.Module:
         """Gemma 3 with its tokenizer, at the architecture's size."""

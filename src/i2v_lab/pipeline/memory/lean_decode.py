@@ -13,10 +13,64 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from ltx_core.loader.module_ops import ModuleOps
+from ltx_core.model.common.normalization import PixelNorm
 from ltx_core.model.video_vae import TilingConfig, VideoDecoder
+from ltx_core.model.video_vae.resnet import ResnetBlock3D
 from ltx_core.types import VideoLatentShape
 
 SLAB_FRAMES = 8  # blended and converted at a time
+BAND_BYTES = 192 * 2**20  # of a residual block's input that is worked on at a time
+HALO_ROWS = 2  # by which two convolutions of 3 rows each look beyond a band
+
+
+class LeanResnetBlock(ResnetBlock3D):
+    """ltx-core's residual block, by bands of rows; its input becomes its output, in place.
+
+    Rows at a band's edge are computed twice, a tenth of the work or less, so that none of a whole tile's intermediate
+    results, nor cuDNN's copies of them, need to exist at once.
+    """
+
+    def forward(
+        self,
+        input_tensor: torch.Tensor,
+        causal: bool = True,
+        timestep: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """As ltx-core's own ``forward``, which it is for a small input and where a graph is to be kept."""
+        bands = -(-input_tensor.nbytes // BAND_BYTES)
+        plain = self.in_channels == self.out_channels and not self.inject_noise and not self.timestep_conditioning
+        if bands == 1 or torch.is_grad_enabled() or not plain or not isinstance(self.norm1, PixelNorm):
+            return super().forward(input_tensor, causal, timestep, generator)
+        height = input_tensor.shape[3]
+        rows = max(2 * HALO_ROWS, -(-height // bands))
+        above = input_tensor[:, :, :, :0]  # the rows above the band, as they were
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            below = min(last + HALO_ROWS, height)
+            source = torch.cat([above, input_tensor[:, :, :, first:below]], dim=3)
+            at = above.shape[3]
+            above = input_tensor[:, :, :, last - HALO_ROWS : last].clone()
+            # Where a band ends within the picture, a convolution's padding makes its outermost row wrong.
+            hidden = self.conv1(self.non_linearity(self.norm1(source)), causal=causal)
+            del source
+            hidden = self.conv2(self.non_linearity(self.norm2(hidden)), causal=causal)
+            input_tensor[:, :, :, first:last] += hidden[:, :, :, at : at + last - first]
+            del hidden
+        return input_tensor
+
+
+def _make_lean(decoder: Any) -> Any:
+    for module in decoder.modules():
+        if type(module) is ResnetBlock3D:
+            module.__class__ = LeanResnetBlock
+    return decoder
+
+
+LEAN_DECODER = ModuleOps(
+    name="lean_decoder", matcher=lambda module: isinstance(module, VideoDecoder), mutator=_make_lean
+)
 
 
 def decode_video(

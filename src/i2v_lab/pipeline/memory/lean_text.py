@@ -49,6 +49,7 @@ def text_only_keys(key_ops: SDOps) -> SDOps:
 def _drop_vision(encoder: Any) -> Any:
     for name in VISION:
         setattr(encoder.model.model, name, None)
+    encoder.model.lm_head = None  # the embedding once more
     encoder.model.config.text_config.use_cache = False  # nothing is generated: no key or value is asked for again
     return encoder
 
