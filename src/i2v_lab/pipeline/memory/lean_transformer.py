@@ -34,6 +34,7 @@ from torch.nn.functional import gelu, linear
 CHUNK_TOKENS = 8192  # large enough to keep a GPU busy; some 0.6 GiB in the feed-forward of the 22B
 
 Bounds = tuple[int, ...]  # tokens from one bound to the next have one timestep; from 0 to their number
+Rows = tuple[tuple[int, int], ...]  # of a chunk's timesteps, in order: which, and how many tokens have it
 
 
 class LeanModel(LTXModel):
@@ -71,8 +72,8 @@ class LeanModel(LTXModel):
 
     def _read_out(self, args: TransformerArgs, bounds: Bounds, head: tuple[Any, Any, Any]) -> torch.Tensor:
         parts = [
-            self._process_output(*head, args.x[:, span], args.embedded_timestep[:, row : row + 1])
-            for span, row in _spans(bounds)
+            self._process_output(*head, args.x[:, span], _of(args.embedded_timestep, rows))
+            for span, rows in _spans(bounds)
         ]
         return torch.cat(parts, dim=1)
 
@@ -126,10 +127,10 @@ class LeanBlock(BasicAVTransformerBlock):
         pe = args.positional_embeddings
         keys, values = _keys_and_values(attn, modulated, bounds, pe, with_keys=not passed)
         query = _Query(attn, args.x.dtype)
-        for span, row in _spans(bounds):
+        for span, rows in _spans(bounds):
             taken = values[:, span] if passed else None
-            attended = query(modulated(span, row), keys, values, _at(pe, span), passed=taken)
-            args.x[:, span].add_(attended.mul_(_of(gate, row)))
+            attended = query(modulated(span, rows), keys, values, _at(pe, span), passed=taken)
+            args.x[:, span].add_(attended.mul_(_of(gate, rows)))
 
     def _attend_to_prompt(
         self, args: TransformerArgs, bounds: Bounds, attn: Attention, table: torch.Tensor, prompt_table: torch.Tensor
@@ -137,11 +138,11 @@ class LeanBlock(BasicAVTransformerBlock):
         shift, scale, gate = self.get_ada_values(table, 1, args.timesteps, slice(6, 9))
         prompt_shift, prompt_scale = self.get_ada_values(prompt_table, 1, args.prompt_timestep, slice(None))
         context = args.context * (1 + prompt_scale) + prompt_shift
-        keys, values = _keys_and_values(attn, lambda span, row: context[:, span], (0, context.shape[1]), None)
+        keys, values = _keys_and_values(attn, lambda span, rows: context[:, span], (0, context.shape[1]), None)
         query = _Query(attn, args.x.dtype)
-        for span, row in _spans(bounds):
-            attended = query(self._modulated(args.x, scale, shift, span, row), keys, values, None)
-            args.x[:, span].add_(attended.mul_(_of(gate, row)))
+        for span, rows in _spans(bounds):
+            attended = query(self._modulated(args.x, scale, shift, span, rows), keys, values, None)
+            args.x[:, span].add_(attended.mul_(_of(gate, rows)))
 
     def _attend_to_each_other(
         self,
@@ -166,14 +167,14 @@ class LeanBlock(BasicAVTransformerBlock):
             sound = _keys_and_values(self.audio_to_video_attn, heard, audio_bounds, audio_pe)
             scale, shift, gate = self._cross_values(video_table, video, slice(0, 2))
             query = _Query(self.audio_to_video_attn, video.x.dtype)
-            for span, row in _spans(video_bounds):
-                normed = self._modulated(video.x, scale, shift, span, row)
+            for span, rows in _spans(video_bounds):
+                normed = self._modulated(video.x, scale, shift, span, rows)
                 video.x[:, span].add_(query(normed, *sound, _at(video_pe, span)).mul_(gate))
         if audio_watches:
             scale, shift, gate = self._cross_values(audio_table, audio, slice(2, 4))
             query = _Query(attn, audio.x.dtype)
-            for span, row in _spans(audio_bounds):
-                normed = self._modulated(audio.x, scale, shift, span, row)
+            for span, rows in _spans(audio_bounds):
+                normed = self._modulated(audio.x, scale, shift, span, rows)
                 audio.x[:, span].add_(query(normed, *watched, _at(audio_pe, span)).mul_(gate))
 
     def _cross_values(self, table: torch.Tensor, args: TransformerArgs, indices: slice) -> tuple[torch.Tensor, ...]:
@@ -185,14 +186,14 @@ class LeanBlock(BasicAVTransformerBlock):
     def _feed_forward(self, args: TransformerArgs, bounds: Bounds, ff: Any, table: torch.Tensor) -> None:
         shift, scale, gate = self.get_ada_values(table, 1, args.timesteps, slice(3, 6))
         widen, narrow = _dense(ff.net[0].proj, args.x.dtype), _dense(ff.net[2], args.x.dtype)
-        for span, row in _spans(bounds):
-            hidden = gelu(widen(self._modulated(args.x, scale, shift, span, row)), approximate="tanh")
-            args.x[:, span].add_(narrow(hidden).mul_(_of(gate, row)))
+        for span, rows in _spans(bounds):
+            hidden = gelu(widen(self._modulated(args.x, scale, shift, span, rows)), approximate="tanh")
+            args.x[:, span].add_(narrow(hidden).mul_(_of(gate, rows)))
 
     def _modulated(
-        self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, span: slice, row: int
+        self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, span: slice, rows: Rows
     ) -> torch.Tensor:
-        return rms_norm(x[:, span], eps=self.norm_eps).mul_(1 + _of(scale, row)).add_(_of(shift, row))
+        return rms_norm(x[:, span], eps=self.norm_eps).mul_(1 + _of(scale, rows)).add_(_of(shift, rows))
 
 
 # --- Attention over chunks --------------------------------------------------------------------------------------------
@@ -231,13 +232,13 @@ class _Query:
 def _keys_and_values(
     attn: Attention, source: Any, bounds: Bounds, pe: Any, *, with_keys: bool = True
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Keys and values of all tokens, from ``source(span, row)``, which gives those of one chunk."""
+    """Keys and values of all tokens, from ``source(span, rows)``, which gives those of one chunk."""
     parts = list(_spans(bounds))
     dtype = attn.k_norm.weight.dtype
     to_k, to_v = _dense(attn.to_k, dtype), _dense(attn.to_v, dtype)
     keys = values = None
-    for span, row in parts:
-        x = source(span, row)
+    for span, rows in parts:
+        x = source(span, rows)
         v = to_v(x)
         if values is None:
             values = v.new_empty(v.shape[0], bounds[-1], v.shape[2])
@@ -264,16 +265,22 @@ def _at(pe: Any, span: slice) -> Any:
     return None if pe is None else tuple(part[..., span, :] for part in pe)
 
 
-def _of(values: torch.Tensor, row: int) -> torch.Tensor:
-    """The modulation of one timestep, ``(1, 1, width)``; there may be one for all."""
-    return values if values.shape[1] == 1 else values[:, row : row + 1]
+def _of(values: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The modulation of a chunk's tokens, ``(1, tokens, width)``; ``(1, 1, width)`` where they share one."""
+    if values.shape[1] == 1:
+        return values
+    parts = [values[:, row : row + 1] for row, _ in rows]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.expand(-1, count, -1) for part, (_, count) in zip(parts, rows, strict=True)], dim=1)
 
 
-def _spans(bounds: Bounds) -> Iterator[tuple[slice, int]]:
-    """Chunks of tokens that share a timestep, each with that timestep's row."""
-    for row, (start, stop) in enumerate(pairwise(bounds)):
-        for first in range(start, stop, CHUNK_TOKENS):
-            yield slice(first, min(first + CHUNK_TOKENS, stop)), row
+def _spans(bounds: Bounds) -> Iterator[tuple[slice, Rows]]:
+    """Chunks of tokens, each with the timesteps in it."""
+    for first in range(0, bounds[-1], CHUNK_TOKENS):
+        last = min(first + CHUNK_TOKENS, bounds[-1])
+        counts = [(row, min(stop, last) - max(start, first)) for row, (start, stop) in enumerate(pairwise(bounds))]
+        yield slice(first, last), tuple((row, count) for row, count in counts if count > 0)
 
 
 def _distinct(timesteps: torch.Tensor, bounds: Bounds) -> torch.Tensor:

@@ -193,6 +193,8 @@ class WeightStream:
         """Let go of every byte, on the device and on the host."""
         for hook in self._hooks:
             hook.remove()
+        if self._stream is not None:
+            self._stream.synchronize()  # before what it writes to is given to others
         self._under_way.clear()
         self._host.clear()
         self._loads.clear()
