@@ -100,6 +100,7 @@ def generate(
     gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder.")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (dev variant).")] = None,
+    vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -124,6 +125,7 @@ def generate(
         decode_scope=decode_scope,
         memory=memory,
     )
+    options.check_cap(vram_cap_gib)
     from i2v_lab.pipeline import media  # the first import of torch: options are right by now
 
     media.check_output(out)
@@ -134,8 +136,12 @@ def generate(
     from i2v_lab.progress import ProgressReport
     from i2v_lab.store import run_metadata
     from i2v_lab.studies.measured import profiled
+    from i2v_lab.studies.this_machine import room_within
 
     target = resolve_device(device)
+    if memory is MemoryPolicy.AUTO:
+        request = options.resolved(request, model, room_within(device, vram_cap_gib), target.type)
+    cap_bytes = None if vram_cap_gib is None else int(vram_cap_gib * 2**30)
     with ProgressReport(request.frames) as progress:
         weights = resolve_weights(
             architecture,
@@ -148,7 +154,7 @@ def generate(
         )
         metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
         # Following modules and graphs is what --profile adds; peaks alone need neither.
-        with profiled(target, profile, metadata, attribute=profile is not None) as profiler:
+        with profiled(target, profile, metadata, attribute=profile is not None, vram_cap_bytes=cap_bytes) as profiler:
             generation = TwoStagePipeline(weights, target, sinks=[profiler, progress])(request)
             with generation.video as chunks:
                 media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)

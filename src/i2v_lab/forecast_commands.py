@@ -69,7 +69,7 @@ def forecast(
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
     memory: options.MemoryOption = MemoryPolicy.RESIDENT,
-    vram_cap_gib: Annotated[float | None, typer.Option(help="Judge a card of this size too, in GiB.")] = None,
+    vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the records to this folder, for `i2v-lab show`.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -77,10 +77,9 @@ def forecast(
     from i2v_lab.pipeline.architectures import load_architecture
     from i2v_lab.studies.cards import judge, judge_all
 
-    if vram_cap_gib is not None and not vram_cap_gib > 0:
-        raise InvalidRequest(
-            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB", vram_cap_gib=vram_cap_gib
-        )
+    options.check_cap(vram_cap_gib)
+    if memory is MemoryPolicy.AUTO and vram_cap_gib is None:
+        raise InvalidRequest("memory=auto depends on the card; say how large it is with --vram-cap-gib")
     request = options.build_request(
         load_architecture(model).request,
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
@@ -98,6 +97,8 @@ def forecast(
         decode_scope=decode_scope,
         memory=memory,
     )
+    if vram_cap_gib is not None:
+        request = options.resolved(request, model, int(vram_cap_gib * 2**30))
     result = _forecast(request, model)
     fits = judge_all(result)
     if vram_cap_gib is not None:
@@ -217,7 +218,8 @@ def fit(
         fps=fps,
         variant=variant,
         quantization=quantization,
-        memory=memory,
+        # What fits under any policy fits under the smallest.
+        memory=MemoryPolicy.STREAMED if memory is MemoryPolicy.AUTO else memory,
         **asked,
     )
 
