@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_of_a_streamed_components_blocks_at_most_one_is_there_and_none_between_c
 
 
 def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_everything(tiny, request_64, tmp_path):
-    for damage in (Path.unlink, lambda path: path.open("r+b").truncate(path.stat().st_size // 2)):
+    for damage in (Path.unlink, lambda path: os.truncate(path, 4096)):
         checkpoint = tmp_path / "checkpoint.safetensors"
         shutil.copy(tiny.checkpoint, checkpoint)
 
