@@ -143,7 +143,7 @@ def test_random_programs_are_exact_to_the_byte(steps):
     weight_bytes = sum(t.nbytes for t in weights)
     meter = LiveStorageMeter(paths=paths)
     peak, saved_peak, at_peak = 0, 0, []
-    with paths, meter, AutogradGraphProbe(paths, meter) as probe:
+    with meter, AutogradGraphProbe(paths, meter) as probe:
         meter.observe(weights, weights=True)
         for op, index, other, rows, grad in [("new", 0, 0, 3, False), *steps]:
             with torch.set_grad_enabled(grad):

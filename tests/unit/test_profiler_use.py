@@ -14,7 +14,7 @@ from i2v_lab.errors import ProfilerError
 from i2v_lab.pipeline.two_stage import TwoStagePipeline
 from i2v_lab.profiling.nvml import NvmlSampler, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.records import GraphRecord, ModuleRecord
+from i2v_lab.profiling.records import GraphRecord, ModuleRecord, OutOfMemoryRecord
 from i2v_lab.request import DecodeScope, I2VRequest
 
 
@@ -160,3 +160,33 @@ def test_samples_keep_to_their_grid(monkeypatch):
     assert len(set(slots)) == len(slots)  # never two in one interval, however late one was
     with pytest.raises(ProfilerError, match="interval_s=0 is not positive; use 0.1"):
         NvmlSampler(interval_s=0)
+
+
+class _Greedy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of ..."
+        )
+
+
+def test_the_allocators_refusal_is_charged_to_the_module_that_asked():
+    """Whoever calls it: a component, one of its parts, or a module that nobody has announced."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(_Greedy()))
+    calls = {"net.1.0": lambda: net(torch.ones(2)), "_Greedy": lambda: _Greedy()(torch.ones(2))}
+    for path, call in calls.items():
+        with PhaseProfiler() as profiler, pytest.raises(torch.OutOfMemoryError), profiler.phase("a"):
+            profiler.component("net", net)
+            call()
+        (record,) = [record for record in profiler.records if isinstance(record, OutOfMemoryRecord)]
+        assert (record.module, record.asked_bytes) == (path, 3 * 2**29)
+
+
+def test_attribution_hooks_into_no_call_of_a_module():
+    from torch.nn.modules import module
+
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with PhaseProfiler() as profiler:
+        profiler.component("net", net)
+        hooks = (module._global_forward_hooks, module._global_forward_pre_hooks, net._forward_hooks)
+        assert not any(hooks)
+        assert not any(net._forward_pre_hooks for net in net.modules())

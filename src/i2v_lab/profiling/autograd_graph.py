@@ -55,7 +55,7 @@ class AutogradGraphProbe:
     what a graph holds stays held exactly as long as without the probe.
 
     Args:
-        paths: Names the modules; made and run by the probe itself if not given.
+        paths: Names the modules; made by the probe itself if not given.
         meter: Told of every storage that becomes saved or is let go of.
 
     Attributes:
@@ -71,7 +71,6 @@ class AutogradGraphProbe:
     """
 
     def __init__(self, paths: ModulePaths | None = None, meter: LiveStorageMeter | None = None) -> None:
-        self._own_paths = paths is None
         self._paths = paths or ModulePaths()
         self._meter = meter
         self._held: dict[int, _Held] = {}
@@ -105,11 +104,12 @@ class AutogradGraphProbe:
         key = storage._cdata
         if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
             return tensor
-        if key in self._paths.weights:
-            return tensor
         held = self._held.get(key)
         if held is None:
-            held = self._held[key] = _Held(storage.nbytes(), self._paths.current)
+            module = self._paths.current  # asked first: it meets modules that nobody announced, with their weights
+            if key in self._paths.weights:
+                return tensor
+            held = self._held[key] = _Held(storage.nbytes(), module)
             self.alive_bytes += held.nbytes
             if self._meter is not None:
                 self._meter.mark_saved(tensor)
@@ -128,8 +128,6 @@ class AutogradGraphProbe:
                 self._meter.mark_released(key)
 
     def __enter__(self) -> Self:
-        if self._own_paths:
-            self._paths.__enter__()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         return self
@@ -137,8 +135,6 @@ class AutogradGraphProbe:
     def __exit__(self, *exc: Any) -> None:
         self._note_peak()
         self._hooks.__exit__(*exc)
-        if self._own_paths:
-            self._paths.__exit__(*exc)
 
 
 def _unpack(packed: Any) -> torch.Tensor:
@@ -206,7 +202,7 @@ class GuardedStream(Iterator[T], Generic[T]):
             if self._on_escape == "fix":
                 with torch.no_grad():
                     return next(self._iterator)
-            with ModulePaths() as paths, _EscapeDetector(lambda name: self._report(name, paths.current)):
+            with _EscapeDetector(lambda name: self._report(name, ModulePaths().current)):
                 return next(self._iterator)
         finally:
             torch.set_grad_enabled(mode)  # even if the generator left its own mode behind at a yield

@@ -187,8 +187,9 @@ class LiveStorageMeter(TorchDispatchMode):
                         known[0].become_weight(tensor, self._module())
                     continue
                 self._end(key)  # resized in place: the old size ends, the new one begins
+            module = self._module()  # asked first: it meets modules that nobody announced, with their weights
             is_weight = weights or (self.paths is not None and key in self.paths.weights)
-            life = StorageLife(nbytes, tuple(tensor.shape), tensor.dtype, self._module(), is_weight, self._advance())
+            life = StorageLife(nbytes, tuple(tensor.shape), tensor.dtype, module, is_weight, self._advance())
             self.lives.append(life)
             self._alive[key] = (life, weakref.ref(storage, partial(self._died, key)), self._count(nbytes))
         self._note_peak(before)

@@ -7,10 +7,13 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from traceback import walk_tb
+from types import FrameType
+from typing import Any
 
 import torch
-from torch.nn.modules import module as torch_module
+
+_CALL = torch.nn.Module._call_impl.__code__  # the one function that every call of a module passes through
 
 
 class StorageSet:
@@ -37,82 +40,96 @@ class StorageSet:
 
 
 class ModulePaths:
-    """Follows the calls of all modules in the process while it is active, by torch's global forward hooks.
+    """Names the module that is running, when asked: found on the interpreter's stack.
+
+    Nothing is hooked into the modules, so that a call of one costs nothing here. A method that is called past the
+    module's own call, such as ``decoder.decode()``, is not a module's call.
 
     Attributes:
-        weights: Storages of all parameters and buffers of the components met so far.
+        weights: Storages of all parameters and buffers of the components met before a path was last asked for.
         phase: The phase that is running, as a profiler has set it; for messages.
         components: Names of components that exist now; work outside any module's call is on behalf of the newest, such
             as that of a decoder's methods other than ``forward``.
-        failed_at: Path of the innermost module that the last exception came out of.
 
     Example:
-        >>> with ModulePaths() as paths:
-        ...     paths.name_tree("decoder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
-        ...     paths.current
+        >>> paths = ModulePaths()
+        >>> paths.name_tree("decoder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        >>> paths.current
         ''
     """
 
     def __init__(self) -> None:
         self.weights = StorageSet()
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
-        self._stack: list[str] = []
-        self._handles: list[Any] = []
-        self._failure = 0
+        self._unread: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
+        self._inside: list[str] = []
         self.phase = ""
         self.components: list[str] = []
-        self.failed_at = ""
 
     @property
     def current(self) -> str:
-        """Path of the innermost module that is running, such as ``video_decoder.up_blocks.3``.
+        """Path of the innermost module that is running in this thread, such as ``video_decoder.up_blocks.3``.
 
-        Outside any module's call it is the newest of :attr:`components`, else empty.
+        Outside any module's call it is the newest of :attr:`components`, else empty. A module that belongs to no
+        component is given a name now, after its class, below that of the module that calls it.
         """
-        if self._stack:
-            return self._stack[-1]
-        return self.components[-1] if self.components else ""
+        if self._inside:
+            return self._inside[-1]
+        return self._path(_modules(_outwards(sys._getframe(1)))) or (self.components[-1] if self.components else "")
+
+    def failed_in(self, error: BaseException) -> str:
+        """Path of the innermost module whose call an exception came out of; empty if it came out of none."""
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        return self._path(_modules(reversed(frames)))
 
     def name_tree(self, name: str, module: torch.nn.Module) -> None:
-        """Call a component ``name`` and all its parts by their paths below it."""
-        for path, part in module.named_modules():
-            self._names[part] = f"{name}.{path}" if path else name
-        self.weights.add([*module.parameters(), *module.buffers()])
+        """Call a component ``name`` and all its parts by their paths below it.
+
+        The parts are looked at when a path is first asked for, which on a GPU and without a graph is never.
+        """
+        self._unread.append((name, weakref.ref(module)))
+
+    def _read_trees(self) -> None:
+        for name, reference in self._unread:
+            module = reference()
+            if module is not None:
+                for path, part in module.named_modules():
+                    self._names[part] = f"{name}.{path}" if path else name
+                self.weights.add([*module.parameters(), *module.buffers()])
+        self._unread.clear()
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """As if the module called ``name`` were running."""
-        self._stack.append(name)
+        self._inside.append(name)
         try:
             yield
         finally:
-            self._stack.pop()
+            self._inside.pop()
 
-    def _enter(self, module: torch.nn.Module, args: Any) -> None:
-        name = self._names.get(module)
-        if name is None:
-            kind = type(module).__name__
-            name = f"{self.current}.{kind}" if self._stack else kind
-            self.name_tree(name, module)
-        self._stack.append(name)
+    def _path(self, modules: Iterable[torch.nn.Module]) -> str:
+        """The path of the first of ``modules``, each of which was called by the next."""
+        self._read_trees()
+        path, strangers = "", []
+        for module in modules:
+            path = self._names.get(module, "")
+            if path:
+                break
+            strangers.append(module)
+        for module in reversed(strangers):
+            if module not in self._names:  # as a part of the stranger before it
+                kind = type(module).__name__
+                self.name_tree(f"{path}.{kind}" if path else kind, module)
+                self._read_trees()
+            path = self._names[module]
+        return path
 
-    def _leave(self, module: torch.nn.Module, args: Any, result: Any) -> None:
-        if not self._stack:
-            return
-        error = sys.exception()
-        if error is not None and id(error) != self._failure:
-            self._failure, self.failed_at = id(error), self._stack[-1]
-        self._stack.pop()
 
-    def __enter__(self) -> Self:
-        self._handles = [
-            torch_module.register_module_forward_pre_hook(self._enter),
-            torch_module.register_module_forward_hook(self._leave, always_call=True),
-        ]
-        return self
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._stack.clear()
+
+def _modules(frames: Iterable[FrameType]) -> Iterator[torch.nn.Module]:
+    return (frame.f_locals["self"] for frame in frames if frame.f_code is _CALL)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Self
 
@@ -104,6 +104,22 @@ def _name(pynvml: Any, pid: int) -> str:
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
+@contextmanager
+def _session() -> Iterator[None]:
+    """Keep NVML up for many looks: bringing it up takes far longer than a look, and the driver's locks with it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # every look will say what is missing
+        yield
+        return
+    try:
+        yield
+    finally:
+        pynvml.nvmlShutdown()
+
+
 class NvmlSampler:
     """Looks at a card at even intervals, in a thread of its own, while it is active.
 
@@ -141,6 +157,10 @@ class NvmlSampler:
         self._thread: threading.Thread | None = None
 
     def _sample(self) -> None:
+        with _session():
+            self._look_again_and_again()
+
+    def _look_again_and_again(self) -> None:
         start_s = time.perf_counter()
         due = 0
         while True:

@@ -305,7 +305,7 @@ class PhaseProfiler:
             )
         asked = TORCH_ASKED.search(message)
         asked_bytes = round(float(asked[1]) * UNITS[asked[2]]) if asked else None
-        module = self.paths.failed_at if self.paths else ""
+        module = self.paths.failed_in(error) if self.paths else ""
         return OutOfMemoryRecord(phase, module, asked_bytes, alive_bytes, self._cap_bytes, message)
 
     def _write(self, record: Record) -> None:
@@ -327,8 +327,6 @@ class PhaseProfiler:
         if PhaseProfiler._active is not None and not PhaseProfiler._active._ambient:
             raise ProfilerError("another profiler is active; leave its with block first")
         with ExitStack() as scopes:
-            if self.paths is not None:
-                scopes.enter_context(self.paths)
             scopes.enter_context(self._meter)
             if self._probe is not None:
                 scopes.enter_context(self._probe)
