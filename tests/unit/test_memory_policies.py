@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2v_lab.errors import CheckpointError
+from i2v_lab.errors import CheckpointError, DeviceUnavailable, InvalidRequest
 from i2v_lab.events import Phase, StepEnded
 from i2v_lab.pipeline import ltx2
 from i2v_lab.pipeline.memory import lean_decode, lean_transformer
@@ -20,6 +20,9 @@ from i2v_lab.pipeline.two_stage import TwoStagePipeline
 from i2v_lab.profiling.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization, Tiling
+from i2v_lab.studies.experiments import SMALL_MODEL
+from i2v_lab.studies.forecasts import forecast_request
+from i2v_lab.studies.policies import resolve_memory
 
 CPU = torch.device("cpu")
 
@@ -84,7 +87,7 @@ def test_policies_give_the_same_latents_in_less_and_less_memory(tiny, latent, va
         assert peak < peaks[-1]
 
 
-@pytest.mark.parametrize("tiling", [Tiling(64, 32, 16, 8), Tiling(96, 64, 24, 8), None])
+@pytest.mark.parametrize("tiling", [Tiling(64, 32, 16, 8), None])
 def test_policies_decode_the_same_chunks(tiny, latent, tiling):
     seen = {}
     for memory in ("resident", "lean", "streamed"):
@@ -166,3 +169,23 @@ def test_tokens_of_one_stretch_with_several_timesteps_are_refused():
     with pytest.raises(ValueError, match="tokens 2 to 4 have several timesteps"):
         lean_transformer._distinct(timesteps, (0, 2, 4))
     assert lean_transformer._distinct(timesteps[:, :3], (0, 2, 3)).flatten().tolist() == [0, 1]
+
+
+def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none_does(still):
+    asked = I2VRequest(image=str(still), width=64, height=64, frames=9, fps=120, memory="auto")
+    forecasts = {m: forecast_request(replace(asked, memory=m), SMALL_MODEL) for m in ("resident", "lean", "streamed")}
+    need = {memory: f.peak_reserved_bytes + f.context_bytes for memory, f in forecasts.items()}
+    assert need["resident"] >= need["lean"] >= need["streamed"]
+    chosen = resolve_memory(asked, need["resident"], SMALL_MODEL)
+    assert chosen.request == replace(asked, memory="resident")
+    assert chosen.reason.startswith("memory=resident, tiles of 768 px and 80 frames: ")
+    below = min(f.peak.peak_bytes + f.context_bytes for f in forecasts.values())
+    assert resolve_memory(asked, below, SMALL_MODEL).reason.count("tightly") == 1
+    with pytest.raises(DeviceUnavailable, match="even with memory=.*; no size does; use a larger card") as refused:
+        resolve_memory(asked, below - 1, SMALL_MODEL)
+    assert refused.value.fields["needed_bytes"] == below
+
+
+def test_the_pipeline_does_not_guess_what_auto_stands_for(tiny, request_64):
+    with pytest.raises(InvalidRequest, match="memory='auto' is for the caller to resolve"):
+        TwoStagePipeline(tiny)(replace(request_64, memory="auto"))
