@@ -20,7 +20,7 @@ from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy,
 from i2v_lab.lab_command import LAB_CONTEXT, LAB_EXAMPLES, lab
 from i2v_lab.measure_command import MEASURE_EXAMPLES, measure
 from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
-from i2v_lab.request import DecodeScope, Variant
+from i2v_lab.request import DecodeScope, MemoryPolicy, Variant
 from i2v_lab.show import show
 from i2v_lab.studies.experiments import SMALL_MODEL
 
@@ -96,12 +96,14 @@ def generate(
     tile_overlap_frames: options.TileOverlapFrames = None,
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Main weights. [default: synthetic]")] = None,
     gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder (LTX-2).")] = None,
     text_encoder: Annotated[Path | None, typer.Option(help="T5 folder (LTX-Video).")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
     lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (LTX-2, dev variant).")] = None,
+    vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -134,7 +136,9 @@ def generate(
         variant=variant,
         quantization=quantization,
         decode_scope=decode_scope,
+        memory=memory,
     )
+    options.check_cap(vram_cap_gib)
     from i2v_lab.pipeline import media  # the first import of torch: options are right by now
 
     media.check_output(out)
@@ -144,13 +148,17 @@ def generate(
     from i2v_lab.progress import ProgressReport
     from i2v_lab.store import run_metadata
     from i2v_lab.studies.measured import profiled
+    from i2v_lab.studies.this_machine import room_within
 
     target = resolve_device(device)
+    if memory is MemoryPolicy.AUTO:
+        request = options.resolved(request, model, room_within(device, vram_cap_gib), target.type)
+    cap_bytes = None if vram_cap_gib is None else int(vram_cap_gib * 2**30)
     with ProgressReport(request.frames) as progress:
         weights = backend.resolve_weights(architecture, variant, progress.checked, **paths)
         metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
         # Following modules and graphs is what --profile adds; peaks alone need neither.
-        with profiled(target, profile, metadata, attribute=profile is not None) as profiler:
+        with profiled(target, profile, metadata, attribute=profile is not None, vram_cap_bytes=cap_bytes) as profiler:
             generation = backend.pipeline(weights, target, sinks=[profiler, progress])(request)
             with generation.video as chunks:
                 media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)
@@ -163,6 +171,7 @@ def generate(
         "fps": request.fps,
         "seed": request.seed,
         "decode_scope": request.decode_scope.value,
+        "memory": request.memory.value,
         "peak_bytes": profiler.peak.peak_bytes,
         "peak_phase": profiler.peak.phase,
         "phases": [

@@ -13,7 +13,7 @@ import typer
 
 from i2v_lab import options
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Variant
 from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def forecast(
     tile_overlap_frames: options.TileOverlapFrames = None,
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
-    vram_cap_gib: Annotated[float | None, typer.Option(help="Judge a card of this size too, in GiB.")] = None,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
+    vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the records to this folder, for `i2v-lab show`.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -76,10 +77,9 @@ def forecast(
     from i2v_lab.pipeline.architectures import load_architecture
     from i2v_lab.studies.cards import judge, judge_all
 
-    if vram_cap_gib is not None and not vram_cap_gib > 0:
-        raise InvalidRequest(
-            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB", vram_cap_gib=vram_cap_gib
-        )
+    options.check_cap(vram_cap_gib)
+    if memory is MemoryPolicy.AUTO and vram_cap_gib is None:
+        raise InvalidRequest("memory=auto depends on the card; say how large it is with --vram-cap-gib")
     request = options.build_request(
         load_architecture(model),
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
@@ -95,7 +95,10 @@ def forecast(
         variant=variant,
         quantization=quantization,
         decode_scope=decode_scope,
+        memory=memory,
     )
+    if vram_cap_gib is not None:
+        request = options.resolved(request, model, int(vram_cap_gib * 2**30))
     result = _forecast(request, model)
     fits = judge_all(result)
     if vram_cap_gib is not None:
@@ -159,9 +162,10 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
 
     run = as_run(Experiment(request=request, model=model), result)
     console = Console(highlight=False, markup=False, emoji=False)
+    policy = f", {request.memory}" if request.memory is not MemoryPolicy.RESIDENT else ""
     console.print(
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
-        f"{request.quantization}, decode {request.decode_scope}",
+        f"{request.quantization}, decode {request.decode_scope}{policy}",
         soft_wrap=True,
     )
     console.print(run_tables.headline(run))
@@ -191,6 +195,7 @@ def fit(
     model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
     quantization: options.QuantizationOption = None,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
     as_json: options.AsJson = False,
 ) -> None:
     """Find the largest video that a card takes: its size, its frames, or its tiling, whichever is left open."""
@@ -213,6 +218,8 @@ def fit(
         fps=fps,
         variant=variant,
         quantization=quantization,
+        # What fits under any policy fits under the smallest.
+        memory=MemoryPolicy.STREAMED if memory is MemoryPolicy.AUTO else memory,
         frames=I2VRequest.frames if frames is None else frames,
         width=I2VRequest.width if width is None else width,
         height=I2VRequest.height if height is None else height,

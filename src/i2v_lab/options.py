@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.pipeline.architectures import Architecture
 from i2v_lab.pipeline.backends import backend_of, check_request
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Quantization, Tiling, Variant
 
 Prompt = Annotated[str, typer.Option(help="What should happen.")]
 NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]
@@ -28,7 +30,34 @@ TileFrames = Annotated[int | None, typer.Option(help="Decoder tile, frames. [def
 TileOverlapFrames = Annotated[int | None, typer.Option(help="Overlap of tiles, frames. [default: 24]")]
 NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")]
 DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")]
+MemoryOption = Annotated[
+    MemoryPolicy, typer.Option(help="What is held at a time; auto: the fastest that fits by the forecast.")
+]
+VramCapGib = Annotated[float | None, typer.Option(help="Pretend to a card of this size, in GiB.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def check_cap(vram_cap_gib: float | None) -> None:
+    """Refuse a cap that no card can have.
+
+    Raises:
+        InvalidRequest: It is not above 0.
+    """
+    if vram_cap_gib is not None and not vram_cap_gib > 0:
+        raise InvalidRequest(
+            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB", vram_cap_gib=vram_cap_gib
+        )
+
+
+def resolved(request: I2VRequest, model: str, memory_bytes: int, device: str = "cuda") -> I2VRequest:
+    """A request with ``memory=auto`` as the fastest policy that fits; the choice and its reason go to stderr."""
+    if request.memory is not MemoryPolicy.AUTO:
+        return request
+    from i2v_lab.studies.policies import resolve_memory
+
+    resolution = resolve_memory(request, memory_bytes, model, device)
+    print(f"i2v-lab: {resolution.reason}", file=sys.stderr)
+    return resolution.request
 
 
 def build_request(

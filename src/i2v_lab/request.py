@@ -63,10 +63,29 @@ class DecodeScope(StrEnum):
     INFERENCE_MODE = "inference_mode"
 
 
+class MemoryPolicy(StrEnum):
+    """How much of the device a generation holds at a time.
+
+    ``resident`` runs every phase as ltx-core does, with its components' weights on the device. ``lean`` has the same
+    weights and no activations that it can do without. ``streamed`` is lean, and weights arrive block by block. ``auto``
+    stands for the fastest of these that a card takes, and is resolved before the run.
+
+    Example:
+        >>> I2VRequest(image="still.png", memory="lean").memory is MemoryPolicy.LEAN
+        True
+    """
+
+    RESIDENT = "resident"
+    LEAN = "lean"
+    STREAMED = "streamed"
+    AUTO = "auto"
+
+
 CHOICES: dict[str, type[StrEnum]] = {
     "variant": Variant,
     "quantization": Quantization,
     "decode_scope": DecodeScope,
+    "memory": MemoryPolicy,
 }
 
 
@@ -213,6 +232,7 @@ class I2VRequest(HtmlFields):
         decode_scope: The grad mode of the decoding.
         pixel_multiple: 64 where stage 1 runs at half size, on a latent grid of 32 pixels; 32 for models of ltx-video,
             which round for themselves.
+        memory: How much of the device is held at a time.
 
     Raises:
         InvalidRequest: The first rule that is broken, with the value and the remedy.
@@ -239,6 +259,7 @@ class I2VRequest(HtmlFields):
     tiling: Tiling | None = Tiling()
     decode_scope: DecodeScope = DecodeScope.NO_GRAD
     pixel_multiple: int = PIXEL_MULTIPLE
+    memory: MemoryPolicy = MemoryPolicy.RESIDENT
 
     def __post_init__(self) -> None:
         _make_whole(self, "width", "height", "frames", "seed", "pixel_multiple")
@@ -318,6 +339,8 @@ class I2VRequest(HtmlFields):
         """A hash of everything that shapes the result, stable over machines: the still counts by its content."""
         values = self.to_json()
         del values["pixel_multiple"]  # a rule for sizes, which shapes nothing itself
+        if self.memory is MemoryPolicy.RESIDENT:
+            del values["memory"]  # so that a request from before there were policies keeps its digest
         still = Path(self.image)
         values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -78,7 +78,7 @@ def test_json_is_one_object_with_every_phase_and_the_file_is_right(tmp_path, sti
         env=_environment(I2V_LAB_VRAM="1"),
     )
     report = json.loads(child.stdout)
-    assert list(report) == ["output", "model", "width", "height", "frames", "fps", "seed", "decode_scope"] + [
+    assert list(report) == ["output", "model", "width", "height", "frames", "fps", "seed", "decode_scope", "memory"] + [
         "peak_bytes",
         "peak_phase",
         "phases",

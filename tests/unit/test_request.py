@@ -18,7 +18,7 @@ from ltx_core.model.video_vae.video_vae import split_temporal_latents, split_wit
 from ltx_core.types import VideoLatentShape, VideoPixelShape
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import LATENT_CHANNELS, DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.request import LATENT_CHANNELS, DecodeScope, I2VRequest, MemoryPolicy, Quantization, Tiling, Variant
 
 VALID = I2VRequest(image="still.png")
 
@@ -212,6 +212,7 @@ def test_every_field_counts_in_the_digest():
         "quantization": Quantization.BF16,
         "tiling": None,
         "decode_scope": DecodeScope.ESCAPED,
+        "memory": MemoryPolicy.LEAN,
     }
     assert changed.keys() == {f.name for f in fields(I2VRequest)} - {"pixel_multiple"}  # a rule, not a choice
     tilings = [Tiling(**{f.name: getattr(Tiling(), f.name) - 32}) for f in fields(Tiling) if "overlap" not in f.name]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from i2v_lab.errors import BackendUnavailable, InvalidRequest
-from i2v_lab.request import PIXEL_MULTIPLE, SPATIAL_SCALE, I2VRequest, Quantization, Variant, VideoShape
+from i2v_lab.request import PIXEL_MULTIPLE, SPATIAL_SCALE, I2VRequest, MemoryPolicy, Quantization, Variant, VideoShape
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ class Backend:
         install: The command that installs it.
         weights: Options that name real weights.
         quantizations: Of the transformer; the first is the usual one.
+        memory: Memory policies.
         tiled: Whether its decoder can cut the latent into tiles.
         pixel_multiple: Of the width and height of its videos.
         homes: Its parts, as ``module:name`` below :mod:`i2v_lab.pipeline`.
@@ -56,6 +57,7 @@ class Backend:
     install: str
     weights: tuple[str, ...]
     quantizations: tuple[Quantization, ...]
+    memory: tuple[MemoryPolicy, ...]
     tiled: bool
     pixel_multiple: int
     homes: Mapping[str, str] = field(repr=False)
@@ -141,6 +143,7 @@ BACKENDS: Mapping[str, Backend] = {
             install="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0",
             weights=("checkpoint", "gemma", "upsampler", "lora"),
             quantizations=(Quantization.FP8_CAST, Quantization.BF16),
+            memory=tuple(MemoryPolicy),
             tiled=True,
             pixel_multiple=PIXEL_MULTIPLE,
             homes={
@@ -157,6 +160,7 @@ BACKENDS: Mapping[str, Backend] = {
             install="pip install --no-deps ltx-video==0.1.2",
             weights=("checkpoint", "text_encoder", "upsampler"),
             quantizations=(Quantization.BF16,),  # its own fp8 needs q8_kernels
+            memory=(MemoryPolicy.RESIDENT,),
             tiled=False,  # its tiles leave out the timestep that the decoder of 0.9.8 is conditioned on
             pixel_multiple=SPATIAL_SCALE,
             homes={
@@ -197,7 +201,11 @@ def check_request(architecture: Architecture, request: I2VRequest) -> None:
     """
     backend = backend_of(architecture)
     model = architecture.name
-    known: dict[str, Sequence[str]] = {"quantization": backend.quantizations, "variant": architecture.variants}
+    known: dict[str, Sequence[str]] = {
+        "quantization": backend.quantizations,
+        "variant": architecture.variants,
+        "memory": backend.memory,
+    }
     for name, choices in known.items():
         value = getattr(request, name).value
         if value not in choices:

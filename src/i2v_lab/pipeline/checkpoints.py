@@ -11,6 +11,7 @@ from typing import Any
 from i2v_lab.errors import CheckpointError
 from i2v_lab.pipeline import ltx2, random_tensors, synthetic
 from i2v_lab.pipeline.architectures import Architecture
+from i2v_lab.pipeline.memory.readers import SafetensorsReader, TensorReader
 from i2v_lab.pipeline.weight_files import (
     FILE_LIMIT_BYTES,
     Progress,
@@ -54,6 +55,10 @@ class Weights:
     upsampler: str
     lora: str
     loader: Any = field(default_factory=ltx2.SafetensorsModelStateDictLoader)
+
+    def reader(self) -> TensorReader:
+        """What reads single tensors: the loader, where it makes them, else one for safetensors files."""
+        return self.loader if isinstance(self.loader, synthetic.SyntheticStateDictLoader) else SafetensorsReader()
 
     @property
     def is_synthetic(self) -> bool:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from i2v_lab.errors import CheckpointError
 from i2v_lab.events import ComponentBuilt, ComponentReleased, EventSink, Phase, PhaseEnded, PhaseStarted, StepEnded
 
 
@@ -32,13 +34,25 @@ class PhaseScope:
         """Build a component for the length of a ``with`` block; afterwards none of its weights is held by it.
 
         The weights go when the block ends, even if a frame or a closure still refers to the module.
+
+        Raises:
+            CheckpointError: A weight file is gone or damaged, which was whole when it was verified.
         """
-        module = build()
+        try:
+            module = build()
+        except (OSError, SafetensorError) as error:  # it was whole when the run began
+            raise CheckpointError(
+                f"the weights of {name} cannot be read any more ({error}); restore their file and run again",
+                component=name,
+            ) from error
         try:
             self.emit(ComponentBuilt(self.phase, name, module))
             yield module
         finally:
             for part in module.modules():
+                stream: Any = vars(part).get("weight_stream")
+                if stream is not None:
+                    stream.close()
                 part._parameters.clear()
                 part._buffers.clear()
             if self.device.type == "cuda":

@@ -34,7 +34,8 @@ class Run:
 
     def ledger(self, *, with_lora: bool = False) -> ltx2.Ledger:
         """The builders, with the distilled LoRA fused into the transformer or not."""
-        return ltx2.Ledger(self.weights, self.device, self.request.quantization, with_lora=with_lora)
+        asked = self.request
+        return ltx2.Ledger(self.weights, self.device, asked.quantization, asked.memory, with_lora=with_lora)
 
     @property
     def guided(self) -> bool:
@@ -72,6 +73,7 @@ def denoise_stage_1(
 ) -> ltx2.Latents:
     """From noise to latents at half size."""
     architecture = run.weights.architecture
+    ltx2.expect_still(transformer, still)
     if run.guided:
         sigmas = ltx2.scheduled_sigmas(architecture, run.device)
         denoise_fn = ltx2.guided(transformer, architecture, *contexts)
@@ -109,6 +111,7 @@ def denoise_stage_2(
     latents: ltx2.Latents,
 ) -> ltx2.Latents:
     """Refine the upsampled latents at full size, in three unguided steps."""
+    ltx2.expect_still(transformer, still)
     return ltx2.denoise_stage(
         run.request,
         run.request.stage_shape(2),
@@ -133,4 +136,4 @@ def decode_audio(run: Run, scope: PhaseScope, latent: torch.Tensor) -> ltx2.Audi
 
 def decode_video(run: Run, decoder: torch.nn.Module, latent: torch.Tensor) -> Iterator[torch.Tensor]:
     """Chunks ``(F, H, W, 3)`` uint8, each decoded when it is asked for, in the grad mode that it is asked for in."""
-    return ltx2.decode_video(latent, decoder, run.request.tiling, run.generator)
+    return ltx2.decode_video(latent, decoder, run.request.tiling, run.generator, run.request.memory)

@@ -47,6 +47,14 @@ class SyntheticStateDictLoader:
         values: dict[str, Any] = json.loads(metadata(self._architecture, path.removeprefix(SCHEME)).get("config", "{}"))
         return values
 
+    def keys(self, path: str) -> list[str]:
+        """The names of all tensors in a file."""
+        return list(ltx2.file_layout(self._architecture, path.removeprefix(SCHEME)))
+
+    def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
+        """One of them, made on ``device``."""
+        return self._make(key, ltx2.file_layout(self._architecture, path.removeprefix(SCHEME))[key], device)
+
     def load(
         self, path: str | list[str], sd_ops: Any | None = None, device: torch.device | None = None
     ) -> ltx2.StateDict:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
 from i2v_lab.pipeline import ltx2, phases
 from i2v_lab.pipeline.checkpoints import Weights
@@ -23,7 +24,7 @@ from i2v_lab.pipeline.generation import (
 )
 from i2v_lab.pipeline.lifecycle import phase_scope
 from i2v_lab.pipeline.media import load_still
-from i2v_lab.request import I2VRequest, Quantization
+from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization
 
 
 class TwoStagePipeline:
@@ -57,9 +58,14 @@ class TwoStagePipeline:
         """Run every phase but the decoding of the video, which the returned stream does as it is consumed.
 
         Raises:
+            InvalidRequest: The memory policy is ``auto``, which stands for others.
             InvalidImage: The still cannot be read; nothing has been loaded by then.
             DeviceUnavailable: The largest component does not fit the machine's free memory (CPU only).
         """
+        if request.memory is MemoryPolicy.AUTO:
+            raise InvalidRequest(
+                "memory='auto' is for the caller to resolve; use i2v_lab.studies.policies", memory="auto"
+            )
         pixels = load_still(request.image)
         require_memory(self.weights, request.quantization, self.device)
         generator = torch.Generator(self.device).manual_seed(request.seed)

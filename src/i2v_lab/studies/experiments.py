@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, Tiling
+from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Tiling
 
 if TYPE_CHECKING:
     from i2v_lab.pipeline.generation import Generation
@@ -75,6 +75,8 @@ class Experiment:
         if request.decode_scope is not DecodeScope.NO_GRAD:
             parts.append(request.decode_scope.value)
         parts += [value for value in (request.variant.value, request.quantization.value) if value in ("dev", "bf16")]
+        if request.memory is not MemoryPolicy.RESIDENT:
+            parts.append(request.memory.value)
         if self.consumer is not Consumer.PLAIN:
             parts.append(self.consumer.value)
         if self.generations > 1:

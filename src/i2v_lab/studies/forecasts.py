@@ -186,7 +186,7 @@ def _still_size(image: str) -> str:
 def code_digest() -> str:
     """A hash of all code and data of ours that a generation runs through, real or forecast."""
     package = Path(i2v_lab.__file__).parent
-    files = [*package.glob("pipeline/*.py"), *package.glob("profiling/*.py"), package / "request.py"]
+    files = [*package.glob("pipeline/**/*.py"), *package.glob("profiling/*.py"), package / "request.py"]
     files += [package / "studies" / "experiments.py", data_dir() / "workspaces.json"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def room_within(device: str, vram_cap_gib: float | None) -> int:
+    """The bytes that a run may take: a card's, or the machine's, and no more than the cap.
+
+    Raises:
+        DeviceUnavailable: There is no such device.
+    """
+    room_bytes = room_here(device)[1]
+    return room_bytes if vram_cap_gib is None else min(room_bytes, int(vram_cap_gib * 2**30))
+
+
 def room_here(device: str = "auto") -> tuple[str, int, str]:
     """A name in words, the bytes there are, and the device that they are on: ``cuda`` or ``cpu``.
 

@@ -1,0 +1,68 @@
+"""Text encoding without what it does not use: Gemma without its eyes, features a few tokens at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from ltx_core.loader.module_ops import ModuleOps
+from ltx_core.loader.sd_ops import ContentMatching, SDOps
+from ltx_core.text_encoders.gemma.embeddings_processor import EmbeddingsProcessor
+from ltx_core.text_encoders.gemma.encoders.base_encoder import GemmaTextEncoder
+from ltx_core.text_encoders.gemma.feature_extractor import (
+    FeatureExtractorV2,
+    _rescale_norm,
+    norm_and_concat_per_token_rms,
+)
+
+CHUNK_TOKENS = 128
+VISION = ("vision_tower", "multi_modal_projector")  # which a prompt does not go through
+
+
+class LeanFeatures(FeatureExtractorV2):
+    """ltx-core's feature extractor; the stack of all hidden states exists for a chunk of tokens at a time."""
+
+    def forward(
+        self, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor, padding_side: str = "left"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As ltx-core's own ``forward``."""
+        tokens = attention_mask.shape[1]
+        chunks = [slice(first, first + CHUNK_TOKENS) for first in range(0, tokens, CHUNK_TOKENS)]
+        normed = torch.cat([self._normed(hidden_states, attention_mask, chunk) for chunk in chunks], dim=1)
+        layers = [layer for layer in (self.video_aggregate_embed, self.audio_aggregate_embed) if layer is not None]
+        video, *audio = (layer(_rescale_norm(normed, layer.out_features, self.embedding_dim)) for layer in layers)
+        return video, audio[0] if audio else None
+
+    @staticmethod
+    def _normed(hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor, chunk: slice) -> torch.Tensor:
+        encoded = torch.stack([states[:, chunk] for states in hidden_states], dim=-1)
+        return norm_and_concat_per_token_rms(encoded, attention_mask[:, chunk]).to(encoded.dtype)
+
+
+def text_only_keys(key_ops: SDOps) -> SDOps:
+    """A key map of Gemma that lets no weight of its vision tower through."""
+    rest = [op for op in key_ops.mapping if not (isinstance(op, ContentMatching) and op.prefix.startswith(VISION))]
+    return replace(key_ops, mapping=tuple(rest))
+
+
+def _drop_vision(encoder: Any) -> Any:
+    for name in VISION:
+        setattr(encoder.model.model, name, None)
+    encoder.model.lm_head = None  # the embedding once more
+    encoder.model.config.text_config.use_cache = False  # nothing is generated: no key or value is asked for again
+    return encoder
+
+
+def _make_lean(processor: Any) -> Any:
+    if type(processor.feature_extractor) is FeatureExtractorV2:
+        processor.feature_extractor.__class__ = LeanFeatures
+    return processor
+
+
+TEXT_ONLY = ModuleOps(
+    name="text_only", matcher=lambda module: isinstance(module, GemmaTextEncoder), mutator=_drop_vision
+)
+LEAN_FEATURES = ModuleOps(
+    name="lean_features", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=_make_lean
+)

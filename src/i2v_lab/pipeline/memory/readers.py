@@ -1,0 +1,99 @@
+"""Single tensors of safetensors files, read when they are needed and kept nowhere.
+
+The ``safetensors`` package maps a file into memory: if it is cut short while it is mapped, the process dies by SIGBUS.
+A plain read ends early instead, which can be told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from i2v_lab.errors import CheckpointError
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+
+
+class TensorReader(Protocol):
+    """Gives the tensors of weight files one by one."""
+
+    def keys(self, path: str) -> list[str]:
+        """The names of all tensors in a file."""
+
+    def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
+        """One of them, on ``device``."""
+
+
+class SafetensorsReader:
+    """Reads safetensors files, one tensor at a time; opens a file for each, so that one that is gone is noticed."""
+
+    def __init__(self) -> None:
+        self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
+
+    def keys(self, path: str) -> list[str]:
+        """The names of all tensors in a file."""
+        return list(self._header(path)[1])
+
+    def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            CheckpointError: The file is gone or shorter than its header says.
+        """
+        start, entries = self._header(path)
+        entry = entries[key]
+        begin, end = entry["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        _read_into(path, start + begin, data.numpy().data, key)
+        return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"]).to(device)
+
+    def _header(self, path: str) -> tuple[int, Mapping[str, Any]]:
+        if path not in self._headers:
+            length = bytearray(8)
+            _read_into(path, 0, memoryview(length), "its header")
+            text = bytearray(struct.unpack("<Q", length)[0])
+            _read_into(path, 8, memoryview(text), "its header")
+            entries = json.loads(text)
+            entries.pop("__metadata__", None)
+            self._headers[path] = (8 + len(text), entries)
+        return self._headers[path]
+
+
+def _read_into(path: str, offset: int, target: memoryview, what: str) -> None:
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            file.seek(offset)
+            done = 0
+            while done < len(target):
+                count = file.readinto(target[done:])
+                if not count:
+                    size = os.fstat(file.fileno()).st_size
+                    raise CheckpointError(
+                        f"weight file '{path}' ends at byte {size}, within {what}, while the run reads it; it was cut "
+                        "short after it had been verified: restore it and run again",
+                        path=path,
+                        tensor=what,
+                    )
+                done += count
+    except OSError as error:
+        raise CheckpointError(
+            f"weight file '{path}' cannot be read any more ({error.strerror}), for {what}; leave weights in place "
+            "while a run streams them",
+            path=path,
+            tensor=what,
+        ) from error

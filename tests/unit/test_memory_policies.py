@@ -1,0 +1,191 @@
+"""Memory policies: what they hold, and that they compute what the resident pipeline computes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from i2v_lab.errors import CheckpointError, DeviceUnavailable, InvalidRequest
+from i2v_lab.events import Phase, StepEnded
+from i2v_lab.pipeline import ltx2
+from i2v_lab.pipeline.memory import lean_decode, lean_transformer
+from i2v_lab.pipeline.memory.readers import SafetensorsReader
+from i2v_lab.pipeline.memory.streaming import block_names
+from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.profiling.live_storages import LiveStorageMeter
+from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization, Tiling
+from i2v_lab.studies.experiments import SMALL_MODEL
+from i2v_lab.studies.forecasts import forecast_request
+from i2v_lab.studies.policies import resolve_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks so small that the tiny model has many of them, some with both timesteps, some that end early."""
+    monkeypatch.setattr(lean_transformer, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(lean_decode, "SLAB_FRAMES", 3)
+    monkeypatch.setattr(lean_decode, "BAND_BYTES", 2**17)
+
+
+@pytest.fixture
+def request_64(still) -> I2VRequest:
+    return I2VRequest(image=str(still), prompt="waves", width=64, height=64, frames=9, fps=120, seed=3)
+
+
+@pytest.fixture(scope="module")
+def latent() -> torch.Tensor:
+    return torch.randn(1, 128, 4, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def _ledger(weights, memory: str, **options) -> ltx2.Ledger:
+    return ltx2.Ledger(weights, CPU, Quantization.FP8_CAST, MemoryPolicy(memory), **options)
+
+
+def _frames(pipeline, request) -> torch.Tensor:
+    with pipeline(request).video as chunks:
+        return torch.cat(list(chunks))
+
+
+def _denoised(weights, memory: str, latent: torch.Tensor, *, variant: str = "distilled") -> tuple[ltx2.Latents, int]:
+    """Latents of a short denoise stage from fixed contexts, and its peak in bytes."""
+    request = I2VRequest(image="", width=128, height=64, frames=25, fps=120, variant=variant, memory=memory)
+    generator = torch.Generator().manual_seed(1)
+    contexts = [
+        ltx2.Contexts(*(torch.randn(1, 40, width, generator=generator).bfloat16() for width in (64, 32)))
+        for _ in range(2)
+    ]
+    with torch.no_grad(), LiveStorageMeter() as meter:
+        transformer = _ledger(weights, memory, with_lora=variant == "dev").transformer()
+        still = latent[:, :, :1]
+        ltx2.expect_still(transformer, still)
+        guided = (weights.architecture, *contexts)
+        denoise = ltx2.guided(transformer, *guided) if variant == "dev" else ltx2.unguided(transformer, contexts[0])
+        sigmas = torch.tensor([0.9, 0.0])
+        noiser = ltx2.GaussianNoiser(generator=torch.Generator().manual_seed(2))
+        meter.reset_peak()
+        latents = ltx2.denoise_stage(request, request.shape, still, noiser, sigmas, denoise, lambda *_: None)
+    return latents, meter.peak_bytes()
+
+
+@pytest.mark.parametrize("variant", ["distilled", "dev"])
+def test_policies_give_the_same_latents_in_less_and_less_memory(tiny, latent, variant):
+    peaks = []
+    first, peak = _denoised(tiny, "resident", latent, variant=variant)
+    for memory in ("lean", "streamed"):  # with guidance, which switches attention off, and with the LoRA, for dev
+        peaks.append(peak)
+        latents, peak = _denoised(tiny, memory, latent, variant=variant)
+        assert torch.equal(latents.video, first.video)
+        assert torch.equal(latents.audio, first.audio)
+        assert peak < peaks[-1]
+
+
+@pytest.mark.parametrize("tiling", [Tiling(64, 32, 16, 8), None])
+def test_policies_decode_the_same_chunks(tiny, latent, tiling):
+    seen = {}
+    for memory in ("resident", "lean", "streamed"):
+        decoder = _ledger(tiny, memory).video_decoder()
+        with torch.no_grad():
+            chunks = ltx2.decode_video(latent, decoder, tiling, torch.Generator(), MemoryPolicy(memory))
+            seen[memory] = list(chunks)
+    for memory in ("lean", "streamed"):
+        assert [len(chunk) for chunk in seen[memory]] == [len(chunk) for chunk in seen["resident"]]
+        assert torch.equal(torch.cat(seen[memory]), torch.cat(seen["resident"]))
+
+
+def test_a_streamed_generation_gives_the_same_frames_and_leaves_nothing(tiny, request_64):
+    frames = _frames(TwoStagePipeline(tiny), request_64)
+    with PhaseProfiler("cpu") as profiler:
+        streamed = _frames(TwoStagePipeline(tiny, sinks=[profiler]), replace(request_64, memory="streamed"))
+        left = profiler.allocated_bytes()
+    assert torch.equal(frames, streamed)
+    assert streamed.nbytes <= left <= streamed.nbytes + 1024  # ltx-core's cached grids of frequencies
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "gemma_embeddings_processor", "video_decoder"])
+def test_of_a_streamed_components_blocks_at_most_one_is_there_and_none_between_calls(tiny, component):
+    with LiveStorageMeter() as meter:
+        module = getattr(_ledger(tiny, "streamed"), component)()
+        resident = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+        blocks = {name: module.get_submodule(name) for name in block_names(module)}
+        assert blocks
+        own = {}
+        between = meter.allocated_bytes()
+        for block in blocks.values():
+            stream = next(m.weight_stream for m in module.modules() if "weight_stream" in vars(m))
+            name = next(n for n in stream._loads if stream._model.get_submodule(n) is block)
+            meter.reset_peak()
+            stream._arrive(name, block, ())
+            own[name] = sum(t.nbytes for t in block.parameters())
+            assert meter.allocated_bytes() == between + own[name]
+            largest = max(t.nbytes for t in block.parameters())
+            assert meter.peak_bytes() <= between + own[name] + 2 * largest  # one on its way, in bfloat16
+            stream._leave(name, block, (), None)
+            assert meter.allocated_bytes() == between
+        assert between < resident + max(own.values())
+
+
+def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_everything(tiny, request_64, tmp_path):
+    for damage in (Path.unlink, lambda path: os.truncate(path, 4096)):
+        checkpoint = tmp_path / "checkpoint.safetensors"
+        shutil.copy(tiny.checkpoint, checkpoint)
+
+        def after_a_step(event, damage=damage, checkpoint=checkpoint):
+            if isinstance(event, StepEnded) and event.phase is Phase.DENOISE_STAGE_1 and event.step == 2:
+                damage(checkpoint)
+
+        with PhaseProfiler("cpu") as profiler:
+            pipeline = TwoStagePipeline(replace(tiny, checkpoint=str(checkpoint)), sinks=[profiler, after_a_step])
+            with pytest.raises(
+                CheckpointError, match=r"checkpoint\.safetensors' (cannot be read|ends at byte)"
+            ) as seen:
+                pipeline(replace(request_64, memory="streamed"))
+            assert seen.value.fields["path"] == str(checkpoint)
+            del seen
+            assert profiler.phases[-1].completed is False
+            assert profiler.phases[-1].end_bytes < 2**18  # what the prompt and the still became; no weight
+
+
+def test_the_reader_gives_what_safetensors_gives(tiny):
+    from safetensors import safe_open
+
+    reader = SafetensorsReader()
+    with safe_open(tiny.checkpoint, framework="pt") as file:
+        keys = list(file.keys())
+        assert sorted(reader.keys(tiny.checkpoint)) == sorted(keys)
+        for key in keys[::50]:
+            assert torch.equal(reader.tensor(tiny.checkpoint, key, CPU), file.get_tensor(key))
+
+
+def test_tokens_of_one_stretch_with_several_timesteps_are_refused():
+    timesteps = torch.tensor([0.0, 0.0, 1.0, 0.5]).reshape(1, 4, 1)
+    with pytest.raises(ValueError, match="tokens 2 to 4 have several timesteps"):
+        lean_transformer._distinct(timesteps, (0, 2, 4))
+    assert lean_transformer._distinct(timesteps[:, :3], (0, 2, 3)).flatten().tolist() == [0, 1]
+
+
+def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none_does(still):
+    asked = I2VRequest(image=str(still), width=64, height=64, frames=9, fps=120, memory="auto")
+    forecasts = {m: forecast_request(replace(asked, memory=m), SMALL_MODEL) for m in ("resident", "lean", "streamed")}
+    need = {memory: f.peak_reserved_bytes + f.context_bytes for memory, f in forecasts.items()}
+    assert need["resident"] >= need["lean"] >= need["streamed"]
+    chosen = resolve_memory(asked, need["resident"], SMALL_MODEL)
+    assert chosen.request == replace(asked, memory="resident")
+    assert chosen.reason.startswith("memory=resident, tiles of 768 px and 80 frames: ")
+    below = min(f.peak.peak_bytes + f.context_bytes for f in forecasts.values())
+    assert resolve_memory(asked, below, SMALL_MODEL).reason.count("tightly") == 1
+    with pytest.raises(DeviceUnavailable, match="even with memory=.*; no size does; use a larger card") as refused:
+        resolve_memory(asked, below - 1, SMALL_MODEL)
+    assert refused.value.fields["needed_bytes"] == below
+
+
+def test_the_pipeline_does_not_guess_what_auto_stands_for(tiny, request_64):
+    with pytest.raises(InvalidRequest, match="memory='auto' is for the caller to resolve"):
+        TwoStagePipeline(tiny)(replace(request_64, memory="auto"))
