@@ -61,6 +61,7 @@ ASKED = I2VRequest(image=STILL, width=64, height=64, frames=9, quantization="bf1
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
+        ("ltxv-tiny", {"memory": "lean"}, "memory='lean' is not for model='ltxv-tiny'; use resident"),
         ("ltxv-tiny", {"quantization": "fp8-cast"}, "quantization='fp8-cast' is not for model='ltxv-tiny'; use bf16"),
         (
             "ltxv-2b-0.9.8-distilled",

@@ -335,6 +335,12 @@ def watch(model: Any, on_escape: OnEscape = "fix") -> Watch:
 
     Raises:
         ProfilerError: Another ``on_escape``, or an object that holds no module: it builds them when it is called.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with watch(layer):
+        ...     layer(torch.ones(2)).requires_grad
+        False
     """
     _check_mode(on_escape)
     handle = Watch(on_escape)

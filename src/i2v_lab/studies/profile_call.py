@@ -99,6 +99,11 @@ class ProfiledCall:
         result: What the pipeline returned; what is lazy in it is followed.
         profiler: Has the records.
         seconds: Of the call, and of its streams from their first item to their end.
+
+    Example:
+        >>> call = profile_call(torch.nn.Linear(2, 2), torch.ones(1, 2))
+        >>> call.result.shape, [record.phase for record in call.phases]
+        (torch.Size([1, 2]), ['call'])
     """
 
     def __init__(self, profiler: PhaseProfiler, phases: CallPhases) -> None:
