@@ -19,8 +19,9 @@ from i2v_lab.errors import I2VLabError
 from i2v_lab.forecast_commands import FIT_EXAMPLES, FORECAST_EXAMPLES, accuracy, calibrate, fit, forecast
 from i2v_lab.lab_command import LAB_CONTEXT, LAB_EXAMPLES, lab
 from i2v_lab.measure_command import MEASURE_EXAMPLES, measure
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, reproduce
-from i2v_lab.request import DecodeScope, MemoryPolicy, Variant
+from i2v_lab.request import DecodeScope, Variant
 from i2v_lab.show import show
 from i2v_lab.studies.experiments import SMALL_MODEL
 

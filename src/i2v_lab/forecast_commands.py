@@ -13,7 +13,8 @@ import typer
 
 from i2v_lab import options
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Variant
+from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.architectures import Architecture
 from i2v_lab.pipeline.backends import backend_of, check_request
-from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Quantization, Tiling, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 Prompt = Annotated[str, typer.Option(help="What should happen.")]
 NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]

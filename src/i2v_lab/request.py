@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.rich_repr import HtmlFields
 
 SPATIAL_SCALE = 32  # pixels per latent position; ltx_core.types.VIDEO_SCALE_FACTORS
@@ -61,24 +62,6 @@ class DecodeScope(StrEnum):
     NO_GRAD = "no_grad"
     ESCAPED = "escaped"
     INFERENCE_MODE = "inference_mode"
-
-
-class MemoryPolicy(StrEnum):
-    """How much of the device a generation holds at a time.
-
-    ``resident`` runs every phase as ltx-core does, with its components' weights on the device. ``lean`` has the same
-    weights and no activations that it can do without. ``streamed`` is lean, and weights arrive block by block. ``auto``
-    stands for the fastest of these that a card takes, and is resolved before the run.
-
-    Example:
-        >>> I2VRequest(image="still.png", memory="lean").memory is MemoryPolicy.LEAN
-        True
-    """
-
-    RESIDENT = "resident"
-    LEAN = "lean"
-    STREAMED = "streamed"
-    AUTO = "auto"
 
 
 CHOICES: dict[str, type[StrEnum]] = {

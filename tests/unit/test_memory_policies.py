@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from i2v_lab.errors import CheckpointError, DeviceUnavailable, InvalidRequest
 from i2v_lab.events import Phase, StepEnded
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, to_techniques
 from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.memory import lean_decode, lean_transformer
+from i2v_lab.pipeline.memory import lean_decode, lean_transformer, streaming, token_chunks
 from i2v_lab.pipeline.memory.readers import SafetensorsReader
-from i2v_lab.pipeline.memory.streaming import block_names
+from i2v_lab.pipeline.memory.streaming import WeightStream, block_names
 from i2v_lab.pipeline.two_stage import TwoStagePipeline
 from i2v_lab.profiling.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization, Tiling
+from i2v_lab.request import I2VRequest, Quantization, Tiling
 from i2v_lab.studies.experiments import SMALL_MODEL
 from i2v_lab.studies.forecasts import forecast_request
 from i2v_lab.studies.policies import resolve_memory
@@ -31,13 +35,24 @@ CPU = torch.device("cpu")
 def small_chunks(monkeypatch):
     """Chunks so small that the tiny model has many of them, some with both timesteps, some that end early."""
     monkeypatch.setattr(lean_transformer, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(lean_transformer, "SMALL_TOKENS", 0)
+    monkeypatch.setattr(lean_transformer, "MODULATION_ROWS", 20)
     monkeypatch.setattr(lean_decode, "SLAB_FRAMES", 3)
     monkeypatch.setattr(lean_decode, "BAND_BYTES", 2**17)
 
 
 @pytest.fixture
 def request_64(still) -> I2VRequest:
+    return _request_64(still)
+
+
+def _request_64(still) -> I2VRequest:
     return I2VRequest(image=str(still), prompt="waves", width=64, height=64, frames=9, fps=120, seed=3)
+
+
+@pytest.fixture(scope="module")
+def resident_frames(tiny, still) -> torch.Tensor:
+    return _frames(TwoStagePipeline(tiny), _request_64(still))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +61,7 @@ def latent() -> torch.Tensor:
 
 
 def _ledger(weights, memory: str, **options) -> ltx2.Ledger:
-    return ltx2.Ledger(weights, CPU, Quantization.FP8_CAST, MemoryPolicy(memory), **options)
+    return ltx2.Ledger(weights, CPU, Quantization.FP8_CAST, TECHNIQUES[MemoryPolicy(memory)], **options)
 
 
 def _frames(pipeline, request) -> torch.Tensor:
@@ -93,19 +108,18 @@ def test_policies_decode_the_same_chunks(tiny, latent, tiling):
     for memory in ("resident", "lean", "streamed"):
         decoder = _ledger(tiny, memory).video_decoder()
         with torch.no_grad():
-            chunks = ltx2.decode_video(latent, decoder, tiling, torch.Generator(), MemoryPolicy(memory))
+            chunks = ltx2.decode_video(latent, decoder, tiling, torch.Generator(), TECHNIQUES[MemoryPolicy(memory)])
             seen[memory] = list(chunks)
     for memory in ("lean", "streamed"):
         assert [len(chunk) for chunk in seen[memory]] == [len(chunk) for chunk in seen["resident"]]
         assert torch.equal(torch.cat(seen[memory]), torch.cat(seen["resident"]))
 
 
-def test_a_streamed_generation_gives_the_same_frames_and_leaves_nothing(tiny, request_64):
-    frames = _frames(TwoStagePipeline(tiny), request_64)
+def test_a_streamed_generation_gives_the_same_frames_and_leaves_nothing(tiny, request_64, resident_frames):
     with PhaseProfiler("cpu") as profiler:
         streamed = _frames(TwoStagePipeline(tiny, sinks=[profiler]), replace(request_64, memory="streamed"))
         left = profiler.allocated_bytes()
-    assert torch.equal(frames, streamed)
+    assert torch.equal(resident_frames, streamed)
     assert streamed.nbytes <= left <= streamed.nbytes + 1024  # ltx-core's cached grids of frequencies
 
 
@@ -153,6 +167,107 @@ def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_ev
             assert profiler.phases[-1].end_bytes < 2**18  # what the prompt and the still became; no weight
 
 
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.sets(st.sampled_from(sorted(Technique))))
+def test_any_set_of_techniques_gives_the_same_frames(tiny, request_64, resident_frames, names):
+    if Technique.TOKEN_CHUNKS in names:
+        names.add(Technique.SHARED_MODULATIONS)
+    pipeline = TwoStagePipeline(tiny, techniques=to_techniques(names))
+    assert torch.equal(_frames(pipeline, request_64), resident_frames)
+
+
+def test_a_technique_that_is_unknown_or_lacks_another_is_refused():
+    with pytest.raises(InvalidRequest, match="technique='magic' is unknown; use shared_modulations, token_chunks"):
+        to_techniques(["magic"])
+    with pytest.raises(InvalidRequest, match="technique='token_chunks' needs shared_modulations; name both"):
+        to_techniques(["token_chunks"])
+
+
+@given(tokens=st.integers(1, 300), still=st.integers(0, 300), most=st.integers(1, 320))
+def test_chunks_are_all_tokens_in_order_alike_in_size_and_know_their_timesteps(tokens, still, most):
+    bounds = (0, min(still, tokens), tokens)
+    chunks = token_chunks.chunks_of(bounds, most)
+    sizes = [chunk.last - chunk.first for chunk in chunks]
+    assert len(chunks) == -(-tokens // most)
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= most
+    assert [chunk.first for chunk in chunks] == [0, *(chunk.last for chunk in chunks[:-1])]
+    assert chunks[-1].last == tokens
+    values = torch.tensor([[[2.0], [3.0]]])
+    expected = torch.tensor([2.0] * bounds[1] + [3.0] * (tokens - bounds[1])).reshape(1, -1, 1)
+    assert torch.equal(torch.cat([token_chunks.expanded(values, chunk) for chunk in chunks], dim=1), expected)
+    ones = torch.ones(1, tokens, 1)
+    for chunk in chunks:
+        token_chunks.multiply(ones[:, chunk.span], values, chunk)
+    assert torch.equal(ones, expected)
+    for chunk in chunks:
+        token_chunks.add(ones[:, chunk.span], values, chunk)
+    assert torch.equal(ones, 2 * expected)
+
+
+@pytest.mark.parametrize("blocks_kept", [0, 1, 3])
+def test_blocks_stay_in_host_memory_while_there_is_room_and_the_rest_is_loaded_again(blocks_kept):
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(3)))
+    weights = {f"{index}.weight": torch.randn(8, 8) for index in range(3)}
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return {f"{name}.weight": weights[f"{name}.weight"].clone()}
+
+    loads = {str(index): partial(load, str(index)) for index in range(3)}
+    stream = WeightStream(model, loads, CPU, room_bytes=256 * blocks_kept)  # 256 bytes a block
+    x = torch.randn(2, 8)
+    expected = x @ weights["0.weight"].T @ weights["1.weight"].T @ weights["2.weight"].T
+    with torch.no_grad():
+        passes = [model(x) for _ in range(3)]
+    assert all(torch.equal(seen, expected) for seen in passes)
+    assert [loaded.count(str(index)) for index in range(3)] == [1 if index < blocks_kept else 3 for index in range(3)]
+    stream.close()
+    assert not stream._host
+
+
+def test_what_the_system_does_not_grant_is_loaded_again(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(streaming, "PageLocked", refused)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return {"0.weight": torch.eye(8)}
+
+    stream = WeightStream(model, {"0": load}, CPU, room_bytes=2**20)
+    with torch.no_grad():
+        assert torch.equal(model(model(torch.ones(1, 8))), torch.ones(1, 8))
+    assert len(loaded) == 2
+    stream.close()
+
+
+def test_streamed_from_disk_host_memory_stays_under_the_weights_of_two_blocks_and_activations(tiny, request_64):
+    peaks = {}
+    for memory in ("lean", "streamed"):
+        with PhaseProfiler("cpu") as profiler:
+            _frames(TwoStagePipeline(tiny, sinks=[profiler]), replace(request_64, memory=memory))
+        peaks[memory] = {phase.phase: phase.peak_bytes for phase in profiler.phases}
+    for phase, component in (
+        ("denoise_stage_1", "transformer"),
+        ("denoise_stage_2", "transformer"),
+        ("decode_video", "video_decoder"),
+    ):
+        module = getattr(_ledger(tiny, "lean"), component)()
+        sizes = [_weight_bytes(module.get_submodule(name)) for name in block_names(module)]
+        activations = peaks["lean"][phase] - _weight_bytes(module)
+        others = _weight_bytes(module) - sum(sizes)  # of no block: they are there throughout
+        assert peaks["streamed"][phase] <= activations + others + 2 * max(sizes)
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
 def test_the_reader_gives_what_safetensors_gives(tiny):
     from safetensors import safe_open
 
@@ -167,8 +282,8 @@ def test_the_reader_gives_what_safetensors_gives(tiny):
 def test_tokens_of_one_stretch_with_several_timesteps_are_refused():
     timesteps = torch.tensor([0.0, 0.0, 1.0, 0.5]).reshape(1, 4, 1)
     with pytest.raises(ValueError, match="tokens 2 to 4 have several timesteps"):
-        lean_transformer._distinct(timesteps, (0, 2, 4))
-    assert lean_transformer._distinct(timesteps[:, :3], (0, 2, 3)).flatten().tolist() == [0, 1]
+        lean_transformer._check_timesteps(timesteps, (0, 2, 4))
+    lean_transformer._check_timesteps(timesteps[:, :3], (0, 2, 3))
 
 
 def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none_does(still):

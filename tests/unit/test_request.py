@@ -18,7 +18,8 @@ from ltx_core.model.video_vae.video_vae import split_temporal_latents, split_wit
 from ltx_core.types import VideoLatentShape, VideoPixelShape
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import LATENT_CHANNELS, DecodeScope, I2VRequest, MemoryPolicy, Quantization, Tiling, Variant
+from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.request import LATENT_CHANNELS, DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 VALID = I2VRequest(image="still.png")
 

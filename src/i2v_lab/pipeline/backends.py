@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from i2v_lab.errors import BackendUnavailable, InvalidRequest
-from i2v_lab.request import PIXEL_MULTIPLE, SPATIAL_SCALE, I2VRequest, MemoryPolicy, Quantization, Variant, VideoShape
+from i2v_lab.memory_policy import MemoryPolicy, Techniques
+from i2v_lab.request import PIXEL_MULTIPLE, SPATIAL_SCALE, I2VRequest, Quantization, Variant, VideoShape
 
 if TYPE_CHECKING:
     import torch
@@ -107,9 +108,30 @@ class Backend:
         """Weights without values, made on demand: all that a forecast of memory needs."""
         return self._part("skeleton_weights")(architecture)
 
-    def pipeline(self, weights: Any, device: str | torch.device = "cpu", sinks: Sequence[EventSink] = ()) -> Pipeline:
-        """The pipeline over weights that this backend resolved."""
-        pipeline: Pipeline = self._part("pipeline")(weights, device, sinks=sinks)
+    def pipeline(
+        self,
+        weights: Any,
+        device: str | torch.device = "cpu",
+        sinks: Sequence[EventSink] = (),
+        techniques: Techniques | None = None,
+    ) -> Pipeline:
+        """The pipeline over weights that this backend resolved.
+
+        Args:
+            weights: From :meth:`resolve_weights` or :meth:`skeleton_weights`.
+            device: ``cpu`` or ``cuda``.
+            sinks: Called with every event.
+            techniques: What stands in for those of a request's memory policy.
+
+        Raises:
+            InvalidRequest: This backend has no techniques.
+        """
+        options: dict[str, Any] = {}
+        if techniques is not None:
+            if self.memory == (MemoryPolicy.RESIDENT,):
+                raise InvalidRequest(f"techniques are not for backend={self.name!r}; leave them out")
+            options = {"techniques": techniques}
+        pipeline: Pipeline = self._part("pipeline")(weights, device, sinks=sinks, **options)
         return pipeline
 
     def upstream(self, weights: Any, device: str | torch.device = "cpu", sinks: Sequence[EventSink] = ()) -> Pipeline:

@@ -143,24 +143,29 @@ def diffusers_ltx2(
         sizes: What differs from diffusers' default configuration, by component: :data:`FULL` or :data:`TINY`.
         device: Where the components are built.
         dtype: Of all weights.
-        offload: With ``model`` and ``group`` the components are built on the CPU and moved to ``device`` by diffusers.
+        offload: With ``model`` and ``group`` the components wait on the CPU and diffusers moves them to ``device``.
         forecast: For a run under :func:`~i2v_lab.profiling.forecast.forecasting`.
     """
     with ltx2.gemma_dimensions(weights.architecture.gemma):
         gemma = Gemma3Config(**ltx2.gemma_config())
 
-    def build(kind: Any, name: str) -> Any:
-        return kind(**sizes.get(name, {})).eval()
-
     where = device if offload is Offload.NONE else "cpu"
-    with torch.random.fork_rng(devices=[]), torch.device(where), _default_dtype(dtype):
+
+    def moved(module: torch.nn.Module) -> Any:
+        return module.to(where).eval()
+
+    def build(kind: Any, name: str) -> Any:
+        return moved(kind(**sizes.get(name, {})))
+
+    # On the device even where they do not stay there: on a CPU, to draw the numbers of 31 B weights takes minutes.
+    with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
         torch.manual_seed(0)
         vae = build(AutoencoderKLLTX2Video, "vae")
         generate = LTX2ImageToVideoPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=vae,
             audio_vae=build(AutoencoderKLLTX2Audio, "audio_vae"),
-            text_encoder=Gemma3ForConditionalGeneration(gemma).to(dtype).eval(),  # its vision part is float32 else
+            text_encoder=moved(Gemma3ForConditionalGeneration(gemma).to(dtype)),  # its vision part is float32 else
             tokenizer=AutoTokenizer.from_pretrained(weights.gemma_root),
             connectors=build(LTX2TextConnectors, "connectors"),
             transformer=build(LTX2VideoTransformer3DModel, "transformer"),

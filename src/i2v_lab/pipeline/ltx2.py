@@ -6,7 +6,6 @@ a module constant, and the progress bar of the Euler loop, whose place our step 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,13 +87,12 @@ from ltx_pipelines.utils.constants import (
 from ltx_pipelines.utils.media_io import normalize_latent, preprocess, resize_and_center_crop
 from ltx_pipelines.utils.types import PipelineComponents
 
+from i2v_lab.memory_policy import Technique, Techniques
 from i2v_lab.pipeline.memory import lean_decode
-from i2v_lab.pipeline.memory.lean_decode import LEAN_DECODER
-from i2v_lab.pipeline.memory.lean_text import LEAN_FEATURES, TEXT_ONLY, text_only_keys
-from i2v_lab.pipeline.memory.lean_transformer import LEAN_TRANSFORMER, LeanBlock
-from i2v_lab.pipeline.memory.streaming import StreamedBuilder
+from i2v_lab.pipeline.memory.builders import with_techniques
+from i2v_lab.pipeline.memory.lean_transformer import LeanBlock
 from i2v_lab.pipeline.weight_files import kept_layout
-from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization, Tiling, VideoShape
+from i2v_lab.request import I2VRequest, Quantization, Tiling, VideoShape
 
 if TYPE_CHECKING:
     from i2v_lab.pipeline.architectures import Architecture
@@ -229,16 +227,6 @@ def checkpoint_key(key_ops: SDOps | None, module_key: str) -> str | None:
     return None
 
 
-# The builders of components that are streamed, each with whether its blocks are called many times.
-STREAMED = {
-    "transformer_builder": True,
-    "text_encoder_builder": False,
-    "embeddings_processor_builder": False,
-    "vae_encoder_builder": False,
-    "vae_decoder_builder": True,
-}
-
-
 # --- Components ------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +237,7 @@ class Ledger(ModelLedger):
         weights: Where the tensors come from.
         device: Where components are built.
         quantization: Applied to the transformer.
-        memory: How components are built: with ltx-core's activations, or lean.
+        techniques: How the components hold less than upstream's.
         with_lora: Fuse the distilled LoRA into the transformer.
     """
 
@@ -258,12 +246,12 @@ class Ledger(ModelLedger):
         weights: Weights,
         device: torch.device,
         quantization: Quantization,
-        memory: MemoryPolicy = MemoryPolicy.RESIDENT,
+        techniques: Techniques = frozenset(),
         *,
         with_lora: bool = False,
     ) -> None:
         self._weights = weights
-        self._memory = memory
+        self._techniques = techniques
         loras = (LoraPathStrengthAndSDOps(weights.lora, 1.0, LTXV_LORA_COMFY_RENAMING_MAP),) if with_lora else ()
         super().__init__(
             dtype=DTYPE,
@@ -290,27 +278,9 @@ class Ledger(ModelLedger):
         )
         keys = _transformer_keys(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=keys)
-        if self._memory is not MemoryPolicy.RESIDENT:
-            self._make_lean()
-        for name, builder in list(vars(self).items()):
-            if isinstance(builder, Builder):
-                setattr(self, name, replace(builder, model_loader=self._weights.loader))
-
-    def _make_lean(self) -> None:
-        self.transformer_builder = replace(self.transformer_builder, module_ops=(LEAN_TRANSFORMER,))
-        features: Builder[Any] = getattr(self, "embeddings_processor_builder")  # noqa: B009
-        self.embeddings_processor_builder = replace(features, module_ops=(LEAN_FEATURES,))
-        decoder: Builder[Any] = getattr(self, "vae_decoder_builder")  # noqa: B009
-        self.vae_decoder_builder = replace(decoder, module_ops=(LEAN_DECODER,))
-        text = self.text_encoder_builder
-        self.text_encoder_builder = replace(
-            text, model_sd_ops=text_only_keys(text.model_sd_ops), module_ops=(*text.module_ops, TEXT_ONLY)
-        )
-        if self._memory is MemoryPolicy.STREAMED:
-            for name, repeated in STREAMED.items():
-                builder = getattr(self, name)
-                fields = {field.name: getattr(builder, field.name) for field in dataclasses.fields(builder)}
-                setattr(self, name, StreamedBuilder(**fields, reader=self._weights.reader(), repeated=repeated))
+        builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
+        for name, builder in with_techniques(builders, self._techniques, self._weights.reader).items():
+            setattr(self, name, replace(builder, model_loader=self._weights.loader))
 
     def text_encoder(self) -> torch.nn.Module:
         """Gemma 3 with its tokenizer, at the architecture's size."""
@@ -556,9 +526,13 @@ def tiling_config(tiling: Tiling | None) -> TilingConfig | None:
 
 
 def decode_video(
-    latent: torch.Tensor, video_decoder: Any, tiling: Tiling | None, generator: torch.Generator, memory: MemoryPolicy
+    latent: torch.Tensor,
+    video_decoder: Any,
+    tiling: Tiling | None,
+    generator: torch.Generator,
+    techniques: Techniques = frozenset(),
 ) -> Iterator[torch.Tensor]:
     """The video latent to chunks ``(F, H, W, 3)`` uint8, decoded as they are asked for."""
-    decode = _decode_video if memory is MemoryPolicy.RESIDENT else lean_decode.decode_video
+    decode = lean_decode.decode_video if Technique.BLEND_IN_PLACE in techniques else _decode_video
     chunks: Iterator[torch.Tensor] = decode(latent, video_decoder, tiling_config(tiling), generator)
     return chunks

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from i2v_lab.memory_policy import Techniques
 from i2v_lab.pipeline import ltx2
 from i2v_lab.pipeline.checkpoints import Weights
 from i2v_lab.pipeline.lifecycle import PhaseScope
@@ -25,17 +26,18 @@ class Run:
         weights: Where components come from.
         device: Where they run.
         generator: The run's only source of randomness.
+        techniques: How the components hold less than upstream's.
     """
 
     request: I2VRequest
     weights: Weights
     device: torch.device
     generator: torch.Generator
+    techniques: Techniques
 
     def ledger(self, *, with_lora: bool = False) -> ltx2.Ledger:
         """The builders, with the distilled LoRA fused into the transformer or not."""
-        asked = self.request
-        return ltx2.Ledger(self.weights, self.device, asked.quantization, asked.memory, with_lora=with_lora)
+        return ltx2.Ledger(self.weights, self.device, self.request.quantization, self.techniques, with_lora=with_lora)
 
     @property
     def guided(self) -> bool:
@@ -136,4 +138,4 @@ def decode_audio(run: Run, scope: PhaseScope, latent: torch.Tensor) -> ltx2.Audi
 
 def decode_video(run: Run, decoder: torch.nn.Module, latent: torch.Tensor) -> Iterator[torch.Tensor]:
     """Chunks ``(F, H, W, 3)`` uint8, each decoded when it is asked for, in the grad mode that it is asked for in."""
-    return ltx2.decode_video(latent, decoder, run.request.tiling, run.generator, run.request.memory)
+    return ltx2.decode_video(latent, decoder, run.request.tiling, run.generator, run.techniques)

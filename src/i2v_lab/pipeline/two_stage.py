@@ -11,6 +11,7 @@ import torch
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
 from i2v_lab.pipeline import ltx2, phases
 from i2v_lab.pipeline.checkpoints import Weights
 from i2v_lab.pipeline.generation import (
@@ -24,7 +25,7 @@ from i2v_lab.pipeline.generation import (
 )
 from i2v_lab.pipeline.lifecycle import phase_scope
 from i2v_lab.pipeline.media import load_still
-from i2v_lab.request import I2VRequest, MemoryPolicy, Quantization
+from i2v_lab.request import I2VRequest, Quantization
 
 
 class TwoStagePipeline:
@@ -37,6 +38,7 @@ class TwoStagePipeline:
         weights: From :func:`~i2v_lab.pipeline.checkpoints.resolve_weights`.
         device: ``"cpu"`` or ``"cuda"``.
         sinks: Called with every :data:`~i2v_lab.events.Event`.
+        techniques: What stands in for those of the request's memory policy.
 
     Raises:
         DeviceUnavailable: The device does not exist here.
@@ -49,8 +51,15 @@ class TwoStagePipeline:
         >>> frames = torch.cat(list(pipeline(request).video))  # (25, 128, 192, 3)  # doctest: +SKIP
     """
 
-    def __init__(self, weights: Weights, device: str | torch.device = "cpu", sinks: Sequence[EventSink] = ()) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        device: str | torch.device = "cpu",
+        sinks: Sequence[EventSink] = (),
+        techniques: Techniques | None = None,
+    ) -> None:
         self.weights = weights
+        self._techniques = techniques
         self.device = resolve_device(device)
         self._emit = broadcast([*sinks, *environment_sinks(self.device)])
 
@@ -69,7 +78,8 @@ class TwoStagePipeline:
         pixels = load_still(request.image)
         require_memory(self.weights, request.quantization, self.device)
         generator = torch.Generator(self.device).manual_seed(request.seed)
-        run = phases.Run(request, self.weights, self.device, generator)
+        techniques = TECHNIQUES[request.memory] if self._techniques is None else self._techniques
+        run = phases.Run(request, self.weights, self.device, generator, techniques)
         scopes = GRAD_SCOPES[request.decode_scope]
         with scopes.body():
             with self._phase(Phase.ENCODE_PROMPT) as scope:

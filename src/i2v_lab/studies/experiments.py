@@ -9,7 +9,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import DecodeScope, I2VRequest, MemoryPolicy, Tiling
+from i2v_lab.memory_policy import MemoryPolicy, Techniques, to_techniques
+from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 
 if TYPE_CHECKING:
     from i2v_lab.pipeline.generation import Generation
@@ -44,9 +45,10 @@ class Experiment:
         model: An architecture's name.
         generations: How many times, one after another.
         consumer: How each video is consumed.
+        techniques: What stands in for those of the request's memory policy, by name.
 
     Raises:
-        InvalidRequest: ``generations`` is not above 0.
+        InvalidRequest: ``generations`` is not above 0, or a technique is unknown or lacks what it needs.
         ValueError: There is no such consumer.
 
     Example:
@@ -59,8 +61,11 @@ class Experiment:
     model: str = FULL_SIZE_MODEL
     generations: int = 1
     consumer: Consumer = Consumer.PLAIN
+    techniques: Techniques | None = None
 
     def __post_init__(self) -> None:
+        if self.techniques is not None:
+            object.__setattr__(self, "techniques", to_techniques(self.techniques))
         object.__setattr__(self, "consumer", Consumer(self.consumer))
         if self.generations < 1:
             raise InvalidRequest(f"generations={self.generations} is not above 0; use 1 or more")
@@ -77,6 +82,8 @@ class Experiment:
         parts += [value for value in (request.variant.value, request.quantization.value) if value in ("dev", "bf16")]
         if request.memory is not MemoryPolicy.RESIDENT:
             parts.append(request.memory.value)
+        if self.techniques is not None:
+            parts += sorted(self.techniques) or ["no_technique"]
         if self.consumer is not Consumer.PLAIN:
             parts.append(self.consumer.value)
         if self.generations > 1:
@@ -85,7 +92,9 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; :meth:`from_json` reads them back."""
-        return {**asdict(self), "request": self.request.to_json(), "consumer": self.consumer.value}
+        values = {**asdict(self), "request": self.request.to_json(), "consumer": self.consumer.value}
+        techniques = values.pop("techniques")
+        return values if techniques is None else {**values, "techniques": sorted(techniques)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Experiment:

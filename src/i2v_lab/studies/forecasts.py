@@ -137,7 +137,7 @@ def _work_out(experiment: Experiment, device: str) -> tuple[tuple[Record, ...], 
     backend = backend_of(architecture)
     weights = backend.skeleton_weights(architecture)
     with forecasting(device, repeats=backend.repeats(), workspaces=workspaces) as profiler:
-        pipeline = backend.pipeline(weights, device, sinks=[profiler])
+        pipeline = backend.pipeline(weights, device, [profiler], experiment.techniques)
         perform(_with_still(experiment), pipeline, profiler, _discard)
     return tuple(profiler.records), workspaces.context_bytes if workspaces else 0
 

@@ -227,10 +227,15 @@ def _run(settings: dict[str, Any], folder: Path) -> None:
         name = VIDEO if videos == 1 else f"video_{videos}.mp4"
         media.write_video(chunks, generation.audio, folder / name, request.frame_rate)
 
-    pipeline = backend.upstream if conditions.pipeline is Implementation.UPSTREAM else backend.pipeline
+    upstream = conditions.pipeline is Implementation.UPSTREAM
     attribute, cap = conditions.profiler is Attribution.FULL, conditions.vram_cap_bytes
     with profiled(device, folder, metadata, attribute=attribute, vram_cap_bytes=cap) as profiler, ExitStack() as scopes:
         if not attribute:
             scopes.enter_context(profiler.phase(WHOLE))
         sinks = [] if conditions.profiler is Attribution.OFF else [profiler]
-        perform(experiment, pipeline(weights, device, sinks=sinks), profiler, write)
+        pipeline = (
+            backend.upstream(weights, device, sinks)
+            if upstream
+            else backend.pipeline(weights, device, sinks, experiment.techniques)
+        )
+        perform(experiment, pipeline, profiler, write)

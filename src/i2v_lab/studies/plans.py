@@ -19,7 +19,7 @@ from i2v_lab.studies.measured import Attribution, Conditions, Implementation
 E = TypeVar("E", bound=StrEnum)
 
 REQUEST_FIELDS = {field.name for field in fields(I2VRequest)}
-EXPERIMENT_FIELDS = {"model", "generations", "consumer"}
+EXPERIMENT_FIELDS = {"model", "generations", "consumer", "techniques"}
 CONDITION_FIELDS = {"pipeline", "profiler", "vram_cap_gib"}
 RUN_FIELDS = {*REQUEST_FIELDS, *EXPERIMENT_FIELDS, *CONDITION_FIELDS, "expected_seconds"}
 PLAN_FIELDS = {"defaults", "process_seconds", "groups"}

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from i2v_lab.errors import DeviceUnavailable
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.profiling.records import Forecast
-from i2v_lab.request import I2VRequest, MemoryPolicy, Tiling
+from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.cards import FITS, NO, judge
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL
 from i2v_lab.studies.fit import TILINGS, FitSearch, OnForecast

@@ -37,6 +37,7 @@ def experiment_of(run: Run) -> Experiment:
         model=run.metadata["model"],
         generations=kept.get("generations", 1),
         consumer=Consumer(kept.get("consumer", "plain")),
+        techniques=kept.get("techniques"),
     )
 
 

@@ -68,9 +68,7 @@ def _make_lean(decoder: Any) -> Any:
     return decoder
 
 
-LEAN_DECODER = ModuleOps(
-    name="lean_decoder", matcher=lambda module: isinstance(module, VideoDecoder), mutator=_make_lean
-)
+ROW_BANDS = ModuleOps(name="row_bands", matcher=lambda module: isinstance(module, VideoDecoder), mutator=_make_lean)
 
 
 def decode_video(

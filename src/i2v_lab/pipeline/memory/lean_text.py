@@ -63,6 +63,6 @@ def _make_lean(processor: Any) -> Any:
 TEXT_ONLY = ModuleOps(
     name="text_only", matcher=lambda module: isinstance(module, GemmaTextEncoder), mutator=_drop_vision
 )
-LEAN_FEATURES = ModuleOps(
-    name="lean_features", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=_make_lean
+FEATURE_CHUNKS = ModuleOps(
+    name="feature_chunks", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=_make_lean
 )

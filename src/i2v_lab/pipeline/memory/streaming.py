@@ -1,8 +1,9 @@
 """Weights that arrive block by block and go again: from the weight files, or from host memory once they are there.
 
 A component's blocks are loaded when they are called and let go of when they return. Where a block is called many times,
-as in every step of denoising, its weights stay in host memory after the first: one page-locked buffer a block, copied
-to the device by a stream of its own while the block before computes. At most two blocks are on the device.
+as in every step of denoising, its weights stay in host memory after the first, as far as there is room: one page-locked
+buffer a block, copied to the device by a stream of its own while the block before computes. At most two blocks are on
+the device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from ltx_core.loader import SingleGPUModelBuilder, StateDict
 from ltx_core.loader.fuse_loras import apply_loras
@@ -24,10 +24,10 @@ from ltx_core.model.video_vae.sampling import DepthToSpaceUpsample, SpaceToDepth
 from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerBlock1D
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
+from i2v_lab.pipeline.memory.host_memory import PageLocked, room_bytes
 from i2v_lab.pipeline.memory.readers import TensorReader
 
 ALIGNMENT = 256  # bytes, of a tensor in a block's buffer
-HOST_SHARE = 0.6  # of the free host memory that weights may fill; page-locked sizes are rounded up to powers of two
 BLOCKS = (
     BasicAVTransformerBlock,
     AdaLayerNormSingle,
@@ -72,8 +72,7 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         rest = self._load(tensors.pop("", []), device, dtype)
         model.load_state_dict(rest, strict=False, assign=True)
         loads: dict[str, Load] = {name: partial(self._load, tensors.get(name, []), device, dtype) for name in names}
-        keep = self.repeated and _fits_the_host(model, device)
-        model.weight_stream = WeightStream(model, loads, device, keep=keep)
+        model.weight_stream = WeightStream(model, loads, device, room_bytes(device) if self.repeated else 0)
         return model
 
     def _by_block(self, names: Sequence[str]) -> dict[str, list[tuple[str, str, str]]]:
@@ -129,30 +128,21 @@ def _owner(name: str, blocks: set[str]) -> str:
     return ""
 
 
-def _fits_the_host(model: torch.nn.Module, device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False  # the host is where they would go anyway
-    if torch._guards.active_fake_mode() is not None:
-        return True
-    nbytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == "meta")
-    return nbytes < HOST_SHARE * psutil.virtual_memory().available
-
-
 @dataclass(frozen=True)
-class _Packed:
-    """A block's tensors in one buffer.
+class _Kept:
+    """A block's tensors in host memory.
 
     Attributes:
-        data: uint8.
-        layout: For each tensor its name, offset in bytes, dtype and shape.
+        buffer: All of them.
+        layout: For each its name, offset in bytes, dtype and shape.
     """
 
-    data: torch.Tensor
+    buffer: PageLocked
     layout: tuple[tuple[str, int, torch.dtype, torch.Size], ...]
 
-    def unpacked(self, data: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors in ``data``, a copy of the buffer."""
-        typed = {dtype: data.view(dtype) for dtype in {dtype for _, _, dtype, _ in self.layout}}
+    def unpacked(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors in ``buffer``."""
+        typed = {dtype: buffer.view(dtype) for dtype in {dtype for _, _, dtype, _ in self.layout}}
         return {
             name: typed[dtype].as_strided(shape, _strides(shape), at // dtype.itemsize)
             for name, at, dtype, shape in self.layout
@@ -166,21 +156,23 @@ class WeightStream:
         model: On the meta device where its blocks are.
         loads: For each block, by its path, what loads its tensors onto ``device``, by their names in ``model``.
         device: Where the model runs.
-        keep: Keep what was loaded once in host memory.
+        room_bytes: Of host memory, for blocks that were loaded once; the rest is loaded at every call.
     """
 
-    def __init__(self, model: torch.nn.Module, loads: dict[str, Load], device: torch.device, *, keep: bool) -> None:
+    def __init__(
+        self, model: torch.nn.Module, loads: dict[str, Load], device: torch.device, room_bytes: int = 0
+    ) -> None:
         self._model = model
         self._loads = loads
         self._device = device
-        self._keep = keep
+        self._room_bytes = room_bytes
         self._order = {name: index for index, name in enumerate(loads)}
         self._following: dict[str, str] = {}  # as seen in the last pass
         self._last = ""
-        self._host: dict[str, _Packed] = {}
+        self._host: dict[str, _Kept] = {}
         self._under_way: dict[str, tuple[torch.Tensor, Any]] = {}
         real_cuda = device.type == "cuda" and torch._guards.active_fake_mode() is None
-        self._stream = torch.cuda.Stream(device) if keep and real_cuda else None
+        self._stream = torch.cuda.Stream(device) if room_bytes and real_cuda else None
         self._hooks = []
         self._absent = torch.nn.Parameter(torch.empty(0, device=device, dtype=torch.bfloat16), requires_grad=False)
         for name in loads:
@@ -194,8 +186,10 @@ class WeightStream:
         for hook in self._hooks:
             hook.remove()
         if self._stream is not None:
-            self._stream.synchronize()  # before what it writes to is given to others
+            torch.cuda.synchronize(self._device)  # before what copies read and write is given to others
         self._under_way.clear()
+        for kept in self._host.values():
+            kept.buffer.release()
         self._host.clear()
         self._loads.clear()
 
@@ -210,8 +204,9 @@ class WeightStream:
         self._following[self._last] = name
         self._last = name
         following = self._following.get(name, "")
-        if following in self._host and self._order[following] > self._order[name]:
-            self._under_way.setdefault(following, self._send(self._host[following].data))
+        ahead = self._order.get(following, 0) > self._order[name]
+        if ahead and following in self._host and following not in self._under_way:
+            self._under_way[following] = self._send(self._host[following])
 
     def _leave(self, name: str, module: torch.nn.Module, args: Any, result: Any) -> None:
         self._take_away(name)
@@ -226,21 +221,39 @@ class WeightStream:
         """A block's tensors on the device, there for whatever the current stream does next."""
         if name not in self._host:
             tensors = self._loads[name]()
-            if self._keep:
-                self._host[name] = _packed(tensors)
+            self._keep(name, tensors)
             return tensors
-        sent = self._under_way.pop(name) if name in self._under_way else self._send(self._host[name].data)
-        data, event = sent
+        sent = self._under_way.pop(name) if name in self._under_way else self._send(self._host[name])
+        buffer, event = sent
         if event is not None:
             event.wait(torch.cuda.current_stream(self._device))
-        return self._host[name].unpacked(data)
+        return self._host[name].unpacked(buffer)
 
-    def _send(self, data: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _keep(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        layout, size = [], 0
+        for key, tensor in tensors.items():
+            layout.append((key, size, tensor.dtype, tensor.shape))
+            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if size > self._room_bytes:
+            return
+        try:
+            buffer = PageLocked(size, self._device)
+        except RuntimeError:  # the system grants no more
+            self._room_bytes = 0
+            return
+        self._room_bytes -= size
+        for tensor, (_, at, _, _) in zip(tensors.values(), layout, strict=True):
+            part = buffer.data[at : at + tensor.nbytes]
+            part.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
+        self._host[name] = _Kept(buffer, tuple(layout))
+
+    def _send(self, kept: _Kept) -> tuple[torch.Tensor, Any]:
         """A copy on the device, and the event after which it is complete.
 
         The buffer belongs to the current stream, on which its memory may have been used until now and will be used
         again: the copy begins after what is queued there, and the block that is about to be queued runs beside it.
         """
+        data = kept.buffer.data
         copy = torch.empty(data.shape, dtype=data.dtype, device=self._device)
         if self._stream is None:
             return copy.copy_(data), None
@@ -255,15 +268,3 @@ def _strides(shape: torch.Size) -> list[int]:
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
     return strides[: len(shape)]
-
-
-def _packed(tensors: dict[str, torch.Tensor]) -> _Packed:
-    """Tensors from a device in one page-locked buffer of the host."""
-    layout, size = [], 0
-    for name, tensor in tensors.items():
-        layout.append((name, size, tensor.dtype, tensor.shape))
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    data = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-    for tensor, (_, at, _, _) in zip(tensors.values(), layout, strict=True):
-        data[at : at + tensor.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
-    return _Packed(data, tuple(layout))
