@@ -1,6 +1,7 @@
-"""What profilers, the defect and ltx-pipelines' own code cost in time: generations in turns, in one process.
+"""What profilers, the defect, ltx-pipelines' own code and memory policies cost: generations in turns, in one process.
 
     python benchmarks/turns.py
+    python benchmarks/turns.py --ways policies
     python benchmarks/turns.py --model ltx-2.3-22b --device cuda --width 1024 --height 768 --frames 97 --out turns.json
 
 With --out, the file is whole after every turn, so that an interrupted benchmark loses one. On a CPU, which counts no
@@ -36,14 +37,18 @@ def main(
     height: int = 64,
     frames: int = 17,
     rounds: int = 7,
+    ways: Annotated[str, typer.Option(help="Which are compared: profilers or policies.")] = "profilers",
     out: Annotated[Path | None, typer.Option(help="Gets the turns as JSON.")] = None,
 ) -> None:
+    if ways not in WAYS:
+        raise typer.BadParameter(f"{ways!r} is unknown; use {' or '.join(WAYS)}", param_hint="--ways")
+    chosen = WAYS[ways]
     on = resolve_device(device)
     request = I2VRequest(image=str(find_still(DEFAULT_STILL)), width=width, height=height, frames=frames)
     name = torch.cuda.get_device_name(on) if on.type == "cuda" else "CPU"
     turns = []
     weights = resolve_weights(load_architecture(model))
-    for turn in tqdm(take_turns(weights, on, request, rounds), total=rounds * len(WAYS)):
+    for turn in tqdm(take_turns(weights, on, request, rounds, chosen), total=rounds * len(chosen)):
         turns.append(turn)
         if out is not None:
             asked = {**request.to_json(), "image": DEFAULT_STILL}  # no path of this machine

@@ -33,7 +33,7 @@ class Technique(StrEnum):
     ``token_chunks``: it works on some tokens at a time (needs ``shared_modulations``). ``text_only``: Gemma without its
     vision tower and its cache. ``feature_chunks``: its hidden states are normed for some tokens at a time.
     ``blend_in_place``: decoded tiles are added up in one buffer, and finished frames handed on at once.
-    ``row_bands``: the decoder's residual blocks work on some rows at a time. ``streamed_text``,
+    ``row_bands``: the decoder's residual blocks work on some rows at a time. ``streamed_text`` (needs ``text_only``),
     ``streamed_transformer`` and ``streamed_vae``: weights of these components arrive block by block.
     """
 
@@ -50,6 +50,11 @@ class Technique(StrEnum):
 
 Techniques = frozenset[Technique]
 
+# The one is made of the other, or Gemma's head, which is its embedding once more, would be streamed as well.
+NEEDS: Mapping[Technique, Technique] = {
+    Technique.TOKEN_CHUNKS: Technique.SHARED_MODULATIONS,
+    Technique.STREAMED_TEXT: Technique.TEXT_ONLY,
+}
 _STREAMED = {Technique.STREAMED_TEXT, Technique.STREAMED_TRANSFORMER, Technique.STREAMED_VAE}
 TECHNIQUES: Mapping[MemoryPolicy, Techniques] = {
     MemoryPolicy.RESIDENT: frozenset(),
@@ -74,6 +79,7 @@ def to_techniques(names: Iterable[str]) -> Techniques:
         if name not in known:
             raise InvalidRequest(f"technique={name!r} is unknown; use {', '.join(Technique)}", technique=name)
     chosen = frozenset(Technique(name) for name in found)
-    if Technique.TOKEN_CHUNKS in chosen and Technique.SHARED_MODULATIONS not in chosen:
-        raise InvalidRequest("technique='token_chunks' needs shared_modulations; name both", technique="token_chunks")
+    for technique, other in NEEDS.items():
+        if technique in chosen and other not in chosen:
+            raise InvalidRequest(f"technique='{technique}' needs {other}; name both", technique=technique.value)
     return chosen

@@ -18,38 +18,12 @@ from i2v_lab.pipeline.two_stage import TwoStagePipeline
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL
 
-NEEDED_BYTES = 30 * 2**30
-
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def _room_for_22b():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, and torch finds none here")
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    if total_bytes < NEEDED_BYTES:
-        pytest.skip(f"needs a card with {NEEDED_BYTES} bytes, and this one has {total_bytes}")
-
-
-class Kept:
-    """Copies, on the CPU, of the latents that one function returns."""
-
-    def __init__(self, monkeypatch, module, name, latents):
-        original = getattr(module, name)
-        self.latents = []
-
-        def call(*args, **kwargs):
-            result = original(*args, **kwargs)
-            self.latents += [latent.cpu() for latent in latents(result)]
-            return result
-
-        monkeypatch.setattr(module, name, call)
-
-
 @pytest.mark.parametrize("variant", list(Variant))
-@pytest.mark.usefixtures("_room_for_22b")
-def test_latents_equal_upstreams_at_22b(still, monkeypatch, variant):
+@pytest.mark.usefixtures("room_for_22b")
+def test_latents_equal_upstreams_at_22b(still, kept_latents, variant):
     request = I2VRequest(
         image=str(still),
         prompt="waves roll in below the lighthouse",
@@ -61,8 +35,8 @@ def test_latents_equal_upstreams_at_22b(still, monkeypatch, variant):
         variant=variant,
     )
     module = upstream.MODULES[variant]
-    ours = Kept(monkeypatch, ltx2, "denoise_stage", lambda latents: (latents.video, latents.audio))
-    theirs = Kept(monkeypatch, module, "denoise_audio_video", lambda states: [state.latent for state in states])
+    ours = kept_latents(ltx2, "denoise_stage", lambda latents: (latents.video, latents.audio))
+    theirs = kept_latents(module, "denoise_audio_video", lambda states: [state.latent for state in states])
     weights = resolve_weights(load_architecture(FULL_SIZE_MODEL))
     frames = []
     for pipeline in (TwoStagePipeline, upstream.UpstreamPipeline):

@@ -17,7 +17,8 @@ from i2v_lab.store import RunWriter, read_run
 from i2v_lab.studies import measured
 from i2v_lab.studies.accuracy import measured_table
 from i2v_lab.studies.experiments import DEFAULT_STILL, SMALL_MODEL, Experiment
-from i2v_lab.studies.measured import Attribution, Conditions, Implementation
+from i2v_lab.studies.implementations import Implementation
+from i2v_lab.studies.measured import Attribution, Conditions
 from i2v_lab.studies.plans import load_plan
 from i2v_lab.studies.processes import Ended
 from i2v_lab.studies.recorded import find_recorded

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ from hypothesis import strategies as st
 
 from i2v_lab.errors import CheckpointError, DeviceUnavailable, InvalidRequest
 from i2v_lab.events import Phase, StepEnded
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, to_techniques
+from i2v_lab.memory_policy import NEEDS, TECHNIQUES, MemoryPolicy, Technique, to_techniques
 from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.memory import lean_decode, lean_transformer, streaming, token_chunks
+from i2v_lab.pipeline.memory import host_memory, lean_decode, lean_transformer, streaming, token_chunks
 from i2v_lab.pipeline.memory.readers import SafetensorsReader
 from i2v_lab.pipeline.memory.streaming import WeightStream, block_names
 from i2v_lab.pipeline.two_stage import TwoStagePipeline
@@ -29,6 +31,7 @@ from i2v_lab.studies.forecasts import forecast_request
 from i2v_lab.studies.policies import resolve_memory
 
 CPU = torch.device("cpu")
+TECHNIQUE_SETS = int(os.environ.get("I2V_LAB_EXAMPLES", "4"))
 
 
 @pytest.fixture(autouse=True)
@@ -167,11 +170,10 @@ def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_ev
             assert profiler.phases[-1].end_bytes < 2**18  # what the prompt and the still became; no weight
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=TECHNIQUE_SETS, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names=st.sets(st.sampled_from(sorted(Technique))))
 def test_any_set_of_techniques_gives_the_same_frames(tiny, request_64, resident_frames, names):
-    if Technique.TOKEN_CHUNKS in names:
-        names.add(Technique.SHARED_MODULATIONS)
+    names |= {needed for technique, needed in NEEDS.items() if technique in names}
     pipeline = TwoStagePipeline(tiny, techniques=to_techniques(names))
     assert torch.equal(_frames(pipeline, request_64), resident_frames)
 
@@ -225,6 +227,15 @@ def test_blocks_stay_in_host_memory_while_there_is_room_and_the_rest_is_loaded_a
     assert [loaded.count(str(index)) for index in range(3)] == [1 if index < blocks_kept else 3 for index in range(3)]
     stream.close()
     assert not stream._host
+
+
+@given(nbytes=st.integers(1, 40_000))
+def test_page_locked_buffers_have_pages_of_their_own(nbytes):
+    pages = [host_memory.own_pages(nbytes) for _ in range(3)]
+    spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in pages)
+    assert all(start % mmap.PAGESIZE == end % mmap.PAGESIZE == 0 for start, end in spans)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert all(nbytes <= each.nbytes < nbytes + mmap.PAGESIZE for each in pages)
 
 
 def test_what_the_system_does_not_grant_is_loaded_again(monkeypatch):

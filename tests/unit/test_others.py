@@ -11,15 +11,19 @@ import torch
 
 from i2v_lab import I2VRequest, forecasting
 from i2v_lab.profiling.records import GraphRecord
-from i2v_lab.studies.others import Other, again, forecast_other, leak_summary, own_scope
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others
+from i2v_lab.studies.others import again, leak_summary, own_scope
 
 MIB = 2**20
+DIFFUSERS = (Implementation.DIFFUSERS, Implementation.DIFFUSERS_MODEL, Implementation.DIFFUSERS_GROUP)
 
 
 @pytest.fixture(scope="module")
 def forecasts(still):
     request = I2VRequest(image=str(still), width=128, height=64, frames=9, fps=120)
-    return {other: forecast_other(other, request, "ltx-2.3-tiny") for other in Other}
+    asked = [(other, Experiment(request=request, model="ltx-2.3-tiny")) for other in OTHERS]
+    return dict(zip(OTHERS, forecast_others(asked), strict=True))
 
 
 def test_every_pipeline_of_others_can_be_forecast_on_a_card(forecasts):
@@ -33,10 +37,10 @@ def test_every_pipeline_of_others_can_be_forecast_on_a_card(forecasts):
 
 
 def test_offloading_keeps_weights_off_the_card(forecasts):
-    def starts(other: Other) -> dict[str, int]:
+    def starts(other: Implementation) -> dict[str, int]:
         return {phase.phase: phase.start_bytes for phase in forecasts[other].phases}
 
-    resident, model, group = map(starts, (Other.DIFFUSERS, Other.DIFFUSERS_MODEL, Other.DIFFUSERS_GROUP))
+    resident, model, group = map(starts, DIFFUSERS)
     assert resident["denoise_stage_1"] - group["denoise_stage_1"] > 8 * MIB
     assert all(group[phase] < resident[phase] for phase in resident)
     assert all(model[phase] < resident[phase] for phase in resident)
@@ -44,8 +48,8 @@ def test_offloading_keeps_weights_off_the_card(forecasts):
         other: {phase.phase: phase.peak_bytes for phase in forecast.phases}["denoise_stage_2"]
         for other, forecast in forecasts.items()
     }
-    assert peaks[Other.DIFFUSERS_GROUP] < peaks[Other.DIFFUSERS_MODEL] < peaks[Other.DIFFUSERS]
-    first, _, _, _, second, *_ = forecasts[Other.DIFFUSERS_GROUP].phases
+    assert peaks[DIFFUSERS[2]] < peaks[DIFFUSERS[1]] < peaks[DIFFUSERS[0]]
+    first, _, _, _, second, *_ = forecasts[Implementation.DIFFUSERS_GROUP].phases
     assert first.phase == second.phase == "encode_prompt"
     assert second.peak_bytes - first.peak_bytes < MIB // 8  # what went on the card the first time is not there twice
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.memory_policy import MemoryPolicy, Techniques, to_techniques
+from i2v_lab.memory_policy import MemoryPolicy, Technique, Techniques, to_techniques
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Experiment:
         if request.memory is not MemoryPolicy.RESIDENT:
             parts.append(request.memory.value)
         if self.techniques is not None:
-            parts += sorted(self.techniques) or ["no_technique"]
+            parts += _techniques_name(self.techniques)
         if self.consumer is not Consumer.PLAIN:
             parts.append(self.consumer.value)
         if self.generations > 1:
@@ -110,6 +110,13 @@ class Experiment:
     def with_request(self, **changes: Any) -> Experiment:
         """The same with another request."""
         return replace(self, request=replace(self.request, **changes))
+
+
+def _techniques_name(techniques: Techniques) -> list[str]:
+    rest = frozenset(Technique) - techniques
+    few = min(techniques, rest, key=len)
+    names = [technique.value for technique in sorted(few)] or ["nothing"]
+    return ["all_but", *names] if few is rest else names
 
 
 def _tiling_name(tiling: Tiling | None) -> list[str]:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -28,6 +28,9 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.store import usable_cores
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, Experiment, perform
 from i2v_lab.studies.processes import process_context
+
+T = TypeVar("T")
+Known = tuple[tuple[Record, ...], int]  # records, and the bytes of the CUDA context
 
 PACKAGES = {
     "ltx-2": ("torch", "ltx-core", "ltx-pipelines", "transformers"),
@@ -68,15 +71,23 @@ def forecast_experiment(experiment: Experiment, device: str = "cuda") -> Forecas
         experiment: What is done.
         device: As in :func:`forecast_request`, and so are the errors.
     """
-    start_s = time.perf_counter()
     architecture = load_architecture(experiment.model)
     check_request(architecture, experiment.request)
     backend_of(architecture).require_package()
-    path = _path(experiment, device)
+    return kept_forecast(kept_path(experiment, device), lambda: _work_out(experiment, device))
+
+
+def kept_forecast(path: Path, work_out: Callable[[], Known]) -> Forecast:
+    """A forecast from the cache, or worked out and left there.
+
+    Raises:
+        OutputError: The cache cannot be written.
+    """
+    start_s = time.perf_counter()
     known = _read(path)
     if known is None:
         with no_collection():
-            known = _work_out(experiment, device)
+            known = work_out()
         records, context_bytes = known
         values = {"records": [record_to_json(record) for record in records], "context_bytes": context_bytes}
         try:
@@ -89,7 +100,7 @@ def forecast_experiment(experiment: Experiment, device: str = "cuda") -> Forecas
 def cached_forecast(experiment: Experiment, device: str = "cuda") -> Forecast | None:
     """The forecast of an experiment that has been worked out before; ``None`` if it has not."""
     start_s = time.perf_counter()
-    known = _read(_path(experiment, device))
+    known = _read(kept_path(experiment, device))
     return None if known is None else Forecast(*known, time.perf_counter() - start_s)
 
 
@@ -103,24 +114,51 @@ def forecast_experiments(
         jobs: Processes; by default one for each core.
         progress: Show a bar on stderr.
     """
-    done = {index: forecast_experiment(each) for index, each in enumerate(experiments) if _path(each).exists()}
-    todo = [index for index in range(len(experiments)) if index not in done]
     # The longest first, so that no core is left alone with it at the end.
-    todo.sort(key=lambda index: -experiments[index].generations)
-    bar = tqdm(total=len(experiments), initial=len(done), desc="forecasts", disable=hidden(progress and bool(todo)))
+    order = sorted(range(len(experiments)), key=lambda index: -experiments[index].generations)
+    found = kept_forecasts(
+        forecast_experiment,
+        [experiments[index] for index in order],
+        lambda each: kept_path(each).exists(),
+        jobs=jobs,
+        progress=progress,
+    )
+    return [found[order.index(index)] for index in range(len(experiments))]
+
+
+def kept_forecasts(
+    work_out: Callable[[T], Forecast],
+    asked: Sequence[T],
+    is_kept: Callable[[T], bool],
+    *,
+    jobs: int | None = None,
+    progress: bool = True,
+) -> list[Forecast]:
+    """Work many out, those that are kept here and the others on all cores, in the order given.
+
+    Args:
+        work_out: A function of a module, so that a process can be told of it.
+        asked: What it is called with.
+        is_kept: Whether a process would be wasted on it.
+        jobs: Processes; by default one for each core.
+        progress: Show a bar on stderr.
+    """
+    done = {index: work_out(each) for index, each in enumerate(asked) if is_kept(each)}
+    todo = [index for index in range(len(asked)) if index not in done]
+    bar = tqdm(total=len(asked), initial=len(done), desc="forecasts", disable=hidden(progress and bool(todo)))
     jobs = min(jobs or usable_cores(), max(1, len(todo)))
     if jobs == 1:
         with bar:
             for index in todo:
-                done[index] = forecast_experiment(experiments[index])
+                done[index] = work_out(asked[index])
                 bar.update()
-        return [done[index] for index in range(len(experiments))]
+        return [done[index] for index in range(len(asked))]
     with bar, ProcessPoolExecutor(jobs, mp_context=process_context()) as pool:
-        pending = {pool.submit(forecast_experiment, experiments[index]): index for index in todo}
+        pending = {pool.submit(work_out, asked[index]): index for index in todo}
         for future in as_completed(pending):
             done[pending[future]] = future.result()
             bar.update()
-    return [done[index] for index in range(len(experiments))]
+    return [done[index] for index in range(len(asked))]
 
 
 def hidden(progress: bool) -> bool:
@@ -128,7 +166,7 @@ def hidden(progress: bool) -> bool:
     return not progress or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
 
 
-def _work_out(experiment: Experiment, device: str) -> tuple[tuple[Record, ...], int]:
+def _work_out(experiment: Experiment, device: str) -> Known:
     from i2v_lab.profiling.forecast import forecasting
     from i2v_lab.profiling.workspaces import load_workspaces
 
@@ -150,16 +188,18 @@ def _discard(_: Any, chunks: Iterable[Any]) -> None:
 # --- Cache ------------------------------------------------------------------------------------------------------------
 
 
-def _path(experiment: Experiment, device: str = "cuda") -> Path:
+def kept_path(experiment: Experiment, device: str = "cuda", more: Sequence[str] = ()) -> Path:
+    """Where the forecast of an experiment is kept; ``more`` is what else it depends on."""
     experiment = _with_still(experiment)
-    return cache_dir() / "forecasts" / f"{_key(experiment, load_architecture(experiment.model), device)}.json"
+    key = _key(experiment, load_architecture(experiment.model), device, more)
+    return cache_dir() / "forecasts" / f"{key}.json"
 
 
 def _with_still(experiment: Experiment) -> Experiment:
     return experiment.with_request(image=str(find_still(experiment.request.image)))
 
 
-def _key(experiment: Experiment, architecture: Architecture, device: str) -> str:
+def _key(experiment: Experiment, architecture: Architecture, device: str, more: Sequence[str]) -> str:
     asked = experiment.with_request(image="", seed=0).to_json()
     parts = [
         json.dumps(asked, sort_keys=True),
@@ -170,6 +210,7 @@ def _key(experiment: Experiment, architecture: Architecture, device: str) -> str
         device,
         *(version(package) for package in PACKAGES[architecture.backend]),
         code_digest(),
+        *more,
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
@@ -187,11 +228,11 @@ def code_digest() -> str:
     """A hash of all code and data of ours that a generation runs through, real or forecast."""
     package = Path(i2v_lab.__file__).parent
     files = [*package.glob("pipeline/**/*.py"), *package.glob("profiling/*.py"), package / "request.py"]
-    files += [package / "studies" / "experiments.py", data_dir() / "workspaces.json"]
+    files += [package / "memory_policy.py", package / "studies" / "experiments.py", data_dir() / "workspaces.json"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-def _read(path: Path) -> tuple[tuple[Record, ...], int] | None:
+def _read(path: Path) -> Known | None:
     """A cached forecast; a damaged file is as good as none."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecordError):
         values = json.loads(path.read_text())

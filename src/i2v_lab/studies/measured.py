@@ -19,6 +19,7 @@ from i2v_lab.profiling.records import OutOfMemoryRecord
 from i2v_lab.store import COMPLETE, FAILED, METADATA, Run, RunWriter, read_run, run_metadata
 from i2v_lab.studies.experiments import Experiment, perform
 from i2v_lab.studies.forecasts import code_digest
+from i2v_lab.studies.implementations import Implementation, call_diffusers
 from i2v_lab.studies.processes import run_apart
 
 if TYPE_CHECKING:
@@ -32,13 +33,6 @@ GRAD_ERROR = "GradScopeError"
 OURS = {".json", ".jsonl", ".mp4", ".part"}  # suffixes in a folder that may be replaced
 SAMPLE_INTERVAL_S = 0.5  # of the whole card; with the pipeline's steps some ten seconds long a file stays small
 WHOLE = "generation"  # the phase around everything in runs whose time is compared
-
-
-class Implementation(StrEnum):
-    """Whose pipeline runs: ours, or that of the package it is held against, untouched."""
-
-    OURS = "i2v-lab"
-    UPSTREAM = "ltx-pipelines"
 
 
 class Attribution(StrEnum):
@@ -62,16 +56,18 @@ class Conditions:
         pipeline: Whose.
         profiler: How closely it is followed.
         vram_cap_bytes: The most the allocator may take; ``None`` leaves it the whole card.
+        video: Whether the video is written, which takes time while it is decoded.
     """
 
     pipeline: Implementation = Implementation.OURS
     profiler: Attribution = Attribution.FULL
     vram_cap_bytes: int | None = None
+    video: bool = True
 
     @property
     def apart(self) -> bool:
         """Whether a run under these conditions is no answer to the question what its experiment takes."""
-        return self != Conditions()
+        return self != Conditions(video=self.video)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values, and ``apart``, which :func:`~i2v_lab.studies.recorded.find_recorded` goes by."""
@@ -84,6 +80,7 @@ class Conditions:
             pipeline=Implementation(values.get("pipeline", Implementation.OURS)),
             profiler=Attribution(values.get("profiler", Attribution.FULL)),
             vram_cap_bytes=values.get("vram_cap_bytes"),
+            video=values.get("video", True),
         )
 
 
@@ -221,21 +218,26 @@ def _run(settings: dict[str, Any], folder: Path) -> None:
     metadata = run_metadata(request.to_json(), str(device), request.seed, [], experiment.model, **settings)
     videos = 0
 
-    def write(generation: Generation, chunks: Iterable[torch.Tensor]) -> None:
+    def consume(generation: Generation, chunks: Iterable[torch.Tensor]) -> None:
         nonlocal videos
+        if not conditions.video:
+            for chunk in chunks:
+                del chunk  # not to be held while the next one is decoded
+            return
         videos += 1
         name = VIDEO if videos == 1 else f"video_{videos}.mp4"
         media.write_video(chunks, generation.audio, folder / name, request.frame_rate)
 
-    upstream = conditions.pipeline is Implementation.UPSTREAM
     attribute, cap = conditions.profiler is Attribution.FULL, conditions.vram_cap_bytes
     with profiled(device, folder, metadata, attribute=attribute, vram_cap_bytes=cap) as profiler, ExitStack() as scopes:
+        if conditions.pipeline.is_diffusers:
+            call_diffusers(conditions.pipeline, weights, experiment.model, device, experiment.request, profiler)
+            return
         if not attribute:
             scopes.enter_context(profiler.phase(WHOLE))
         sinks = [] if conditions.profiler is Attribution.OFF else [profiler]
-        pipeline = (
-            backend.upstream(weights, device, sinks)
-            if upstream
-            else backend.pipeline(weights, device, sinks, experiment.techniques)
-        )
-        perform(experiment, pipeline, profiler, write)
+        if conditions.pipeline is Implementation.UPSTREAM:
+            pipeline = backend.upstream(weights, device, sinks)
+        else:
+            pipeline = backend.pipeline(weights, device, sinks, experiment.techniques)
+        perform(experiment, pipeline, profiler, consume)

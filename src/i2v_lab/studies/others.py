@@ -1,15 +1,13 @@
-"""Other people's pipelines: which of them can leak a graph, and how; and what they would take at full size."""
+"""Other people's pipelines: which of them can leak a graph, and how."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from i2v_lab.paths import cache_dir, find_still
-from i2v_lab.profiling.records import Forecast
 from i2v_lab.reporting.files import write_text
 from i2v_lab.request import I2VRequest, Variant
-from i2v_lab.studies.experiments import FULL_SIZE_MODEL, SMALL_MODEL
+from i2v_lab.studies.experiments import SMALL_MODEL
 from i2v_lab.studies.forecasts import code_digest
 
 if TYPE_CHECKING:
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
 CALLERS = "the caller's"
 PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "diffusers", "transformers")
 COLUMNS = ["pipeline", "lazy", "own_scope", "grad_bytes", "no_grad_bytes", "guarded_bytes"]
-
-
-# --- Which of them can leak a graph, and how --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -203,65 +197,3 @@ def own_scope(call: Callable[[], Any]) -> str:
     finally:
         handle.remove()
     return seen[0]
-
-
-# --- At full size -----------------------------------------------------------------------------------------------------
-
-
-class Other(StrEnum):
-    """Whose pipeline, and how its weights are kept off the device."""
-
-    UPSTREAM = "ltx-pipelines"
-    DIFFUSERS = "diffusers"
-    DIFFUSERS_MODEL = "diffusers, model offloading"
-    DIFFUSERS_GROUP = "diffusers, group offloading"
-
-
-def forecast_other(other: Other, request: I2VRequest, model: str = FULL_SIZE_MODEL, device: str = "cuda") -> Forecast:
-    """What somebody else's two-stage pipeline would record for a request, without a GPU.
-
-    ltx-pipelines' runs with the model's architecture and the request's variant and quantization. diffusers' runs in
-    bfloat16 and without guidance, at the size of its default configuration, which is LTX-2's; from the model it takes
-    Gemma. Its video decoder does not tile.
-
-    Args:
-        other: Whose.
-        request: What to generate.
-        model: An architecture's name; a small one makes diffusers' small too.
-        device: ``cuda`` (there need be none) or ``cpu``.
-
-    Raises:
-        ForecastError: It does something that cannot be known without running it.
-
-    Example:
-        >>> request = I2VRequest(image="stills/lighthouse.png", width=1024, height=768, frames=97)
-        >>> forecast_other(Other.UPSTREAM, request).peak.phase  # doctest: +SKIP
-        'encode_prompt'
-    """
-    from i2v_lab.pipeline import ltx2
-    from i2v_lab.pipeline.architectures import load_architecture
-    from i2v_lab.pipeline.checkpoints import skeleton_weights
-    from i2v_lab.profiling.forecast import forecasting
-    from i2v_lab.profiling.workspaces import load_workspaces
-
-    start_s = time.perf_counter()
-    workspaces = load_workspaces() if device == "cuda" else None
-    weights = skeleton_weights(load_architecture(model))
-    request = replace(request, image=str(find_still(request.image)))
-    if other is Other.UPSTREAM:
-        from i2v_lab.pipeline.upstream import UpstreamPipeline
-
-        with forecasting(device, repeats=ltx2.repeats(), workspaces=workspaces) as profiler:
-            for chunk in UpstreamPipeline(weights, device, sinks=[profiler])(request).video:
-                del chunk
-    else:
-        from i2v_lab.pipeline.diffusers_ltx2 import FULL, TINY, Offload, diffusers_ltx2, repeats
-        from i2v_lab.studies.profile_call import profile_call
-
-        offload = {Other.DIFFUSERS_MODEL: Offload.MODEL, Other.DIFFUSERS_GROUP: Offload.GROUP}.get(other, Offload.NONE)
-        sizes = FULL if model == FULL_SIZE_MODEL else TINY
-        with forecasting(device, repeats=repeats(), workspaces=workspaces) as profiler:
-            pipeline = diffusers_ltx2(weights, sizes, device, offload=offload, forecast=True)
-            profile_call(pipeline, request, profiler=profiler)
-    context_bytes = workspaces.context_bytes if workspaces else 0
-    return Forecast(tuple(profiler.records), context_bytes, time.perf_counter() - start_s)

@@ -14,13 +14,14 @@ import yaml
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.experiments import DEFAULT_STILL, Consumer, Experiment
-from i2v_lab.studies.measured import Attribution, Conditions, Implementation
+from i2v_lab.studies.implementations import Implementation
+from i2v_lab.studies.measured import Attribution, Conditions
 
 E = TypeVar("E", bound=StrEnum)
 
 REQUEST_FIELDS = {field.name for field in fields(I2VRequest)}
 EXPERIMENT_FIELDS = {"model", "generations", "consumer", "techniques"}
-CONDITION_FIELDS = {"pipeline", "profiler", "vram_cap_gib"}
+CONDITION_FIELDS = {"pipeline", "profiler", "vram_cap_gib", "video"}
 RUN_FIELDS = {*REQUEST_FIELDS, *EXPERIMENT_FIELDS, *CONDITION_FIELDS, "expected_seconds"}
 PLAN_FIELDS = {"defaults", "process_seconds", "groups"}
 GROUP_FIELDS = {"rounds", "runs"}
@@ -49,9 +50,9 @@ def load_plan(path: str | Path) -> list[PlannedRun]:
     A plan is YAML: ``groups``, each a list of ``runs`` that are made ``rounds`` times (1 by default); ``defaults`` for
     all runs; and ``process_seconds``, what starting and ending a process takes besides a run's ``expected_seconds``. A
     run has the fields of an :class:`~i2v_lab.request.I2VRequest` and of an
-    :class:`~i2v_lab.studies.experiments.Experiment`, ``pipeline``, ``profiler`` and ``vram_cap_gib``. In every second
-    round the runs change places, so that what drifts meets all of them alike. A run that occurs several times, in
-    whichever groups, is numbered.
+    :class:`~i2v_lab.studies.experiments.Experiment`, ``pipeline``, ``profiler``, ``vram_cap_gib`` and ``video``, which
+    is false where none is to be written. In every second round the runs change places, so that what drifts meets all of
+    them alike. A run that occurs several times, in whichever groups, is numbered.
 
     Returns:
         The runs in the order in which they are to be made.
@@ -111,6 +112,7 @@ def _run(values: Any, defaults: Mapping[str, Any], process_seconds: float, where
             pipeline=_choice(Implementation, given, "pipeline", Implementation.OURS),
             profiler=_choice(Attribution, given, "profiler", Attribution.FULL),
             vram_cap_bytes=None if cap is None else round(_number(cap, "vram_cap_gib") * 2**30),
+            video=_yes_or_no(given, "video"),
         )
     except (InvalidRequest, TypeError, ValueError) as error:
         raise InvalidRequest(f"{where}: {error}") from error
@@ -128,6 +130,8 @@ def _marks(conditions: Conditions) -> list[str]:
     marks = []
     if conditions.pipeline is Implementation.UPSTREAM:
         marks.append("upstream")
+    elif conditions.pipeline.is_diffusers:
+        marks.append(conditions.pipeline.value.replace(", ", "_").replace(" ", "_"))
     if conditions.profiler is not Attribution.FULL:
         marks.append(conditions.profiler.value)
     if conditions.vram_cap_bytes is not None:
@@ -164,6 +168,13 @@ def _choice(kind: type[E], values: Mapping[str, Any], name: str, default: E) -> 
         return kind(value)
     except ValueError:
         raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}") from None
+
+
+def _yes_or_no(values: Mapping[str, Any], name: str) -> bool:
+    value = values.get(name, True)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name}={value!r} is neither; use true or false")
+    return value
 
 
 def _number(value: Any, name: str) -> float:

@@ -60,6 +60,16 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
     return joined
 
 
+def published_peak(request: I2VRequest, model: str) -> int | None:
+    """The published study's peak of a whole run in bytes; ``None`` if it has none of this size, or none that ended."""
+    runs = published_runs()
+    same = (runs["model"] == model) & (runs["decode_scope"] == request.decode_scope.value)
+    for name in ("width", "height", "frames"):
+        same &= runs[name] == getattr(request, name)
+    found = runs[same & (runs["published_outcome"] == "complete")]["published_bytes"]
+    return None if found.empty else int(found.iloc[0])
+
+
 def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
     """What a study varies: as given, or as ``data/studies.json`` has it for the model.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -44,10 +44,42 @@ def experiment_of(run: Run) -> Experiment:
 def find_recorded(experiment: Experiment, folder: Path | None = None) -> Run | None:
     """The run of an experiment, whatever its still, prompt and seed; of several, that with the median time.
 
-    Runs of another pipeline, below a cap, or without the profiler's attribution do not count.
+    Runs of another pipeline, below a cap, or without the profiler's attribution do not count; of several cards, that
+    which has the most runs.
     """
-    runs = _by_likeness(folder or data_dir() / "measured").get(experiment.like(), [])
+    return find_together([experiment], folder)[0]
+
+
+def find_together(experiments: Sequence[Experiment], folder: Path | None = None) -> list[Run | None]:
+    """:func:`find_recorded` for many that are to be compared: all from the card on which most of them were measured."""
+    known = _by_likeness(folder or data_dir() / "measured")
+    found = [known.get(experiment.like(), []) for experiment in experiments]
+    own = Counter(card for runs in found for card in {_card(run) for run in runs})
+    everything = Counter(_card(run) for runs in known.values() for run in runs)
+    best = max(sorted(own), key=lambda card: (own[card], everything[card]), default=None)
+    return [_median([run for run in runs if _card(run) == best]) for runs in found]
+
+
+def find_of(implementation: str, experiment: Experiment, card: str, folder: Path | None = None) -> Run | None:
+    """The run in which somebody else's pipeline did an experiment's request, on a card; of several, the median one."""
+    runs = [
+        run
+        for run in sorted(recorded_runs(folder), key=seconds_of)
+        if run.metadata.get("pipeline") == implementation
+        and run.metadata.get("vram_cap_bytes") is None
+        and _card(run) == card
+        and is_result(run)
+        and experiment_of(run).like() == experiment.like()
+    ]
+    return _median(runs)
+
+
+def _median(runs: Sequence[Run]) -> Run | None:
     return runs[len(runs) // 2] if runs else None
+
+
+def _card(run: Run) -> str:
+    return str(run.metadata.get("device_name") or run.metadata["device"])
 
 
 @cache

@@ -19,7 +19,7 @@ from i2v_lab.store import COMPLETE, FORECAST, Run
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL, SMALL_MODEL, Experiment
 from i2v_lab.studies.forecasts import forecast_experiments, hidden
 from i2v_lab.studies.measured import measure, run_folder
-from i2v_lab.studies.recorded import by_generation, find_recorded, seconds_of
+from i2v_lab.studies.recorded import by_generation, find_together, seconds_of
 
 REQUEST_COLUMNS = ("width", "height", "frames", "variant", "quantization", "decode_scope")
 TILE_COLUMNS = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
@@ -120,7 +120,7 @@ def observe(
         bar = tqdm(experiments, desc="runs", disable=hidden(progress))
         runs = [measure(each, run_folder(runs_dir, each), device) for each in bar]
     else:
-        runs = [find_recorded(experiment) for experiment in experiments]
+        runs = find_together(experiments)
     return [Observation(each, kind, run) for each, run in zip(experiments, runs, strict=True)]
 
 
@@ -175,12 +175,11 @@ def runs_frame(observations: Sequence[Observation]) -> pd.DataFrame:
         ``peak_bytes`` of a run that failed is the most it reached.
     """
     rows = []
-    for each in observations:
+    for each, recorded in zip(observations, find_together([each.experiment for each in observations]), strict=True):
         if each.run is None:
             continue
         phases = each.run.frame("phase")
         top = max(phases.to_dict("records"), key=lambda phase: phase["peak_bytes"], default=None)
-        recorded = find_recorded(each.experiment)
         rows.append(
             {
                 **_asked(each, each.run),

@@ -10,15 +10,17 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.studies.measured import Implementation, profiled
+from i2v_lab.studies.implementations import Implementation
+from i2v_lab.studies.measured import profiled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 BASELINE = "no profiler"
 RESAMPLES = 10_000
 COLUMNS = ["round", "place", "way", "seconds", "told_s"]
+TABLE_COLUMNS = ["size", "way", "rounds", "median_seconds", "ratio", "low_ratio", "high_ratio", "told_share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,18 @@ class Way:
 
     Attributes:
         pipeline: Whose.
+        memory: Under which policy.
         scope: Where the video is decoded.
         attribute: Follow modules and autograd graphs, or the phases alone; ``None`` goes without a profiler.
     """
 
     pipeline: Implementation = Implementation.OURS
+    memory: MemoryPolicy = MemoryPolicy.RESIDENT
     scope: DecodeScope = DecodeScope.NO_GRAD
     attribute: bool | None = None
 
 
-WAYS: Mapping[str, Way] = {
+PROFILER_WAYS: Mapping[str, Way] = {
     BASELINE: Way(),
     "no profiler, again": Way(),
     "phase boundaries": Way(attribute=False),
@@ -56,29 +61,38 @@ WAYS: Mapping[str, Way] = {
     "decoded outside no_grad": Way(scope=DecodeScope.ESCAPED),
     "ltx-pipelines": Way(pipeline=Implementation.UPSTREAM),
 }
+POLICY_WAYS: Mapping[str, Way] = {
+    policy.value: Way(memory=policy) for policy in (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
+}
+WAYS: Mapping[str, Mapping[str, Way]] = {"profilers": PROFILER_WAYS, "policies": POLICY_WAYS}
+PROFILER_TURNS = ("turns-h200.json",)  # in data/measured
+POLICY_TURNS = ("policy-turns-1024x768.json", "policy-turns-2048x1536.json")
 
 
-def take_turns(weights: Weights, device: torch.device, request: I2VRequest, rounds: int) -> Iterator[dict[str, Any]]:
-    """Generate in every way of :data:`WAYS`, round after round, after one generation that does not count.
+def take_turns(
+    weights: Weights, device: torch.device, request: I2VRequest, rounds: int, ways: Mapping[str, Way] = PROFILER_WAYS
+) -> Iterator[dict[str, Any]]:
+    """Generate in every way, round after round, after one generation that does not count.
 
     A generation's time is from the pipeline's call to the last chunk, which stays on the device.
 
     Args:
         weights: The model's.
         device: Where to run.
-        request: What to generate; its ``decode_scope`` is each way's own.
+        request: What to generate; its ``decode_scope`` and ``memory`` are each way's own.
         rounds: How often.
+        ways: By their names.
 
     Yields:
         ``round`` and ``place`` in it, from 1; ``way``; ``seconds``; and ``told_s``, of these the seconds in which the
         profiler took note of the pipeline's events, ``None`` without one.
     """
     _generate(Way(), weights, device, request)
-    names = list(WAYS)
+    names = list(ways)
     for number in range(rounds):
         turn = number % len(names)
         for place, name in enumerate(names[turn:] + names[:turn], start=1):
-            seconds, told_s = _generate(WAYS[name], weights, device, request)
+            seconds, told_s = _generate(ways[name], weights, device, request)
             yield {"round": number + 1, "place": place, "way": name, "seconds": seconds, "told_s": told_s}
 
 
@@ -97,7 +111,7 @@ def _generate(way: Way, weights: Weights, device: torch.device, request: I2VRequ
         with _profiler(way, device, Path(folder) / "run") as profiler:
             told = _Told(profiler) if profiler else None
             generation = pipeline(weights, device, sinks=[told] if told else [])(
-                replace(request, decode_scope=way.scope)
+                replace(request, decode_scope=way.scope, memory=way.memory)
             )
             for chunk in generation.video:
                 del chunk
@@ -123,45 +137,63 @@ class _Told:
         self.seconds += time.perf_counter() - start
 
 
-def recorded_turns(path: Path | None = None) -> pd.DataFrame:
-    """Turns that were taken before, at 22B on an H200 by default.
+def recorded_turns(names: Sequence[str] = PROFILER_TURNS, folder: Path | None = None) -> pd.DataFrame:
+    """Turns that were taken before, at 22B.
+
+    Args:
+        names: Of files; one that is not there has no turns.
+        folder: Where they are; ``data/measured`` by default.
 
     Returns:
-        The columns that :func:`take_turns` yields, and ``gpu``.
+        The columns that :func:`take_turns` yields, ``size`` such as ``1024x768``, and ``gpu``.
     """
     import pandas as pd
 
-    values = json.loads((path or data_dir() / "measured" / "turns-h200.json").read_text())
-    return pd.DataFrame(values["turns"], columns=COLUMNS).assign(gpu=values["device"])
+    parts = [pd.DataFrame(columns=[*COLUMNS, "size", "gpu"])]
+    for name in names:
+        path = (folder or data_dir() / "measured") / name
+        if path.exists():
+            values = json.loads(path.read_text())
+            size = f"{values['request']['width']}x{values['request']['height']}"
+            parts.append(pd.DataFrame(values["turns"], columns=COLUMNS).assign(size=size, gpu=values["device"]))
+    return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
 def turns_table(turns: pd.DataFrame) -> pd.DataFrame:
-    """Each way's time as a multiple of the way without a profiler, of the same round.
+    """Each way's time as a multiple of that of the first way, of the same round.
+
+    Args:
+        turns: As of :func:`take_turns`, or of :func:`recorded_turns`, which may have several sizes.
 
     Returns:
-        ``way, rounds, median_seconds``, the median ratio as ``ratio``, from ``low_ratio`` to ``high_ratio`` in 95 % of
-        10,000 bootstrap resamples of the rounds, and ``told_share``, the median share of the time spent in taking note
-        of events.
+        ``size`` (empty where ``turns`` has none), ``way, rounds, median_seconds``, the median ratio as ``ratio``, from
+        ``low_ratio`` to ``high_ratio`` in 95 % of 10,000 bootstrap resamples of the rounds, and ``told_share``, the
+        median share of the time spent in taking note of events.
     """
-    import numpy as np
     import pandas as pd
+
+    sized = turns if "size" in turns else turns.assign(size="")
+    rows = [row for size, part in sized.groupby("size", sort=False) for row in _rows(part, str(size))]
+    return pd.DataFrame(rows, columns=TABLE_COLUMNS)
+
+
+def _rows(turns: pd.DataFrame, size: str) -> Iterator[dict[str, Any]]:
+    import numpy as np
 
     seconds = turns.pivot(index="round", columns="way", values="seconds").dropna()  # a round cut short pairs nothing
     chosen = np.random.default_rng(0).integers(len(seconds), size=(RESAMPLES, len(seconds)))
-    rows = []
-    for way in [name for name in WAYS if name in seconds]:
-        ratios = (seconds[way] / seconds[BASELINE]).to_numpy()
+    ways = [way for known in WAYS.values() for way in known if way in seconds]
+    for way in ways:
+        ratios = (seconds[way] / seconds[ways[0]]).to_numpy()
         low, high = np.quantile(np.median(ratios[chosen], axis=1), [0.025, 0.975])
         of_way = turns[turns["way"] == way]
-        rows.append(
-            {
-                "way": way,
-                "rounds": len(seconds),
-                "median_seconds": seconds[way].median(),
-                "ratio": float(np.median(ratios)),
-                "low_ratio": float(low),
-                "high_ratio": float(high),
-                "told_share": (of_way["told_s"].astype(float) / of_way["seconds"]).median(),
-            }
-        )
-    return pd.DataFrame(rows)
+        yield {
+            "size": size,
+            "way": way,
+            "rounds": len(seconds),
+            "median_seconds": seconds[way].median(),
+            "ratio": float(np.median(ratios)),
+            "low_ratio": float(low),
+            "high_ratio": float(high),
+            "told_share": (of_way["told_s"].astype(float) / of_way["seconds"]).median(),
+        }

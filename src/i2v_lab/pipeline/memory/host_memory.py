@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 
 import psutil
@@ -39,14 +40,25 @@ class PageLocked:
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        self._locked = device.type == "cuda" and torch._guards.active_fake_mode() is None
-        if self._locked:
-            self.data.fill_(0)  # by all cores; the driver would touch page after page
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.data.data_ptr(), nbytes, PORTABLE))
+        self._locked: torch.Tensor | None = None
+        if device.type != "cuda" or torch._guards.active_fake_mode() is not None:
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            return
+        pages = own_pages(nbytes)
+        pages.fill_(0)  # by all cores; the driver would touch page after page
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
+        self._locked, self.data = pages, pages[:nbytes]
 
     def release(self) -> None:
         """Unlock it. No copy from or to it may be under way."""
-        if self._locked:
-            self._locked = False
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self.data.data_ptr()))
+        if self._locked is not None:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr()))
+            self._locked = None
+
+
+def own_pages(nbytes: int) -> torch.Tensor:
+    """Whole pages of host memory for ``nbytes`` or more, uint8: one that two buffers share cannot be locked twice."""
+    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    wider = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
+    first = -wider.data_ptr() % mmap.PAGESIZE
+    return wider[first : first + size]

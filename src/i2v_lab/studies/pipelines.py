@@ -1,0 +1,162 @@
+"""Memory policies and others' pipelines side by side: what each takes of a card, and which cards that opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from i2v_lab.events import Phase
+from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.profiling.records import Forecast, PhaseRecord
+from i2v_lab.request import I2VRequest
+from i2v_lab.store import Run
+from i2v_lab.studies.cards import FITS, context_bytes, gpu_table, judge
+from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others
+from i2v_lab.studies.published import to_size
+from i2v_lab.studies.recorded import find_of, find_together
+from i2v_lab.studies.sources import Observation, as_run
+from i2v_lab.studies.techniques import has_techniques, phase_peaks, under
+
+POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
+
+
+def policy_experiments(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[Experiment]:
+    """The request at each size under each policy."""
+    policies = POLICIES if has_techniques(model) else POLICIES[:1]
+    resized = [replace(request, width=width, height=height) for width, height in map(to_size, sizes)]
+    return [under(one, model, policy) for one in resized for policy in policies]
+
+
+def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Every phase's peak under each policy.
+
+    Args:
+        observations: Of :func:`policy_experiments`.
+
+    Returns:
+        One row for each size, policy and phase: ``size, policy, phase, peak_bytes``, and from ``data/measured``, where
+        there is such a run, ``recorded_bytes`` and the ``error`` of the peak against it.
+    """
+    rows = []
+    for each, kept in zip(observations, find_together([each.experiment for each in observations]), strict=True):
+        request, measured = each.experiment.request, phase_peaks(kept)
+        for phase, peak_bytes in phase_peaks(each.run).items():
+            there = measured.get(phase)
+            rows.append(
+                {
+                    "size": f"{request.width}x{request.height}",
+                    "policy": request.memory.value,
+                    "phase": phase,
+                    "peak_bytes": peak_bytes,
+                    "recorded_bytes": there,
+                    "error": None if there is None else peak_bytes / there - 1,
+                }
+            )
+    columns = ["size", "policy", "phase", "peak_bytes", "recorded_bytes", "error"]
+    return pd.DataFrame(rows, columns=columns).astype({"recorded_bytes": "Int64", "error": "Float64"})
+
+
+def phases_by_policy(policies: pd.DataFrame, size: str) -> pd.DataFrame:
+    """:func:`policies_table` at one size, as people compare it.
+
+    Returns:
+        One row for each phase: ``phase``, then for each policy its peak as ``<policy>_bytes``.
+    """
+    part = policies[policies["size"] == size]
+    wide = part.pivot(index="phase", columns="policy", values="peak_bytes").reindex(part["phase"].unique())
+    return wide.reindex(columns=part["policy"].unique()).add_suffix("_bytes").reset_index()
+
+
+def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """The cards that each policy opens.
+
+    Args:
+        observations: Of :func:`policy_experiments`.
+
+    Returns:
+        One row for each size and policy: ``size, policy, needed_bytes`` (reserved, with the CUDA context), ``cards``
+        (of ``data/gpus.csv`` that take it) and ``of``, ``smallest_card`` and its ``memory_bytes``.
+    """
+    cards = gpu_table().sort_values("memory_bytes", kind="stable")
+    context, rows = context_bytes(), []
+    for each in observations:
+        if each.run is None:
+            continue
+        forecast = Forecast(each.run.records, context, 0.0)
+        fits = [judge(forecast, "", int(size)).verdict == FITS for size in cards["memory_bytes"]]
+        taking = cards[fits]
+        smallest = None if taking.empty else taking.iloc[0]
+        request = each.experiment.request
+        rows.append(
+            {
+                "size": f"{request.width}x{request.height}",
+                "policy": request.memory.value,
+                "needed_bytes": forecast.peak_reserved_bytes + context,
+                "cards": len(taking),
+                "of": len(cards),
+                "smallest_card": "none" if smallest is None else str(smallest["gpu"]),
+                "memory_bytes": None if smallest is None else int(smallest["memory_bytes"]),
+            }
+        )
+    columns = ["size", "policy", "needed_bytes", "cards", "of", "smallest_card", "memory_bytes"]
+    return pd.DataFrame(rows, columns=columns).astype({"memory_bytes": "Int64"})
+
+
+def pipelines_table(observations: Sequence[Observation], size: str) -> pd.DataFrame:
+    """Our policies and others' pipelines for the same request: what each takes, by forecast and measured.
+
+    Others' are always forecast, and looked up on the card that ours were measured on. diffusers' is LTX-2 in bfloat16,
+    not LTX-2.3, and its decoder does not tile.
+
+    Args:
+        observations: Of :func:`policy_experiments`.
+        size: The one to compare at, such as ``1024x768``.
+
+    Returns:
+        One row for each: ``pipeline, peak_bytes, peak_phase, denoise_bytes`` (of stage 2), ``decode_bytes``, then
+        ``measured_bytes, measured_reserved_bytes, measured_seconds`` from ``data/measured`` and the ``error`` of the
+        forecast; missing where there is no such run.
+    """
+    width, height = to_size(size)
+    observations = [
+        each
+        for each in observations
+        if (each.experiment.request.width, each.experiment.request.height) == (width, height)
+    ]
+    resident = observations[0].experiment
+    kept = find_together([each.experiment for each in observations])
+    card = next((str(run.metadata["device_name"]) for run in kept if run), "")
+    rows = [
+        _pipeline_row(f"{Implementation.OURS}, {each.experiment.request.memory}", each.run, run)
+        for each, run in zip(observations, kept, strict=True)
+    ]
+    if has_techniques(resident.model):  # the others are pipelines of the same generation
+        found = forecast_others([(other, resident) for other in OTHERS])
+        for other, forecast in zip(OTHERS, found, strict=True):
+            rows.append(_pipeline_row(other.value, as_run(resident, forecast), find_of(other, resident, card)))
+    whole = dict.fromkeys(["peak_bytes", "denoise_bytes", "decode_bytes", "measured_bytes"], "Int64")
+    return pd.DataFrame(rows).astype(
+        {**whole, "measured_reserved_bytes": "Int64", "measured_seconds": "Float64", "error": "Float64"}
+    )
+
+
+def _pipeline_row(name: str, run: Run | None, measured: Run | None) -> dict[str, Any]:
+    peaks, there = phase_peaks(run), max(phase_peaks(measured).values(), default=None)
+    top = max(peaks, key=lambda phase: peaks[phase], default="")
+    whole = [phase for phase in measured.of(PhaseRecord) if phase.parent is None] if measured else []
+    reserved = [phase.peak_reserved_bytes for phase in whole if phase.peak_reserved_bytes is not None]
+    return {
+        "pipeline": name,
+        "peak_bytes": peaks.get(top),
+        "peak_phase": top,
+        "denoise_bytes": peaks.get(Phase.DENOISE_STAGE_2),
+        "decode_bytes": peaks.get(Phase.DECODE_VIDEO),
+        "measured_bytes": there,
+        "measured_reserved_bytes": max(reserved, default=None),
+        "measured_seconds": sum(phase.seconds for phase in whole) if whole else None,
+        "error": None if there is None or not peaks else peaks[top] / there - 1,
+    }
