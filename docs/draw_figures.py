@@ -6,18 +6,20 @@ import sys
 from pathlib import Path
 
 from i2v_lab.reporting.figures import save_png
+from i2v_lab.reporting.memory_figures import waterfall_figure
 from i2v_lab.reporting.study_figures import boundaries_figure, flatness_figure
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL
 from i2v_lab.studies.localization import boundaries_table, scope_experiments
-from i2v_lab.studies.published import study_request, varied
+from i2v_lab.studies.published import published_peak, study_request, to_size, varied
 from i2v_lab.studies.resolution import deciding_table, flatness_table, resolution_experiments
 from i2v_lab.studies.sources import Source, observe
+from i2v_lab.studies.techniques import step_experiments, steps_table
 
 FIGURES = Path(__file__).parent / "figures"
 
 
 def draw(folder: Path) -> list[Path]:
-    """Write both figures to a folder."""
+    """Write all of them to a folder."""
     request = study_request(FULL_SIZE_MODEL)
     scopes = observe(scope_experiments(request, FULL_SIZE_MODEL), Source.RECORDED, folder)
     sizes = varied(FULL_SIZE_MODEL, "sizes")
@@ -25,9 +27,14 @@ def draw(folder: Path) -> list[Path]:
     flatness = flatness_figure(
         deciding_table(by_size), flatness_table(by_size), "megapixels", "megapixels of a frame, 97 frames"
     )
+    width, height = to_size(varied(FULL_SIZE_MODEL, "policy_sizes")[-1])
+    large = study_request(FULL_SIZE_MODEL, width, height)
+    steps = observe(step_experiments(large, FULL_SIZE_MODEL), Source.RECORDED, folder)
+    waterfall = waterfall_figure(steps_table(steps), published_peak(large, FULL_SIZE_MODEL))
     return [
         save_png(boundaries_figure(boundaries_table(scopes)), folder / "boundaries.png"),
         save_png(flatness, folder / "resolution.png"),
+        save_png(waterfall, folder / "waterfall.png"),
     ]
 
 

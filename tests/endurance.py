@@ -61,6 +61,7 @@ def change_controls(count: int, seed: int = 0) -> Changes:
     threads = threading.active_count()
     explorer = Explorer(I2VRequest(image=STILL, width=64, height=64, frames=9), MODEL)
     controls = {name: control for name, control in explorer.controls.items() if name != "model"}
+    first = {name: control.value for name, control in controls.items()}
     known_ms, problems, resident = [], [], 0
     began_s = time.perf_counter()
     for number in range(count):
@@ -74,8 +75,9 @@ def change_controls(count: int, seed: int = 0) -> Changes:
         if explorer.exploration.problem:
             problems.append(explorer.exploration.problem)
         if chance.random() < 0.4:  # back to what is known, as one does
-            controls["frames"].value = 9
-            controls["tiling"].value = I2VRequest(image=STILL).tiling
+            for other, value in first.items():
+                if other not in ("size", "gpu"):
+                    controls[other].value = value
             start_s = time.perf_counter()
             controls["size"].value = chance.choice(KNOWN)
             controls["gpu"].value = chance.choice(controls["gpu"].options)

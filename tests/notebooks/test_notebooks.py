@@ -83,6 +83,7 @@ CHECKS: dict[str, dict[str, Any]] = {  # what the last cell says of the tiny mod
     "04_flat_across_resolution": {"pixel_growth": 2.0},
     "05_leak": {"verdict": "refined"},
     "06_will_it_fit": {"verdict": "no data"},  # no run of the tiny model on a GPU is recorded
+    "07_what_holds_the_peak": {"verdict": "refined", "techniques": 9},  # tiny weights are little to take away
 }
 
 
@@ -122,6 +123,7 @@ def test_a_reproduction_leaves_figures_tables_videos_and_pages(reproduced):
         "02_peak_localization_timeline",
         "03_no_grad_fix_graph",
         "05_leak_allocated",
+        "07_what_holds_the_peak_waterfall",
     ):
         assert {f"figures/{figure}.{suffix}" for suffix in ("svg", "png", "csv")} <= made
     assert {"videos/00_generate_video.mp4", "videos/03_no_grad_fix_no_grad.mp4"} <= made
@@ -195,6 +197,11 @@ def test_the_recorded_study_says_what_it_says_at_full_size(recorded):
     assert flat["decode_growth"] == pytest.approx(1.66, rel=5e-3)
     assert flat["largest_peak_phase"] == "denoise_stage_2"
     assert results["06_will_it_fit"]["worst_error"] < 0.03
+    held = results["07_what_holds_the_peak"]
+    assert held["device"] == "NVIDIA H100 80GB HBM3"
+    assert held["verdict"] == "confirmed"
+    assert held["first_peak_bytes"] / GIB == pytest.approx(26.29, rel=1e-3)
+    assert held["last_peak_bytes"] / GIB == pytest.approx(3.18, rel=1e-3)
 
 
 # --- What a page shows is what the records say ---

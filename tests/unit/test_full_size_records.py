@@ -6,10 +6,18 @@ import pandas as pd
 import pytest
 
 from i2v_lab.events import Phase
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.store import read_run
 from i2v_lab.studies.accuracy import halves_table
-from i2v_lab.studies.turns import recorded_turns, turns_table
+from i2v_lab.studies.experiments import FULL_SIZE_MODEL
+from i2v_lab.studies.pipelines import policy_experiments
+from i2v_lab.studies.published import study_request, varied
+from i2v_lab.studies.recorded import find_together
+from i2v_lab.studies.techniques import phase_peaks
+from i2v_lab.studies.turns import POLICY_TURNS, recorded_turns, turns_table
+
+GIB = 2**30
 
 
 def test_a_correction_is_fitted_to_every_second_experiment_and_judged_on_the_others():
@@ -58,3 +66,23 @@ def test_at_full_size_ours_takes_no_more_bytes_than_upstream_in_any_phase_and_no
     turns = turns_table(recorded_turns()).set_index("way")
     assert 1 / turns.loc["ltx-pipelines", "ratio"] <= 1.02
     assert (turns.loc[["phase boundaries", "modules and graphs"], "told_share"] < 0.01).all()
+
+
+def test_measured_on_a_card_every_phase_of_streamed_takes_under_4_gib_and_lean_under_22_outside_the_text():
+    sizes = varied(FULL_SIZE_MODEL, "policy_sizes")
+    experiments = policy_experiments(study_request(FULL_SIZE_MODEL), FULL_SIZE_MODEL, sizes)
+    runs = find_together(experiments)
+    for experiment, run in zip(experiments, runs, strict=True):
+        peaks = phase_peaks(run)
+        assert set(peaks) == {phase.value for phase in Phase}
+        if experiment.request.memory is MemoryPolicy.STREAMED:
+            assert max(peaks.values()) < (3 if experiment.request.width == 1024 else 4) * GIB
+        if experiment.request.memory is MemoryPolicy.LEAN:
+            assert max(peak for phase, peak in peaks.items() if phase != Phase.ENCODE_PROMPT) < 22 * GIB
+
+
+def test_at_full_size_lean_is_no_slower_than_resident_and_streamed_at_most_half_as_slow_again():
+    table = turns_table(recorded_turns(POLICY_TURNS)).set_index(["size", "way"])["ratio"]
+    assert list(dict.fromkeys(table.index.get_level_values("size"))) == ["1024x768", "2048x1536"]
+    assert table.xs("lean", level="way").max() <= 1.0
+    assert table.xs("streamed", level="way").max() <= 1.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.store import RunWriter, read_run
 from i2v_lab.studies import measured
 from i2v_lab.studies.accuracy import measured_table
-from i2v_lab.studies.experiments import DEFAULT_STILL, SMALL_MODEL, Experiment
+from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
 from i2v_lab.studies.implementations import Implementation
 from i2v_lab.studies.measured import Attribution, Conditions
+from i2v_lab.studies.pipelines import policy_experiments
 from i2v_lab.studies.plans import load_plan
 from i2v_lab.studies.processes import Ended
+from i2v_lab.studies.published import study_request, to_size, varied
 from i2v_lab.studies.recorded import find_recorded
+from i2v_lab.studies.techniques import step_experiments
 
 TINY = {"model": SMALL_MODEL, "width": 64, "height": 64, "frames": 9, "fps": 120.0, "expected_seconds": 30}
 TINY_EXPERIMENT = Experiment(
@@ -67,6 +71,9 @@ def test_a_plan_names_orders_and_times_its_runs(tmp_path):
         ({"height": 500}, "group 1, run 1: height=500 is not a multiple of 64; use 448 or 512"),
         ({"profiler": "half"}, "profiler='half' is unknown; use full or boundaries or off"),
         ({"vram_cap_gib": "24"}, "vram_cap_gib='24' is not a number of 0 or more; use one"),
+        ({"video": "no"}, "video='no' is neither; use true or false"),
+        ({"techniques": ["magic"]}, "technique='magic' is unknown; use shared_modulations, "),
+        ({"techniques": ["token_chunks"]}, "technique='token_chunks' needs shared_modulations; name both"),
         ({"consumer": "nobody"}, "consumer='nobody' is unknown; use plain or guarded or left_open"),
         ({"tiling": {"tile_px": 100}}, "tile_px=100 is not a multiple of 32; use 96 or 128"),
     ],
@@ -110,6 +117,18 @@ def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
     assert [run.conditions.vram_cap_bytes for run in runs if "_cap" in run.name] == [round(95.6 * 2**30)]
 
 
+def test_the_plan_of_the_policies_measures_every_step_of_the_study_and_others_beside_them():
+    runs = load_plan(data_dir() / "plans" / "policies.yaml")
+    likes = {run.experiment.like() for run in runs if not run.conditions.apart}
+    request = study_request(FULL_SIZE_MODEL)
+    sizes = varied(FULL_SIZE_MODEL, "policy_sizes")
+    width, height = to_size(sizes[-1])
+    steps = step_experiments(replace(request, width=width, height=height), FULL_SIZE_MODEL)
+    assert {each.like() for each in [*steps, *policy_experiments(request, FULL_SIZE_MODEL, sizes)]} == likes
+    assert {run.conditions.pipeline for run in runs} == set(Implementation)
+    assert not any(run.conditions.video for run in runs)
+
+
 # --- Running ---
 
 
@@ -117,7 +136,12 @@ def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
 def measured_once(tmp_path_factory):
     """One plan run for real: upstream's pipeline, which succeeds, and a cap, below which nothing fits."""
     folder = tmp_path_factory.mktemp("measured")
-    runs = [{"pipeline": "ltx-pipelines", "profiler": "boundaries"}, {"vram_cap_gib": 0.001}]
+    runs = [
+        {"pipeline": "ltx-pipelines", "profiler": "boundaries"},
+        {"vram_cap_gib": 0.001},
+        {"pipeline": "diffusers, group offloading"},
+        {"techniques": ["row_bands"], "video": False},
+    ]
     plan = _plan(folder, {"runs": runs})
     measure(plan, folder / "runs", "cpu")
     return plan, folder / "runs"
@@ -150,6 +174,24 @@ def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
     assert measured_table(folder=measured_once[1]).empty
 
 
+def test_diffusers_is_measured_in_the_same_phases_and_set_apart(measured_once):
+    run = read_run(measured_once[1] / "64x64x9_diffusers_group_offloading")
+    assert run.status == "complete"
+    assert (run.metadata["pipeline"], run.metadata["apart"]) == ("diffusers, group offloading", True)
+    phases = {phase.phase for phase in run.of(PhaseRecord)}
+    assert phases >= {"encode_prompt", "denoise_stage_1", "upsample_latent", "denoise_stage_2", "decode_video"}
+
+
+def test_a_run_with_techniques_of_its_own_is_found_by_them_and_writes_no_video_if_none_is_wanted(measured_once):
+    run = read_run(measured_once[1] / "64x64x9_row_bands")
+    assert run.status == "complete"
+    assert run.metadata["experiment"]["techniques"] == ["row_bands"]
+    assert run.metadata["apart"] is False
+    assert sorted(path.name for path in run.folder.iterdir()) == ["metadata.json", "records.jsonl"]
+    asked = replace(TINY_EXPERIMENT, techniques=["row_bands"])
+    assert find_recorded(asked, measured_once[1]).folder == run.folder
+
+
 def test_out_of_memory_below_a_cap_is_a_record_like_any_other(measured_once):
     run = read_run(measured_once[1] / "64x64x9_cap0.001")
     assert run.status == "failed"
@@ -165,7 +207,7 @@ def test_the_same_command_again_runs_nothing_and_no_machines_path_is_kept(measur
     plan, out = measured_once
     monkeypatch.setattr(measured, "run_apart", no_process)
     measure(plan, out, "cpu")
-    assert "2 runs, 2 of them kept from before; 0 to make" in capsys.readouterr().out
+    assert "4 runs, 4 of them kept from before; 0 to make" in capsys.readouterr().out
     for metadata in out.rglob("metadata.json"):
         assert str(Path(measured.__file__).parents[3]) not in metadata.read_text()
         assert str(out) not in metadata.read_text()

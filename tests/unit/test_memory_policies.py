@@ -312,6 +312,17 @@ def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none
     assert refused.value.fields["needed_bytes"] == below
 
 
+def test_auto_refuses_with_the_nearest_request_that_fits_and_means_the_same_by_it(still):
+    asked = I2VRequest(image=str(still), width=256, height=256, frames=9, fps=120, memory="auto")
+    smaller = replace(asked, width=192, height=192, memory="streamed")
+    need = (forecast := forecast_request(smaller, SMALL_MODEL)).peak.peak_bytes + forecast.context_bytes
+    with pytest.raises(DeviceUnavailable, match="; 192x192 with 9 frames fits$") as refused:
+        resolve_memory(asked, need, SMALL_MODEL)  # where its allocator's reserve does not
+    nearest = I2VRequest.from_json(refused.value.fields["nearest"])
+    assert nearest == smaller
+    assert resolve_memory(replace(nearest, memory="auto"), need, SMALL_MODEL).request.memory is MemoryPolicy.STREAMED
+
+
 def test_the_pipeline_does_not_guess_what_auto_stands_for(tiny, request_64):
     with pytest.raises(InvalidRequest, match="memory='auto' is for the caller to resolve"):
         TwoStagePipeline(tiny)(replace(request_64, memory="auto"))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
-from i2v_lab.reporting import study_figures
+from i2v_lab.reporting import memory_figures, study_figures
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
 from i2v_lab.reporting.figures import save_figure
 from i2v_lab.reporting.tables import readable
@@ -87,7 +87,30 @@ def _graph(last: float) -> pd.DataFrame:
     return pd.DataFrame({"module": modules, "saved_bytes": sizes, "share": np.array(sizes) / sum(sizes)})
 
 
+def _steps(last: float) -> pd.DataFrame:
+    rows = [
+        ("as upstream does it", 100, "denoise_stage_2", "", None, None, None, None),
+        ("tokens by chunks", 90, "encode_prompt", "denoise_stage_2", 100, 80, 13.9, 13.2),
+        ("decoder by bands", last, "decode_video", "decode_video", 90, last, None, None),
+    ]
+    columns = ["words", "peak_bytes", "peak_phase", "own_phase", "before_bytes", "after_bytes"]
+    table = pd.DataFrame(rows, columns=[*columns, "before_seconds", "after_seconds"])
+    sizes = ["peak_bytes", "before_bytes", "after_bytes"]
+    return table.assign(**{name: (table[name].astype("Float64") * GIB).astype("Int64") for name in sizes})
+
+
+def _policies(last: float) -> pd.DataFrame:
+    rows = [
+        {"size": "1024x768", "policy": policy, "phase": phase, "peak_bytes": round(gib * GIB), "recorded_bytes": known}
+        for policy, gib, known in (("resident", 23.5, 23 * GIB), ("streamed", last, None))
+        for phase in ("encode_prompt", "decode_video")
+    ]
+    return pd.DataFrame(rows).astype({"recorded_bytes": "Int64"})
+
+
 FIGURES = {
+    "waterfall": lambda last: memory_figures.waterfall_figure(_steps(last), 110 * GIB),
+    "policies": lambda last: memory_figures.policies_figure(_policies(last)),
     "boundaries": lambda last: study_figures.boundaries_figure(_phases(last)),
     "tiling": lambda last: study_figures.tiling_figure(_tilings(last), 95 * GIB, "a card"),
     "flatness": lambda last: study_figures.flatness_figure(_flat(last), _flat(last), "megapixels", "megapixels"),
@@ -122,6 +145,12 @@ def test_figures_name_what_they_show_with_its_unit():
     assert "a card" in words
     assert "decode video, 8.00" in _texts(FIGURES["flatness"](8.0))
     assert "2 others" in _texts(FIGURES["modules"](100.0))
+    words = _texts(FIGURES["waterfall"](40.0))
+    assert "published study" in words
+    assert " 110.00 GiB" in words
+    assert "denoise stage 2: 100.00 GiB to 80.00 GiB, 13.9 s to 13.2 s" in words
+    assert "decode video: " not in words, "what holds the peak is not told twice, and no time is known"
+    assert " 23.50" in _texts(FIGURES["policies"](3.0))
     failed = _tilings(100.0).assign(status="failed")
     assert "outside no_grad, out of memory" in _texts(study_figures.tiling_figure(failed))
 
@@ -189,7 +218,7 @@ def test_readable_knows_units_shares_and_what_is_not_known():
 def test_the_readmes_figures_are_what_the_code_draws(tmp_path):
     drawn = runpy.run_path(str(TOP / "docs" / "draw_figures.py"))["draw"](tmp_path)
     readme = (TOP / "README.md").read_text()
-    assert len(drawn) == 2
+    assert len(drawn) == 3
     for path in drawn:
         kept = TOP / "docs" / "figures" / path.name
         assert f"docs/figures/{path.name}" in readme

@@ -9,7 +9,7 @@ from i2v_lab.pipeline.architectures import load_architecture
 from i2v_lab.pipeline.backends import backend_of
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
-from i2v_lab.studies.cards import FITS, judge
+from i2v_lab.studies.cards import FITS, TIGHT, judge
 from i2v_lab.studies.experiments import FULL_SIZE_MODEL
 from i2v_lab.studies.forecasts import forecast_request
 
@@ -51,23 +51,33 @@ class FitSearch:
         memory_bytes: What CUDA can use of the card.
         model: An architecture's name.
         on_forecast: Told of every request that was tried, with its forecast and verdict.
+        tightly: Whether a tight fit will do.
     """
 
     def __init__(
-        self, memory_bytes: int, model: str = FULL_SIZE_MODEL, on_forecast: OnForecast = lambda *_: None
+        self,
+        memory_bytes: int,
+        model: str = FULL_SIZE_MODEL,
+        on_forecast: OnForecast = lambda *_: None,
+        *,
+        tightly: bool = False,
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model
         self._on_forecast = on_forecast
+        self._good = (FITS, TIGHT) if tightly else (FITS,)
 
-    def largest_size(self, request: I2VRequest, aspect: tuple[int, int] = (4, 3)) -> Largest:
+    def largest_size(
+        self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
+    ) -> Largest:
         """The most pixels at the request's number of frames.
 
         Args:
             request: Everything but the size.
             aspect: Width to height; sides are rounded to multiples of 64.
+            max_height: Of the search.
         """
-        heights = range(PIXEL_MULTIPLE, MAX_HEIGHT + 1, PIXEL_MULTIPLE)
+        heights = range(PIXEL_MULTIPLE, max_height + 1, PIXEL_MULTIPLE)
         sizes = [(max(1, round(h * aspect[0] / aspect[1] / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE, h) for h in heights]
         return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
 
@@ -105,4 +115,4 @@ class FitSearch:
         forecast = forecast_request(request, self._model)
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)
-        return forecast, verdict == FITS
+        return forecast, verdict in self._good

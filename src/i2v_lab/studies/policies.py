@@ -83,11 +83,16 @@ def _candidates(
     for policy in FASTEST_FIRST:
         asked = replace(request, memory=policy)
         yield asked
-        forecast = tried[-1][1]
+        forecast, verdict = tried[-1][1:]
         room_bytes = memory_bytes - forecast.context_bytes
-        rest = (phase for phase in forecast.phases if phase.phase != DECODE)
+        rest = [phase for phase in forecast.phases if phase.phase != DECODE]
+        finer = (replace(asked, tiling=tiling) for tiling in TILINGS if _is_finer(tiling, request.tiling))
         if all((phase.peak_reserved_bytes or phase.peak_bytes) <= room_bytes for phase in rest):
-            yield from (replace(asked, tiling=tiling) for tiling in TILINGS if _is_finer(tiling, request.tiling))
+            yield from finer
+        elif policy is FASTEST_FIRST[-1] and all(phase.peak_bytes <= room_bytes for phase in rest):
+            while verdict == NO and (coarsest := next(finer, None)):
+                yield coarsest  # the first that fits tightly will do
+                verdict = tried[-1][2]
 
 
 def _is_finer(tiling: Tiling | None, than: Tiling | None) -> bool:
@@ -117,8 +122,8 @@ def _refusal(
 ) -> DeviceUnavailable:
     peak = forecast.peak
     need_bytes = peak.peak_bytes + forecast.context_bytes
-    search = FitSearch(memory_bytes, model, on_forecast)
-    nearest = search.largest_size(smallest, (smallest.width, smallest.height)).request
+    search = FitSearch(memory_bytes, model, on_forecast, tightly=True)
+    nearest = search.largest_size(smallest, (smallest.width, smallest.height), smallest.height).request
     remedy = (
         f"{nearest.width}x{nearest.height} with {nearest.frames} frames fits"
         if nearest

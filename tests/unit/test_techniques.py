@@ -1,0 +1,197 @@
+"""What holds the peak: steps, policies, cards and others' pipelines in tables, and a verdict that follows from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
+from i2v_lab.profiling.records import PhaseRecord
+from i2v_lab.request import I2VRequest
+from i2v_lab.store import Run, RunWriter, run_metadata
+from i2v_lab.studies.cards import context_bytes, gpu_table
+from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.studies.implementations import Implementation
+from i2v_lab.studies.pipelines import cards_table, phases_by_policy, pipelines_table, policies_table, policy_experiments
+from i2v_lab.studies.published import published_peak
+from i2v_lab.studies.recorded import find_of, find_together
+from i2v_lab.studies.sources import Observation, Source, observe
+from i2v_lab.studies.techniques import (
+    ORDER,
+    has_techniques,
+    phase_peaks,
+    step_experiments,
+    steps_table,
+    techniques_verdict,
+)
+from i2v_lab.studies.turns import recorded_turns, turns_table
+
+GIB = 2**30
+LARGE = I2VRequest(image=DEFAULT_STILL, width=2048, height=1536, frames=97)
+
+
+def seen(experiment: Experiment, seconds: float = 1.0, **peaks: float) -> Observation:
+    """A measured run whose phases have these peaks in GiB, reserved as well."""
+    phases = [
+        PhaseRecord(name, None, 0, round(p * GIB), 0, round(p * GIB), round(p * GIB), 0, float(i), seconds, True)
+        for i, (name, p) in enumerate(peaks.items())
+    ]
+    metadata = {"device": "cuda", "device_name": "a card", "model": experiment.model}
+    return Observation(experiment, Source.MEASURE, Run(Path(experiment.name), metadata, tuple(phases), "complete"))
+
+
+def test_each_step_has_one_technique_more_from_resident_to_streamed():
+    steps = step_experiments(replace(LARGE, memory="lean"), FULL_SIZE_MODEL)
+    assert steps[0].request.memory is MemoryPolicy.RESIDENT
+    assert steps[-1].request.memory is MemoryPolicy.STREAMED
+    assert steps[0].techniques is steps[-1].techniques is None
+    sets = [frozenset(), *(step.techniques for step in steps[1:-1]), TECHNIQUES[MemoryPolicy.STREAMED]]
+    assert [after - before for before, after in pairwise(sets)] == [{each} for each in ORDER]
+    assert set(ORDER) == set(Technique)
+    assert len({step.name for step in steps}) == len(steps)
+    assert [Experiment.from_json(json.loads(json.dumps(step.to_json()))) for step in steps] == steps
+    assert len({step.like() for step in steps}) == len(steps)
+    assert len(step_experiments(I2VRequest(image=DEFAULT_STILL, tiling=None), "ltxv-tiny")) == 1
+    assert not has_techniques("ltxv-tiny")
+
+
+def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():
+    experiments = step_experiments(LARGE, "ltx-2.3-tiny")
+    before = {"encode_prompt": 23.0, "denoise_stage_2": 26.0, "decode_video": 8.0}
+    after = {**before, "denoise_stage_2": 21.0}
+    observations = [seen(experiments[0], 2.0, **before), *(seen(each, 3.0, **after) for each in experiments[1:])]
+    table = steps_table(observations)
+    assert len(table) == len(ORDER) + 1
+    first, second = table.iloc[0], table.iloc[1]
+    assert (first["peak_bytes"], first["peak_phase"], first["own_phase"]) == (26 * GIB, "denoise_stage_2", "")
+    assert pd.isna(first["before_bytes"])
+    assert (second["technique"], second["own_phase"]) == ("shared_modulations", "denoise_stage_2")
+    assert (second["peak_bytes"], second["peak_phase"]) == (23 * GIB, "encode_prompt")
+    assert (second["before_bytes"], second["after_bytes"]) == (26 * GIB, 21 * GIB)
+    assert (second["before_seconds"], second["after_seconds"]) == (2.0, 3.0)
+
+
+@pytest.mark.parametrize(("last", "verdict"), [(3.2, "confirmed"), (4.0, "refined"), (26.0, "refuted")])
+def test_the_verdict_follows_from_the_first_and_the_last_step(last, verdict):
+    experiments = step_experiments(LARGE, FULL_SIZE_MODEL)
+    peaks = [26.0, *[20.0] * (len(experiments) - 2), last]
+    observations = [seen(each, decode_video=peak) for each, peak in zip(experiments, peaks, strict=True)]
+    results = techniques_verdict(observations)
+    assert results["verdict"] == verdict
+    assert "33.55 GiB as published" in results["finding"]
+    assert (results["first_peak_bytes"], results["last_peak_bytes"]) == (26 * GIB, round(last * GIB))
+    assert techniques_verdict([Observation(experiments[0], Source.RECORDED, None)])["verdict"] == "no data"
+
+
+def test_policies_phase_by_phase_and_the_cards_that_each_opens():
+    experiments = policy_experiments(LARGE, SMALL_MODEL, ["64x64", "128x64"])
+    assert [(each.request.width, each.request.memory.value) for each in experiments] == [
+        (width, policy) for width in (64, 128) for policy in ("resident", "lean", "streamed")
+    ]
+    peaks = {"resident": 26.0, "lean": 22.0, "streamed": 3.0}
+    observations = [
+        seen(each, encode_prompt=peaks[each.request.memory.value], decode_video=1.0) for each in experiments
+    ]
+    table = policies_table(observations)
+    assert len(table) == 12
+    assert table["recorded_bytes"].isna().all()
+    wide = phases_by_policy(table, "64x64")
+    assert list(wide.columns) == ["phase", "resident_bytes", "lean_bytes", "streamed_bytes"]
+    assert wide["phase"].to_list() == ["encode_prompt", "decode_video"]
+    assert wide.iloc[0, 1:].to_list() == [26 * GIB, 22 * GIB, 3 * GIB]
+    cards = cards_table(observations)
+    memory = gpu_table()["memory_bytes"]
+    for row in cards[cards["size"] == "64x64"].itertuples():
+        needed = round(peaks[row.policy] * GIB) + context_bytes()
+        assert (row.needed_bytes, row.cards) == (needed, (memory >= needed).sum())
+        assert row.memory_bytes == memory[memory >= needed].min()
+    assert cards_table([seen(experiments[0], decode_video=500.0)])["smallest_card"].to_list() == ["none"]
+
+
+def test_others_pipelines_stand_beside_our_policies(still):
+    request = I2VRequest(image=str(still), width=64, height=64, frames=9, fps=120)
+    observations = observe(
+        policy_experiments(request, SMALL_MODEL, ["64x64"]), "forecast", still.parent, progress=False
+    )
+    table = pipelines_table(observations, "64x64").set_index("pipeline")
+    others = [each.value for each in Implementation if each is not Implementation.OURS]
+    assert list(table.index) == ["i2v-lab, resident", "i2v-lab, lean", "i2v-lab, streamed", *others]
+    assert (table["peak_bytes"] > 0).all()
+    assert table["measured_bytes"].isna().all()
+    assert table.loc["i2v-lab, streamed", "decode_bytes"] < table.loc["i2v-lab, resident", "decode_bytes"]
+    for each in observations:
+        assert table.loc[f"i2v-lab, {each.experiment.request.memory}", "peak_bytes"] == max(
+            phase_peaks(each.run).values()
+        )
+
+
+# --- Records of several cards -----------------------------------------------------------------------------------------
+
+
+def _write(folder, experiment: Experiment, card: str, seconds: float, **extra: object) -> None:
+    metadata = run_metadata(experiment.request.to_json(), "cuda", 1, [], experiment.model, **extra)
+    metadata |= {"experiment": experiment.to_json(), "device_name": card}
+    with RunWriter(folder, metadata) as writer:
+        writer.append(PhaseRecord("decode_video", None, 0, 100, 0, None, 100, 0, 0.0, seconds, True))
+
+
+def test_what_is_compared_comes_from_the_card_that_has_most_of_it(tmp_path):
+    request = I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9)
+    plain, lean = (
+        Experiment(request=replace(request, memory=memory), model=SMALL_MODEL) for memory in ("resident", "lean")
+    )
+    for name, experiment, card in (
+        ("a", plain, "H100"),
+        ("b", lean, "H100"),
+        ("c", plain, "H200"),
+        ("d", plain, "H200"),
+        ("e", replace(plain, generations=3), "H200"),
+    ):
+        _write(tmp_path / name, experiment, card, 1.0)
+    assert [run.metadata["device_name"] for run in find_together([plain, lean], tmp_path)] == ["H100", "H100"]
+    (alone,) = find_together([plain], tmp_path)
+    assert alone.metadata["device_name"] == "H200", "one that both have comes from the card with more runs"
+    assert find_together([replace(plain, generations=2)], tmp_path) == [None]
+
+
+def test_a_run_of_somebody_elses_pipeline_is_found_on_a_card(tmp_path):
+    asked = Experiment(request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9), model=SMALL_MODEL)
+    for name, seconds in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
+        _write(tmp_path / name, asked, "H100", seconds, pipeline="ltx-pipelines", apart=True)
+    _write(tmp_path / "d", asked, "H100", 2.0, pipeline="ltx-pipelines", apart=True, vram_cap_bytes=1)
+    found = find_of("ltx-pipelines", asked, "H100", tmp_path)
+    assert found.folder.name == "c", "the median of three"
+    assert find_of("ltx-pipelines", asked, "H200", tmp_path) is None
+    assert find_of("diffusers", asked, "H100", tmp_path) is None
+    assert find_together([asked], tmp_path) == [None]
+
+
+def test_turns_of_several_sizes_are_compared_each_with_its_own(tmp_path):
+    for width, factor in ((64, 1.5), (128, 1.1)):
+        turns = [
+            {"round": n, "place": p, "way": way, "seconds": n * s, "told_s": None}
+            for n in (1, 2)
+            for p, (way, s) in enumerate((("resident", 2.0), ("streamed", 2.0 * factor)), start=1)
+        ]
+        values = {"device": "a card", "request": {"width": width, "height": 64}, "turns": turns}
+        (tmp_path / f"{width}.json").write_text(json.dumps(values))
+    table = turns_table(recorded_turns(["64.json", "128.json", "not_there.json"], tmp_path))
+    assert table[["size", "way"]].to_numpy().tolist() == [
+        ["64x64", "resident"],
+        ["64x64", "streamed"],
+        ["128x64", "resident"],
+        ["128x64", "streamed"],
+    ]
+    assert table["ratio"].to_list() == pytest.approx([1, 1.5, 1, 1.1])
+    assert turns_table(recorded_turns(["not_there.json"], tmp_path)).empty
+
+
+def test_the_published_peak_is_that_of_the_same_request():
+    assert published_peak(LARGE, FULL_SIZE_MODEL) == round(33.55 * GIB)
+    assert published_peak(replace(LARGE, frames=25), FULL_SIZE_MODEL) is None
+    assert published_peak(LARGE, SMALL_MODEL) is None
