@@ -14,5 +14,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "04_flat_across_resolution": {**SIZES, "sizes": ["64x64", "128x64"], "frame_counts": [9]},
     "05_leak": {**SIZES, "generations": 1},
     "06_will_it_fit": {**SIZES, "sizes": ["64x64"], "frame_counts": [9], "gpus": ["T4", "RTX 5090"], "judged": 1},
+    "07_what_holds_the_peak": {**SIZES, "sizes": ["64x64"], "others": ["diffusers"]},
 }
 NAMES = list(SMALL)

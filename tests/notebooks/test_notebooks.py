@@ -171,7 +171,11 @@ def recorded(tmp_path_factory, reproduced) -> tuple[Path, dict[str, dict[str, An
     out = tmp_path_factory.mktemp("recorded")
     shutil.copytree(reproduced / "runs", out / "runs")
     small = {key: value for key, value in SMALL["03_no_grad_fix"].items() if key.startswith("small_")}
-    extra: dict[str, dict[str, Any]] = {"03_no_grad_fix": small, "06_will_it_fit": {"judged": 1}}
+    extra: dict[str, dict[str, Any]] = {
+        "03_no_grad_fix": small,
+        "06_will_it_fit": {"judged": 1},
+        "07_what_holds_the_peak": {"others": ["diffusers"]},
+    }
     return out, {
         name: _execute(name, out, {"source": "recorded", "device": "cpu", **extra.get(name, {})}) for name in NAMES
     }
@@ -246,7 +250,8 @@ def test_other_records_make_another_page(package, recorded):
 
 
 def test_without_records_a_notebook_says_so_and_does_not_fail(package):
-    shutil.rmtree(package / "data" / "measured" / "nvidia-h200")
+    for card in ("nvidia-h200", "nvidia-h100"):
+        shutil.rmtree(package / "data" / "measured" / card)
     results = _execute("02_peak_localization", package / "out", {"source": "recorded"})
     assert results["verdict"] == "no data"
     page = _page(package / "out" / "02_peak_localization.ipynb", package / "out" / "site")

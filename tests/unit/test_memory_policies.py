@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from i2v_lab.errors import CheckpointError, DeviceUnavailable, InvalidRequest
+from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import Phase, StepEnded
 from i2v_lab.memory_policy import NEEDS, TECHNIQUES, MemoryPolicy, Technique, to_techniques
 from i2v_lab.pipeline import ltx2
@@ -26,9 +26,6 @@ from i2v_lab.pipeline.two_stage import TwoStagePipeline
 from i2v_lab.profiling.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import I2VRequest, Quantization, Tiling
-from i2v_lab.studies.experiments import SMALL_MODEL
-from i2v_lab.studies.forecasts import forecast_request
-from i2v_lab.studies.policies import resolve_memory
 
 CPU = torch.device("cpu")
 TECHNIQUE_SETS = int(os.environ.get("I2V_LAB_EXAMPLES", "4"))
@@ -295,32 +292,6 @@ def test_tokens_of_one_stretch_with_several_timesteps_are_refused():
     with pytest.raises(ValueError, match="tokens 2 to 4 have several timesteps"):
         lean_transformer._check_timesteps(timesteps, (0, 2, 4))
     lean_transformer._check_timesteps(timesteps[:, :3], (0, 2, 3))
-
-
-def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none_does(still):
-    asked = I2VRequest(image=str(still), width=64, height=64, frames=9, fps=120, memory="auto")
-    forecasts = {m: forecast_request(replace(asked, memory=m), SMALL_MODEL) for m in ("resident", "lean", "streamed")}
-    need = {memory: f.peak_reserved_bytes + f.context_bytes for memory, f in forecasts.items()}
-    assert need["resident"] >= need["lean"] >= need["streamed"]
-    chosen = resolve_memory(asked, need["resident"], SMALL_MODEL)
-    assert chosen.request == replace(asked, memory="resident")
-    assert chosen.reason.startswith("memory=resident, tiles of 768 px and 80 frames: ")
-    below = min(f.peak.peak_bytes + f.context_bytes for f in forecasts.values())
-    assert resolve_memory(asked, below, SMALL_MODEL).reason.count("tightly") == 1
-    with pytest.raises(DeviceUnavailable, match="even with memory=.*; no size does; use a larger card") as refused:
-        resolve_memory(asked, below - 1, SMALL_MODEL)
-    assert refused.value.fields["needed_bytes"] == below
-
-
-def test_auto_refuses_with_the_nearest_request_that_fits_and_means_the_same_by_it(still):
-    asked = I2VRequest(image=str(still), width=256, height=256, frames=9, fps=120, memory="auto")
-    smaller = replace(asked, width=192, height=192, memory="streamed")
-    need = (forecast := forecast_request(smaller, SMALL_MODEL)).peak.peak_bytes + forecast.context_bytes
-    with pytest.raises(DeviceUnavailable, match="; 192x192 with 9 frames fits$") as refused:
-        resolve_memory(asked, need, SMALL_MODEL)  # where its allocator's reserve does not
-    nearest = I2VRequest.from_json(refused.value.fields["nearest"])
-    assert nearest == smaller
-    assert resolve_memory(replace(nearest, memory="auto"), need, SMALL_MODEL).request.memory is MemoryPolicy.STREAMED
 
 
 def test_the_pipeline_does_not_guess_what_auto_stands_for(tiny, request_64):

@@ -10,19 +10,27 @@ import pytest
 import torch
 
 from i2v_lab import I2VRequest, forecasting
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import GraphRecord
-from i2v_lab.studies.experiments import Experiment
+from i2v_lab.studies.experiments import SMALL_MODEL, Experiment
 from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others
 from i2v_lab.studies.others import again, leak_summary, own_scope
+from i2v_lab.studies.pipelines import pipelines_table, policy_experiments
+from i2v_lab.studies.sources import observe
+from i2v_lab.studies.techniques import phase_peaks
 
 MIB = 2**20
 DIFFUSERS = (Implementation.DIFFUSERS, Implementation.DIFFUSERS_MODEL, Implementation.DIFFUSERS_GROUP)
 
 
 @pytest.fixture(scope="module")
-def forecasts(still):
-    request = I2VRequest(image=str(still), width=128, height=64, frames=9, fps=120)
-    asked = [(other, Experiment(request=request, model="ltx-2.3-tiny")) for other in OTHERS]
+def request_(still) -> I2VRequest:
+    return I2VRequest(image=str(still), width=128, height=64, frames=9, fps=120)
+
+
+@pytest.fixture(scope="module")
+def forecasts(request_):
+    asked = [(other, Experiment(request=request_, model=SMALL_MODEL)) for other in OTHERS]
     return dict(zip(OTHERS, forecast_others(asked), strict=True))
 
 
@@ -52,6 +60,22 @@ def test_offloading_keeps_weights_off_the_card(forecasts):
     first, _, _, _, second, *_ = forecasts[Implementation.DIFFUSERS_GROUP].phases
     assert first.phase == second.phase == "encode_prompt"
     assert second.peak_bytes - first.peak_bytes < MIB // 8  # what went on the card the first time is not there twice
+
+
+def test_they_stand_beside_our_policies(request_, forecasts, tmp_path):
+    asked = policy_experiments(request_, SMALL_MODEL, ["128x64"])
+    observations = observe(asked, "forecast", tmp_path, progress=False)
+    table = pipelines_table(observations, "128x64").set_index("pipeline")
+    ours = ["i2v-lab, resident", "i2v-lab, lean", "i2v-lab, streamed"]
+    assert list(table.index) == [*ours, *(other.value for other in OTHERS)]
+    assert table.loc[ours, "peak_bytes"].to_list() == [max(phase_peaks(each.run).values()) for each in observations]
+    assert all(table.loc[other.value, "peak_bytes"] == forecasts[other].peak.peak_bytes for other in OTHERS)
+    assert table["measured_bytes"].isna().all()
+    assert table.loc["i2v-lab, streamed", "decode_bytes"] < table.loc["i2v-lab, resident", "decode_bytes"]
+    few = pipelines_table(observations, "128x64", ["diffusers"])
+    assert few["pipeline"].to_list() == [*ours, "diffusers"]
+    with pytest.raises(InvalidRequest, match="pipeline='i2v-lab' is not one of others'; use 'ltx-pipelines' or 'diff"):
+        pipelines_table(observations, "128x64", ["i2v-lab"])
 
 
 def test_what_is_copied_or_moved_by_its_data_is_where_a_forecast_says():

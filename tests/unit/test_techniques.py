@@ -16,15 +16,13 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.store import Run, RunWriter, run_metadata
 from i2v_lab.studies.cards import context_bytes, gpu_table
 from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
-from i2v_lab.studies.implementations import Implementation
-from i2v_lab.studies.pipelines import cards_table, phases_by_policy, pipelines_table, policies_table, policy_experiments
+from i2v_lab.studies.pipelines import cards_table, phases_by_policy, policies_table, policy_experiments
 from i2v_lab.studies.published import published_peak
 from i2v_lab.studies.recorded import find_of, find_together
-from i2v_lab.studies.sources import Observation, Source, observe
+from i2v_lab.studies.sources import Observation, Source
 from i2v_lab.studies.techniques import (
     ORDER,
     has_techniques,
-    phase_peaks,
     step_experiments,
     steps_table,
     techniques_verdict,
@@ -111,23 +109,6 @@ def test_policies_phase_by_phase_and_the_cards_that_each_opens():
         assert (row.needed_bytes, row.cards) == (needed, (memory >= needed).sum())
         assert row.memory_bytes == memory[memory >= needed].min()
     assert cards_table([seen(experiments[0], decode_video=500.0)])["smallest_card"].to_list() == ["none"]
-
-
-def test_others_pipelines_stand_beside_our_policies(still):
-    request = I2VRequest(image=str(still), width=64, height=64, frames=9, fps=120)
-    observations = observe(
-        policy_experiments(request, SMALL_MODEL, ["64x64"]), "forecast", still.parent, progress=False
-    )
-    table = pipelines_table(observations, "64x64").set_index("pipeline")
-    others = [each.value for each in Implementation if each is not Implementation.OURS]
-    assert list(table.index) == ["i2v-lab, resident", "i2v-lab, lean", "i2v-lab, streamed", *others]
-    assert (table["peak_bytes"] > 0).all()
-    assert table["measured_bytes"].isna().all()
-    assert table.loc["i2v-lab, streamed", "decode_bytes"] < table.loc["i2v-lab, resident", "decode_bytes"]
-    for each in observations:
-        assert table.loc[f"i2v-lab, {each.experiment.request.memory}", "peak_bytes"] == max(
-            phase_peaks(each.run).values()
-        )
 
 
 # --- Records of several cards -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import find_still
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
@@ -38,6 +39,18 @@ class Implementation(StrEnum):
 
 
 OTHERS = tuple(each for each in Implementation if each is not Implementation.OURS)
+
+
+def to_other(name: str) -> Implementation:
+    """Somebody else's implementation by its name.
+
+    Raises:
+        InvalidRequest: There is no such.
+    """
+    if name not in OTHERS:
+        known = " or ".join(repr(each.value) for each in OTHERS)
+        raise InvalidRequest(f"pipeline={name!r} is not one of others'; use {known}", pipeline=name)
+    return Implementation(name)
 
 
 def forecast_other(

@@ -15,7 +15,7 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.store import Run
 from i2v_lab.studies.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others
+from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others, to_other
 from i2v_lab.studies.published import to_size
 from i2v_lab.studies.recorded import find_of, find_together
 from i2v_lab.studies.sources import Observation, as_run
@@ -106,7 +106,7 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"memory_bytes": "Int64"})
 
 
-def pipelines_table(observations: Sequence[Observation], size: str) -> pd.DataFrame:
+def pipelines_table(observations: Sequence[Observation], size: str, others: Sequence[str] = ()) -> pd.DataFrame:
     """Our policies and others' pipelines for the same request: what each takes, by forecast and measured.
 
     Others' are always forecast, and looked up on the card that ours were measured on. diffusers' is LTX-2 in bfloat16,
@@ -115,6 +115,7 @@ def pipelines_table(observations: Sequence[Observation], size: str) -> pd.DataFr
     Args:
         observations: Of :func:`policy_experiments`.
         size: The one to compare at, such as ``1024x768``.
+        others: Which of :class:`~i2v_lab.studies.implementations.Implementation` beside ours; all of them if empty.
 
     Returns:
         One row for each: ``pipeline, peak_bytes, peak_phase, denoise_bytes`` (of stage 2), ``decode_bytes``, then
@@ -135,9 +136,10 @@ def pipelines_table(observations: Sequence[Observation], size: str) -> pd.DataFr
         for each, run in zip(observations, kept, strict=True)
     ]
     if has_techniques(resident.model):  # the others are pipelines of the same generation
-        found = forecast_others([(other, resident) for other in OTHERS])
-        for other, forecast in zip(OTHERS, found, strict=True):
-            rows.append(_pipeline_row(other.value, as_run(resident, forecast), find_of(other, resident, card)))
+        beside = [to_other(name) for name in others or OTHERS]
+        found = forecast_others([(each, resident) for each in beside])
+        for each, forecast in zip(beside, found, strict=True):
+            rows.append(_pipeline_row(each.value, as_run(resident, forecast), find_of(each, resident, card)))
     whole = dict.fromkeys(["peak_bytes", "denoise_bytes", "decode_bytes", "measured_bytes"], "Int64")
     return pd.DataFrame(rows).astype(
         {**whole, "measured_reserved_bytes": "Int64", "measured_seconds": "Float64", "error": "Float64"}
