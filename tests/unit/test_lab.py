@@ -21,6 +21,7 @@ from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
 from i2v_lab.events import Phase, PhaseStarted
 from i2v_lab.lab.stills import add_still, list_stills
 from i2v_lab.lab_command import START, lab_command, lab_environment
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import CACHE_VARIABLE
 from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
@@ -144,8 +145,8 @@ def _highest(forecast: Forecast) -> int:
 
 
 def test_the_code_of_a_question_asks_the_same_question():
-    for tiling, scope in ((None, "escaped"), (Tiling(128, 32, 16, 8), "no_grad")):
-        question = Question(request=_request(tiling=tiling, decode_scope=scope), model=TINY, gpu="L4")
+    for tiling, scope, memory in ((None, "escaped", "lean"), (Tiling(128, 32, 16, 8), "no_grad", "resident")):
+        question = Question(request=_request(tiling=tiling, decode_scope=scope, memory=memory), model=TINY, gpu="L4")
         body = question.code().rpartition("\nforecast = ")[0]
         scope_of_cell: dict[str, object] = {}
         exec(body, scope_of_cell)
@@ -162,6 +163,23 @@ def test_another_model_brings_its_own_sizes_and_tiles(tiny):
     assert explorer.exploration.question.request.frames == controls["frames"].value
     assert "2048x1536" in controls["size"].options
     explorer.close()
+
+
+@pytest.mark.parametrize("kind", [Explorer, Generate])
+def test_a_memory_policy_is_chosen_where_the_model_has_it(tiny, tmp_path, kind):
+    lead = [] if kind is Explorer else [tmp_path]
+    view = kind(*lead, _request(memory="auto"), TINY)  # which no view can show before it is resolved
+    assert view.widget is not None
+    controls = view.controls if kind is Explorer else view._controls
+    assert [policy.value for policy in controls["memory"].options] == ["resident", "lean", "streamed"]
+    assert controls["memory"].value == "resident"
+    controls["memory"].value = MemoryPolicy.STREAMED
+    assert view.exploration.question.request.memory is MemoryPolicy.STREAMED
+    assert "streamed" in view.html()
+    controls["model"].value = "ltxv-tiny"
+    assert [policy.value for policy in controls["memory"].options] == ["resident"]
+    assert view.exploration.question.request.memory is MemoryPolicy.RESIDENT
+    view.close()
 
 
 # --- Every view, with a front end and without ---

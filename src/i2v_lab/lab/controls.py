@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.architectures import load_architecture
 from i2v_lab.pipeline.backends import backend_of
 from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest, Tiling
@@ -43,6 +45,22 @@ def sizes(model: str, request: I2VRequest) -> list[str]:
         found.add((width, height))
     found |= {to_size(text) for what in ("sizes", "map_sizes") for text in varied(model, what)}
     return [f"{width}x{height}" for width, height in sorted(found, key=lambda size: (size[0] * size[1], size))]
+
+
+def policies(model: str) -> list[MemoryPolicy]:
+    """Memory policies that a model has; ``auto`` asks a card first and is none of them."""
+    return [policy for policy in backend_of(load_architecture(model)).memory if policy is not MemoryPolicy.AUTO]
+
+
+def under_a_policy(request: I2VRequest, model: str) -> I2VRequest:
+    """The request, ``resident`` where it asks for what the model has not, or for ``auto``."""
+    return request if request.memory in policies(model) else replace(request, memory=MemoryPolicy.RESIDENT)
+
+
+def for_model(request: I2VRequest, model: str) -> I2VRequest:
+    """A request as another model has it, at that model's own size."""
+    own: dict[str, Any] = {**load_architecture(model).request}
+    return under_a_policy(replace(request, **own), model)
 
 
 def frame_counts(request: I2VRequest) -> list[int]:

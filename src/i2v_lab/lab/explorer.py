@@ -7,9 +7,9 @@ from dataclasses import replace
 from html import escape
 from typing import Any
 
-from i2v_lab.lab.controls import choose, frame_counts, sizes, tilings, two_columns
+from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, tilings, two_columns, under_a_policy
 from i2v_lab.lab.view import View, page, sentence
-from i2v_lab.pipeline.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.architectures import architecture_names
 from i2v_lab.reporting import pictures
 from i2v_lab.reporting.run_tables import headline, modules_table
 from i2v_lab.reporting.tables import WORDS, as_sentence, readable
@@ -51,7 +51,7 @@ class Explorer(View):
 
     def __init__(self, request: I2VRequest | None = None, model: str = FULL_SIZE_MODEL, gpu: str = DEFAULT_GPU) -> None:
         super().__init__()
-        question = Question(request=request or study_request(model), model=model, gpu=gpu)
+        question = Question(request=under_a_policy(request or study_request(model), model), model=model, gpu=gpu)
         self.exploration = Exploration(question, self._show)
         self._drawing = threading.RLock()
         self._setting = False
@@ -71,7 +71,7 @@ class Explorer(View):
         request = question.request
         asked = (
             f"{question.model}, {request.width}x{request.height}, {request.frames} frames, "
-            f"{request.quantization.value}, {WORDS[request.decode_scope.value]}, on {question.gpu}"
+            f"{request.quantization.value}, {request.memory}, {WORDS[request.decode_scope.value]}, on {question.gpu}"
         )
         return sentence(asked) + self._status() + self._picture()
 
@@ -106,7 +106,7 @@ class Explorer(View):
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The control widgets by what they choose: ``model, size, frames, tiling, decode_scope, quantization, gpu``."""
+        """The control widgets by what they choose: ``model, size, frames, tiling, memory, ...``."""
         assert self.widget is not None  # which makes them
         return self._made_controls
 
@@ -118,6 +118,7 @@ class Explorer(View):
             "size": choose(widgets.SelectionSlider, "size", ["1x1"]),
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
             "tiling": choose(widgets.Dropdown, "tiles", [("", None)]),
+            "memory": choose(widgets.Dropdown, "memory", [""]),
             "decode_scope": choose(widgets.Dropdown, "decoded", [(WORDS[s], s) for s in SCOPES]),
             "quantization": choose(widgets.Dropdown, "weights", [(q.value, q) for q in Quantization]),
             "gpu": choose(widgets.Dropdown, "card", list(gpu_table().sort_values("memory_bytes")["gpu"])),
@@ -141,13 +142,14 @@ class Explorer(View):
         """Options and values for a question; the model decides which sizes and tiles there are."""
         request, controls = question.request, self._made_controls
         values: dict[str, Any] = {"model": question.model, "size": f"{request.width}x{request.height}"}
-        values |= {name: getattr(request, name) for name in ("frames", "tiling", "decode_scope", "quantization")}
+        values |= {name: getattr(request, name) for name in CHOSEN}
         values["gpu"] = question.gpu
         self._setting = True
         try:
             controls["size"].options = sizes(question.model, request)
             controls["frames"].options = frame_counts(request)
             controls["tiling"].options = tilings(question.model, request)
+            controls["memory"].options = policies(question.model)
             for name, value in values.items():
                 controls[name].value = value
         finally:
@@ -159,13 +161,12 @@ class Explorer(View):
         values = {name: control.value for name, control in self._made_controls.items()}
         asked = self.exploration.question
         if values["model"] != asked.model:
-            own: dict[str, Any] = {**load_architecture(values["model"]).request}
-            asked = Question(request=replace(asked.request, **own), model=values["model"], gpu=values["gpu"])
+            model = values["model"]
+            asked = Question(request=for_model(asked.request, model), model=model, gpu=values["gpu"])
             self._set_controls(asked)
         else:
             width, height = map(int, values["size"].split("x"))
-            names = ("frames", "tiling", "decode_scope", "quantization")
-            changes = {name: values[name] for name in names}
+            changes = {name: values[name] for name in CHOSEN}
             request = replace(asked.request, width=width, height=height, **changes)
             asked = Question(request=request, model=asked.model, gpu=values["gpu"])
         self.exploration.ask(asked)
@@ -185,3 +186,4 @@ class Explorer(View):
 
 
 SCOPES = (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)
+CHOSEN = ("frames", "tiling", "memory", "decode_scope", "quantization")  # of a request, each by a control of its own

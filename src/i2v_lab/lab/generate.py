@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import I2VLabError
-from i2v_lab.lab.controls import choose, frame_counts, sizes, two_columns
+from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, two_columns, under_a_policy
 from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
 from i2v_lab.lab.view import View, page, sentence
-from i2v_lab.pipeline.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.architectures import architecture_names
 from i2v_lab.reporting import pictures
 from i2v_lab.reporting.run_tables import headline, phase_table
 from i2v_lab.reporting.tables import WORDS, as_sentence, readable
@@ -64,7 +64,8 @@ class Generate(View):
         super().__init__()
         self.runs_dir = Path(runs_dir)
         self.model = choose_model(model, "measure", device)
-        self.request = request or study_request(self.model, prompt="waves roll in below the lighthouse")
+        asked = request or study_request(self.model, prompt="waves roll in below the lighthouse")
+        self.request = under_a_policy(asked, self.model)
         self.monitor = monitor or VramMonitor(device)
         self.generating = Generating(self.runs_dir, device, self.monitor.monitor, self._show)
         self.room = room_here(device)
@@ -88,8 +89,8 @@ class Generate(View):
         """What is chosen, what the forecast says of it, and the last generation, as a static page."""
         request = self.request
         asked = (
-            f"{self.model}, {request.width}x{request.height}, {request.frames} frames, seed {request.seed}, decoded "
-            f"{WORDS[request.decode_scope.value]}. {request.prompt}"
+            f"{self.model}, {request.width}x{request.height}, {request.frames} frames, seed {request.seed}, "
+            f"{request.memory}, decoded {WORDS[request.decode_scope.value]}. {request.prompt}"
         )
         return preview(request.image) + sentence(asked) + self._verdict() + self._progress() + self._result()
 
@@ -153,6 +154,7 @@ class Generate(View):
             "size": choose(widgets.Dropdown, "size", ["1x1"]),
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
             "seed": widgets.BoundedIntText(description="seed", min=0, max=2**53),
+            "memory": choose(widgets.Dropdown, "memory", [""]),
             "decode_scope": choose(
                 widgets.Dropdown, "decoded", [(WORDS[s], s) for s in (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)]
             ),
@@ -203,7 +205,8 @@ class Generate(View):
             controls["size"].options = sizes(self.model, request)
             controls["frames"].options = frame_counts(request)
             values = {"model": self.model, "size": f"{request.width}x{request.height}"}
-            names = ("image", "prompt", "frames", "seed", "decode_scope")
+            controls["memory"].options = policies(self.model)
+            names = ("image", "prompt", "frames", "seed", "memory", "decode_scope")
             for name, value in {**values, **{name: getattr(request, name) for name in names}}.items():
                 controls[name].value = value
             self._still_box.value = page(preview(request.image))
@@ -217,8 +220,7 @@ class Generate(View):
         model, (width, height) = values.pop("model"), map(int, values.pop("size").split("x"))
         if model != self.model:
             self.model = model
-            own: dict[str, Any] = {**load_architecture(model).request}
-            self.request = replace(self.request, **own)
+            self.request = for_model(self.request, model)
         else:
             self.request = replace(self.request, width=width, height=height, **values)
         self._set_controls()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from i2v_lab.errors import I2VLabError
+from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.profiling.records import Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
 from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest
 from i2v_lab.store import Run
@@ -82,6 +83,8 @@ class Question:
         lines += [f"    {name}={getattr(request, name)}," for name in ("width", "height", "frames")]
         lines += [f"    quantization={_quoted(request.quantization.value)},", f"    tiling={tiles},"]
         lines += [f"    decode_scope={_quoted(request.decode_scope.value)},"]
+        if request.memory is not MemoryPolicy.RESIDENT:
+            lines.append(f"    memory={_quoted(request.memory.value)},")
         if request.pixel_multiple != PIXEL_MULTIPLE:
             lines.append(f"    pixel_multiple={request.pixel_multiple},")
         gpu = _quoted(self.gpu)
