@@ -84,6 +84,8 @@ def test_the_verdict_follows_from_the_first_and_the_last_step(last, verdict):
     assert "33.55 GiB as published" in results["finding"]
     assert (results["first_peak_bytes"], results["last_peak_bytes"]) == (26 * GIB, round(last * GIB))
     assert techniques_verdict([Observation(experiments[0], Source.RECORDED, None)])["verdict"] == "no data"
+    other = seen(replace(experiments[0], model="ltxv-2b-0.9.8-distilled"), decode_video=19.0)
+    assert techniques_verdict([other])["finding"] == "ltxv-2b-0.9.8-distilled has no memory policy but resident."
 
 
 def test_policies_phase_by_phase_and_the_cards_that_each_opens():

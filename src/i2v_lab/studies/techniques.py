@@ -20,7 +20,7 @@ from i2v_lab.studies.measured import WHOLE
 from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.recorded import find_together
 from i2v_lab.studies.sources import Observation, Source, runs_frame
-from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
+from i2v_lab.studies.verdicts import CONFIRMED, NO_DATA, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
 # Each where it lowers the peak of the whole run, or of its own phase below what holds that.
@@ -132,13 +132,16 @@ def techniques_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     """The claim that the peak comes down to an eighth, piece by piece.
 
     ``confirmed``: with all techniques the whole run's peak is at most an eighth of what it is with none. ``refined``:
-    it is lower, but not by that much. ``refuted``: it is not lower.
+    it is lower, but not by that much. ``refuted``: it is not lower. ``no data`` for a model without techniques.
 
     Args:
         observations: Of :func:`step_experiments`.
     """
     if any(each.run is None for each in observations):
         return no_data(observations)
+    if len(observations) == 1:
+        model = observations[0].experiment.model
+        return conclude(observations, NO_DATA, f"{model} has no memory policy but resident.", techniques=0)
     steps = steps_table(observations)
     first, last = steps.iloc[0], steps.iloc[-1]
     ratio = int(last["peak_bytes"]) / int(first["peak_bytes"])
