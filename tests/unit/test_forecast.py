@@ -123,6 +123,13 @@ def test_what_is_on_the_cpu_does_not_count_on_the_card():
     assert profiler.peak.peak_bytes == 80
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Conv3d(2, 2, 3), torch.nn.Linear(4, 4)], ids=["Conv3d", "Linear"])
+def test_weights_that_stayed_behind_on_the_cpu_fail_as_they_would_on_a_card(layer):
+    x = torch.zeros(1, 2, 4, 4, 4)
+    with pytest.raises((RuntimeError, ForecastError), match="cuda:0.* cpu|cpu.* cuda:0"):
+        forecast(lambda: layer(x.cuda()))
+
+
 def test_attention_on_a_card_does_not_materialise_its_scores():
     def attend(mask: torch.Tensor | None = None) -> torch.Tensor:
         q = torch.empty(1, 2, 4096, 64, dtype=torch.bfloat16, device="cuda")

@@ -16,7 +16,13 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.store import Run, RunWriter, run_metadata
 from i2v_lab.studies.cards import context_bytes, gpu_table
 from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
-from i2v_lab.studies.pipelines import cards_table, phases_by_policy, policies_table, policy_experiments
+from i2v_lab.studies.pipelines import (
+    capped_table,
+    cards_table,
+    phases_by_policy,
+    policies_table,
+    policy_experiments,
+)
 from i2v_lab.studies.published import published_peak
 from i2v_lab.studies.recorded import find_of, find_together
 from i2v_lab.studies.sources import Observation, Source
@@ -152,6 +158,18 @@ def test_a_run_of_somebody_elses_pipeline_is_found_on_a_card(tmp_path):
     assert find_of("ltx-pipelines", asked, "H200", tmp_path) is None
     assert find_of("diffusers", asked, "H100", tmp_path) is None
     assert find_together([asked], tmp_path) == [None]
+
+
+def test_what_became_of_policies_below_a_cap():
+    request = I2VRequest(image=DEFAULT_STILL, width=2048, height=1536, frames=97)
+    asked = policy_experiments(request, FULL_SIZE_MODEL, ["1024x768", "2048x1536"])
+    table = capped_table([Observation(experiment, Source.RECORDED, None) for experiment in asked])
+    assert (set(table["size"]), set(table["policy"])) == ({"2048x1536"}, {"streamed"})
+    assert (table["cap_bytes"] / GIB).to_list() == [4, 3.5, 3.25]
+    assert table["status"].to_list() == ["complete", "complete", "out of memory"]
+    assert table["phase"].to_list() == ["decode_video", "decode_video", "encode_prompt"]
+    assert (table["reserved_bytes"] <= table["cap_bytes"]).all()
+    assert capped_table([]).empty
 
 
 def test_turns_of_several_sizes_are_compared_each_with_its_own(tmp_path):

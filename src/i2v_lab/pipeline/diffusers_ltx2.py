@@ -73,7 +73,7 @@ TINY: Sizes = {  # every dimension small; 32 pixels and 8 frames of a latent's p
 
 
 class Offload(StrEnum):
-    """Where the weights wait: on the device, or on the CPU by whole components or by blocks of layers."""
+    """Where the weights wait: on the device, or on the CPU, and from there by whole components or by single layers."""
 
     NONE = "none"
     MODEL = "model"
@@ -171,13 +171,15 @@ def diffusers_ltx2(
             transformer=build(LTX2VideoTransformer3DModel, "transformer"),
             vocoder=build(LTX2Vocoder, "vocoder"),
         )
-        upsample = LTX2LatentUpsamplePipeline(vae, build(LTX2LatentUpsamplerModel, "latent_upsampler"))
+        with torch.device("cpu"):  # its constructor multiplies integers, for which CUDA has no matrix product
+            upsampler = build(LTX2LatentUpsamplerModel, "latent_upsampler")
+        upsample = LTX2LatentUpsamplePipeline(vae, upsampler)
     if offload is Offload.MODEL:
         for pipeline in (generate, upsample):
             pipeline.enable_model_cpu_offload(device=device)
-    elif offload is Offload.GROUP:
+    elif offload is Offload.GROUP:  # by blocks the autoencoder fails: it is encoded with, not called
         onload = torch.device(device)
-        generate.enable_group_offload(onload_device=onload, offload_type="block_level", num_blocks_per_group=1)
+        generate.enable_group_offload(onload_device=onload, offload_type="leaf_level")
         upsample.latent_upsampler.to(onload)
     if forecast:
         generate.video_processor = ForecastProcessor(generate.vae_spatial_compression_ratio, resample="bilinear")

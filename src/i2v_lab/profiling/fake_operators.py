@@ -95,6 +95,14 @@ def _is_real(tensor: torch.Tensor) -> bool:
     return getattr(tensor.untyped_storage(), "_i2v_lab_stands_for_real", False)
 
 
+def _check_devices(inputs: list[torch.Tensor]) -> None:
+    """What torch checks for every other fake operator: a convolution of mixed devices fails only where it is real."""
+    devices = {tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device for tensor in inputs}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"Expected all tensors of a convolution to be on the same device, but found {found}")
+
+
 def _shapes(value: Any) -> Any:
     """Nested arguments with each tensor by its layout, to compare."""
     if isinstance(value, torch.Tensor):
@@ -164,6 +172,8 @@ class FakeOperators(TorchDispatchMode):
                 operator=str(func),
                 module=self._where(),
             )
+        if func is aten.convolution.default:
+            _check_devices(inputs)
         if func is aten.index.Tensor:
             args = (args[0], [self._index(func, index) for index in args[1]])
         try:

@@ -10,14 +10,14 @@ import pandas as pd
 
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.profiling.records import Forecast, PhaseRecord
+from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.store import Run
 from i2v_lab.studies.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.studies.experiments import Experiment
 from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others, to_other
 from i2v_lab.studies.published import to_size
-from i2v_lab.studies.recorded import find_of, find_together
+from i2v_lab.studies.recorded import find_capped, find_of, find_together, seconds_of
 from i2v_lab.studies.sources import Observation, as_run
 from i2v_lab.studies.techniques import has_techniques, phase_peaks, under
 
@@ -104,6 +104,38 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
         )
     columns = ["size", "policy", "needed_bytes", "cards", "of", "smallest_card", "memory_bytes"]
     return pd.DataFrame(rows, columns=columns).astype({"memory_bytes": "Int64"})
+
+
+def capped_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """What became of each policy where the allocator was held to as much as a small card has, as recorded.
+
+    Args:
+        observations: Of :func:`policy_experiments`.
+
+    Returns:
+        One row for each such run, of each experiment the highest cap first: ``size, policy, cap_bytes, status, phase``
+        (that which held the peak, or ran out of memory), ``peak_bytes, reserved_bytes, seconds``.
+    """
+    rows = []
+    for each in observations:
+        request = each.experiment.request
+        for run in find_capped(each.experiment):
+            top = max(run.of(PhaseRecord), key=lambda phase: phase.peak_bytes)
+            failures = run.of(OutOfMemoryRecord)
+            rows.append(
+                {
+                    "size": f"{request.width}x{request.height}",
+                    "policy": request.memory.value,
+                    "cap_bytes": int(run.metadata["vram_cap_bytes"]),
+                    "status": "out of memory" if failures else run.status,
+                    "phase": failures[0].phase if failures else top.phase,
+                    "peak_bytes": top.peak_bytes,
+                    "reserved_bytes": max(phase.peak_reserved_bytes or 0 for phase in run.of(PhaseRecord)),
+                    "seconds": seconds_of(run),
+                }
+            )
+    columns = ["size", "policy", "cap_bytes", "status", "phase", "peak_bytes", "reserved_bytes", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def pipelines_table(observations: Sequence[Observation], size: str, others: Sequence[str] = ()) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from i2v_lab.units import format_bytes
 
 FASTEST_FIRST = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 DECODE = "decode_video"
+LESS_CACHE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment leaves it less to return"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _reason(tried: list[tuple[I2VRequest, Forecast, str]], memory_bytes: int) ->
     tiling = request.tiling
     tiles = f", tiles of {tiling.tile_px} px and {tiling.tile_frames} frames" if tiling else ""
     need = f"{format_bytes(forecast.peak.peak_bytes)} in {forecast.peak.phase}"
-    tight = "" if verdict == FITS else ", tightly: the allocator must return its cache on the way"
+    tight = "" if verdict == FITS else f", tightly: the allocator must return its cache on the way; {LESS_CACHE}"
     return "; ".join(
         [f"memory={request.memory}{tiles}: {need} of {format_bytes(memory_bytes)}{tight}", *others.values()]
     )

@@ -12,6 +12,7 @@ from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.store import METADATA, Run, read_run
 from i2v_lab.studies.experiments import DEFAULT_STILL, Consumer, Experiment
+from i2v_lab.studies.implementations import Implementation
 from i2v_lab.studies.measured import is_result
 
 
@@ -72,6 +73,19 @@ def find_of(implementation: str, experiment: Experiment, card: str, folder: Path
         and experiment_of(run).like() == experiment.like()
     ]
     return _median(runs)
+
+
+def find_capped(experiment: Experiment, folder: Path | None = None) -> list[Run]:
+    """All runs of an experiment in which the allocator was held to less than its card has, the highest cap first."""
+    runs = [
+        run
+        for run in recorded_runs(folder)
+        if run.metadata.get("vram_cap_bytes") is not None
+        and run.metadata.get("pipeline", Implementation.OURS) == Implementation.OURS
+        and is_result(run)
+        and experiment_of(run).like() == experiment.like()
+    ]
+    return sorted(runs, key=lambda run: int(run.metadata["vram_cap_bytes"]), reverse=True)
 
 
 def _median(runs: Sequence[Run]) -> Run | None:

@@ -1,0 +1,51 @@
+"""On a GPU, weights streamed straight from weight files: the frames of lean, and nothing left on the device."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from i2v_lab.errors import CheckpointError
+from i2v_lab.events import Phase, StepEnded
+from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.request import I2VRequest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def request_on_gpu(still) -> I2VRequest:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none here")
+    return I2VRequest(image=str(still), prompt="waves", width=192, height=128, frames=25, seed=3)
+
+
+def test_streamed_from_files_gives_the_frames_of_lean(tiny, request_on_gpu):
+    frames = []
+    for policy in ("lean", "streamed"):
+        with TwoStagePipeline(tiny, "cuda")(replace(request_on_gpu, memory=policy)).video as chunks:
+            frames.append(torch.cat([chunk.cpu() for chunk in chunks]))
+    assert torch.equal(*frames)
+    assert frames[0].float().std() > 1
+
+
+def test_a_file_cut_short_on_the_way_leaves_nothing_on_the_device(tiny, request_on_gpu, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    shutil.copy(tiny.checkpoint, checkpoint)
+
+    def after_a_step(event):
+        if isinstance(event, StepEnded) and event.phase is Phase.DENOISE_STAGE_1:
+            os.truncate(checkpoint, 4096)
+
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(CheckpointError, match="cannot be read any more"):
+        pipeline = TwoStagePipeline(replace(tiny, checkpoint=str(checkpoint)), "cuda", sinks=[after_a_step])
+        pipeline(replace(request_on_gpu, memory="streamed"))
+    del pipeline
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**25  # cuBLAS's workspace
