@@ -6,6 +6,7 @@ from typing import Any
 
 SIZES = {"width": 64, "height": 64, "frames": 9}
 LARGER = {"width": 192, "height": 128, "frames": 9}  # the least at which the graph shows
+FEW = ["shared_modulations", "streamed_transformer", "streamed_vae"]
 SMALL: dict[str, dict[str, Any]] = {
     "00_generate": {**SIZES, "prompt": ""},
     "01_tiling_dead_end": {**LARGER, "tilings": ["768/64/80/24", "64/32/16/8"]},
@@ -14,6 +15,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "04_flat_across_resolution": {**SIZES, "sizes": ["64x64", "128x64"], "frame_counts": [9]},
     "05_leak": {**SIZES, "generations": 1},
     "06_will_it_fit": {**SIZES, "sizes": ["64x64"], "frame_counts": [9], "gpus": ["T4", "RTX 5090"], "judged": 1},
-    "07_what_holds_the_peak": {**SIZES, "sizes": ["64x64"], "others": ["diffusers"]},
+    "07_what_holds_the_peak": {**SIZES, "sizes": ["64x64"], "techniques": FEW, "others": ["diffusers"]},
 }
 NAMES = list(SMALL)

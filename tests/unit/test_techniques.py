@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
@@ -62,6 +63,17 @@ def test_each_step_has_one_technique_more_from_resident_to_streamed():
     assert len({step.like() for step in steps}) == len(steps)
     assert len(step_experiments(I2VRequest(image=DEFAULT_STILL, tiling=None), "ltxv-tiny")) == 1
     assert not has_techniques("ltxv-tiny")
+
+
+def test_chosen_techniques_come_in_the_order_asked_for_and_each_after_what_it_needs():
+    chosen = ["row_bands", "text_only", "row_bands", "streamed_text"]
+    steps = step_experiments(LARGE, SMALL_MODEL, chosen)
+    table = steps_table([seen(each, decode_video=1.0) for each in steps])
+    assert table["technique"].to_list() == ["", "row_bands", "text_only", "streamed_text"]
+    with pytest.raises(InvalidRequest, match="technique='streamed_text' needs text_only; name both"):
+        step_experiments(LARGE, SMALL_MODEL, ["streamed_text", "text_only"])
+    with pytest.raises(InvalidRequest, match="technique='magic' is unknown"):
+        step_experiments(LARGE, SMALL_MODEL, ["magic"])
 
 
 def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():

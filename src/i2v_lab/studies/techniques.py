@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from i2v_lab.events import Phase
-from i2v_lab.memory_policy import MemoryPolicy, Technique
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, Techniques, to_techniques
 from i2v_lab.pipeline.architectures import load_architecture
 from i2v_lab.pipeline.backends import backend_of
 from i2v_lab.profiling.records import PhaseRecord
@@ -56,17 +56,25 @@ def has_techniques(model: str) -> bool:
     return MemoryPolicy.STREAMED in backend_of(load_architecture(model)).memory
 
 
-def step_experiments(request: I2VRequest, model: str) -> list[Experiment]:
-    """The request with no technique, then with one more each time; the last is the policy ``streamed``."""
+def step_experiments(request: I2VRequest, model: str, techniques: Sequence[str] = ()) -> list[Experiment]:
+    """The request with no technique, then with one more each time; the last of all is the policy ``streamed``.
+
+    Args:
+        request: What to generate.
+        model: An architecture's name.
+        techniques: In this order; all of them, in that of :data:`ORDER`, if empty.
+
+    Raises:
+        InvalidRequest: One is unknown, or comes before one that it needs.
+    """
+    plain = under(request, model, MemoryPolicy.RESIDENT)
     if not has_techniques(model):
-        return [under(request, model, MemoryPolicy.RESIDENT)]
-    names = list(ORDER)
-    between = [
-        replace(under(request, model, MemoryPolicy.RESIDENT), techniques=frozenset(names[:count]))
-        for count in range(1, len(names))
-    ]
-    first, last = (under(request, model, policy) for policy in (MemoryPolicy.RESIDENT, MemoryPolicy.STREAMED))
-    return [first, *between, last]
+        return [plain]
+    names = list(dict.fromkeys(techniques)) or list(ORDER)
+    steps = [replace(plain, techniques=to_techniques(names[:count])) for count in range(1, len(names) + 1)]
+    if steps[-1].techniques == TECHNIQUES[MemoryPolicy.STREAMED]:
+        steps[-1] = under(request, model, MemoryPolicy.STREAMED)
+    return [plain, *steps]
 
 
 def under(request: I2VRequest, model: str, policy: MemoryPolicy) -> Experiment:
@@ -93,7 +101,9 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
     peaks = [phase_peaks(each.run) for each in observations]
     seconds = [phase_seconds(run) for run in timed]
     rows: list[list[Any]] = []
-    for step, technique in enumerate([None, *ORDER][: len(observations)]):
+    sets = [_techniques(each.experiment) for each in observations]
+    for step, own_set in enumerate(sets):
+        technique = next(iter(own_set - sets[step - 1]), None) if step else None
         words, own = (FIRST, "") if technique is None else ORDER[technique]
         top = max(peaks[step], key=lambda phase: peaks[step][phase], default="")
         before = max(step - 1, 0)
@@ -105,6 +115,11 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
             ]
         )
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS)
+
+
+def _techniques(experiment: Experiment) -> Techniques:
+    own = experiment.techniques
+    return TECHNIQUES[experiment.request.memory] if own is None else own
 
 
 def phase_peaks(run: Run | None) -> dict[str, int]:
