@@ -120,17 +120,17 @@ def capped_table(observations: Sequence[Observation]) -> pd.DataFrame:
     for each in observations:
         request = each.experiment.request
         for run in find_capped(each.experiment):
-            top = max(run.of(PhaseRecord), key=lambda phase: phase.peak_bytes)
-            failures = run.of(OutOfMemoryRecord)
+            peaks, failures = phase_peaks(run), run.of(OutOfMemoryRecord)
+            top = max(peaks, key=lambda phase: peaks[phase], default="")
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
                     "policy": request.memory.value,
                     "cap_bytes": int(run.metadata["vram_cap_bytes"]),
                     "status": "out of memory" if failures else run.status,
-                    "phase": failures[0].phase if failures else top.phase,
-                    "peak_bytes": top.peak_bytes,
-                    "reserved_bytes": max(phase.peak_reserved_bytes or 0 for phase in run.of(PhaseRecord)),
+                    "phase": failures[0].phase if failures else top,
+                    "peak_bytes": peaks.get(top),
+                    "reserved_bytes": _reserved(run),
                     "seconds": seconds_of(run),
                 }
             )
@@ -182,7 +182,6 @@ def _pipeline_row(name: str, run: Run | None, measured: Run | None) -> dict[str,
     peaks, there = phase_peaks(run), max(phase_peaks(measured).values(), default=None)
     top = max(peaks, key=lambda phase: peaks[phase], default="")
     whole = [phase for phase in measured.of(PhaseRecord) if phase.parent is None] if measured else []
-    reserved = [phase.peak_reserved_bytes for phase in whole if phase.peak_reserved_bytes is not None]
     return {
         "pipeline": name,
         "peak_bytes": peaks.get(top),
@@ -190,7 +189,13 @@ def _pipeline_row(name: str, run: Run | None, measured: Run | None) -> dict[str,
         "denoise_bytes": peaks.get(Phase.DENOISE_STAGE_2),
         "decode_bytes": peaks.get(Phase.DECODE_VIDEO),
         "measured_bytes": there,
-        "measured_reserved_bytes": max(reserved, default=None),
+        "measured_reserved_bytes": _reserved(measured) if measured else None,
         "measured_seconds": sum(phase.seconds for phase in whole) if whole else None,
         "error": None if there is None or not peaks else peaks[top] / there - 1,
     }
+
+
+def _reserved(run: Run) -> int | None:
+    """The most that the allocator held."""
+    held = [phase.peak_reserved_bytes for phase in run.of(PhaseRecord) if phase.peak_reserved_bytes is not None]
+    return max(held, default=None)
