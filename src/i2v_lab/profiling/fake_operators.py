@@ -95,9 +95,14 @@ def _is_real(tensor: torch.Tensor) -> bool:
     return getattr(tensor.untyped_storage(), "_i2v_lab_stands_for_real", False)
 
 
+def _device(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is; a fake's own ``.device`` is slow."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
 def _check_devices(inputs: list[torch.Tensor]) -> None:
     """What torch checks for every other fake operator: a convolution of mixed devices fails only where it is real."""
-    devices = {tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device for tensor in inputs}
+    devices = set(map(_device, inputs))
     if len(devices) > 1:
         found = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"Expected all tensors of a convolution to be on the same device, but found {found}")
@@ -106,8 +111,7 @@ def _check_devices(inputs: list[torch.Tensor]) -> None:
 def _shapes(value: Any) -> Any:
     """Nested arguments with each tensor by its layout, to compare."""
     if isinstance(value, torch.Tensor):
-        device = value.fake_device if isinstance(value, FakeTensor) else value.device  # a fake's own .device is slow
-        return (value.shape, value.stride(), value.dtype, device)
+        return (value.shape, value.stride(), value.dtype, _device(value))
     if isinstance(value, list | tuple):
         return tuple([_shapes(item) for item in value])
     if isinstance(value, dict):

@@ -65,27 +65,28 @@ def find_of(implementation: str, experiment: Experiment, card: str, folder: Path
     """The run in which somebody else's pipeline did an experiment's request, on a card; of several, the median one."""
     runs = [
         run
-        for run in sorted(recorded_runs(folder), key=seconds_of)
-        if run.metadata.get("pipeline") == implementation
-        and run.metadata.get("vram_cap_bytes") is None
-        and _card(run) == card
-        and is_result(run)
-        and experiment_of(run).like() == experiment.like()
+        for run in _made_by(implementation, experiment, folder)
+        if run.metadata.get("vram_cap_bytes") is None and _card(run) == card
     ]
-    return _median(runs)
+    return _median(sorted(runs, key=seconds_of))
 
 
 def find_capped(experiment: Experiment, folder: Path | None = None) -> list[Run]:
     """All runs of an experiment in which the allocator was held to less than its card has, the highest cap first."""
-    runs = [
+    runs = _made_by(Implementation.OURS, experiment, folder)
+    capped = [run for run in runs if run.metadata.get("vram_cap_bytes") is not None]
+    return sorted(capped, key=lambda run: int(run.metadata["vram_cap_bytes"]), reverse=True)
+
+
+def _made_by(implementation: str, experiment: Experiment, folder: Path | None) -> list[Run]:
+    """Every run that shows what an experiment takes of somebody's pipeline, under whatever conditions."""
+    return [
         run
         for run in recorded_runs(folder)
-        if run.metadata.get("vram_cap_bytes") is not None
-        and run.metadata.get("pipeline", Implementation.OURS) == Implementation.OURS
+        if run.metadata.get("pipeline", Implementation.OURS) == implementation
         and is_result(run)
         and experiment_of(run).like() == experiment.like()
     ]
-    return sorted(runs, key=lambda run: int(run.metadata["vram_cap_bytes"]), reverse=True)
 
 
 def _median(runs: Sequence[Run]) -> Run | None:
