@@ -24,6 +24,7 @@ from i2v_lab.reproduce_command import REPRODUCE_EXAMPLES, ReproduceCommand, repr
 from i2v_lab.request import DecodeScope, Variant
 from i2v_lab.show import show
 from i2v_lab.studies.experiments import SMALL_MODEL
+from i2v_lab.studies.processes import same_bits_wherever_operands_lie
 
 app = typer.Typer(
     name="i2v-lab",
@@ -57,6 +58,7 @@ def main() -> None:
     """Entry point of ``i2v-lab``: errors of ours are one line on stderr and an exit status, never a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    same_bits_wherever_operands_lie()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()

@@ -36,6 +36,20 @@ def _imports(path: str) -> None:
     Path(path).write_text("\n".join(sorted(sys.modules)))
 
 
+def _products_of_equal_operands() -> None:
+    """Ends with the number of places in memory at which a product has other bits."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(1, 64, generator=generator), torch.randn(64, 64, generator=generator)
+    expected = torch.nn.functional.linear(x, weights)
+    others = 0
+    for offset in range(1, 33):
+        elsewhere = torch.empty(weights.numel() + 64)[offset : offset + weights.numel()].view(weights.shape)
+        others += not torch.equal(torch.nn.functional.linear(x, elsewhere.copy_(weights)), expected)
+    sys.exit(others)
+
+
 def _sleep(path: str) -> None:
     Path(path).write_text(str(os.getpid()))
     time.sleep(600)
@@ -103,3 +117,7 @@ def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_product_has_the_same_bits_wherever_in_memory_its_operands_lie():
+    assert run_apart(_products_of_equal_operands).status == 0

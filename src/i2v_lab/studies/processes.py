@@ -106,7 +106,17 @@ def begin_as_child(environment: Mapping[str, str]) -> None:
     """In a process of :func:`process_context`: have the environment of who asked, and end with them, killed or not."""
     os.environ.clear()
     os.environ.update(environment)
+    same_bits_wherever_operands_lie()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def same_bits_wherever_operands_lie() -> None:
+    """Have MKL, which reads this at its first product, choose kernels that do not go by their operands' addresses.
+
+    Else a product of float32 on a CPU differs in its last bits from process to process, and a seed's frames with it.
+    ``COMPATIBLE`` is the only value of ``MKL_CBWR`` that does so on every processor; no product on a GPU is MKL's.
+    """
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 
 def _end_with_parent() -> None:
