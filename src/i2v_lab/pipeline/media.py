@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from i2v_lab.errors import InvalidImage, OutputError
 
-# Without cpu-independent, x264 decides with vectorized sums of floats that go by where in memory its buffers lie, and
-# the same frames may be encoded otherwise each time (seen with AVX-512).
+# Without cpu-independent, x264's macroblock tree reads memory that nobody wrote (seen with AVX-512, at widths of 64,
+# 160 and 192), and the same frames may be encoded otherwise each time.
 H264_OPTIONS = {"crf": "18", "x264-params": "cpu-independent=1"}
 
 
