@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
@@ -155,10 +157,23 @@ def test_figures_name_what_they_show_with_its_unit():
     assert "outside no_grad, out of memory" in _texts(study_figures.tiling_figure(failed))
 
 
-def test_tiles_are_drawn_one_rectangle_each():
+def _tiles() -> Figure:
     request = I2VRequest(image="x", width=1024, height=768, frames=97)
-    layouts = tile_layouts(tiling_experiments(request, "ltx-2.3-22b", [None, Tiling()]))
-    figure = study_figures.tile_figure(layouts)
+    return study_figures.tile_figure(tile_layouts(tiling_experiments(request, "ltx-2.3-22b", [None, Tiling()])))
+
+
+@pytest.mark.parametrize("draw", [*FIGURES.values(), lambda _: _tiles()], ids=[*FIGURES, "tiles"])
+def test_no_line_of_text_begins_above_or_left_of_its_figure(draw, tmp_path):
+    svg, _ = save_figure(draw(100.0), tmp_path, "a")
+    lines = re.findall(r"translate\((\S+) (\S+)\) scale\((\S+) ", svg.read_text())
+    assert lines
+    for left, baseline, hundredth in lines:
+        assert float(left) >= 0
+        assert float(baseline) >= 73 * float(hundredth), "capitals and digits are 0.73 of the font's size"
+
+
+def test_tiles_are_drawn_one_rectangle_each():
+    figure = _tiles()
     assert [len(axes.patches) for axes in figure.get_axes()] == [1, 4, 1, 2]
 
 

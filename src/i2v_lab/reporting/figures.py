@@ -54,6 +54,7 @@ STYLE: Any = {
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write a figure as SVG and PNG; the same figure gives the same SVG, byte for byte."""
     with mpl.rc_context(STYLE):
+        figure.draw_without_rendering()  # where axes keep their aspect, the layout is right from the second time on
         svg = write_atomically(folder / f"{name}.svg", lambda part: figure.savefig(part, metadata={"Date": None}))
     return [svg, save_png(figure, folder / f"{name}.png")]
 
