@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.checkpoints import skeleton_weights
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
-from i2v_lab.profiling.forecast import forecasting
-from i2v_lab.profiling.workspaces import Workspaces
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.weights import skeleton_weights
+from i2v_lab.profiling.fake.forecast import forecasting
+from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.request import I2VRequest, Tiling
 
 STILL = Path(__file__).parents[1] / "data" / "stills" / "lighthouse.png"

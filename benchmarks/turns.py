@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from i2v_lab.files import write_text
 from i2v_lab.paths import find_still
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.checkpoints import resolve_weights
-from i2v_lab.pipeline.two_stage import resolve_device
-from i2v_lab.reporting.files import write_text
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.ltx2.pipeline import resolve_device
+from i2v_lab.pipeline.ltx2.weights import resolve_weights
 from i2v_lab.request import I2VRequest
-from i2v_lab.studies.experiments import DEFAULT_STILL, SMALL_MODEL
-from i2v_lab.studies.turns import WAYS, take_turns, turns_table
+from i2v_lab.runs.interleaved import WAYS, take_turns, turns_table
+from i2v_lab.runs.spec import DEFAULT_STILL, SMALL_MODEL
 
 
 def main(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from i2v_lab.reporting.figures import save_png
-from i2v_lab.reporting.memory_figures import waterfall_figure
-from i2v_lab.reporting.study_figures import boundaries_figure, flatness_figure
-from i2v_lab.studies.experiments import FULL_SIZE_MODEL
+from i2v_lab.reporting.figures.studies import boundaries_figure, flatness_figure
+from i2v_lab.reporting.figures.style import save_png
+from i2v_lab.reporting.figures.techniques import waterfall_figure
+from i2v_lab.runs.sources import Source, observe
+from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.studies.localization import boundaries_table, scope_experiments
 from i2v_lab.studies.published import published_peak, study_request, to_size, varied
 from i2v_lab.studies.resolution import deciding_table, flatness_table, resolution_experiments
-from i2v_lab.studies.sources import Source, observe
 from i2v_lab.studies.techniques import step_experiments, steps_table
 
 FIGURES = Path(__file__).parent / "figures"

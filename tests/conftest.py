@@ -29,8 +29,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(_cache):
     """Weights of ``ltx-2.3-tiny``, as files."""
-    from i2v_lab.pipeline.architectures import load_architecture
-    from i2v_lab.pipeline.checkpoints import resolve_weights
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.ltx2.weights import resolve_weights
 
     return resolve_weights(load_architecture("ltx-2.3-tiny"))
 
@@ -49,8 +49,8 @@ def tiny_files(tiny) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def ltxv_tiny(_cache):
     """Weights of ``ltxv-tiny``, as files."""
-    from i2v_lab.pipeline.architectures import load_architecture
-    from i2v_lab.pipeline.ltx_video_weights import resolve_weights
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.ltx_video.weights import resolve_weights
 
     return resolve_weights(load_architecture("ltxv-tiny"))
 
@@ -72,7 +72,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     from small_notebooks import SMALL
 
-    from i2v_lab.reproduce import reproduce
+    from i2v_lab.reproduce.run import reproduce
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 
 from i2v_lab import Explorer, Generate, I2VRequest
-from i2v_lab.store import FAILED, read_run
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.forecasts import forecast_experiment
-from i2v_lab.studies.generating import State
+from i2v_lab.lab.generation_job import State
+from i2v_lab.runs.forecast import forecast_experiment
+from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.store import FAILED, read_run
 
 MODEL = "ltx-2.3-tiny"
 STILL = "stills/lighthouse.png"

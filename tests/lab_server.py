@@ -19,7 +19,7 @@ from typing import Any
 import nbformat
 import psutil
 
-from i2v_lab.lab_command import NOTEBOOKS, START, lab_command, lab_environment
+from i2v_lab.cli.lab import NOTEBOOKS, START, lab_command, lab_environment
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 
 

@@ -16,9 +16,9 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from i2v_lab.reporting.figures import save_figure
+from i2v_lab.reporting.figures.studies import boundaries_figure
+from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.results import MIME
-from i2v_lab.reporting.study_figures import boundaries_figure
 
 GIB = 2**30
 FAILED = "05_leak"

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from i2v_lab.lab.explorer import Explorer
     from i2v_lab.lab.generate import Generate
     from i2v_lab.lab.monitor import VramMonitor
-    from i2v_lab.pipeline.checkpoints import Weights, resolve_weights
-    from i2v_lab.pipeline.generation import Generation, VideoStream
-    from i2v_lab.pipeline.media import write_video
-    from i2v_lab.pipeline.two_stage import TwoStagePipeline
+    from i2v_lab.pipeline.contract.generation import Generation, VideoStream
+    from i2v_lab.pipeline.contract.media import write_video
+    from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+    from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights
     from i2v_lab.profiling.autograd_graph import guard_stream, watch
-    from i2v_lab.profiling.forecast import forecast, forecasting
+    from i2v_lab.profiling.fake.forecast import forecast, forecasting
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
-    from i2v_lab.studies.forecasts import forecast_request
-    from i2v_lab.studies.profile_call import ProfiledCall, profile_call
-    from i2v_lab.studies.sources import forecast_sweep
+    from i2v_lab.runs.forecast import forecast_request
+    from i2v_lab.runs.profile_call import ProfiledCall, profile_call
+    from i2v_lab.runs.sources import forecast_sweep
 
 __version__ = "0.1.0"
 
@@ -40,22 +40,22 @@ _HOME = {
     "Generate": "i2v_lab.lab.generate",
     "VramMonitor": "i2v_lab.lab.monitor",
     "I2VLabError": "i2v_lab.errors",
-    "Weights": "i2v_lab.pipeline.checkpoints",
-    "resolve_weights": "i2v_lab.pipeline.checkpoints",
-    "write_video": "i2v_lab.pipeline.media",
-    "Generation": "i2v_lab.pipeline.generation",
-    "TwoStagePipeline": "i2v_lab.pipeline.two_stage",
-    "VideoStream": "i2v_lab.pipeline.generation",
+    "Weights": "i2v_lab.pipeline.ltx2.weights",
+    "resolve_weights": "i2v_lab.pipeline.ltx2.weights",
+    "write_video": "i2v_lab.pipeline.contract.media",
+    "Generation": "i2v_lab.pipeline.contract.generation",
+    "TwoStagePipeline": "i2v_lab.pipeline.ltx2.pipeline",
+    "VideoStream": "i2v_lab.pipeline.contract.generation",
     "Forecast": "i2v_lab.profiling.records",
     "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
     "guard_stream": "i2v_lab.profiling.autograd_graph",
     "watch": "i2v_lab.profiling.autograd_graph",
-    "forecast": "i2v_lab.profiling.forecast",
-    "forecasting": "i2v_lab.profiling.forecast",
-    "forecast_request": "i2v_lab.studies.forecasts",
-    "ProfiledCall": "i2v_lab.studies.profile_call",
-    "profile_call": "i2v_lab.studies.profile_call",
-    "forecast_sweep": "i2v_lab.studies.sources",
+    "forecast": "i2v_lab.profiling.fake.forecast",
+    "forecasting": "i2v_lab.profiling.fake.forecast",
+    "forecast_request": "i2v_lab.runs.forecast",
+    "ProfiledCall": "i2v_lab.runs.profile_call",
+    "profile_call": "i2v_lab.runs.profile_call",
+    "forecast_sweep": "i2v_lab.runs.sources",
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
     "Quantization": "i2v_lab.request",
@@ -101,7 +101,7 @@ def __getattr__(name: str) -> Any:
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext i2v_lab``: adds ``%vram`` and ``%%vram``."""
-    from i2v_lab.profiling.magics import load_ipython_extension as load
+    from i2v_lab.profiling.jupyter.magics import load_ipython_extension as load
 
     load(shell)
 

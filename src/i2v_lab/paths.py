@@ -10,10 +10,27 @@ import platformdirs
 CACHE_VARIABLE = "I2V_LAB_CACHE"
 
 
+def package_dir() -> Path:
+    """The package's own folder."""
+    return Path(__file__).parent
+
+
 def data_dir() -> Path:
     """The ``data`` folder: inside an installed package, at the top of a checkout otherwise."""
     installed = Path(__file__).parent / "data"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "data"
+
+
+def checkout_dir() -> Path | None:
+    """The top of the checkout that the package runs from; ``None`` for an installed copy."""
+    top = Path(__file__).parents[2]
+    return top if (top / "pyproject.toml").is_file() and (top / "src" / "i2v_lab").is_dir() else None
+
+
+def notebooks_dir() -> Path:
+    """The folder of notebooks: inside an installed package, at the top of a checkout otherwise."""
+    installed = Path(__file__).parent / "notebooks"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "notebooks"
 
 
 def cache_dir() -> Path:

@@ -12,9 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from i2v_lab.display import HtmlFields
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.rich_repr import HtmlFields
 
 SPATIAL_SCALE = 32  # pixels per latent position; ltx_core.types.VIDEO_SCALE_FACTORS
 TEMPORAL_SCALE = 8  # frames per latent position after the first; the same

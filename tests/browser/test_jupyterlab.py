@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Locator, Page
 from small_notebooks import SMALL
 
 from i2v_lab.paths import CACHE_VARIABLE, data_dir
-from i2v_lab.store import FAILED, read_run
+from i2v_lab.runs.store import FAILED, read_run
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots" / "jupyterlab"
 EVERY = {"model": "ltx-2.3-tiny", "device": "cpu"}

@@ -10,7 +10,7 @@ import pytest
 from made_notebooks import FAILED, make_notebooks
 from playwright.sync_api import Browser, BrowserContext, Page
 
-from i2v_lab.reporting.site import render_site
+from i2v_lab.reporting.site.render import render_site
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}

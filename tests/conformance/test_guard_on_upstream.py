@@ -13,7 +13,7 @@ from ltx_pipelines.utils.args import ImageConditioningInput
 
 from i2v_lab import profile_call
 from i2v_lab.errors import GradEscape
-from i2v_lab.pipeline import ltx2
+from i2v_lab.pipeline.ltx2 import components as ltx2
 from i2v_lab.profiling.autograd_graph import GradEscapeWarning, guard_stream, watch
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import GraphRecord, ModuleRecord, StepRecord

@@ -16,7 +16,7 @@ from ltx_video.pipelines.pipeline_ltx_video import ConditioningItem, LTXMultiSca
 from ltx_video.utils.skip_layer_strategy import SkipLayerStrategy
 from PIL import Image
 
-from i2v_lab.pipeline.ltx_video_pipeline import LtxVideoPipeline
+from i2v_lab.pipeline.ltx_video.pipeline import LtxVideoPipeline
 from i2v_lab.request import I2VRequest
 
 

@@ -12,9 +12,9 @@ from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDO
 from ltx_core.quantization import QuantizationPolicy
 from ltx_pipelines.utils.args import ImageConditioningInput
 
-from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.checkpoints import Weights
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Quantization, Tiling, Variant
 
 PROMPT = "waves roll in below the lighthouse"

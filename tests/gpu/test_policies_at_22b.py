@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.checkpoints import resolve_weights
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.weights import resolve_weights
 from i2v_lab.request import I2VRequest
-from i2v_lab.studies.experiments import FULL_SIZE_MODEL
+from i2v_lab.runs.spec import FULL_SIZE_MODEL
 
 pytestmark = pytest.mark.gpu
 LEAST_PSNR_DB = 45

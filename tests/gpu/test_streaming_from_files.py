@@ -12,7 +12,7 @@ import torch
 
 from i2v_lab.errors import CheckpointError
 from i2v_lab.events import Phase, StepEnded
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.request import I2VRequest
 
 pytestmark = pytest.mark.gpu

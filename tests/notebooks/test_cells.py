@@ -8,8 +8,8 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from i2v_lab.notebook_execution import own_kernel
-from i2v_lab.profiling.cell_meter import MIME
+from i2v_lab.profiling.jupyter.cell_meter import MIME
+from i2v_lab.reproduce.execution import own_kernel
 
 SETUP = "%load_ext i2v_lab\nimport torch\nlayer = torch.nn.Linear(100, 50)"
 

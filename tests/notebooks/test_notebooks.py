@@ -16,13 +16,13 @@ import pytest
 from small_notebooks import NAMES, SIZES, SMALL
 
 import i2v_lab
-from i2v_lab.notebook_execution import own_kernel
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.reporting.results import read_results
-from i2v_lab.reporting.site import render_site
-from i2v_lab.reproduce import NOTEBOOKS
-from i2v_lab.store import Run, RunWriter, read_run
+from i2v_lab.reporting.site.render import render_site
+from i2v_lab.reproduce.execution import own_kernel
+from i2v_lab.reproduce.run import NOTEBOOKS
+from i2v_lab.runs.store import Run, RunWriter, read_run
 
 GIB = 2**30
 

@@ -17,12 +17,13 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from i2v_lab.cli import app
+from i2v_lab.cli.app import app
 from i2v_lab.errors import I2VLabError, InvalidRequest, ReproduceError
-from i2v_lab.notebook_execution import Executor, Stopped, own_kernel
-from i2v_lab.notebook_parameters import Typed, declared_parameters, plan_parameters
-from i2v_lab.notebook_stamps import PACKAGES, code_digests, input_digests, read_stamp, stamp_path
-from i2v_lab.reproduce import find_notebooks, reproduce
+from i2v_lab.paths import package_dir
+from i2v_lab.reproduce.execution import Executor, Stopped, own_kernel
+from i2v_lab.reproduce.parameters import Typed, declared_parameters, plan_parameters
+from i2v_lab.reproduce.run import find_notebooks, reproduce
+from i2v_lab.reproduce.stamps import PACKAGES, code_digests, input_digests, read_stamp, stamp_path
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 DECLARED = """
@@ -57,8 +58,8 @@ def _write(folder: Path, name: str, *sources: str, parameters: str = DECLARED) -
 
 def _cli(folder: Path, *arguments: object, then: str = "") -> list[str]:
     """The command line over notebooks of a test's own; ``then`` is run after it."""
-    code = f"import pathlib, i2v_lab.cli, i2v_lab.reproduce as r; r.NOTEBOOKS = pathlib.Path({str(folder)!r})\n"
-    code += f"r.GRACE_S = 1.0\ntry:\n    i2v_lab.cli.main()\nfinally:\n    {then or 'pass'}"
+    code = f"import pathlib, i2v_lab.cli.app, i2v_lab.reproduce.run as r; r.NOTEBOOKS = pathlib.Path({str(folder)!r})\n"
+    code += f"r.GRACE_S = 1.0\ntry:\n    i2v_lab.cli.app.main()\nfinally:\n    {then or 'pass'}"
     return [sys.executable, "-c", code, "reproduce", *map(str, arguments)]
 
 
@@ -178,7 +179,7 @@ def test_a_file_with_a_mistake_is_refused(two, tmp_path, text, message):
 
 
 def test_a_folder_without_notebooks_broken_ones_and_unknown_ones_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("i2v_lab.reproduce.NOTEBOOKS", tmp_path)
+    monkeypatch.setattr("i2v_lab.reproduce.run.NOTEBOOKS", tmp_path)
     with pytest.raises(InvalidRequest, match="there are no notebooks in .*; they come with a checkout"):
         reproduce(out=tmp_path / "out")
     for broken in ("{not json", "{}", "[]", '{"cells": [{"metadata": {"tags": ["parameters"]}, "source": ["x ="]}]}'):
@@ -228,7 +229,7 @@ def build(first_run, tmp_path, monkeypatch) -> Path:
     """A copy of the first run to go on from; the current folder is the one it is in."""
     top = tmp_path / "copy"
     shutil.copytree(first_run[0], top)
-    monkeypatch.setattr("i2v_lab.reproduce.NOTEBOOKS", top / "nb")
+    monkeypatch.setattr("i2v_lab.reproduce.run.NOTEBOOKS", top / "nb")
     monkeypatch.chdir(top)
     return top / "out"
 
@@ -317,19 +318,19 @@ def test_every_change_makes_a_notebook_stale_and_nothing_else_does(build):
 
 
 def test_the_code_digest_follows_every_file_of_the_package_and_of_its_data(tmp_path, monkeypatch):
-    package = Path(input_digests.__code__.co_filename).parent
+    package = package_dir()
     copy = tmp_path / "i2v_lab"
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gpus.csv").write_text("card")
-    monkeypatch.setattr("i2v_lab.notebook_stamps.data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr("i2v_lab.reproduce.stamps.data_dir", lambda: tmp_path / "data")
     real, there = code_digests(), "the code of i2v_lab"
-    monkeypatch.setattr("i2v_lab.notebook_stamps.__file__", str(copy / "notebook_stamps.py"))
+    monkeypatch.setattr("i2v_lab.reproduce.stamps.package_dir", lambda: copy)
     assert code_digests() == real
     (copy / "__pycache__").mkdir()
     (copy / "__pycache__" / "a.pyc").write_text("")
     assert code_digests() == real
-    template = copy / "reporting" / "templates" / "style.css"
+    template = copy / "reporting" / "site" / "templates" / "style.css"
     template.write_text(template.read_text() + " ")
     assert {name for name, digest in code_digests().items() if digest != real[name]} == {there}
     (tmp_path / "data" / "new.csv").write_text("")

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from i2v_lab.capacity.placement import resolve_memory
 from i2v_lab.errors import DeviceUnavailable
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.studies.experiments import SMALL_MODEL
-from i2v_lab.studies.forecasts import forecast_request
-from i2v_lab.studies.policies import resolve_memory
+from i2v_lab.runs.forecast import forecast_request
+from i2v_lab.runs.spec import SMALL_MODEL
 
 
 def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none_does(still):

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from i2v_lab.cli import app
+from i2v_lab.cli.app import app
 from i2v_lab.errors import BackendUnavailable, I2VLabError, InvalidRequest
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline import backends
-from i2v_lab.pipeline.architectures import architecture_names, load_architecture
-from i2v_lab.pipeline.backends import BACKENDS, backend_of, check_request
+from i2v_lab.pipeline.contract import runner as backends
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.contract.runner import BACKENDS, backend_of, check_request
 from i2v_lab.request import I2VRequest, Quantization, Tiling
-from i2v_lab.studies.forecasts import forecast_request
+from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.studies.published import study_request, varied
 
 STILL = str(data_dir() / "stills" / "lighthouse.png")
@@ -33,12 +33,12 @@ def _imports(code: str) -> set[str]:
 def test_using_one_backend_does_not_import_the_other_and_asking_for_one_imports_neither():
     packages = {"ltx_core", "ltx_pipelines", "ltx_video"}
     use = (
-        "from i2v_lab.pipeline.architectures import load_architecture\n"
-        "from i2v_lab.pipeline.backends import backend_of\n"
+        "from i2v_lab.pipeline.contract.architectures import load_architecture\n"
+        "from i2v_lab.pipeline.contract.runner import backend_of\n"
         "architecture = load_architecture('{}'); backend = backend_of(architecture)\n"
     )
     work = "backend.skeleton_weights(architecture); backend.repeats(); backend._part('pipeline')"
-    seen = _imports(use.format("ltxv-tiny") + "import i2v_lab.cli, i2v_lab.studies.measured; backend.require_package()")
+    seen = _imports(use.format("ltxv-tiny") + "import i2v_lab.cli.app, i2v_lab.runs.measure; backend.require_package()")
     assert not seen & (packages | {"torch"})
     assert _imports(use.format("ltxv-tiny") + work) & packages == {"ltx_video"}
     assert _imports(use.format("ltx-2.3-tiny") + work) & packages == {"ltx_core", "ltx_pipelines"}
@@ -169,7 +169,7 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch
 
 def test_refusals_come_before_torch():
     code = (
-        "import sys\nfrom i2v_lab.cli import app\nfrom i2v_lab.errors import I2VLabError\n"
+        "import sys\nfrom i2v_lab.cli.app import app\nfrom i2v_lab.errors import I2VLabError\n"
         f"try: app({[*GENERATE, '--model', 'ltxv-tiny', '--quantization', 'fp8-cast']!r}, standalone_mode=False)\n"
         "except I2VLabError as error: print(error)\n"
         "else: raise SystemExit('not refused')\n"

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2v_lab.profiling.caching_allocator import Block, CachingAllocator
+from i2v_lab.profiling.fake.allocator import Block, CachingAllocator
 
 MIB = 2**20
 

@@ -17,12 +17,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from i2v_lab import cli
+from i2v_lab.cli.app import app as cli
 from i2v_lab.errors import CheckpointError, OutputError, UnknownModel
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline import ltx2, synthetic
-from i2v_lab.pipeline.architectures import architecture_names, load_architecture
-from i2v_lab.pipeline.checkpoints import Weights, resolve_weights, synthetic_weights
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import synthetic
+from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights, synthetic_weights
 from i2v_lab.request import Quantization
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -213,8 +214,8 @@ def test_a_second_run_takes_the_weights_that_are_there(tiny):
 
 def test_two_processes_may_make_the_same_weights_at_once(own_cache):
     code = (
-        "from i2v_lab.pipeline.architectures import load_architecture as a\n"
-        "from i2v_lab.pipeline.checkpoints import synthetic_weights as s\n"
+        "from i2v_lab.pipeline.contract.architectures import load_architecture as a\n"
+        "from i2v_lab.pipeline.ltx2.weights import synthetic_weights as s\n"
         "print(s(a('ltx-2.3-tiny')).checkpoint)"
     )
     children = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]

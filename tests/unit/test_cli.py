@@ -13,9 +13,9 @@ import av
 import pytest
 from typer.testing import CliRunner
 
-from i2v_lab.cli import app
+from i2v_lab.cli.app import app
 from i2v_lab.errors import I2VLabError
-from i2v_lab.store import read_run
+from i2v_lab.runs.store import read_run
 
 SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
 CLI = [sys.executable, "-m", "i2v_lab.cli"]
@@ -38,7 +38,7 @@ def test_bad_options_are_refused_before_anything_is_loaded_and_nothing_is_left(t
     def never(*_: object, **__: object) -> None:
         raise AssertionError("weights were looked for")
 
-    monkeypatch.setattr("i2v_lab.pipeline.checkpoints.resolve_weights", never)
+    monkeypatch.setattr("i2v_lab.pipeline.ltx2.weights.resolve_weights", never)
     out = ["--out", str(tmp_path / "video.mp4"), "--image", str(still)]
     assert _refused(*out, "--height", "500") == "height=500 is not a multiple of 64; use 448 or 512"
     assert _refused(*out, "--frames", "24") == "frames=24 is not 8k+1; use 17 or 25"

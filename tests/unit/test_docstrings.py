@@ -20,7 +20,7 @@ WITH_EXAMPLES = [
 
 
 def test_the_modules_with_examples_are_found():
-    assert {"", "errors", "events", "request", "units", "pipeline.architectures"} <= set(WITH_EXAMPLES)
+    assert {"", "errors", "events", "request", "units", "pipeline.contract.architectures"} <= set(WITH_EXAMPLES)
 
 
 @pytest.mark.parametrize("module", WITH_EXAMPLES)

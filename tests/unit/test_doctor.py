@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from i2v_lab import doctor
-from i2v_lab.cli import app
-from i2v_lab.doctor import Check, State, examine
-from i2v_lab.doctor_command import doctor_table, verdict
-from i2v_lab.requirements_check import Packages
+from i2v_lab.cli.app import app
+from i2v_lab.cli.doctor import doctor_table, verdict
+from i2v_lab.doctor import checks as doctor
+from i2v_lab.doctor.checks import Check, State, examine
+from i2v_lab.doctor.packages import Packages
 from i2v_lab.units import GIB, MIB
 
 HEALTHY = {
@@ -194,5 +194,5 @@ def test_the_exit_status_is_1_only_where_a_run_would_fail(monkeypatch):
 
 
 def test_the_doctor_needs_no_torch_to_be_asked_for_help():
-    code = "import sys, i2v_lab.doctor, i2v_lab.doctor_command; sys.exit('torch' in sys.modules)"
+    code = "import sys, i2v_lab.doctor.checks, i2v_lab.cli.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from i2v_lab.errors import VramCapExceeded
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
-from i2v_lab.profiling.live_storages import LiveStorageMeter
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, OutOfMemoryRecord, TimelineRecord

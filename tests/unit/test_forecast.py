@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor
 
 from i2v_lab.errors import ForecastError
-from i2v_lab.profiling.forecast import forecast, forecasting
-from i2v_lab.profiling.fused_attention import fused_attention
-from i2v_lab.profiling.live_storages import LiveStorageMeter
+from i2v_lab.profiling.fake.attention import fused_attention
+from i2v_lab.profiling.fake.forecast import forecast, forecasting
+from i2v_lab.profiling.fake.workspaces import Workspaces, load_workspaces
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import HolderRecord, ModuleRecord
-from i2v_lab.profiling.workspaces import Workspaces, load_workspaces
 
 F = torch.nn.functional
 WIDTH = 8

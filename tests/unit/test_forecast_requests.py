@@ -15,27 +15,27 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from i2v_lab.cli import app
+from i2v_lab.capacity import fit as fit_module
+from i2v_lab.capacity.calibration import calibrate
+from i2v_lab.capacity.cards import Fit, gpu_memory_bytes, gpu_table, judge, judge_all
+from i2v_lab.capacity.fit import TILINGS, FitSearch
+from i2v_lab.cli.app import app
 from i2v_lab.errors import ForecastError, I2VLabError, InvalidImage, InvalidRequest, RecordError, UnknownModel
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.checkpoints import skeleton_weights
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
-from i2v_lab.profiling.forecast import forecasting
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.weights import skeleton_weights
+from i2v_lab.profiling.fake.forecast import forecasting
+from i2v_lab.profiling.fake.workspaces import load_workspaces
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast, PhaseRecord, StepRecord
-from i2v_lab.profiling.workspaces import load_workspaces
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
-from i2v_lab.store import read_run
-from i2v_lab.studies import fit as fit_module
+from i2v_lab.runs.forecast import forecast_experiments, forecast_request
+from i2v_lab.runs.sources import forecast_sweep
+from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.store import read_run
 from i2v_lab.studies.accuracy import accuracy_table, measured_table, reference_table, summary_table
-from i2v_lab.studies.calibration import calibrate
-from i2v_lab.studies.cards import Fit, gpu_memory_bytes, gpu_table, judge, judge_all
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.fit import TILINGS, FitSearch
-from i2v_lab.studies.forecasts import forecast_experiments, forecast_request
-from i2v_lab.studies.sources import forecast_sweep
 
 GIB = 2**30
 STILL = "stills/lighthouse.png"
@@ -164,7 +164,7 @@ def test_the_defect_is_named_and_refuses_every_card_below_100_gib(full_size):
 
 def test_a_forecast_known_already_needs_no_torch(full_size):
     code = (
-        "import sys; from i2v_lab.cli import app\n"
+        "import sys; from i2v_lab.cli.app import app\n"
         "app(['forecast', '--width', '1024', '--height', '768', '--frames', '97', '--json'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )
@@ -182,7 +182,7 @@ def test_the_seed_does_not_matter_and_everything_that_does_is_told_apart(monkeyp
         calls.append(experiment)
         return (record,), 0
 
-    monkeypatch.setattr("i2v_lab.studies.forecasts._work_out", work_out)
+    monkeypatch.setattr("i2v_lab.runs.forecast._work_out", work_out)
     assert forecast_request(SMALL).records == (record,)
     assert forecast_request(replace(SMALL, seed=3)).records == (record,)
     assert len(calls) == 1

@@ -8,14 +8,14 @@ import pytest
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
-from i2v_lab.store import read_run
+from i2v_lab.runs.interleaved import POLICY_TURNS, recorded_turns, turns_table
+from i2v_lab.runs.recorded import find_together
+from i2v_lab.runs.spec import FULL_SIZE_MODEL
+from i2v_lab.runs.store import read_run
 from i2v_lab.studies.accuracy import halves_table
-from i2v_lab.studies.experiments import FULL_SIZE_MODEL
 from i2v_lab.studies.pipelines import policy_experiments
 from i2v_lab.studies.published import study_request, varied
-from i2v_lab.studies.recorded import find_together
 from i2v_lab.studies.techniques import phase_peaks
-from i2v_lab.studies.turns import POLICY_TURNS, recorded_turns, turns_table
 
 GIB = 2**30
 

@@ -17,21 +17,21 @@ from endurance import MIB, change_controls, stop_at_random
 
 import i2v_lab
 from i2v_lab import Compare, Explorer, Generate, I2VRequest, PhaseProfiler, Tiling, VramMonitor
+from i2v_lab.cli.lab import START, lab_command, lab_environment
 from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
 from i2v_lab.events import Phase, PhaseStarted
+from i2v_lab.lab import background_forecast as background
+from i2v_lab.lab.exploration import Exploration, Question, _thinned
+from i2v_lab.lab.generation_job import State
 from i2v_lab.lab.stills import add_still, list_stills
-from i2v_lab.lab_command import START, lab_command, lab_environment
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import CACHE_VARIABLE
 from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
-from i2v_lab.reporting import pictures
 from i2v_lab.reporting.comparison import find_runs
-from i2v_lab.store import COMPLETE, Run, RunWriter
-from i2v_lab.studies import background
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.exploration import Exploration, Question, _thinned
-from i2v_lab.studies.generating import State
+from i2v_lab.reporting.figures import live as pictures
+from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.store import COMPLETE, Run, RunWriter
 
 TINY = "ltx-2.3-tiny"
 WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -17,23 +17,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from i2v_lab.cli import app
+from i2v_lab.cli.app import app
 from i2v_lab.errors import CheckpointError, DeviceUnavailable, GradScopeError
 from i2v_lab.events import ComponentBuilt, ComponentReleased, PhaseEnded, StepEnded
+from i2v_lab.lab.generation_job import Generating, State
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline import ltx_video
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.backends import stage_shape
-from i2v_lab.pipeline.ltx_video_pipeline import LtxVideoPipeline
-from i2v_lab.pipeline.ltx_video_weights import resolve_weights, skeleton_weights, synthetic_weights
-from i2v_lab.profiling.forecast import forecasting
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.runner import stage_shape
+from i2v_lab.pipeline.ltx_video import passes as ltx_video
+from i2v_lab.pipeline.ltx_video.pipeline import LtxVideoPipeline
+from i2v_lab.pipeline.ltx_video.weights import resolve_weights, skeleton_weights, synthetic_weights
+from i2v_lab.profiling.fake.forecast import forecasting
+from i2v_lab.profiling.fake.workspaces import load_workspaces
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.workspaces import load_workspaces
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.forecasts import forecast_request
-from i2v_lab.studies.generating import Generating, State
-from i2v_lab.studies.measured import measure
+from i2v_lab.runs.forecast import forecast_request
+from i2v_lab.runs.measure import measure
+from i2v_lab.runs.spec import Experiment
 
 PHASES = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent", "denoise_stage_2", "decode_video"]
 STILLS = ["stills/lighthouse.png", "stills/tower.png"]

@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from i2v_lab.cli.measure import measure
 from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
-from i2v_lab.measure_command import measure
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.store import RunWriter, read_run
-from i2v_lab.studies import measured
+from i2v_lab.runs import measure as measured
+from i2v_lab.runs.implementations import Implementation
+from i2v_lab.runs.measure import Attribution, Conditions
+from i2v_lab.runs.plans import load_plan
+from i2v_lab.runs.recorded import find_recorded
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.store import RunWriter, read_run
+from i2v_lab.runs.workers import Ended
 from i2v_lab.studies.accuracy import measured_table
-from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
-from i2v_lab.studies.implementations import Implementation
-from i2v_lab.studies.measured import Attribution, Conditions
 from i2v_lab.studies.pipelines import policy_experiments
-from i2v_lab.studies.plans import load_plan
-from i2v_lab.studies.processes import Ended
 from i2v_lab.studies.published import study_request, to_size, varied
-from i2v_lab.studies.recorded import find_recorded
 from i2v_lab.studies.techniques import step_experiments
 
 TINY = {"model": SMALL_MODEL, "width": 64, "height": 64, "frames": 9, "fps": 120.0, "expected_seconds": 30}

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from i2v_lab.errors import InvalidImage, OutputError
-from i2v_lab.pipeline.media import check_output, fit_audio, load_still, write_video
+from i2v_lab.pipeline.contract.media import check_output, fit_audio, load_still, write_video
 
 PIXELS = np.random.default_rng(1).integers(0, 255, (40, 60, 3), dtype=np.uint8)
 
@@ -354,7 +354,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from i2v_lab.errors import OutputError
-from i2v_lab.pipeline.media import write_video
+from i2v_lab.pipeline.contract.media import write_video
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path(sys.argv[1])

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import Phase, StepEnded
 from i2v_lab.memory_policy import NEEDS, TECHNIQUES, MemoryPolicy, Technique, to_techniques
-from i2v_lab.pipeline import ltx2
-from i2v_lab.pipeline.memory import host_memory, lean_decode, lean_transformer, streaming, token_chunks
-from i2v_lab.pipeline.memory.readers import SafetensorsReader
-from i2v_lab.pipeline.memory.streaming import WeightStream, block_names
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
-from i2v_lab.profiling.live_storages import LiveStorageMeter
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.memory import host_memory, lean_decode, lean_transformer, streaming, token_chunks
+from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader
+from i2v_lab.pipeline.ltx2.memory.streaming import WeightStream, block_names
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import I2VRequest, Quantization, Tiling
 

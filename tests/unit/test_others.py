@@ -12,11 +12,11 @@ import torch
 from i2v_lab import I2VRequest, forecasting
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import GraphRecord
-from i2v_lab.studies.experiments import SMALL_MODEL, Experiment
-from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others
+from i2v_lab.runs.implementations import OTHERS, Implementation, forecast_others
+from i2v_lab.runs.sources import observe
+from i2v_lab.runs.spec import SMALL_MODEL, Experiment
 from i2v_lab.studies.others import again, leak_summary, own_scope
 from i2v_lab.studies.pipelines import pipelines_table, policy_experiments
-from i2v_lab.studies.sources import observe
 from i2v_lab.studies.techniques import phase_peaks
 
 MIB = 2**20

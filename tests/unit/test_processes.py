@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from i2v_lab.studies.processes import run_apart
+from i2v_lab.runs.workers import run_apart
 
 HERE = "I2V_LAB_OF_THE_MOMENT"
 
@@ -79,7 +79,7 @@ def test_what_it_is_forked_from_knows_libraries_but_neither_this_package_nor_wha
     modules = set((tmp_path / "modules").read_text().split())
     assert {"torch", "ltx_core.model.video_vae", "av"} <= modules
     assert "ltx_pipelines" not in modules  # it asks for CUDA devices on import, and what has asked cannot be forked
-    assert "i2v_lab.pipeline.ltx2" not in modules
+    assert "i2v_lab.pipeline.ltx2.components" not in modules
 
 
 def test_an_interrupted_wait_leaves_no_process(tmp_path):

@@ -15,12 +15,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from i2v_lab import I2VRequest, profile_call, watch
-from i2v_lab.cli import app
+from i2v_lab.cli.app import app
 from i2v_lab.errors import GradEscape, OutputError, ProfilerError, VramCapExceeded
 from i2v_lab.profiling.components import find_modules, phase_of
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, OutOfMemoryRecord, StepRecord
-from i2v_lab.store import read_run
+from i2v_lab.runs.store import read_run
 
 MIB = 2**20
 
@@ -339,7 +339,7 @@ def test_watch_guards_every_component_of_a_pipeline():
 
 @pytest.fixture(scope="module")
 def diffusers_tiny(tiny):
-    from i2v_lab.pipeline.diffusers_ltx2 import TINY, diffusers_ltx2
+    from i2v_lab.pipeline.diffusers.ltx2 import TINY, diffusers_ltx2
 
     return diffusers_ltx2(tiny, TINY, dtype=torch.float32)
 

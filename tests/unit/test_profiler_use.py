@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from i2v_lab.errors import ProfilerError
-from i2v_lab.pipeline.two_stage import TwoStagePipeline
-from i2v_lab.profiling.nvml import NvmlSampler, read_device
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.profiling.meters.nvml import NvmlSampler, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import GraphRecord, ModuleRecord, OutOfMemoryRecord
 from i2v_lab.request import DecodeScope, I2VRequest

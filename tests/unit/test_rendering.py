@@ -9,11 +9,11 @@ import nbformat
 import pytest
 from made_notebooks import FAILED, GIB, make_notebooks
 
+from i2v_lab.capacity.cards import gpu_memory_bytes
 from i2v_lab.paths import data_dir
-from i2v_lab.reporting.inline_svg import inline_svg
-from i2v_lab.reporting.site import render_site
-from i2v_lab.reporting.story import CARD, origin
-from i2v_lab.studies.cards import gpu_memory_bytes
+from i2v_lab.reporting.site.inline_svg import inline_svg
+from i2v_lab.reporting.site.render import render_site
+from i2v_lab.reporting.site.story import CARD, origin
 
 
 def _render(folder: Path, **results_of_03) -> dict[str, str]:
@@ -161,7 +161,7 @@ def test_the_footer_says_from_where_and_no_template_holds_a_measured_number(page
         for word in ("Made", "UTC", "Machine", "cores", "torch 2.", "i2v-lab", "Commit"):
             assert word in footer
         assert not re.search(r"<(script|link|img|iframe|source)[^>]+(src|href)=[\"']https?:", html)
-    templates = Path(__file__).parents[2] / "src/i2v_lab/reporting/templates"
+    templates = Path(__file__).parents[2] / "src/i2v_lab/reporting/site/templates"
     assert (data_dir() / "gpus.csv").exists()
     for template in templates.rglob("*.j2"):
         assert not re.search(r"\d\s*(&nbsp;)?(GiB|MiB|%\s|times)", template.read_text()), template.name

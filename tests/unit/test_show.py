@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from i2v_lab.cli.show import show
 from i2v_lab.errors import I2VLabError, RecordError
 from i2v_lab.profiling.records import (
     GraphRecord,
@@ -32,8 +33,7 @@ from i2v_lab.reporting.run_tables import (
     phase_table,
     rich_table,
 )
-from i2v_lab.show import show
-from i2v_lab.store import Run, RunWriter, read_run
+from i2v_lab.runs.store import Run, RunWriter, read_run
 
 MIB = 2**20
 DENOISE = PhaseRecord("denoise_stage_1", None, 0, 10 * MIB, MIB, None, 10 * MIB, 0, 0.0, 2.0, True)
@@ -411,7 +411,7 @@ def test_a_bad_folder_is_one_line_and_a_bad_number_is_a_usage_error(folders):
 
 def test_showing_a_run_brings_no_torch(folders):
     code = (
-        "import sys; from pathlib import Path; from i2v_lab.show import show; show(Path(sys.argv[1])); "
+        "import sys; from pathlib import Path; from i2v_lab.cli.show import show; show(Path(sys.argv[1])); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, folders[0]], capture_output=True, check=False).returncode == 0

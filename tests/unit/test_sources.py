@@ -12,12 +12,12 @@ from i2v_lab.errors import I2VLabError, InvalidRequest, RecordError, UnknownMode
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import GenerationRecord, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
-from i2v_lab.store import RunWriter, read_run, run_metadata
-from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Consumer, Experiment
-from i2v_lab.studies.forecasts import forecast_experiment
-from i2v_lab.studies.measured import is_result, measure, run_folder
-from i2v_lab.studies.recorded import experiment_of, find_recorded, seconds_of
-from i2v_lab.studies.sources import choose_model, device_of, missing, observe, phases_frame, runs_frame, to_source
+from i2v_lab.runs.forecast import forecast_experiment
+from i2v_lab.runs.measure import is_result, measure, run_folder
+from i2v_lab.runs.recorded import experiment_of, find_recorded, seconds_of
+from i2v_lab.runs.sources import choose_model, device_of, missing, observe, phases_frame, runs_frame, to_source
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Consumer, Experiment
+from i2v_lab.runs.store import RunWriter, read_run, run_metadata
 
 SMALL = I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9, fps=120)
 ESCAPED = replace(SMALL, decode_scope=DecodeScope.ESCAPED)

@@ -22,10 +22,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2v_lab import store
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.profiling.records import KINDS, DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
-from i2v_lab.store import RunWriter, read_run, run_metadata
+from i2v_lab.runs import store
+from i2v_lab.runs.store import RunWriter, read_run, run_metadata
 
 WHOLE = st.integers(0, 2**63 - 1)
 SECONDS = st.floats(allow_nan=False, allow_infinity=False)
@@ -271,7 +271,7 @@ def test_the_end_waits_for_a_record_that_another_thread_is_writing(tmp_path, mon
 
 KILLED = """
 import sys
-from i2v_lab.store import RunWriter
+from i2v_lab.runs.store import RunWriter
 from i2v_lab.profiling.records import OutOfMemoryRecord
 folder, total = sys.argv[1], int(sys.argv[2])
 def say(word):
@@ -645,5 +645,5 @@ def test_the_commit_is_that_of_the_checkout_and_of_nothing_around_it(tmp_path, m
 
 
 def test_the_store_brings_neither_torch_nor_pandas():
-    code = "import sys, i2v_lab.store; sys.exit(bool({'torch', 'pandas', 'pynvml'} & set(sys.modules)))"
+    code = "import sys, i2v_lab.runs.store; sys.exit(bool({'torch', 'pandas', 'pynvml'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

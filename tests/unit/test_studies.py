@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ltx_core.model.video_vae.tiling import SpatialTilingConfig, TemporalTilingConfig, TilingConfig
 from ltx_core.model.video_vae.video_vae import VideoDecoder
 
+from i2v_lab.capacity.cards import context_bytes
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import (
     GenerationRecord,
@@ -24,13 +25,12 @@ from i2v_lab.profiling.records import (
     TimelineRecord,
 )
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.store import Run
+from i2v_lab.runs.sources import Observation, Source, runs_frame
+from i2v_lab.runs.spec import Consumer, Experiment
+from i2v_lab.runs.store import Run
 from i2v_lab.studies import card_map, leak, localization, no_grad, resolution, tiling
-from i2v_lab.studies.cards import context_bytes
-from i2v_lab.studies.experiments import Consumer, Experiment
 from i2v_lab.studies.first_look import first_look_verdict
 from i2v_lab.studies.published import beside_published, published_runs, to_size, to_tiling, varied
-from i2v_lab.studies.sources import Observation, Source, runs_frame
 
 GIB = 2**30
 REQUEST = I2VRequest(image="still.png", width=1024, height=768, frames=97)

@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
-from i2v_lab.reporting import memory_figures, study_figures
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
-from i2v_lab.reporting.figures import save_figure
+from i2v_lab.reporting.figures import studies as study_figures
+from i2v_lab.reporting.figures import techniques as memory_figures
+from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.store import Run
+from i2v_lab.runs.store import Run
 from i2v_lab.studies.tiling import tile_layouts, tiling_experiments
 
 GIB = 2**30
@@ -212,7 +213,7 @@ def test_a_forecasts_timeline_has_no_clock(tmp_path):
         run = Run(Path("run"), {"device": device}, (phase, *moments), "complete")
         cells = Cells(tmp_path / device, "09_test")
         cells.timeline("timeline", run)
-        from i2v_lab.reporting.run_figures import timeline_figure
+        from i2v_lab.reporting.figures.runs import timeline_figure
 
         assert timeline_figure(run).get_axes()[0].get_xlabel() == label
 

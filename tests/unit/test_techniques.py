@@ -10,13 +10,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from i2v_lab.capacity.cards import context_bytes, gpu_table
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.store import Run, RunWriter, run_metadata
-from i2v_lab.studies.cards import context_bytes, gpu_table
-from i2v_lab.studies.experiments import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.interleaved import recorded_turns, turns_table
+from i2v_lab.runs.recorded import find_of, find_together
+from i2v_lab.runs.sources import Observation, Source
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.store import Run, RunWriter, run_metadata
 from i2v_lab.studies.pipelines import (
     capped_table,
     cards_table,
@@ -25,8 +28,6 @@ from i2v_lab.studies.pipelines import (
     policy_experiments,
 )
 from i2v_lab.studies.published import published_peak
-from i2v_lab.studies.recorded import find_of, find_together
-from i2v_lab.studies.sources import Observation, Source
 from i2v_lab.studies.techniques import (
     ORDER,
     has_techniques,
@@ -34,7 +35,6 @@ from i2v_lab.studies.techniques import (
     steps_table,
     techniques_verdict,
 )
-from i2v_lab.studies.turns import recorded_turns, turns_table
 
 GIB = 2**30
 LARGE = I2VRequest(image=DEFAULT_STILL, width=2048, height=1536, frames=97)

@@ -11,13 +11,13 @@ import torch
 
 from i2v_lab.errors import DeviceUnavailable, GradScopeError, InvalidImage
 from i2v_lab.events import ComponentBuilt, ComponentReleased, Phase, PhaseEnded, PhaseStarted, StepEnded
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.checkpoints import synthetic_weights
-from i2v_lab.pipeline.two_stage import TwoStagePipeline, require_memory, resolve_device
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline, require_memory, resolve_device
+from i2v_lab.pipeline.ltx2.weights import synthetic_weights
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.forecasts import forecast_experiment
+from i2v_lab.runs.forecast import forecast_experiment
+from i2v_lab.runs.spec import Experiment
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.backends import backend_of
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.runner import backend_of
 from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest, Tiling
 from i2v_lab.studies.published import to_size, to_tiling, varied
 

@@ -7,17 +7,17 @@ from dataclasses import replace
 from html import escape
 from typing import Any
 
+from i2v_lab.capacity.cards import gpu_table
 from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, tilings, two_columns, under_a_policy
+from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
 from i2v_lab.lab.view import View, page, sentence
-from i2v_lab.pipeline.architectures import architecture_names
-from i2v_lab.reporting import pictures
+from i2v_lab.pipeline.contract.architectures import architecture_names
+from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.run_tables import headline, modules_table
 from i2v_lab.reporting.tables import WORDS, as_sentence, readable
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization
-from i2v_lab.studies.cards import gpu_table
-from i2v_lab.studies.experiments import FULL_SIZE_MODEL
-from i2v_lab.studies.exploration import DEFAULT_GPU, Exploration, Question
-from i2v_lab.studies.forecasts import hidden
+from i2v_lab.runs.forecast import hidden
+from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.studies.published import study_request
 from i2v_lab.units import format_bytes
 

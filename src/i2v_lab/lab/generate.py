@@ -11,22 +11,22 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from i2v_lab.capacity.cards import FITS
+from i2v_lab.capacity.this_machine import room_here
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, two_columns, under_a_policy
+from i2v_lab.lab.exploration import Exploration, Question
+from i2v_lab.lab.generation_job import Generating, State
 from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
 from i2v_lab.lab.view import View, page, sentence
-from i2v_lab.pipeline.architectures import architecture_names
-from i2v_lab.reporting import pictures
+from i2v_lab.pipeline.contract.architectures import architecture_names
+from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.run_tables import headline, phase_table
 from i2v_lab.reporting.tables import WORDS, as_sentence, readable
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.studies.cards import FITS
-from i2v_lab.studies.exploration import Exploration, Question
-from i2v_lab.studies.generating import Generating, State
+from i2v_lab.runs.sources import choose_model
 from i2v_lab.studies.published import study_request
-from i2v_lab.studies.sources import choose_model
-from i2v_lab.studies.this_machine import room_here
 
 PHASES = {"phase": "phase", "peak_bytes": "peak", "end_bytes": "left behind", "seconds": "time"}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.profiling.monitor import MemoryMonitor
-from i2v_lab.reporting import pictures
-from i2v_lab.reporting.figures import BLUE, GREY, ORANGE, SKY
+from i2v_lab.reporting.figures import live as pictures
+from i2v_lab.reporting.figures.style import BLUE, GREY, ORANGE, SKY
 from i2v_lab.units import format_bytes
 
 SHOWN = 240  # samples

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 
 from i2v_lab.errors import I2VLabError, InvalidImage
+from i2v_lab.files import write_atomically
 from i2v_lab.paths import data_dir, find_still
-from i2v_lab.reporting.files import write_atomically
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 PREVIEW_PX = 320
@@ -50,7 +50,7 @@ def add_still(runs_dir: Path, name: str, content: bytes) -> Path:
     Raises:
         InvalidImage: It is no picture, or a damaged one.
     """
-    from i2v_lab.pipeline.media import load_still
+    from i2v_lab.pipeline.contract.media import load_still
 
     plain = re.sub(r"[^\w.-]+", "_", Path(name.replace("\\", "/")).name).lstrip(".") or "still"
     target = _folder(runs_dir) / plain

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from html import escape
 from typing import Any
 
-from i2v_lab.studies.forecasts import hidden
+from i2v_lab.runs.forecast import hidden
 
 STYLE = """<style>
 .i2v-view { color: var(--jp-ui-font-color1, inherit); line-height: 1.45; max-width: 720px; }

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import GradEscape, ProfilerError
 from i2v_lab.profiling.components import find_modules
-from i2v_lab.profiling.live_storages import LiveStorageMeter
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 
 T = TypeVar("T")

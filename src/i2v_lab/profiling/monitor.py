@@ -14,8 +14,8 @@ import torch
 
 from i2v_lab.errors import ProfilerError
 from i2v_lab.events import Event, PhaseStarted
-from i2v_lab.profiling.live_storages import LiveStorageMeter
-from i2v_lab.profiling.nvml import card_index, read_device
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
+from i2v_lab.profiling.meters.nvml import card_index, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 KEPT = 600  # samples; older ones are dropped

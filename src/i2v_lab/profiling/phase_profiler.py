@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import torch
 
+from i2v_lab.display import phases_html
 from i2v_lab.errors import ProfilerError, VramCapExceeded
 from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
-from i2v_lab.profiling.live_storages import LiveStorageMeter, StorageLife
-from i2v_lab.profiling.meters import CudaMeter, MemoryMeter, make_meter
+from i2v_lab.profiling.meters.cuda import CudaMeter, MemoryMeter, make_meter
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter, StorageLife
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.records import (
@@ -30,7 +31,6 @@ from i2v_lab.profiling.records import (
     StepRecord,
 )
 from i2v_lab.profiling.timeline import phase_timeline
-from i2v_lab.rich_repr import phases_html
 from i2v_lab.units import format_bytes
 
 HOLDERS = 20  # largest storages written down for a phase's peak

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from i2v_lab.display import HtmlFields, phases_html
 from i2v_lab.errors import RecordError
-from i2v_lab.rich_repr import HtmlFields, phases_html
 from i2v_lab.units import format_bytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from i2v_lab.profiling.live_storages import CATEGORIES, LiveStorageMeter
+from i2v_lab.profiling.meters.live_storages import CATEGORIES, LiveStorageMeter
 from i2v_lab.profiling.records import TimelineRecord
 
 POINTS = 400  # at most, for one phase

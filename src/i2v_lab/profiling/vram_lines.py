@@ -7,7 +7,7 @@ import sys
 import torch
 
 from i2v_lab.events import ComponentBuilt, Event, PhaseEnded, PhaseStarted
-from i2v_lab.profiling.meters import make_meter
+from i2v_lab.profiling.meters.cuda import make_meter
 from i2v_lab.units import format_bytes
 
 

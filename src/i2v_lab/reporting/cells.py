@@ -11,11 +11,11 @@ import pandas as pd
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
-from i2v_lab.reporting.figures import save_figure
-from i2v_lab.reporting.files import write_atomically
-from i2v_lab.reporting.run_figures import has_timeline, timeline_figure
+from i2v_lab.files import write_atomically
+from i2v_lab.reporting.figures.runs import has_timeline, timeline_figure
+from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable, save_table
-from i2v_lab.store import Run
+from i2v_lab.runs.store import Run
 
 NOTHING = "*There is no record to show here.*"
 

@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 
 from i2v_lab.errors import RecordError
-from i2v_lab.reporting import pictures
+from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.run_tables import difference_headline, difference_table, headline
 from i2v_lab.reporting.tables import as_sentence, readable
-from i2v_lab.store import METADATA, Run, read_run
+from i2v_lab.runs.store import METADATA, Run, read_run
 
 BARS = "Where there is an allocator, bars end at what it held; the table has what was allocated."
 COLUMNS = {

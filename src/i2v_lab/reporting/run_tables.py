@@ -13,7 +13,7 @@ from rich.text import Text
 
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, OutOfMemoryRecord, PhaseRecord
-from i2v_lab.store import FAILED, Run
+from i2v_lab.runs.store import FAILED, Run
 from i2v_lab.units import format_bytes
 
 P = TypeVar("P", HolderRecord, ModuleRecord, GraphRecord)

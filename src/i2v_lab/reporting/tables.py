@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from i2v_lab.reporting.files import write_atomically
+from i2v_lab.files import write_atomically
 from i2v_lab.units import format_bytes
 
 WORDS = {

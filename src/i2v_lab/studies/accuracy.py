@@ -11,9 +11,9 @@ import pandas as pd
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope
-from i2v_lab.store import Run
-from i2v_lab.studies.forecasts import forecast_experiments
-from i2v_lab.studies.recorded import by_generation, experiment_of, recorded_runs
+from i2v_lab.runs.forecast import forecast_experiments
+from i2v_lab.runs.recorded import by_generation, experiment_of, recorded_runs
+from i2v_lab.runs.store import Run
 
 SUMMARY_COLUMNS = (
     "phase",
@@ -48,7 +48,7 @@ def measured_table(model: str | None = None, *, folder: Path | None = None, runs
 
     Returns:
         One row for each run, generation and phase that completed: ``gpu, run, model, generation, phase, peak_bytes,
-        peak_reserved_bytes``, and ``experiment``, an :class:`~i2v_lab.studies.experiments.Experiment`.
+        peak_reserved_bytes``, and ``experiment``, an :class:`~i2v_lab.runs.spec.Experiment`.
     """
     rows: list[dict[str, Any]] = []
     counted = [run for run in recorded_runs(folder) if _counts(run, model)]

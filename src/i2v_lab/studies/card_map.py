@@ -7,12 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from i2v_lab.capacity.cards import FITS, NO, context_bytes, gpu_memory_bytes, gpu_table, judge
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
-from i2v_lab.studies.cards import FITS, NO, context_bytes, gpu_memory_bytes, gpu_table, judge
-from i2v_lab.studies.experiments import Experiment
+from i2v_lab.runs.sources import Observation
+from i2v_lab.runs.spec import Experiment
 from i2v_lab.studies.resolution import frames_experiments, resolution_experiments
-from i2v_lab.studies.sources import Observation
 from i2v_lab.studies.verdicts import conclude, no_data
 from i2v_lab.units import format_bytes
 
@@ -32,8 +32,8 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
 
     Returns:
         ``gpu, memory_bytes, width, height, frames, needed_bytes, peak_phase, verdict``: ``fits``, ``tight`` or ``no``,
-        as in :class:`~i2v_lab.studies.cards.Fit`. ``needed_bytes`` is what the allocator reserves and the CUDA context.
-        The cards are in the order of their memory.
+        as in :class:`~i2v_lab.capacity.cards.Fit`. ``needed_bytes`` is what the allocator reserves and the CUDA
+        context. The cards are in the order of their memory.
     """
     cards = {gpu: gpu_memory_bytes(gpu) for gpu in gpus or gpu_table()["gpu"]}
     context = context_bytes()

@@ -8,10 +8,10 @@ from typing import Any
 
 from i2v_lab.events import Phase
 from i2v_lab.request import I2VRequest
-from i2v_lab.studies.experiments import SMALL_MODEL, Experiment
-from i2v_lab.studies.measured import VIDEO, measure, run_folder
+from i2v_lab.runs.measure import VIDEO, measure, run_folder
+from i2v_lab.runs.sources import Observation, Source, phases_frame
+from i2v_lab.runs.spec import SMALL_MODEL, Experiment
 from i2v_lab.studies.published import study_request
-from i2v_lab.studies.sources import Observation, Source, phases_frame
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 

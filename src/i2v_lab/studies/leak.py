@@ -10,9 +10,9 @@ import pandas as pd
 
 from i2v_lab.profiling.records import GenerationRecord, OutOfMemoryRecord
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.studies.experiments import Consumer, Experiment
+from i2v_lab.runs.sources import Observation, phases_frame
+from i2v_lab.runs.spec import Consumer, Experiment
 from i2v_lab.studies.localization import AFTER_RETURN, SCOPES
-from i2v_lab.studies.sources import Observation, phases_frame
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 

@@ -10,9 +10,9 @@ import pandas as pd
 
 from i2v_lab.events import Phase
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.studies.experiments import Experiment
+from i2v_lab.runs.sources import Observation, phases_frame
+from i2v_lab.runs.spec import Experiment
 from i2v_lab.studies.published import published
-from i2v_lab.studies.sources import Observation, phases_frame
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import GIB, format_bytes
 
@@ -29,7 +29,7 @@ def boundaries_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """The peak so far after each phase, as a profiler sees it that is read at phase boundaries.
 
     Returns:
-        One row for each run and phase: the columns of :func:`~i2v_lab.studies.sources.phases_frame`, and
+        One row for each run and phase: the columns of :func:`~i2v_lab.runs.sources.phases_frame`, and
         ``published_so_far_bytes``, for the published request with the graph retained.
     """
     table = phases_frame(observations)

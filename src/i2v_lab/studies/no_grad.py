@@ -13,12 +13,12 @@ import pandas as pd
 
 from i2v_lab.profiling.records import GraphRecord
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.store import FAILED
-from i2v_lab.studies.experiments import Consumer, Experiment
+from i2v_lab.runs.measure import VIDEO
+from i2v_lab.runs.sources import Observation, Source, observe, phases_frame, runs_frame
+from i2v_lab.runs.spec import Consumer, Experiment
+from i2v_lab.runs.store import FAILED
 from i2v_lab.studies.localization import AFTER_RETURN, scope_experiments
-from i2v_lab.studies.measured import VIDEO
 from i2v_lab.studies.published import beside_published
-from i2v_lab.studies.sources import Observation, Source, observe, phases_frame, runs_frame
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from i2v_lab.files import write_text
 from i2v_lab.paths import cache_dir, find_still
-from i2v_lab.reporting.files import write_text
 from i2v_lab.request import I2VRequest, Variant
-from i2v_lab.studies.experiments import SMALL_MODEL
-from i2v_lab.studies.forecasts import code_digest
+from i2v_lab.runs.forecast import code_digest
+from i2v_lab.runs.spec import SMALL_MODEL
 
 if TYPE_CHECKING:
     import torch
 
-    from i2v_lab.pipeline.checkpoints import Weights
+    from i2v_lab.pipeline.ltx2.weights import Weights
 
 CALLERS = "the caller's"
 PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "diffusers", "transformers")
@@ -95,8 +95,8 @@ def _kept(path: Path) -> list[Any] | None:
 
 
 def _leak_rows(image: str, model: str) -> list[list[Any]]:
-    from i2v_lab.pipeline.architectures import load_architecture
-    from i2v_lab.pipeline.checkpoints import resolve_weights
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.ltx2.weights import resolve_weights
 
     weights = resolve_weights(load_architecture(model), needs_lora=True)
     request = I2VRequest(
@@ -108,7 +108,7 @@ def _leak_rows(image: str, model: str) -> list[list[Any]]:
 
 
 def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Iterator[Subject]:
-    from i2v_lab.pipeline.upstream import UpstreamPipeline
+    from i2v_lab.pipeline.ltx2.upstream import UpstreamPipeline
 
     for variant, options in ((Variant.DISTILLED, {}), (Variant.DEV, {"num_inference_steps": 1})):
         call = scopes.enter_context(UpstreamPipeline(weights).untouched(replace(request, variant=variant)))
@@ -120,7 +120,7 @@ def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Itera
 def _diffusers(weights: Weights, request: I2VRequest) -> Iterator[Subject]:
     import torch
 
-    from i2v_lab.pipeline.diffusers_ltx2 import TINY, diffusers_ltx2
+    from i2v_lab.pipeline.diffusers.ltx2 import TINY, diffusers_ltx2
 
     pipeline = diffusers_ltx2(weights, TINY, dtype=torch.float32)
     name = f"diffusers {type(pipeline.generate).__name__}"

@@ -8,17 +8,17 @@ from typing import Any
 
 import pandas as pd
 
+from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.store import Run
-from i2v_lab.studies.cards import FITS, context_bytes, gpu_table, judge
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.implementations import OTHERS, Implementation, forecast_others, to_other
+from i2v_lab.runs.implementations import OTHERS, Implementation, forecast_others, to_other
+from i2v_lab.runs.recorded import find_capped, find_of, find_together, seconds_of
+from i2v_lab.runs.sources import Observation, as_run
+from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.store import Run
 from i2v_lab.studies.published import to_size
-from i2v_lab.studies.recorded import find_capped, find_of, find_together, seconds_of
-from i2v_lab.studies.sources import Observation, as_run
 from i2v_lab.studies.techniques import has_techniques, phase_peaks, under
 
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
@@ -147,7 +147,7 @@ def pipelines_table(observations: Sequence[Observation], size: str, others: Sequ
     Args:
         observations: Of :func:`policy_experiments`.
         size: The one to compare at, such as ``1024x768``.
-        others: Which of :class:`~i2v_lab.studies.implementations.Implementation` beside ours; all of them if empty.
+        others: Which of :class:`~i2v_lab.runs.implementations.Implementation` beside ours; all of them if empty.
 
     Returns:
         One row for each: ``pipeline, peak_bytes, peak_phase, denoise_bytes`` (of stage 2), ``decode_bytes``, then

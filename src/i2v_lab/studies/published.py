@@ -11,10 +11,10 @@ import pandas as pd
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.backends import check_request
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.runner import check_request
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.studies.experiments import DEFAULT_STILL
+from i2v_lab.runs.spec import DEFAULT_STILL
 from i2v_lab.units import GIB
 
 KEYS = ["model", "width", "height", "frames", "decode_scope", "tile_px", "tile_frames", "consumer"]
@@ -47,7 +47,7 @@ def published_runs() -> pd.DataFrame:
 
 
 def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
-    """``runs``, as of :func:`~i2v_lab.studies.sources.runs_frame`, with the columns of the published study.
+    """``runs``, as of :func:`~i2v_lab.runs.sources.runs_frame`, with the columns of the published study.
 
     They are missing values where the study has no such run.
     """

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.studies.experiments import Experiment
+from i2v_lab.runs.sources import Observation, phases_frame, runs_frame
+from i2v_lab.runs.spec import Experiment
 from i2v_lab.studies.localization import AFTER_RETURN
 from i2v_lab.studies.published import beside_published, to_size
-from i2v_lab.studies.sources import Observation, phases_frame, runs_frame
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
@@ -52,7 +52,7 @@ def deciding_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """Every phase's peak for every run.
 
     Returns:
-        The columns of :func:`~i2v_lab.studies.sources.phases_frame`, then ``megapixels`` and ``decides``, whether the
+        The columns of :func:`~i2v_lab.runs.sources.phases_frame`, then ``megapixels`` and ``decides``, whether the
         phase has its run's highest peak.
     """
     table = phases_frame(observations)

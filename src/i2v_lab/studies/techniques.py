@@ -10,16 +10,16 @@ import pandas as pd
 
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, Techniques, to_techniques
-from i2v_lab.pipeline.architectures import load_architecture
-from i2v_lab.pipeline.backends import backend_of
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.runner import backend_of
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.store import Run
-from i2v_lab.studies.experiments import Experiment
-from i2v_lab.studies.measured import WHOLE
+from i2v_lab.runs.measure import WHOLE
+from i2v_lab.runs.recorded import find_together
+from i2v_lab.runs.sources import Observation, Source, runs_frame
+from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.store import Run
 from i2v_lab.studies.published import beside_published
-from i2v_lab.studies.recorded import find_together
-from i2v_lab.studies.sources import Observation, Source, runs_frame
 from i2v_lab.studies.verdicts import CONFIRMED, NO_DATA, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 

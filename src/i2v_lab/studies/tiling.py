@@ -10,11 +10,11 @@ import pandas as pd
 
 from i2v_lab.profiling.records import TimelineRecord
 from i2v_lab.request import SPATIAL_SCALE, TEMPORAL_SCALE, DecodeScope, I2VRequest, Tiling
-from i2v_lab.store import COMPLETE
-from i2v_lab.studies.experiments import Experiment
+from i2v_lab.runs.recorded import find_recorded
+from i2v_lab.runs.sources import Observation, Source, runs_frame
+from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.store import COMPLETE
 from i2v_lab.studies.published import beside_published
-from i2v_lab.studies.recorded import find_recorded
-from i2v_lab.studies.sources import Observation, Source, runs_frame
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from i2v_lab.studies.sources import Observation, device_of
+from i2v_lab.runs.sources import Observation, device_of
 
 CONFIRMED, REFINED, REFUTED, NO_DATA = "confirmed", "refined", "refuted", "no data"
 

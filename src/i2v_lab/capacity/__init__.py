@@ -1,0 +1,1 @@
+"""What fits a card: cards, searches, placements, this machine."""

@@ -1,0 +1,75 @@
+"""The model of library workspaces, fitted to measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from i2v_lab.errors import RecordError
+from i2v_lab.files import write_text
+from i2v_lab.paths import data_dir
+
+MEASUREMENTS = "libraries-h100.json"
+COLUMNS = {"contiguous", "grouped", "input_bytes", "weight_bytes", "output_bytes", "workspace_bytes"}
+LARGE_BYTES = 8 * 2**20  # below, the allocator's rounding and the choice of kernel weigh more than the model
+
+
+def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iterator[str]:
+    """Fit ``data/workspaces.json`` to what ``benchmarks/measure_libraries.py`` measured.
+
+    Least absolute relative error, over the convolutions whose channels come first and whose workspace is 8 MiB or more.
+    Some kernels take 16 MiB besides, to sum in parts, which least squares would spread over all.
+
+    Args:
+        measurements: Its JSON file; the convolutions are in a CSV file of the same name beside it.
+        out: Where the model goes.
+
+    Yields:
+        Lines that say what came out.
+
+    Raises:
+        RecordError: The measurements cannot be read.
+    """
+    source = measurements or data_dir() / "measured" / MEASUREMENTS
+    try:
+        device = json.loads(source.read_text())
+        table = pd.read_csv(source.with_suffix(".csv"))
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"measurements '{source}' cannot be read ({error}); give the JSON file", path=source
+        ) from error
+    missing = COLUMNS - set(table.columns)
+    if missing:
+        raise RecordError(f"measurements '{source}' lack columns: {', '.join(sorted(missing))}", path=source)
+    large = table[table["contiguous"] & ~table["grouped"] & (table["workspace_bytes"] >= LARGE_BYTES)]
+    parts = large[["input_bytes", "output_bytes", "weight_bytes"]].to_numpy(float)
+    observed = large["workspace_bytes"].to_numpy(float)
+    factors = _least_absolute(parts / observed[:, None], np.ones(len(large)))
+    errors = np.abs(parts @ factors / observed - 1)
+    yield f"{len(large)} convolutions of {len(table)}: factors {', '.join(f'{factor:.3f}' for factor in factors)}"
+    yield f"error of the fit: median {np.median(errors):.2%}, 95 % below {np.quantile(errors, 0.95):.2%}"
+    model = {
+        "source": f"fitted by `i2v-lab calibrate` to {source.name}: {device['gpu']}, torch {device['torch']}, "
+        f"cuDNN {device['cudnn']}",
+        "input_factor": round(float(factors[0]), 3),
+        "output_factor": round(float(factors[1]), 3),
+        "weight_factor": round(float(factors[2]), 3),
+        "cublas_bytes": device["cublas_bytes"],
+        "context_bytes": device["context_bytes"],
+    }
+    target = write_text(out or data_dir() / "workspaces.json", json.dumps(model, indent=1) + "\n")
+    yield f"wrote {target}"
+
+
+def _least_absolute(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The solution with the least sum of absolute errors, by iteratively reweighted least squares."""
+    weights = np.ones(len(target))
+    for _ in range(100):
+        root = np.sqrt(weights)
+        solution = np.linalg.lstsq(rows * root[:, None], target * root, rcond=None)[0]
+        weights = 1 / np.maximum(np.abs(rows @ solution - target), 1e-9)
+    return np.asarray(solution)

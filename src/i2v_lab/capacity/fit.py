@@ -1,0 +1,118 @@
+"""The largest request that a card takes, found by searching forecasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from i2v_lab.capacity.cards import FITS, TIGHT, judge
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.runner import backend_of
+from i2v_lab.profiling.records import Forecast
+from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
+from i2v_lab.runs.forecast import forecast_request
+from i2v_lab.runs.spec import FULL_SIZE_MODEL
+
+OnForecast = Callable[[I2VRequest, Forecast, str], None]
+
+MAX_HEIGHT = 2176  # of the search, not of the model
+MAX_FRAMES = 257  # likewise
+# By how little of the video they decode twice, which is what makes decoding slow.
+TILINGS: tuple[Tiling | None, ...] = (
+    None,
+    Tiling(1024, 64, 96, 24),
+    Tiling(768, 64, 80, 24),
+    Tiling(512, 64, 64, 24),
+    Tiling(384, 64, 32, 8),
+    Tiling(256, 64, 24, 8),
+    Tiling(128, 32, 16, 8),
+)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The end of a search.
+
+    Attributes:
+        request: The largest that fits; ``None`` if not even the smallest does.
+        forecast: Of that request, or of the smallest.
+        at_the_bound: Whether the search ended at its own bound, so that more may fit.
+    """
+
+    request: I2VRequest | None
+    forecast: Forecast
+    at_the_bound: bool
+
+
+class FitSearch:
+    """Searches for what fits ``memory_bytes``.
+
+    Args:
+        memory_bytes: What CUDA can use of the card.
+        model: An architecture's name.
+        on_forecast: Told of every request that was tried, with its forecast and verdict.
+        tightly: Whether a tight fit will do.
+    """
+
+    def __init__(
+        self,
+        memory_bytes: int,
+        model: str = FULL_SIZE_MODEL,
+        on_forecast: OnForecast = lambda *_: None,
+        *,
+        tightly: bool = False,
+    ) -> None:
+        self._memory_bytes = memory_bytes
+        self._model = model
+        self._on_forecast = on_forecast
+        self._good = (FITS, TIGHT) if tightly else (FITS,)
+
+    def largest_size(
+        self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
+    ) -> Largest:
+        """The most pixels at the request's number of frames.
+
+        Args:
+            request: Everything but the size.
+            aspect: Width to height; sides are rounded to multiples of 64.
+            max_height: Of the search.
+        """
+        heights = range(PIXEL_MULTIPLE, max_height + 1, PIXEL_MULTIPLE)
+        sizes = [(max(1, round(h * aspect[0] / aspect[1] / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE, h) for h in heights]
+        return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
+
+    def most_frames(self, request: I2VRequest) -> Largest:
+        """The most frames at the request's size."""
+        counts = range(1, MAX_FRAMES + 1, TEMPORAL_SCALE)
+        return self._last_that_fits([replace(request, frames=count) for count in counts])
+
+    def fastest_tiling(self, request: I2VRequest) -> Largest:
+        """The tiling that decodes least of the video twice, of those that fit the request's size and frames."""
+        tiled = backend_of(load_architecture(self._model)).tiled
+        for tiling in TILINGS if tiled else (None,):
+            tried = replace(request, tiling=tiling)
+            forecast, fits = self._try(tried)
+            if fits:
+                return Largest(tried, forecast, at_the_bound=False)
+        return Largest(None, forecast, at_the_bound=False)
+
+    def _last_that_fits(self, requests: Sequence[I2VRequest]) -> Largest:
+        """Bisection: memory only grows along ``requests``."""
+        forecast, fits = self._try(requests[0])
+        if not fits:
+            return Largest(None, forecast, at_the_bound=False)
+        good, bad = 0, len(requests)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            tried, fits = self._try(requests[middle])
+            if fits:
+                good, forecast = middle, tried
+            else:
+                bad = middle
+        return Largest(requests[good], forecast, at_the_bound=good == len(requests) - 1)
+
+    def _try(self, request: I2VRequest) -> tuple[Forecast, bool]:
+        forecast = forecast_request(request, self._model)
+        verdict = judge(forecast, "", self._memory_bytes).verdict
+        self._on_forecast(request, forecast, verdict)
+        return forecast, verdict in self._good

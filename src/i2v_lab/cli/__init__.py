@@ -1,0 +1,5 @@
+"""The command line: one module a command."""
+
+from i2v_lab.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,5 @@
+"""``python -m i2v_lab.cli``."""
+
+from i2v_lab.cli.app import main
+
+main()

@@ -1,0 +1,62 @@
+"""``i2v-lab doctor``: is everything here that a run needs, and if not, what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from i2v_lab.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from i2v_lab.doctor.checks import Check
+
+STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red"}
+
+
+def doctor(as_json: options.AsJson = False) -> None:
+    """Check Python, GPU, packages, encoders, disk and memory, and say what to do about each.
+
+    Ends with status 1 if something is broken that stops a run. A machine without a GPU is not broken.
+    """
+    from i2v_lab.doctor.checks import State, examine
+
+    checks = examine()
+    broken = any(check.state is State.BROKEN for check in checks)
+    if as_json:
+        print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in checks]}))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(doctor_table(checks))
+        console.print(verdict(checks))
+    if broken:
+        raise typer.Exit(1)
+
+
+def doctor_table(checks: Sequence[Check]) -> RenderableType:
+    """The checks as a table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("check", "state", "found", "what to do", header_style="bold")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for check in checks:
+        state = Text(check.state.value, style=STYLES[check.state.value])
+        table.add_row(Text(check.name), state, Text(check.found), Text(check.advice))
+    return table
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """One sentence over all checks."""
+    by_state = {state: [check.name for check in checks if check.state == state] for state in STYLES}
+    words = [f"{state}: {', '.join(by_state[state])}" for state in ("broken", "warning") if by_state[state]]
+    if by_state["broken"]:
+        return f"A run would fail. {'; '.join(words)}."
+    return f"Everything that a run needs is here{'; ' + words[0] if words else ''}."

@@ -1,0 +1,94 @@
+"""``i2v-lab reproduce``: the notebooks, headlessly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from i2v_lab.errors import InvalidRequest, ReproduceError
+
+REPRODUCE_EXAMPLES = """
+**Examples**
+
+All notebooks; what has not changed since the last time is not run again:
+
+    i2v-lab reproduce
+
+One of them with other values, then all with values from a file, two at a time:
+
+    i2v-lab reproduce 03_no_grad_fix -p frames 49 -p prompt "rain on a lake"
+    i2v-lab reproduce -f params.yaml --jobs 2
+
+In params.yaml, a value for every notebook that declares it, and one for a single notebook:
+
+    seed: 3
+    03_no_grad_fix:
+      frames: 49
+"""
+
+PAIR = "\0"
+
+
+class ReproduceCommand(TyperCommand):
+    """Typer has no option that takes two words and may be repeated: the two words of ``-p`` reach it as one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join the words of each ``-p``, up to ``--``, then parse as usual."""
+        words, joined = iter(args), []
+        for word in words:
+            joined.append(word)
+            if word == "--":
+                break
+            if word in ("-p", "--parameter"):
+                pair = [value for value in (next(words, None), next(words, None)) if value is not None]
+                joined.extend([PAIR.join(pair)] if pair else [])
+        return super().parse_args(ctx, [*joined, *words])
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition(PAIR)
+    if not separator or not name.isidentifier():
+        raise InvalidRequest(
+            f"parameter={name!r} is not a name with a value; write them as two words, -p NAME VALUE", parameter=name
+        )
+    return name, value
+
+
+def reproduce(
+    notebooks: Annotated[list[str] | None, typer.Argument(help="Which, by name. [default: all]")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter",
+            "-p",
+            metavar="NAME VALUE",
+            help="Two words; may be repeated. For every notebook that declares it; wins over files.",
+        ),
+    ] = None,
+    parameters_file: Annotated[
+        list[Path] | None,
+        typer.Option("--parameters-file", "-f", metavar="YAML", help="Values by name; may be repeated, the last wins."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many notebooks at a time.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Run those too that are up to date.")] = False,
+    out: Annotated[Path, typer.Option(help="Build folder.")] = Path("build"),
+) -> None:
+    """Execute the notebooks headlessly and render figures, tables, videos and a site.
+
+    A notebook is up to date, and not run again, if its source, its parameters, the package, its data, the versions of
+    what it stands on, and the files that it made are all as they were. One that fails does not stop the others.
+    """
+    from i2v_lab.reproduce.parameters import Typed
+    from i2v_lab.reproduce.report import print_summary
+    from i2v_lab.reproduce.run import reproduce as run
+
+    given = {name: Typed(value) for name, value in map(_pair, parameter or [])}
+    try:
+        outcomes = run(notebooks or [], given, out, files=parameters_file or [], jobs=jobs, force=force)
+    except ReproduceError as error:
+        print_summary(error.fields["outcomes"], out)
+        raise
+    print_summary(outcomes, out)

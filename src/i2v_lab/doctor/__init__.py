@@ -1,0 +1,1 @@
+"""What a machine and its packages lack for i2v-lab."""

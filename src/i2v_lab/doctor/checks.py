@@ -1,0 +1,319 @@
+"""What a machine and its packages lack for i2v-lab, and what to do about it; torch is asked last, and only here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from i2v_lab.doctor.packages import Packages, Unmet, release
+from i2v_lab.paths import CACHE_VARIABLE, cache_dir
+from i2v_lab.units import GIB, MIB, format_bytes
+
+PROJECT = "i2v-lab"
+SHOWN = ("ltx-core", "ltx-pipelines", "ltx-video", "transformers", "diffusers", "huggingface-hub", "tokenizers")
+SHOWN_LAST = ("av", "jupyterlab")
+OPTIONAL = {  # without which a generation of LTX-2.3 runs all the same, and what does not
+    "ltx-video": "the ltx-video backend",
+    "diffusers": "pipelines of diffusers",
+    "jupyterlab": "`i2v-lab lab`",
+}
+LTX_VIDEO = "pip install --no-deps ltx-video==0.1.2"
+EXPECTED = ("ltx-video", "transformers")  # the one unmet requirement that is meant to be: who declares it, about whom
+WHY_EXPECTED = (
+    "As expected, the one complaint of `pip check`: ltx-video 0.1.2 declares transformers<4.52, ltx-core needs >=4.52. "
+    f"Both run on 4.57, so ltx-video comes after everything else: `{LTX_VIDEO}`. Nothing to do."
+)
+ENCODERS = ("libx264", "aac")
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+# Measured: a tiny generation and a forecast of the 22B take some 1.0 GB each, the tiny weights and a full reproduction
+# less than 0.5 GB of disk; torch's shared libraries aside, nothing here wants more than semaphores of /dev/shm.
+LEAST_MEMORY, GOOD_MEMORY = 1 * GIB, 2 * GIB
+LEAST_DISK, GOOD_DISK = 256 * MIB, 2 * GIB
+GOOD_SHARED = 64 * MIB
+
+
+class State(StrEnum):
+    """``broken`` stops a run, ``warning`` takes something away, ``ok`` needs nothing."""
+
+    OK = "ok"
+    WARNING = "warning"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What.
+        state: How it is.
+        found: What was found, in words.
+        advice: What to do; empty where there is nothing to say.
+    """
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+def examine(packages: Packages | None = None) -> list[Check]:
+    """Look at everything.
+
+    Args:
+        packages: Of another environment than this one.
+
+    Example:
+        >>> [check.name for check in examine()][:2]
+        ['Python', 'NVIDIA driver']
+    """
+    packages = packages or Packages()
+    return [
+        check_python(),
+        check_driver(),
+        check_cuda(),
+        check_torch_family(packages),
+        *check_packages(packages, SHOWN),
+        check_other_requirements(packages),
+        *check_packages(packages, SHOWN_LAST[:1]),
+        check_encoders(),
+        *check_packages(packages, SHOWN_LAST[1:]),
+        check_chromium(),
+        check_disk("cache folder", cache_dir(), f"set {CACHE_VARIABLE} to a folder"),
+        check_disk("temporary folder", Path(tempfile.gettempdir()), "set TMPDIR to a folder"),
+        check_memory(),
+        check_shared_memory(),
+    ]
+
+
+def check_python(version: str = platform.python_version()) -> Check:
+    """Whether this interpreter is new enough."""
+    found = f"{version}, {platform.system()} {platform.machine()}"
+    if (release(version) or (0, 0)) < (3, 11):
+        return Check("Python", State.BROKEN, found, "Use Python 3.11 or newer: make PYTHON=python3.12 setup")
+    return Check("Python", State.OK, found)
+
+
+# --- The card ---
+
+
+def check_driver() -> Check:
+    """What NVML says; a machine without a GPU is no failure."""
+    name = "NVIDIA driver"
+    try:
+        import pynvml
+    except ImportError:
+        return Check(name, State.BROKEN, "nvidia-ml-py is not installed", "pip install nvidia-ml-py")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        advice = (
+            "No GPU is needed: the tiny model runs on the CPU, and forecasts of the 22B as well. "
+            "If there is a card, install its driver; in a container, start that with --gpus all."
+        )
+        return Check(name, State.OK, "none", advice)
+    try:
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        cards = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+            cards.append(f"{pynvml.nvmlDeviceGetName(handle)} ({free})")
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = f"{driver}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}: {', '.join(cards) or 'no card'}"
+        return Check(name, State.OK, found)
+    except pynvml.NVMLError as error:
+        return Check(name, State.WARNING, f"does not answer ({error})", "Try nvidia-smi; restart the driver.")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def check_cuda() -> Check:
+    """Whether torch can use the card that the driver has."""
+    name = "CUDA in torch"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # not there, or a shared library that does not load
+        return Check(name, State.BROKEN, f"torch cannot be loaded ({error})", "make setup, in a fresh .venv")
+    built = f"torch {torch.__version__}, built for " + (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    )
+    driver = driver_cuda()
+    if driver is None:
+        return Check(name, State.OK, f"{built}; no card to use")
+    if torch.cuda.is_available():
+        cards = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return Check(name, State.OK, f"{built}; {cards}")
+    if torch.version.cuda is None:
+        advice = "Install torch with CUDA: pip install --force-reinstall 'torch==2.11.*' from the index of pytorch.org"
+    elif driver < int(torch.version.cuda.partition(".")[0]):
+        advice = f"The driver knows CUDA {driver} at most: install a newer driver, or a torch built for CUDA {driver}"
+    else:
+        advice = f"Look at CUDA_VISIBLE_DEVICES (now {os.environ.get('CUDA_VISIBLE_DEVICES')!r}) and nvidia-smi"
+    return Check(name, State.WARNING, f"{built}; it sees no card, the driver is there", f"{advice}. Runs use the CPU.")
+
+
+def driver_cuda() -> int | None:
+    """The major version of CUDA that the driver knows; ``None`` where there is no driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, no library, no driver: all the same here
+        return None
+    try:
+        return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+# --- Packages ---
+
+
+def check_torch_family(packages: Packages) -> Check:
+    """Whether torch, torchaudio and torchvision were made for each other: 2.n, 2.n and 0.(n + 15), built alike."""
+    name = "torch family"
+    versions = {each: packages.version(each) for each in ("torch", "torchaudio", "torchvision")}
+    found = ", ".join(f"{each} {version or 'missing'}" for each, version in versions.items())
+    remedy = "pip install 'torch==2.11.*' 'torchaudio==2.11.*' 'torchvision==0.26.*', all from one index"
+    releases = {each: release(version or "") for each, version in versions.items()}
+    if releases["torch"] is None:
+        return Check(name, State.BROKEN, found, remedy)
+    major, minor = releases["torch"]
+    builds = {version.partition("+")[2] for version in versions.values() if version}
+    alike = releases["torchaudio"] == (major, minor) and releases["torchvision"] == (0, minor + 15)
+    if not alike or len(builds) > 1:
+        return Check(name, State.BROKEN, found, f"They are not one family, and ltx-core imports torchaudio: {remedy}")
+    wrong = [each for each in _unmet(packages) if each.name in versions]
+    if wrong:
+        return Check(name, State.BROKEN, found, f"{'; '.join(map(str, wrong))}: {remedy}")
+    return Check(name, State.OK, found)
+
+
+def check_packages(packages: Packages, names: tuple[str, ...]) -> Iterator[Check]:
+    """The version of each package, and whether everybody who needs it is content with it."""
+    for name in names:
+        version = packages.version(name)
+        optional = OPTIONAL.get(name)
+        bad = State.WARNING if optional else State.BROKEN
+        lost = f" Until then there is no {optional}; everything else runs." if optional else ""
+        unmet = [each for each in _unmet(packages) if each.name == name]
+        if version is None:
+            remedy = LTX_VIDEO if name == "ltx-video" else f"pip install '{_wanted(unmet) or name}'"
+            yield Check(name, bad, "missing", f"{remedy}.{lost}")
+        elif unmet:
+            remedy = f"pip install '{_wanted(unmet)}'"
+            yield Check(name, bad, version, f"{'; '.join(map(str, unmet))}: {remedy}.{lost}")
+        else:
+            complaint = [each for each in packages.unmet if (each.package, each.name) == EXPECTED]
+            yield Check(name, State.OK, version, WHY_EXPECTED if complaint and name == EXPECTED[0] else "")
+
+
+def check_other_requirements(packages: Packages) -> Check:
+    """Every other requirement that is not met, as ``pip check`` would name it."""
+    name = "other requirements"
+    if packages.version(PROJECT) is None:
+        found = f"{PROJECT} itself is not installed"
+        return Check(name, State.BROKEN, found, "make setup, or `pip install -e .`, so that its requirements are known")
+    told = {"torch", "torchaudio", "torchvision", *SHOWN, *SHOWN_LAST}
+    needed = packages.needed_by(PROJECT)
+    others = [each for each in _unmet(packages) if each.name not in told or each.package not in needed]
+    if not others:
+        return Check(name, State.OK, "all met")
+    ours = [each for each in others if each.package in needed]
+    wanted = " ".join(f"'{each.requirement.name}{each.requirement.specifier}'" for each in ours or others)
+    state = State.BROKEN if ours else State.WARNING
+    lost = "" if ours else " LTX-2.3 does not need who complains."
+    return Check(name, state, "; ".join(map(str, others)), f"pip install {wanted}.{lost}")
+
+
+def _unmet(packages: Packages) -> list[Unmet]:
+    return [each for each in packages.unmet if (each.package, each.name) != EXPECTED]
+
+
+def _wanted(unmet: list[Unmet]) -> str:
+    """One requirement that says what all of these do, such as ``tokenizers<0.23,>=0.22``."""
+    if not unmet:
+        return ""
+    specifier = unmet[0].requirement.specifier
+    for each in unmet[1:]:
+        specifier &= each.requirement.specifier
+    return f"{unmet[0].requirement.name}{specifier}"
+
+
+def check_encoders() -> Check:
+    """Whether PyAV can write what a generation writes: H.264 and AAC."""
+    name = "encoders of av"
+    try:
+        import av.codec
+    except (ImportError, OSError) as error:
+        return Check(name, State.BROKEN, f"av cannot be loaded ({error})", "pip install --force-reinstall av")
+    missing = []
+    for encoder in ENCODERS:
+        try:
+            av.codec.Codec(encoder, "w")
+        except (av.codec.codec.UnknownCodecError, av.FFmpegError):
+            missing.append(encoder)
+    if missing:
+        advice = "pip install --force-reinstall --only-binary=:all: av, whose wheels carry FFmpeg with both"
+        return Check(name, State.BROKEN, f"without {' and '.join(missing)}: no MP4 can be written", advice)
+    return Check(name, State.OK, " and ".join(ENCODERS))
+
+
+# --- The machine ---
+
+
+def check_chromium(which: Callable[[str], str | None] = shutil.which) -> Check:
+    """Only tests need a browser of the system's."""
+    found = next(filter(None, map(which, CHROMIUM)), None)
+    if found is None:
+        return Check("Chromium", State.OK, "none", "Only tests of pages need it: apt-get install chromium")
+    return Check("Chromium", State.OK, found)
+
+
+def check_disk(name: str, folder: Path, elsewhere: str) -> Check:
+    """Whether a folder, or the one it will be made in, can be written and has room."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        advice = f"It cannot be written: give yourself the right to, or {elsewhere} that can be"
+        return Check(name, State.BROKEN, str(folder), advice)
+    free = shutil.disk_usage(there).free
+    found = f"{folder}: {format_bytes(free)} free"
+    advice = f"Free some space, or {elsewhere} with {format_bytes(GOOD_DISK)} and more"
+    return Check(name, _enough(free, LEAST_DISK, GOOD_DISK), found, "" if free >= GOOD_DISK else advice)
+
+
+def check_memory(free: int | None = None) -> Check:
+    """Whether a tiny generation and a forecast have room: either takes some 1 GB."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    free = memory.available if free is None else free
+    found = f"{format_bytes(free)} of {format_bytes(memory.total)} free"
+    advice = "A tiny generation or a forecast takes 1 GB: end other programs, and run one job at a time"
+    return Check("memory", _enough(free, LEAST_MEMORY, GOOD_MEMORY), found, "" if free >= GOOD_MEMORY else advice)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm"), free: int | None = None) -> Check:  # noqa: S108
+    """Where the semaphores of processes and Chromium's pages lie; containers have little of it."""
+    if not folder.is_dir():
+        return Check("shared memory", State.OK, f"no {folder} on this system, nor need for it")
+    free = shutil.disk_usage(folder).free if free is None else free
+    found = f"{folder}: {format_bytes(free)} free"
+    if free >= GOOD_SHARED:
+        return Check("shared memory", State.OK, found)
+    advice = "Several processes at a time, and Chromium, may fail: start the container with --shm-size=1g"
+    return Check("shared memory", State.WARNING, found, advice)
+
+
+def _enough(free: int, least: int, good: int) -> State:
+    return State.BROKEN if free < least else State.WARNING if free < good else State.OK

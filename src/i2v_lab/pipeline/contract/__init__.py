@@ -1,0 +1,1 @@
+"""What every runner has in common."""

@@ -1,0 +1,78 @@
+"""Architectures as data: what a model is made of, read from ``data/architectures/*.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from i2v_lab.errors import UnknownModel
+from i2v_lab.paths import data_dir
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """One model, in the form in which its backend reads it from a checkpoint's safetensors metadata.
+
+    Compares and hashes by identity: :func:`load_architecture` makes one object a name.
+
+    Attributes:
+        name: ``ltx-2.3-22b``, ``ltxv-2b-0.9.8-distilled``, ...
+        model_version: As in the checkpoint's metadata; ltx-pipelines picks its sampling defaults by it.
+        config: ``transformer`` and ``vae`` sections; ``audio_vae`` and ``vocoder``, or ``scheduler``.
+        upsampler: The spatial latent upsampler's configuration.
+        gemma: What differs from ltx-core's built-in Gemma 3 12B: ``text_config``, ``vision_config``, top-level keys.
+        sampling: What differs from ltx-pipelines' defaults for this version: ``num_inference_steps``, ``stg_blocks``;
+            for ltx-video the published settings of both passes, by variant.
+        request: What to ask for where the caller does not say: width, height, frames, and what its backend needs.
+        backend: Whose code runs it (see :mod:`i2v_lab.pipeline.contract.runner`).
+        variants: Which of the samplers there are weights for.
+        text_encoder: The T5 encoder's configuration, for ltx-video.
+        lora_rank: Rank of the distilled LoRA.
+    """
+
+    name: str
+    model_version: str
+    config: dict[str, Any]
+    upsampler: dict[str, Any]
+    request: dict[str, Any]
+    lora_rank: int = 0
+    backend: str = "ltx-2"
+    variants: tuple[str, ...] = ("distilled", "dev")
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    gemma: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical JSON of everything that determines the weights' layout; equal text means equal layout."""
+        names = ("config", "upsampler", "gemma", "text_encoder", "lora_rank")
+        layout = {name: getattr(self, name) for name in names}
+        return json.dumps(layout, sort_keys=True)
+
+
+def architecture_names() -> list[str]:
+    """Names of all known architectures, sorted."""
+    return sorted(path.stem for path in (data_dir() / "architectures").glob("*.json"))
+
+
+@cache
+def load_architecture(name: str) -> Architecture:
+    """Read one architecture.
+
+    Raises:
+        UnknownModel: No file of that name; the message lists those that exist.
+
+    Example:
+        >>> load_architecture("ltx-2.3-22b").config["transformer"]["num_layers"]
+        48
+    """
+    names = architecture_names()
+    if name not in names:
+        raise UnknownModel(f"model={name!r} is not a known architecture; use one of: {', '.join(names)}", model=name)
+    values = json.loads((data_dir() / "architectures" / f"{name}.json").read_text())
+    known = set(Architecture.__dataclass_fields__)
+    fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
+    if "variants" in fields:
+        fields["variants"] = tuple(fields["variants"])
+    return Architecture(**fields)

@@ -1,0 +1,1 @@
+"""diffusers' pipelines; the only package that imports diffusers."""

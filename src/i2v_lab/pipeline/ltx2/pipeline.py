@@ -1,0 +1,138 @@
+"""The two-stage pipeline: the order of its phases, the grad mode of each, and the events on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+from i2v_lab.errors import InvalidRequest
+from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
+from i2v_lab.pipeline.contract.generation import (
+    GRAD_SCOPES,
+    Generation,
+    GradScopes,
+    VideoStream,
+    decode_chunks,
+    require_free_memory,
+    resolve_device,
+)
+from i2v_lab.pipeline.contract.lifecycle import phase_scope
+from i2v_lab.pipeline.contract.media import load_still
+from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import phases
+from i2v_lab.pipeline.ltx2.weights import Weights
+from i2v_lab.request import I2VRequest, Quantization
+
+
+class TwoStagePipeline:
+    """Image to video in two stages: denoise at half size, upsample the latent, refine at full size, decode.
+
+    A cold start on every call: each component is built for its phase and released after it, except that the transformer
+    of the distilled variant stays from the first stage to the second.
+
+    Args:
+        weights: From :func:`~i2v_lab.pipeline.ltx2.weights.resolve_weights`.
+        device: ``"cpu"`` or ``"cuda"``.
+        sinks: Called with every :data:`~i2v_lab.events.Event`.
+        techniques: What stands in for those of the request's memory policy.
+
+    Raises:
+        DeviceUnavailable: The device does not exist here.
+
+    Example:
+        >>> from i2v_lab.pipeline.contract.architectures import load_architecture
+        >>> from i2v_lab.pipeline.ltx2.weights import resolve_weights
+        >>> pipeline = TwoStagePipeline(resolve_weights(load_architecture("ltx-2.3-tiny")))  # doctest: +SKIP
+        >>> request = I2VRequest(image="still.png", width=192, height=128, frames=25)  # doctest: +SKIP
+        >>> frames = torch.cat(list(pipeline(request).video))  # (25, 128, 192, 3)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        device: str | torch.device = "cpu",
+        sinks: Sequence[EventSink] = (),
+        techniques: Techniques | None = None,
+    ) -> None:
+        self.weights = weights
+        self._techniques = techniques
+        self.device = resolve_device(device)
+        self._emit = broadcast([*sinks, *environment_sinks(self.device)])
+
+    def __call__(self, request: I2VRequest) -> Generation:
+        """Run every phase but the decoding of the video, which the returned stream does as it is consumed.
+
+        Raises:
+            InvalidRequest: The memory policy is ``auto``, which stands for others.
+            InvalidImage: The still cannot be read; nothing has been loaded by then.
+            DeviceUnavailable: The largest component does not fit the machine's free memory (CPU only).
+        """
+        if request.memory is MemoryPolicy.AUTO:
+            raise InvalidRequest(
+                "memory='auto' is for the caller to resolve; use i2v_lab.capacity.placement", memory="auto"
+            )
+        pixels = load_still(request.image)
+        require_memory(self.weights, request.quantization, self.device)
+        generator = torch.Generator(self.device).manual_seed(request.seed)
+        techniques = TECHNIQUES[request.memory] if self._techniques is None else self._techniques
+        run = phases.Run(request, self.weights, self.device, generator, techniques)
+        scopes = GRAD_SCOPES[request.decode_scope]
+        with scopes.body():
+            with self._phase(Phase.ENCODE_PROMPT) as scope:
+                contexts = phases.encode_prompt(run, scope)
+            with self._phase(Phase.ENCODE_IMAGE) as scope:
+                still_1, still_2 = phases.encode_image(run, scope, pixels)
+            with ExitStack() as held:  # the transformer, which the distilled variant builds once for both stages
+                with self._phase(Phase.DENOISE_STAGE_1) as scope:
+                    transformer = held.enter_context(phases.transformer(run, scope, stage=1))
+                    latents = phases.denoise_stage_1(run, scope, transformer, contexts, still_1)
+                    if run.guided:
+                        held.close()
+                with self._phase(Phase.UPSAMPLE_LATENT) as scope:
+                    latents = phases.upsample_latent(run, scope, latents)
+                with self._phase(Phase.DENOISE_STAGE_2) as scope:
+                    if run.guided:
+                        transformer = held.enter_context(phases.transformer(run, scope, stage=2))
+                    latents = phases.denoise_stage_2(run, scope, transformer, contexts, still_2, latents)
+                    held.close()
+            del contexts, still_1, still_2
+            with self._phase(Phase.DECODE_AUDIO) as scope:
+                audio = phases.decode_audio(run, scope, latents.audio)
+        source = self._decode_lazily(run, scopes, latents.video)
+        return Generation(VideoStream(source, request.shape, request.chunks()), audio)
+
+    def _decode_lazily(self, run: phases.Run, scopes: GradScopes, latent: torch.Tensor) -> Iterator[torch.Tensor]:
+        def build() -> torch.nn.Module:
+            with scopes.body():
+                return run.ledger().video_decoder()
+
+        with (
+            self._phase(Phase.DECODE_VIDEO) as scope,
+            scope.component("video_decoder", build) as decoder,
+        ):
+            chunks = phases.decode_video(run, decoder, latent)
+            yield from decode_chunks(chunks, run.request.chunks(), scopes, scope)
+
+    def _phase(self, phase: Phase) -> AbstractContextManager[Any]:
+        return phase_scope(phase, self.device, self._emit)
+
+
+def require_memory(weights: Weights, quantization: Quantization, device: torch.device) -> None:
+    """On a CPU, refuse a model whose largest component exceeds the free memory, before the system kills the run.
+
+    Raises:
+        DeviceUnavailable: With the component, its size, and the memory there is.
+    """
+    if device.type != "cpu":
+        return
+    architecture = weights.architecture
+    gemma = sum(math.prod(shape) for shape in ltx2.file_layout(architecture, "gemma").values())
+    transformer = sum(p.numel() for p in ltx2.meta_component(architecture, "transformer").parameters())
+    item_bytes = 1 if quantization is Quantization.FP8_CAST else ltx2.DTYPE.itemsize
+    sizes = {"text_encoder": gemma * ltx2.DTYPE.itemsize, "transformer": transformer * item_bytes}
+    require_free_memory(architecture.name, sizes, device, "ltx-2.3-tiny")

@@ -1,0 +1,1 @@
+"""First-generation LTX-Video; the only package that imports ltx_video."""

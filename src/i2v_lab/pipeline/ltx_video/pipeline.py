@@ -1,0 +1,143 @@
+"""The pipeline of first-generation LTX-Video: the order of its phases, the grad mode of each, and its events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
+from i2v_lab.pipeline.contract.generation import (
+    GRAD_SCOPES,
+    Generation,
+    GradScopes,
+    VideoStream,
+    decode_chunks,
+    require_free_memory,
+    resolve_device,
+)
+from i2v_lab.pipeline.contract.lifecycle import phase_scope
+from i2v_lab.pipeline.contract.media import load_still
+from i2v_lab.pipeline.contract.random_tensors import DTYPE
+from i2v_lab.pipeline.contract.runner import check_request, stage_shape
+from i2v_lab.pipeline.contract.weight_files import elements
+from i2v_lab.pipeline.ltx_video import passes as ltx_video
+from i2v_lab.pipeline.ltx_video.weights import LtxVideoWeights, file_layout
+from i2v_lab.request import I2VRequest
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The two sources of randomness that the package draws from.
+
+    Attributes:
+        passed: The generator that its pipeline is given.
+        of_torch: In the place of torch's own, seeded alike: for the still's latents and the noise before decoding.
+    """
+
+    passed: torch.Generator
+    of_torch: torch.Generator
+
+
+class LtxVideoPipeline:
+    """Image to video in two stages: denoise at two thirds of the size, upsample the latent, refine, decode.
+
+    Each pass is the package's own. A component is built for its phase and released after it, except that the
+    transformer stays from the first pass to the second. There is no sound.
+
+    Args:
+        weights: From :func:`~i2v_lab.pipeline.ltx_video.weights.resolve_weights`.
+        device: ``"cpu"`` or ``"cuda"``.
+        sinks: Called with every :data:`~i2v_lab.events.Event`.
+
+    Raises:
+        DeviceUnavailable: The device does not exist here.
+
+    Example:
+        >>> from i2v_lab.pipeline.contract.architectures import load_architecture
+        >>> from i2v_lab.pipeline.ltx_video.weights import resolve_weights
+        >>> pipeline = LtxVideoPipeline(resolve_weights(load_architecture("ltxv-tiny")))  # doctest: +SKIP
+        >>> size = {"width": 192, "height": 128, "frames": 25}
+        >>> request = I2VRequest(image="still.png", **size, quantization="bf16", tiling=None)
+        >>> frames = torch.cat(list(pipeline(request).video))  # (25, 128, 192, 3)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, weights: LtxVideoWeights, device: str | torch.device = "cpu", sinks: Sequence[EventSink] = ()
+    ) -> None:
+        self.weights = weights
+        self.device = resolve_device(device)
+        self._emit = broadcast([*sinks, *environment_sinks(self.device)])
+
+    def __call__(self, request: I2VRequest) -> Generation:
+        """Run every phase but the decoding of the video, which the returned stream does as it is consumed.
+
+        Raises:
+            InvalidRequest: The model has not what is asked for.
+            InvalidImage: The still cannot be read; nothing has been loaded by then.
+            DeviceUnavailable: The largest component does not fit the machine's free memory (CPU only).
+        """
+        weights, device = self.weights, self.device
+        check_request(weights.architecture, request)
+        pixels = ltx_video.still_pixels(load_still(request.image), request)
+        self._require_memory()
+        noise = _Noise(*(torch.Generator(device).manual_seed(request.seed) for _ in range(2)))
+        scopes = GRAD_SCOPES[request.decode_scope]
+        with scopes.body():
+            vae = ltx_video.build_vae(weights, device)
+            with self._phase(Phase.ENCODE_PROMPT) as scope:
+                build = partial(ltx_video.build_text_encoder, weights, device)
+                with scope.component("text_encoder", build) as encoder:
+                    contexts = ltx_video.encode_prompt(weights, device, vae, encoder, request)
+            with self._phase(Phase.ENCODE_IMAGE) as scope:
+                build = partial(ltx_video.build_vae, weights, device, "encoder")
+                with scope.component("video_encoder", build) as encoder:
+                    still = torch.tensor(pixels)
+                    shapes = [stage_shape(weights.architecture, request, stage) for stage in (1, 2)]
+                    stills = [ltx_video.encode_still(encoder, still, each, device, noise.of_torch) for each in shapes]
+                    del still
+            with ExitStack() as held:  # the transformer of both passes
+                with self._phase(Phase.DENOISE_STAGE_1) as scope:
+                    build = partial(ltx_video.build_transformer, weights, device)
+                    transformer = held.enter_context(scope.component("transformer", build))
+                    latents = ltx_video.denoise(
+                        weights, request, 1, transformer, vae, contexts, stills[0], noise.passed, scope.step
+                    )
+                with self._phase(Phase.UPSAMPLE_LATENT) as scope:
+                    build = partial(ltx_video.build_upsampler, weights, device)
+                    with scope.component("spatial_upsampler", build) as upsampler:
+                        latents = ltx_video.upsample_latent(weights, device, vae, upsampler, latents)
+                with self._phase(Phase.DENOISE_STAGE_2) as scope:
+                    latents = ltx_video.denoise(
+                        weights, request, 2, transformer, vae, contexts, stills[1], noise.passed, scope.step, latents
+                    )
+                    held.close()
+                    latents = ltx_video.latent_to_decode(weights, request, latents, noise.of_torch)
+            del contexts, stills, vae
+        source = self._decode_lazily(request, scopes, latents)
+        return Generation(VideoStream(source, request.shape, request.chunks()), None)
+
+    def _decode_lazily(self, request: I2VRequest, scopes: GradScopes, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        def build() -> torch.nn.Module:
+            with scopes.body():
+                return ltx_video.build_vae(self.weights, self.device, "decoder")
+
+        with self._phase(Phase.DECODE_VIDEO) as scope, scope.component("video_decoder", build) as decoder:
+            chunks = ltx_video.decode_video(self.weights, request, decoder, latents)
+            yield from decode_chunks(chunks, request.chunks(), scopes, scope)
+
+    def _require_memory(self) -> None:
+        architecture = self.weights.architecture
+        layouts = {"text_encoder": file_layout(architecture, "text_encoder")}
+        prefix = ltx_video.TRANSFORMER_PREFIX
+        checkpoint = file_layout(architecture, "checkpoint")
+        layouts["transformer"] = {key: shape for key, shape in checkpoint.items() if key.startswith(prefix)}
+        sizes = {name: elements(layout) * DTYPE.itemsize for name, layout in layouts.items()}
+        require_free_memory(architecture.name, sizes, self.device, "ltxv-tiny")
+
+    def _phase(self, phase: Phase) -> AbstractContextManager[Any]:
+        return phase_scope(phase, self.device, self._emit)

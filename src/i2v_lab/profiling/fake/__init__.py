@@ -1,0 +1,1 @@
+"""Torch code run under fake tensors: devices, operators, allocator, workspaces."""

@@ -1,0 +1,1 @@
+"""Magics, cell meter and papermill engine."""

@@ -1,0 +1,1 @@
+"""Memory meters, one for each kind of device."""

@@ -1,0 +1,362 @@
+"""The figures of the studies, each from a tidy table with whole bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from i2v_lab.reporting.figures.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    MARKERS,
+    PHASE_COLOURS,
+    PUBLISHED,
+    STYLE,
+    YELLOW,
+    byte_scale,
+    phase_label,
+)
+from i2v_lab.reporting.tables import WORDS
+from i2v_lab.units import format_bytes
+
+TileLayout = tuple[str, tuple[int, int, int], Any]
+VERDICTS = {"fits": (GREEN, "fits"), "tight": (YELLOW, "tight"), "no": ("#DDDDDD", "does not fit")}
+
+
+def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
+    """How tiles lie over one frame, and over time; where they overlap, pixels are decoded more than once.
+
+    Args:
+        layouts: ``(name, (width, height, frames), grid)``; the grid's ``rows``, ``columns`` and ``groups`` are
+            intervals in pixels and frames.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * len(layouts), 3.4), layout="constrained")
+        grid = figure.subplots(2, len(layouts), squeeze=False, height_ratios=[3, 1])
+        for column, (name, (width, height, frames), tiles) in enumerate(layouts):
+            plane, time = grid[0][column], grid[1][column]
+            rows, columns, groups = tiles.rows, tiles.columns, tiles.groups
+            for top, bottom in rows:
+                for left, right in columns:
+                    plane.add_patch(_tile(left, top, right - left, bottom - top))
+            plane.set(xlim=(-0.02 * width, 1.02 * width), ylim=(1.02 * height, -0.02 * height), aspect="equal")
+            count = len(rows) * len(columns) * len(groups)
+            plane.set_title(f"{_two_lines(name)}\n{count} tile{'s' * (count > 1)}", fontsize=9, loc="left")
+            for level, (start, stop) in enumerate(groups):
+                time.add_patch(_tile(start, level % 2 * 0.5, stop - start, 0.45))
+            time.set(xlim=(-0.02 * frames, 1.02 * frames), ylim=(-0.1, 1.05), yticks=[])
+            time.spines["left"].set_visible(False)
+            for axes in (plane, time):
+                axes.grid(visible=False)
+                axes.tick_params(labelsize=8)
+            time.set_xlabel("frame", fontsize=8)
+            plane.set_xlabel("pixel", fontsize=8)
+    return figure
+
+
+def _two_lines(name: str) -> str:
+    return name.replace(", overlap", "\noverlap")
+
+
+def _tile(left: float, top: float, width: float, height: float) -> Rectangle:
+    return Rectangle((left, top), width, height, facecolor=BLUE, alpha=0.28, edgecolor=BLUE, linewidth=0.8)
+
+
+def tiling_figure(table: pd.DataFrame, room_bytes: int | None = None, room_name: str = "") -> Figure:
+    """The decoder's peak by tiling, with the graph retained and without.
+
+    Args:
+        table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome``.
+        room_bytes: Where to draw the end of a card.
+        room_name: Its name.
+    """
+    names = list(dict.fromkeys(table["tiling"]))
+    scale, unit = byte_scale(float(table["decode_peak_bytes"].max()))
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(7.6, 0.95 * len(names) + 1.1), layout="constrained")
+        axes = figure.add_subplot()
+        largest = float(table["decode_peak_bytes"].max()) / scale
+        for offset, scope in ((-0.2, "escaped"), (0.2, "no_grad")):
+            for row in table[table["decode_scope"] == scope].to_dict("records"):
+                if pd.isna(row["decode_peak_bytes"]):
+                    continue
+                place, value = names.index(row["tiling"]) + offset, row["decode_peak_bytes"] / scale
+                failed = row["status"] != "complete"
+                axes.barh(place, value, height=0.36, color=COLOURS[scope], alpha=0.45 if failed else 1)
+                words = f" {format_bytes(int(row['decode_peak_bytes']))}, {WORDS[scope]}"
+                axes.text(value, place, words + (", out of memory" if failed else ""), va="center", fontsize=8.5)
+                theirs = row["published_bytes"]
+                if scope == "escaped" and not pd.isna(theirs):
+                    style = PUBLISHED | ({"marker": "x"} if row["published_outcome"] != "complete" else {})
+                    axes.plot(theirs / scale, place, **style)
+        if room_bytes is not None and 0.2 * largest < room_bytes / scale < 1.4 * largest:
+            axes.axvline(room_bytes / scale, color="#000000", linewidth=1, linestyle="--")
+            axes.text(room_bytes / scale, -0.62, f" {room_name}", fontsize=8.5, va="bottom")
+        axes.set_yticks(range(len(names)), [_two_lines(name) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.75)
+        axes.set_xlim(0, largest * 1.42)
+        axes.set_xlabel(f"peak while the video is decoded ({unit})")
+        _published_legend(axes, table, failed=True)
+    return figure
+
+
+def _published_legend(axes: Axes, table: pd.DataFrame, failed: bool = False, place: str = "lower right") -> None:
+    known = table[table["published_bytes"].notna()]
+    handles: list[Any] = []
+    if (known["published_outcome"] == "complete").any():
+        handles.append(Line2D([], [], **PUBLISHED, label="published, whole run"))
+    if failed and (known["published_outcome"] == "out of memory").any():
+        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label="published, ran out of memory there"))
+    if handles:
+        axes.legend(handles=handles, frameon=False, fontsize=8.5, loc=cast(Any, place))
+
+
+def boundaries_figure(phases: pd.DataFrame) -> Figure:
+    """Peak so far at each phase boundary, one line a scope: where a run's memory was needed.
+
+    Args:
+        phases: Rows with ``decode_scope, phase, peak_so_far_bytes``, in the order of the phases; and, if there is a
+            published run, ``published_so_far_bytes``.
+    """
+    scale, unit = byte_scale(float(phases["peak_so_far_bytes"].max()))
+    names = [str(phase) for phase in phases["phase"].unique()]
+    last = phases.groupby("decode_scope", sort=False)["peak_so_far_bytes"].last()
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        top = float(phases["peak_so_far_bytes"].max())
+        apart = last.max() - last.min() > 0.12 * top  # else the labels would lie on one another
+        for scope in phases["decode_scope"].unique():
+            shift = 0 if apart else 16 if scope == last.index[0] else -16
+            values = phases[phases["decode_scope"] == scope]["peak_so_far_bytes"].astype(float) / scale
+            colour = COLOURS.get(scope, "#000000")
+            axes.plot(range(len(names)), values, color=colour, linewidth=2, **MARKERS.get(scope, {"marker": "^"}))
+            axes.annotate(
+                f"{WORDS.get(scope, scope)}\n{format_bytes(int(last[scope]))}",
+                (len(names) - 1, values.iloc[-1]),
+                xytext=(10, shift),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                fontweight="bold",
+            )
+        if "published_so_far_bytes" in phases:
+            known = phases[phases["published_so_far_bytes"].notna()]
+            if len(known):
+                places = [names.index(phase) for phase in known["phase"]]
+                axes.plot(places, known["published_so_far_bytes"].astype(float) / scale, **PUBLISHED)
+                handle = Line2D([], [], **PUBLISHED, label="published, outside no_grad")
+                axes.legend(handles=[handle], frameon=False, fontsize=9, loc="upper left")
+        axes.set_xticks(range(len(names)), [phase_label(name) for name in names])
+        axes.set_xlim(-0.3, len(names) + 0.5)
+        axes.set_ylim(0, top / scale * 1.15)
+        axes.set_ylabel(f"peak so far ({unit})")
+        axes.set_xlabel("after phase")
+    return figure
+
+
+def modules_figure(table: pd.DataFrame, top: int = 10) -> Figure:
+    """Who holds the graph: bytes saved for backward by module, the largest above.
+
+    Args:
+        table: ``module, saved_bytes, share``.
+        top: How many; the rest is one bar.
+    """
+    rows: list[dict[Any, Any]] = table.head(top).to_dict("records")
+    rest = table.iloc[top:]
+    if len(rest):
+        others = {"saved_bytes": rest["saved_bytes"].sum(), "share": rest["share"].sum()}
+        rows.append({"module": f"{len(rest)} others", **others})
+    scale, unit = byte_scale(float(table["saved_bytes"].max()))
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(7.6, 0.34 * len(rows) + 0.9), layout="constrained")
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            axes.barh(place, row["saved_bytes"] / scale, color=COLOURS["escaped"], height=0.7)
+            words = f" {format_bytes(int(row['saved_bytes']))}, {100 * row['share']:.0f} %"
+            axes.text(row["saved_bytes"] / scale, place, words, va="center", fontsize=8.5)
+        axes.set_yticks(range(len(rows)), [row["module"] or "outside any module" for row in rows], fontsize=8.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, max(row["saved_bytes"] for row in rows) / scale * 1.25)
+        axes.set_xlabel(f"saved for backward ({unit})")
+    return figure
+
+
+def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: str) -> Figure:
+    """Peak of each phase over one quantity; the highest decides.
+
+    Args:
+        phases: ``phase, peak_bytes, decides`` and the quantity.
+        runs: ``published_bytes, published_outcome`` and the quantity.
+        over: The column to go over, such as ``megapixels``.
+        label: Of that axis.
+    """
+    scale, unit = byte_scale(float(phases["peak_bytes"].max()))
+    tall = phases.groupby("phase")["peak_bytes"].max()
+    names = [name for name in tall.index if tall[name] > 0.04 * tall.max()]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        ends: list[tuple[float, str]] = []
+        for name in names:
+            part = phases[phases["phase"] == name].sort_values(over)
+            values = part["peak_bytes"].astype(float) / scale
+            colour = PHASE_COLOURS.get(str(name), GREY)
+            axes.plot(part[over], values, color=colour, linewidth=1.8, marker="o", markersize=4)
+            decides = part["decides"].to_numpy(bool)
+            axes.plot(part[over][decides], values[decides], "o", markersize=10, mfc="none", mec=colour, mew=2)
+            ends.append((float(values.iloc[-1]), str(name)))
+        ceiling = float(phases["peak_bytes"].max()) / scale
+        right = float(phases[over].max())
+        ends.sort()
+        places = _spread([value for value, _ in ends], 0.062 * ceiling)
+        for (value, name), place in zip(ends, places, strict=True):
+            axes.annotate(
+                f"{name.replace('_', ' ')}, {value:.2f}",
+                (right, value),
+                xytext=(right + 0.03 * (right - float(phases[over].min())), place),
+                color=PHASE_COLOURS.get(name, GREY),
+                fontsize=9,
+                va="center",
+                fontweight="bold",
+            )
+        known = runs[runs["published_bytes"].notna()]
+        if len(known):
+            axes.plot(known[over], known["published_bytes"].astype(float) / scale, **PUBLISHED)
+            ceiling = max(ceiling, float(known["published_bytes"].max()) / scale)
+            _published_legend(axes, runs, place="upper left")
+        left = float(phases[over].min())
+        axes.set_xlim(left - 0.05 * (right - left), right + 0.42 * (right - left) if right > left else right + 1)
+        ticks = sorted(set(phases[over]))
+        axes.set_xticks(ticks, [f"{round(value, 2):g}" for value in ticks], fontsize=8.5)
+        axes.set_ylim(0, ceiling * 1.15)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"peak of the phase ({unit})")
+    return figure
+
+
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """Places for labels beside ``values``, in their order, none nearer to the next than ``gap``."""
+    places: list[float] = []
+    for value in values:
+        places.append(max(value, places[-1] + gap) if places else value)
+    return places
+
+
+def leak_figure(table: pd.DataFrame) -> Figure:
+    """What is still allocated after each generation, with streams consumed to their end and with streams kept.
+
+    Args:
+        table: ``decode_scope, consumer, generation, allocated_bytes``.
+    """
+    scale, unit = byte_scale(float(table["allocated_bytes"].max()))
+    consumers = list(dict.fromkeys(table["consumer"]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.7 * len(consumers) + 0.4, 3.3), layout="constrained")
+        panels = figure.subplots(1, len(consumers), sharey=True, squeeze=False)[0]
+        top = float(table["allocated_bytes"].max()) / scale
+        for axes, consumer in zip(panels, consumers, strict=True):
+            part = table[table["consumer"] == consumer]
+            last = part.groupby("decode_scope", sort=False)["allocated_bytes"].last() / scale
+            apart = last.max() - last.min() > 0.15 * top
+            for index, scope in enumerate(last.index):
+                rows = part[part["decode_scope"] == scope]
+                values = rows["allocated_bytes"] / scale
+                axes.plot(rows["generation"], values, color=COLOURS[scope], linewidth=2, **MARKERS[scope])
+                axes.annotate(
+                    f"{WORDS[scope]}\n{format_bytes(int(rows['allocated_bytes'].iloc[-1]))}",
+                    (rows["generation"].iloc[-1], values.iloc[-1]),
+                    xytext=(-6, 12 if apart or index else 44),
+                    textcoords="offset points",
+                    ha="right",
+                    color=COLOURS[scope],
+                    fontsize=9,
+                    fontweight="bold",
+                )
+            axes.set_title(f"each stream {WORDS[consumer]}", fontsize=10, loc="left")
+            axes.set_xticks(sorted(set(part["generation"])))
+            axes.set_xlabel("generation")
+            axes.set_ylim(-0.04 * top, top * 1.25)
+        panels[0].set_ylabel(f"still allocated ({unit})")
+    return figure
+
+
+def card_map_figure(table: pd.DataFrame) -> Figure:
+    """Which requests each card takes: one panel a card, sizes by frames.
+
+    Args:
+        table: ``gpu, memory_bytes, width, height, frames, needed_bytes, verdict``; cards in the order of the panels.
+    """
+    gpus = list(dict.fromkeys(table["gpu"]))
+    sizes = sorted({(w, h) for w, h in zip(table["width"], table["height"], strict=True)}, key=lambda wh: wh[0] * wh[1])
+    frames = sorted(set(table["frames"]))
+    across = min(4, len(gpus))
+    down = -(-len(gpus) // across)
+    scale, _ = byte_scale(float(table["memory_bytes"].max()))
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(1.0 + 2.15 * across, 0.9 + (0.55 + 0.36 * len(sizes)) * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+        for index, axes in enumerate(panels.flat):
+            if index >= len(gpus):
+                axes.set_visible(False)
+                continue
+            part = table[table["gpu"] == gpus[index]]
+            for row in part.to_dict("records"):
+                x, y = frames.index(row["frames"]), sizes.index((row["width"], row["height"]))
+                colour, _ = VERDICTS[row["verdict"]]
+                axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, linewidth=0))
+                needed = row["needed_bytes"] / scale
+                ink = "#ffffff" if row["verdict"] == "fits" else "#333333"
+                text = f"{needed:.1f}" if needed < 100 else f"{needed:.0f}"
+                weight = "bold" if row["verdict"] == "fits" else "normal"
+                axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=ink, fontweight=weight)
+            memory = format_bytes(int(part["memory_bytes"].iloc[0]))
+            axes.set_title(f"{gpus[index]}, {memory}", fontsize=8, loc="left")
+            axes.set(xlim=(-0.55, len(frames) - 0.45), ylim=(-0.55, len(sizes) - 0.45))
+            axes.set_xticks(range(len(frames)), [str(count) for count in frames], fontsize=8)
+            axes.set_yticks(range(len(sizes)), [f"{w}x{h}" for w, h in sizes], fontsize=8)
+            axes.tick_params(length=0)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        handles = [Patch(facecolor=colour, label=label) for colour, label in VERDICTS.values()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
+        figure.supxlabel("frames; in each cell the GiB that the process takes from the card", fontsize=8.5)
+    return figure
+
+
+def accuracy_figure(table: pd.DataFrame) -> Figure:
+    """The error of every forecast phase, on a scale that shows 0.001 % and 3 % alike.
+
+    Args:
+        table: ``phase, error``, relative.
+    """
+    names = list(dict.fromkeys(table["phase"]))
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(7.2, 0.4 * len(names) + 1.1), layout="constrained")
+        axes = figure.add_subplot()
+        random = np.random.default_rng(0)
+        for place, name in enumerate(names):
+            errors = 100 * table[table["phase"] == name]["error"].to_numpy(float)
+            heights = place + random.uniform(-0.22, 0.22, len(errors))
+            axes.plot(errors, heights, "o", color=PHASE_COLOURS.get(str(name), GREY), alpha=0.7, markersize=4.5)
+        axes.set_xscale("symlog", linthresh=0.01, linscale=0.6)
+        ticks = [-3, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 3]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlim(-4, 4)
+        axes.minorticks_off()
+        axes.axvline(0, color="#000000", linewidth=0.8)
+        axes.axvspan(-1, 1, color=BLUE, alpha=0.07, linewidth=0)
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel("forecast's peak against the measured one (%; shaded: within 1 %)")
+    return figure

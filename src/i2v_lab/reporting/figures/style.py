@@ -1,0 +1,80 @@
+"""Figures in one style: colour-blind safe, units on the axes, lines labelled where they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from i2v_lab.files import write_atomically
+from i2v_lab.units import GIB, MIB
+
+# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
+    "#D55E00",
+    "#0072B2",
+    "#56B4E9",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#777777",
+)
+COLOURS = {"escaped": ORANGE, "no_grad": BLUE, "escaped, guarded": GREEN}
+PHASE_COLOURS = {
+    "encode_prompt": BLUE,
+    "encode_image": GREY,
+    "denoise_stage_1": YELLOW,
+    "upsample_latent": PINK,
+    "denoise_stage_2": ORANGE,
+    "decode_audio": SKY,
+    "decode_video": GREEN,
+}
+PUBLISHED: Any = {"marker": "D", "color": "#000000", "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
+# A ring and a square that fits into it: where two lines coincide, both markers can be seen.
+MARKERS: dict[str, Any] = {
+    "escaped": {"marker": "o", "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2},
+    "no_grad": {"marker": "s", "markersize": 5},
+}
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "i2v-lab",
+    "svg.fonttype": "path",
+}
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as SVG and PNG; the same figure gives the same SVG, byte for byte."""
+    with mpl.rc_context(STYLE):
+        figure.draw_without_rendering()  # where axes keep their aspect, the layout is right from the second time on
+        svg = write_atomically(folder / f"{name}.svg", lambda part: figure.savefig(part, metadata={"Date": None}))
+    return [svg, save_png(figure, folder / f"{name}.png")]
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG."""
+    with mpl.rc_context(STYLE):
+        return write_atomically(path, lambda part: figure.savefig(part, dpi=160))
+
+
+def byte_scale(largest_bytes: float) -> tuple[int, str]:
+    """The unit for an axis: what to divide by, and its name.
+
+    Example:
+        >>> byte_scale(3 * 2**30)
+        (1073741824, 'GiB')
+    """
+    return (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
+
+
+def phase_label(phase: str) -> str:
+    """A phase's name in two short lines."""
+    return phase.replace("_", "\n", 1).replace("_", " ")

@@ -1,0 +1,127 @@
+"""The figures of what holds the peak: a waterfall of techniques, and phases under each policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from i2v_lab.reporting.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PHASE_COLOURS,
+    STYLE,
+    byte_scale,
+    phase_label,
+)
+from i2v_lab.units import format_bytes
+
+POLICY_COLOURS = {"resident": ORANGE, "lean": BLUE, "streamed": GREEN}
+HATCHES = {"resident": "", "lean": "//", "streamed": ".."}  # to be told apart in black and white too
+
+
+def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) -> Figure:
+    """The whole run's peak after each technique, in the colour of the phase that holds it.
+
+    At the right, in grey, what the technique did to the phase that it is for, where that does not hold the peak, and
+    what it cost in time, where that is known.
+
+    Args:
+        steps: The columns of :func:`~i2v_lab.studies.techniques.steps_table`, in the order of the steps.
+        published_bytes: The published study's peak, where the fall begins.
+    """
+    rows: list[dict[Any, Any]] = steps[steps["peak_bytes"].notna()].to_dict("records")
+    if published_bytes is not None:
+        rows.insert(0, {"words": "published study", "peak_bytes": published_bytes, "peak_phase": "", "own_phase": ""})
+    largest = float(max(row["peak_bytes"] for row in rows))
+    scale, unit = byte_scale(largest)
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(8.6, 0.4 * len(rows) + 1.3), layout="constrained")
+        axes = figure.add_subplot()
+        before = rows[0]["peak_bytes"] / scale
+        for place, row in enumerate(rows):
+            value = row["peak_bytes"] / scale
+            colour = PHASE_COLOURS.get(row["peak_phase"], GREY)
+            style: Any = {"color": colour} if row["peak_phase"] else {"facecolor": "none", "edgecolor": "#000000"}
+            axes.barh(place, value, height=0.66, **style)
+            if before > value:  # what the step took away
+                axes.barh(place, before - value, left=value, height=0.66, color=colour, alpha=0.22)
+            if place:
+                axes.plot([before, before], [place - 1 + 0.33, place - 0.33], color="#999999", linewidth=0.8)
+            _label(axes, place, row, max(value, before))
+            before = value
+        axes.set_yticks(range(len(rows)), [row["words"] for row in rows], fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.6)
+        axes.set_xlim(0, largest / scale * 1.24)
+        axes.set_xlabel(f"peak of the whole run ({unit})")
+        handles = [
+            Patch(facecolor=PHASE_COLOURS.get(phase, GREY), label=f"held by {phase.replace('_', ' ')}")
+            for phase in dict.fromkeys(row["peak_phase"] for row in rows if row["peak_phase"])
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _label(axes: Axes, place: int, row: dict[Any, Any], right: float) -> None:
+    axes.text(right, place, f" {format_bytes(int(row['peak_bytes']))}", va="center", fontsize=9, fontweight="bold")
+    changes = []
+    if row["own_phase"] != row["peak_phase"] and not _absent(row, "before_bytes", "after_bytes"):
+        changes.append(f"{format_bytes(int(row['before_bytes']))} to {format_bytes(int(row['after_bytes']))}")
+    if not _absent(row, "before_seconds", "after_seconds"):
+        changes.append(f"{row['before_seconds']:.1f} s to {row['after_seconds']:.1f} s")
+    if row["own_phase"] and changes:
+        words = f"{row['own_phase'].replace('_', ' ')}: {', '.join(changes)}"
+        beside = axes.get_yaxis_transform()
+        axes.text(1.01, place, words, transform=beside, va="center", fontsize=7.5, color="#555555")
+
+
+def _absent(row: dict[Any, Any], *names: str) -> bool:
+    return any(pd.isna(row.get(name)) for name in names)
+
+
+def policies_figure(table: pd.DataFrame) -> Figure:
+    """Every phase's peak under each policy, one panel for each size.
+
+    Args:
+        table: ``size, policy, phase, peak_bytes, recorded_bytes``; a recorded peak is a mark on its bar.
+    """
+    sizes, policies = list(dict.fromkeys(table["size"])), list(dict.fromkeys(table["policy"]))
+    phases = list(dict.fromkeys(table["phase"]))
+    scale, unit = byte_scale(float(table["peak_bytes"].max()))
+    height = 0.8 / len(policies)
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(7.8, 0.62 * len(phases) + 1.3), layout="constrained")
+        panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+        right = float(table["peak_bytes"].max()) / scale * 1.24
+        for axes, size in zip(panels, sizes, strict=True):
+            for row in table[table["size"] == size].to_dict("records"):
+                number = policies.index(row["policy"])
+                place = phases.index(row["phase"]) + (number - (len(policies) - 1) / 2) * height
+                value, colour = row["peak_bytes"] / scale, POLICY_COLOURS[row["policy"]]
+                hatch = HATCHES[row["policy"]]
+                axes.barh(place, value, height=0.9 * height, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+                axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5)
+                if not pd.isna(row["recorded_bytes"]):
+                    axes.plot(row["recorded_bytes"] / scale, place, "|", color="#000000", markersize=7)
+            axes.set_title(size, fontsize=10, loc="left")
+            axes.set_xlim(0, right)
+            axes.set_xlabel(f"peak of the phase ({unit})")
+        panels[0].set_yticks(
+            range(len(phases)), [phase_label(phase).replace("\n", " ") for phase in phases], fontsize=9
+        )
+        panels[0].set_ylim(len(phases) - 0.5, -0.5)
+        handles: list[Any] = [
+            Patch(facecolor=POLICY_COLOURS[policy], hatch=HATCHES[policy], edgecolor="white", label=policy)
+            for policy in policies
+        ]
+        if table["recorded_bytes"].notna().any():
+            handles.append(Line2D([], [], color="#000000", marker="|", linestyle="none", label="measured"))
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+    return figure

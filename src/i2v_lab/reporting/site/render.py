@@ -1,0 +1,146 @@
+"""The write-up: every executed notebook as one self-contained page, and an index that tells the story."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import nbformat
+import psutil
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
+
+from i2v_lab.files import write_text
+from i2v_lab.reporting.results import MIME
+from i2v_lab.reporting.site.inline_svg import inline_svg
+from i2v_lab.reporting.site.story import Page, headline, read_page
+from i2v_lab.runs.store import run_metadata
+from i2v_lab.units import format_bytes
+
+TEMPLATES = Path(__file__).parent / "templates"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+BANNER = "papermill-error-cell-tag"  # papermill's own cells about an error; the page has its own words for it
+
+
+def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) -> Path:
+    """Render executed notebooks and their index.
+
+    Args:
+        executed: Notebooks with outputs.
+        failed: Those among them that did not run to the end.
+        folder: Gets ``index.html`` and one page a notebook.
+
+    Returns:
+        The index.
+    """
+    pages = [read_page(notebook, notebook in failed) for notebook in executed]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["inline"] = inline_markdown
+    environment.filters["plain"] = plain_markdown
+    environment.globals.update(
+        css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        provenance=provenance(),
+        pages=pages,
+    )
+    exporter: Any = HTMLExporter(
+        template_name="article", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
+    )
+    page_template = environment.get_template("page.html.j2")
+    for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
+        body = notebook_body(exporter, notebook, page, pages)
+        html = page_template.render(
+            page=page,
+            body=Markup(body),  # noqa: S704 - what our own notebooks show
+            previous=pages[index - 1] if index else None,
+            following=pages[index + 1] if index + 1 < len(pages) else None,
+        )
+        write_text(folder / page.href, html)
+    index_html = environment.get_template("site_index.html.j2").render(
+        headline=headline(pages), stems={page.stem[:2]: page for page in pages}
+    )
+    return write_text(folder / "index.html", index_html)
+
+
+def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page]) -> str:
+    """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages."""
+    node = nbformat.read(notebook, as_version=4)
+    node.cells = [cell for cell in node.cells if BANNER not in cell.metadata.get("tags", [])]
+    _prepare_outputs(node.cells, page.title)
+    first = next((cell for cell in node.cells if cell.cell_type == "markdown" and "# " in cell.source), None)
+    if first is not None:
+        first.metadata["with_verdict"] = True
+    body, _ = exporter.from_notebook_node(node, resources={"page": page})
+    stems = "|".join(re.escape(other.stem) for other in pages)
+    return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
+
+
+def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
+    """Label what is shown with the heading above it, keep the ids of figures apart, and leave out pandas' own style."""
+    heading, count, figures = plain_markdown(title), 0, 0
+    errors = []
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"^#{1,4} +(.+)$", cell.source, re.MULTILINE)
+            if found:
+                heading, count = plain_markdown(found[-1]), 0
+            continue
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                errors.append(output)
+            data = output.get("data", {})
+            if not data or MIME in data:
+                continue
+            if "text/html" in data:
+                data.pop(WIDGET, None)  # widgets need a kernel; each says the same as HTML
+            if "image/svg+xml" in data or "image/png" in data or "text/html" in data:
+                count += 1
+            label = heading if count < 2 else f"{heading} ({count})"
+            output.metadata["label"] = label
+            if "image/svg+xml" in data:
+                figures += 1
+                data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)
+            if "text/html" in data:
+                html = re.sub(r"<style scoped>.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
+                data["text/html"] = re.sub(r'<table border="1"', "<table", html)
+    if errors:
+        errors[-1]["anchor"] = True  # the one that ended the notebook, if any did
+
+
+def inline_markdown(text: str) -> Markup:
+    """One line of Markdown as HTML without a paragraph around it."""
+    html = markdown2html(text).strip()
+    return Markup(re.sub(r"^<p>(.*)</p>$", r"\1", html, flags=re.DOTALL))  # noqa: S704 - a line of a notebook of ours
+
+
+def plain_markdown(text: str) -> str:
+    """One line of Markdown as plain text: for titles and labels, where nothing can be emphasized."""
+    return str(Markup(inline_markdown(text)).striptags())  # noqa: S704 - only to take the tags out
+
+
+def provenance() -> dict[str, str]:
+    """On which machine, with which versions, from which commit, and when; what is not known is said to be so."""
+    found = run_metadata({}, "cuda:0", 0, [], "")
+    versions = {name: text for name, text in found["versions"].items() if text}
+    commit = found["git_commit"]
+    changed = ", with changes that are not committed" if found["git_modified"] else ""
+    card = found["device_name"]
+    memory = format_bytes(psutil.virtual_memory().total)
+    return {
+        "Made": found["started_at"].replace("T", " ").replace("+00:00", " UTC"),
+        "Machine": f"{found['processor'] or 'unknown processor'}, {found['cores']} cores, {memory} of memory, "
+        + (f"{card}, driver {found['driver_version']}" if card else "no NVIDIA GPU"),
+        "System": found["platform"],
+        "Versions": ", ".join(f"{name} {text}" for name, text in versions.items()),
+        "Commit": f"{commit[:12]}{changed}" if commit else "not a checkout",
+    }

@@ -1,0 +1,1 @@
+"""Notebooks executed headlessly: parameters, stamps, execution, report."""

@@ -1,0 +1,192 @@
+"""Run the notebooks headlessly, those that are not up to date, and render what they show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from i2v_lab.errors import InvalidRequest, ReproduceError
+from i2v_lab.paths import notebooks_dir
+from i2v_lab.reproduce.parameters import OUT_DIR, declared_parameters, plan_parameters
+from i2v_lab.reproduce.report import Outcome, RunReport
+from i2v_lab.reproduce.stamps import (
+    Stamp,
+    code_digests,
+    file_digest,
+    input_digests,
+    made_files,
+    read_stamp,
+    stamp_path,
+    write_stamp,
+)
+
+if TYPE_CHECKING:
+    from i2v_lab.reproduce.execution import Executor  # papermill takes seconds to import: not if all is up to date
+
+NOTEBOOKS = notebooks_dir()
+GRACE_S = 10.0
+"""How long interrupted cells have to clean up, before their kernels are killed."""
+SITE = "index"
+"""Name of the site's own stamp; a notebook of this name would already clash with the index."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A notebook, the values it gets, what it depends on, and why it has to run."""
+
+    notebook: Path
+    parameters: dict[str, Any]
+    inputs: dict[str, str]
+    stale: bool
+    why: str | None
+
+
+def reproduce(
+    names: Sequence[str] = (),
+    parameters: Mapping[str, Any] | None = None,
+    out: Path = Path("build"),
+    *,
+    files: Sequence[Path] = (),
+    jobs: int = 1,
+    force: bool = False,
+) -> list[Outcome]:
+    """Execute notebooks into ``out/notebooks`` and render them into ``out/site``.
+
+    Figures, tables and videos go where the notebooks put them: below ``out``, with the notebook's name in front. A
+    notebook that ran with the same code, data, parameters and versions, and whose files are as it left them, is up to
+    date and not run again. One that fails keeps its partial output and does not stop the others. The site shows every
+    notebook that has been executed into ``out``, in this run or before.
+
+    Args:
+        names: Which notebooks, with or without ``.ipynb``; all if empty.
+        parameters: Each goes to every selected notebook that declares it; those named must all declare it.
+        out: The build folder.
+        files: YAML files of parameters, which ``parameters`` overrides; see
+            :func:`~i2v_lab.reproduce.parameters.plan_parameters`.
+        jobs: How many notebooks at a time.
+        force: Run those too that are up to date.
+
+    Returns:
+        What became of each notebook, in their order.
+
+    Raises:
+        InvalidRequest: There is no such notebook, no notebook declares a parameter, or a value has the wrong type;
+            raised before anything runs.
+        ReproduceError: At least one notebook failed; raised after everything else is done.
+
+    Example:
+        >>> reproduce(["03_no_grad_fix"], {"frames": 49, "seed": 3})  # doctest: +SKIP
+    """
+    known, notebooks = find_notebooks(), find_notebooks(names)
+    plans = plan_parameters(notebooks, known, parameters or {}, files, named=bool(names))
+    code = code_digests()
+    planned = [_job(notebook, plan, code, out, force) for notebook, plan in zip(notebooks, plans, strict=True)]
+    stems = [notebook.stem for notebook in known]
+    with RunReport([notebook.stem for notebook in notebooks]) as report:
+        outcomes = _run_all(planned, out, stems, jobs, report)
+    _render(out, known, code)
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if failed:
+        raise ReproduceError(
+            f"{len(failed)} of {len(outcomes)} notebooks failed: "
+            + "; ".join(f"{outcome.notebook.name}: {outcome.error}" for outcome in failed),
+            failed=[outcome.notebook.name for outcome in failed],
+            outcomes=outcomes,
+        )
+    return outcomes
+
+
+def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
+    """The notebooks of these names, or numbers such as ``03``, in their own order; all of them if there are none.
+
+    Raises:
+        InvalidRequest: There is no notebook of that name, or none at all.
+    """
+    known = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    if not known:
+        raise InvalidRequest(f"there are no notebooks in {NOTEBOOKS}; they come with a checkout of the repository")
+    wanted = set()
+    for name in names:
+        stem = name.removesuffix(".ipynb")
+        matching = {each for each in known if stem in (each, each.partition("_")[0])}
+        if not matching:
+            raise InvalidRequest(f"notebook={name!r} does not exist; use one of: {', '.join(known)}", notebook=name)
+        wanted |= matching
+    return [path for stem, path in known.items() if not names or stem in wanted]
+
+
+def _job(notebook: Path, given: dict[str, Any], code: dict[str, str], out: Path, force: bool) -> _Job:
+    declared = declared_parameters(notebook)
+    # Where the build folder is does not matter to what is in it: a folder that was moved stays up to date.
+    defaults = {name: parameter.default for name, parameter in declared.items() if name != OUT_DIR}
+    inputs = input_digests(notebook, defaults | given, code)
+    stamp = read_stamp(stamp_path(out, notebook.stem))
+    why = stamp.why_stale(inputs, out) if stamp else None
+    parameters = {OUT_DIR: str(out.resolve()), **given} if OUT_DIR in declared else given
+    return _Job(notebook, parameters, inputs, force or stamp is None or why is not None, why)
+
+
+def _run_all(planned: Sequence[_Job], out: Path, stems: Sequence[str], jobs: int, report: RunReport) -> list[Outcome]:
+    outcomes = {}
+    for job in planned:
+        if not job.stale:
+            outcomes[job.notebook] = Outcome(out / "notebooks" / job.notebook.name, None, None)
+            report.ended(job.notebook.stem, outcomes[job.notebook])
+    stale = [job for job in planned if job.stale]
+    if stale:
+        from i2v_lab.reproduce.execution import Executor, own_kernel
+
+        with own_kernel() as kernel:
+            executor, pool = Executor(kernel), ThreadPoolExecutor(jobs)
+            futures: dict[Path, Future[Outcome]] = {}
+            try:
+                for job in stale:
+                    futures[job.notebook] = pool.submit(_run, executor, job, out, stems, report)
+                for future in as_completed(futures.values()):
+                    future.result()
+            except BaseException:  # Ctrl-C and SIGTERM among them
+                pool.shutdown(wait=False, cancel_futures=True)
+                executor.interrupt()
+                try:
+                    wait([future for future in futures.values() if not future.cancelled()], timeout=GRACE_S)
+                finally:
+                    executor.kill()
+                raise
+            finally:
+                pool.shutdown()
+        outcomes |= {notebook: future.result() for notebook, future in futures.items()}
+    return [outcomes[job.notebook] for job in planned]
+
+
+def _run(executor: Executor, job: _Job, out: Path, stems: Sequence[str], report: RunReport) -> Outcome:
+    name, executed = job.notebook.stem, out / "notebooks" / job.notebook.name
+    report.started(name, job.why)
+    start_s = time.monotonic()
+    error = executor.execute(job.notebook, job.parameters, executed, partial(report.cell, name))
+    outcome = Outcome(executed, error, time.monotonic() - start_s)
+    write_stamp(stamp_path(out, name), Stamp(job.inputs, made_files(out, name, stems), error))
+    report.ended(name, outcome)
+    return outcome
+
+
+def _render(out: Path, known: Sequence[Path], code: Mapping[str, str]) -> None:
+    """Render the site anew, unless it shows what there is already."""
+    stamps = {out / "notebooks" / path.name: read_stamp(stamp_path(out, path.stem)) for path in known}
+    executed = {copy: stamp for copy, stamp in stamps.items() if stamp is not None and copy.is_file()}
+    failed = [copy for copy, stamp in executed.items() if stamp.error is not None]
+    inputs = {**code, "failed": ", ".join(copy.name for copy in failed)}
+    inputs |= {copy.name: file_digest(copy) for copy in executed}
+    site, rendered = out / "site", stamp_path(out, SITE)
+    previous = read_stamp(rendered)
+    if previous is not None and previous.why_stale(inputs, out) is None:
+        return
+    from i2v_lab.reporting.site.render import render_site
+
+    render_site(list(executed), failed, site)
+    pages = {path.relative_to(out).as_posix(): file_digest(path) for path in site.rglob("*") if path.is_file()}
+    write_stamp(rendered, Stamp(inputs, pages))

@@ -1,0 +1,1 @@
+"""One run: described, executed, recorded, looked up."""

@@ -1,0 +1,191 @@
+"""A plan: which runs are to be measured, in which order, and how long they are expected to take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from i2v_lab.errors import InvalidRequest
+from i2v_lab.request import I2VRequest, Tiling
+from i2v_lab.runs.implementations import Implementation
+from i2v_lab.runs.measure import Attribution, Conditions
+from i2v_lab.runs.spec import DEFAULT_STILL, Consumer, Experiment
+
+E = TypeVar("E", bound=StrEnum)
+
+REQUEST_FIELDS = {field.name for field in fields(I2VRequest)}
+EXPERIMENT_FIELDS = {"model", "generations", "consumer", "techniques"}
+CONDITION_FIELDS = {"pipeline", "profiler", "vram_cap_gib", "video"}
+RUN_FIELDS = {*REQUEST_FIELDS, *EXPERIMENT_FIELDS, *CONDITION_FIELDS, "expected_seconds"}
+PLAN_FIELDS = {"defaults", "process_seconds", "groups"}
+GROUP_FIELDS = {"rounds", "runs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One process of a plan.
+
+    Attributes:
+        name: Of its folder; no other run of the plan has it.
+        experiment: What to do.
+        conditions: Whose pipeline, how closely followed, below which cap.
+        expected_seconds: Until its process has ended.
+    """
+
+    name: str
+    experiment: Experiment
+    conditions: Conditions
+    expected_seconds: float
+
+
+def load_plan(path: str | Path) -> list[PlannedRun]:
+    """Read and check a plan.
+
+    A plan is YAML: ``groups``, each a list of ``runs`` that are made ``rounds`` times (1 by default); ``defaults`` for
+    all runs; and ``process_seconds``, what starting and ending a process takes besides a run's ``expected_seconds``. A
+    run has the fields of an :class:`~i2v_lab.request.I2VRequest` and of an
+    :class:`~i2v_lab.runs.spec.Experiment`, ``pipeline``, ``profiler``, ``vram_cap_gib`` and ``video``, which
+    is false where none is to be written. In every second round the runs change places, so that what drifts meets all of
+    them alike. A run that occurs several times, in whichever groups, is numbered.
+
+    Returns:
+        The runs in the order in which they are to be made.
+
+    Raises:
+        InvalidRequest: The plan cannot be read, or breaks a rule; with the group and the run.
+
+    Example:
+        >>> [run.name for run in load_plan("data/plans/h200.yaml")][:2]  # doctest: +SKIP
+        ['1024x768x97_1', '1024x768x97_escaped_1']
+    """
+    try:
+        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InvalidRequest(f"plan '{path}' cannot be read ({reason}); give a YAML file", plan=path) from error
+    _check_fields(plan, PLAN_FIELDS, f"plan '{path}'")
+    groups = plan.get("groups")
+    if not isinstance(groups, list) or not groups:
+        raise InvalidRequest(f"plan '{path}' has no groups; give a list of them, each with its runs", plan=path)
+    defaults = plan.get("defaults") or {}
+    _check_fields(defaults, RUN_FIELDS, f"plan '{path}', defaults")
+    process_seconds = _number(plan.get("process_seconds", 0), f"plan '{path}': process_seconds")
+    asked: list[PlannedRun] = []
+    for number, group in enumerate(groups, start=1):
+        where = f"plan '{path}', group {number}"
+        _check_fields(group, GROUP_FIELDS, where)
+        rounds = group.get("rounds", 1)
+        if type(rounds) is not int or rounds < 1:
+            raise InvalidRequest(f"{where}: rounds={rounds!r} is not a whole number above 0; use 1", rounds=rounds)
+        listed = group.get("runs")
+        if not isinstance(listed, list) or not listed:
+            raise InvalidRequest(f"{where} has no runs; give a list of them", plan=path)
+        runs = [
+            _run(values, defaults, process_seconds, f"{where}, run {index}")
+            for index, values in enumerate(listed, start=1)
+        ]
+        for turn in range(rounds):
+            asked += reversed(runs) if turn % 2 else runs
+    return _numbered(asked, path)
+
+
+def _run(values: Any, defaults: Mapping[str, Any], process_seconds: float, where: str) -> PlannedRun:
+    _check_fields(values, RUN_FIELDS, where)
+    given = {**defaults, **values}
+    if "expected_seconds" not in given:
+        raise InvalidRequest(f"{where} has no expected_seconds; say how long it will take")
+    try:
+        request = _only(given, REQUEST_FIELDS)
+        if request.get("tiling") is not None:
+            request["tiling"] = Tiling(**request["tiling"])
+        given_otherwise = _only(given, EXPERIMENT_FIELDS)
+        given_otherwise["consumer"] = _choice(Consumer, given, "consumer", Consumer.PLAIN)
+        experiment = Experiment(request=I2VRequest(**{"image": DEFAULT_STILL, **request}), **given_otherwise)
+        cap = given.get("vram_cap_gib")
+        conditions = Conditions(
+            pipeline=_choice(Implementation, given, "pipeline", Implementation.OURS),
+            profiler=_choice(Attribution, given, "profiler", Attribution.FULL),
+            vram_cap_bytes=None if cap is None else round(_number(cap, "vram_cap_gib") * 2**30),
+            video=_yes_or_no(given, "video"),
+        )
+    except (InvalidRequest, TypeError, ValueError) as error:
+        raise InvalidRequest(f"{where}: {error}") from error
+    seconds = _number(given["expected_seconds"], f"{where}: expected_seconds")
+    return PlannedRun(
+        name="_".join([experiment.name, *_marks(conditions)]),
+        experiment=experiment,
+        conditions=conditions,
+        expected_seconds=seconds + process_seconds,
+    )
+
+
+def _marks(conditions: Conditions) -> list[str]:
+    """What a name says of conditions that set a run apart."""
+    marks = []
+    if conditions.pipeline is Implementation.UPSTREAM:
+        marks.append("upstream")
+    elif conditions.pipeline.is_diffusers:
+        marks.append(conditions.pipeline.value.replace(", ", "_").replace(" ", "_"))
+    if conditions.profiler is not Attribution.FULL:
+        marks.append(conditions.profiler.value)
+    if conditions.vram_cap_bytes is not None:
+        marks.append(f"cap{conditions.vram_cap_bytes / 2**30:g}")
+    return marks
+
+
+def _numbered(asked: list[PlannedRun], path: str | Path) -> list[PlannedRun]:
+    what: dict[str, tuple[Experiment, Conditions]] = {}
+    for run in asked:
+        if what.setdefault(run.name, (run.experiment, run.conditions)) != (run.experiment, run.conditions):
+            raise InvalidRequest(
+                f"plan '{path}' has two different runs that would both be called {run.name}; put one of them elsewhere",
+                name=run.name,
+            )
+    times = Counter(run.name for run in asked)
+    seen: Counter[str] = Counter()
+    numbered = []
+    for run in asked:
+        seen[run.name] += 1
+        name = f"{run.name}_{seen[run.name]}" if times[run.name] > 1 else run.name
+        numbered.append(replace(run, name=name))
+    return numbered
+
+
+def _only(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _choice(kind: type[E], values: Mapping[str, Any], name: str, default: E) -> E:
+    value = values.get(name, default)
+    value = "off" if value is False else value  # as YAML reads the word
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}") from None
+
+
+def _yes_or_no(values: Mapping[str, Any], name: str) -> bool:
+    value = values.get(name, True)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name}={value!r} is neither; use true or false")
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise InvalidRequest(f"{name}={value!r} is not a number of 0 or more; use one")
+    return float(value)
+
+
+def _check_fields(values: Any, known: set[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"{where} is not a mapping of names to values; write it as 'name: value' lines")
+    for name in values:
+        if name not in known:
+            raise InvalidRequest(f"{where}: {name}={values[name]!r} is unknown; use {', '.join(sorted(known))}")

@@ -1,0 +1,275 @@
+"""One call of anybody's pipeline under the same lens as ours: the same phases, the same records."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from i2v_lab.display import phases_html
+from i2v_lab.events import Phase
+from i2v_lab.profiling.call_phases import CallPhases
+from i2v_lab.profiling.components import find_modules
+from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.records import PhaseRecord, Record
+from i2v_lab.runs.measure import profiled
+from i2v_lab.runs.store import run_metadata
+from i2v_lab.units import format_bytes
+
+
+def profile_call(
+    pipeline: Callable[..., Any],
+    *args: Any,
+    run_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    attribute: bool = True,
+    vram_cap_bytes: int | None = None,
+    profiler: PhaseProfiler | None = None,
+    **kwargs: Any,
+) -> ProfiledCall:
+    """Call a pipeline that knows nothing of this package, and charge its time and memory to phases.
+
+    Phases are found from the calls of its components by what these are named (see
+    :func:`~i2v_lab.profiling.components.phase_of`), whether the pipeline holds them or builds them when called, and
+    follow one another without a gap (see :mod:`~i2v_lab.profiling.call_phases`). If no component is known, all is one
+    phase, ``call``. A call of the transformer is a step: with guidance there are several for one of the scheduler's.
+
+    What is lazy in the result, also in a tuple, list, dictionary or dataclass, is followed when it is consumed and
+    charged to ``decode_video``, what the consumer does between two items included. The profile ends with the call or
+    with the last such stream; use it as a context manager where one may be left unread.
+
+    Args:
+        pipeline: Anything that can be called. Its grad mode is the caller's.
+        *args: Its arguments.
+        run_dir: Write a run directory there; ``i2v-lab show`` reads it.
+        device: Whose memory is metered; by default the pipeline's own, or that of its first parameter, else the CPU.
+        attribute: Follow modules and autograd graphs.
+        vram_cap_bytes: Pretend to a smaller card.
+        profiler: One that is active already, such as that of
+            :func:`~i2v_lab.profiling.fake.forecast.forecasting`; then the four options before do not apply.
+        **kwargs: Its other arguments; bind one that has an option's name with ``functools.partial``.
+
+    Raises:
+        ProfilerError: Another profiler is active.
+        OutputError: ``run_dir`` is not empty or cannot be written.
+
+    Example:
+        >>> class Pipeline:
+        ...     def __init__(self):
+        ...         self.vae = torch.nn.ModuleDict({"decoder": torch.nn.Conv2d(4, 3, 3)})
+        ...
+        ...     def __call__(self, latents):
+        ...         return (self.vae["decoder"](latent) for latent in latents)
+        >>> call = profile_call(Pipeline(), torch.zeros(2, 1, 4, 8, 8))
+        >>> [frame.requires_grad for frame in call.result], call.peak.phase
+        ([True, True], 'decode_video')
+    """
+    components = find_modules(pipeline, args, kwargs)
+    scopes = ExitStack()
+    with scopes:
+        if profiler is None:
+            target = torch.device(device) if device is not None else device_of(pipeline, components)
+            metadata = _metadata(pipeline, args, kwargs, target)
+            folder = None if run_dir is None else Path(run_dir)
+            profiler = scopes.enter_context(
+                profiled(target, folder, metadata, attribute=attribute, vram_cap_bytes=vram_cap_bytes)
+            )
+        own = {name: module for name, module in components.items() if module is not pipeline}
+        call = ProfiledCall(profiler, CallPhases(profiler, own))
+        call._run(pipeline, args, kwargs)
+        call._scopes = scopes.pop_all()
+    if not call._streams:
+        call.close()
+    return call
+
+
+class ProfiledCall:
+    """A call and its profile, made by :func:`profile_call`.
+
+    Attributes:
+        result: What the pipeline returned; what is lazy in it is followed.
+        profiler: Has the records.
+        seconds: Of the call, and of its streams from their first item to their end.
+
+    Example:
+        >>> call = profile_call(torch.nn.Linear(2, 2), torch.ones(1, 2))
+        >>> call.result.shape, [record.phase for record in call.phases]
+        (torch.Size([1, 2]), ['call'])
+    """
+
+    def __init__(self, profiler: PhaseProfiler, phases: CallPhases) -> None:
+        self.profiler = profiler
+        self.result: Any = None
+        self.seconds = 0.0
+        self._phases = phases
+        self._scopes = ExitStack()
+        self._streams: list[FollowedStream] = []
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether a part of the result has still to be produced."""
+        return bool(self._streams)
+
+    @property
+    def records(self) -> list[Record]:
+        """All records so far."""
+        return self.profiler.records
+
+    @property
+    def phases(self) -> list[PhaseRecord]:
+        """The phases that have ended, in that order."""
+        return self.profiler.phases
+
+    @property
+    def peak(self) -> PhaseRecord:
+        """The phase with the highest peak."""
+        return self.profiler.peak
+
+    def _run(self, pipeline: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
+        start_s = time.perf_counter()
+        with self._phases.followed():
+            result = pipeline(*args, **kwargs)
+        self._phases.finish()
+        self.seconds = time.perf_counter() - start_s
+        self._phases.write()
+        self.result = self._follow(result)
+
+    def _follow(self, value: Any) -> Any:
+        """The same value, with what is lazy in it followed."""
+        if isinstance(value, Iterator):
+            self._streams.append(FollowedStream(value, self))
+            return self._streams[-1]
+        if type(value) in (tuple, list):
+            return type(value)(self._follow(each) for each in value)
+        if isinstance(value, tuple) and hasattr(value, "_make"):
+            return value._make(self._follow(each) for each in value)
+        if type(value) is dict:
+            return {key: self._follow(each) for key, each in value.items()}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [field.name for field in dataclasses.fields(value) if field.init]
+            lazy = {name: getattr(value, name) for name in names if isinstance(getattr(value, name), Iterator)}
+            return (
+                dataclasses.replace(value, **{name: self._follow(each) for name, each in lazy.items()})
+                if lazy
+                else value
+            )
+        return value
+
+    def _ended(self, stream: FollowedStream, error: BaseException | None) -> None:
+        self._streams.remove(stream)
+        if not self._streams:
+            kind = type(error) if error is not None else None
+            scopes, self._scopes = self._scopes, ExitStack()
+            scopes.__exit__(kind, error, error.__traceback__ if error is not None else None)
+
+    def close(self) -> None:
+        """End the profile; streams that have not been read to their end are closed."""
+        for stream in list(self._streams):
+            stream.close()
+        self._scopes.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _repr_html_(self) -> str:
+        if not self.phases:
+            return phases_html([], "ProfiledCall: no phase has ended yet.")
+        words = f"ProfiledCall: the peak is {format_bytes(self.peak.peak_bytes)} in {self.peak.phase}."
+        return phases_html(self.phases, words)
+
+
+class FollowedStream(Iterator[Any]):
+    """A lazy part of a call's result: what producing an item takes is charged to the call; else it is as it was."""
+
+    def __init__(self, source: Iterator[Any], call: ProfiledCall) -> None:
+        self._source: Any = source
+        self._call = call
+        self._start_s: float | None = None
+        self._is_over = False
+
+    def __next__(self) -> Any:
+        if self._is_over:
+            raise StopIteration
+        if self._start_s is None:
+            self._start_s = time.perf_counter()
+        try:
+            with self._call._phases.followed(Phase.DECODE_VIDEO.value):
+                item = next(self._source, self)  # itself stands for the end: an exception would be a failure
+        except BaseException as error:
+            self._end(completed=False, error=error)
+            raise
+        if item is self:
+            self._end(completed=True)
+            raise StopIteration
+        self._call._phases.step()
+        return item
+
+    def close(self) -> None:
+        """Stop early."""
+        if self._is_over:
+            return
+        try:
+            close = getattr(self._source, "close", None)
+            if close is not None:
+                close()
+        finally:
+            self._end(completed=False)
+
+    def _end(self, *, completed: bool, error: BaseException | None = None) -> None:
+        self._is_over = True
+        self._source = iter(())  # what a generator holds goes with it
+        self._call._phases.finish(completed=completed)
+        if self._start_s is not None:
+            self._call.seconds += time.perf_counter() - self._start_s
+        self._call._phases.write()
+        self._call._ended(self, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+
+def device_of(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> torch.device:
+    """Where a pipeline computes: as it says itself, or where its first parameter is; the CPU if nothing says."""
+    for name in ("_execution_device", "device"):  # the first is diffusers', true of offloaded pipelines too
+        said = getattr(pipeline, name, None)
+        if isinstance(said, str | torch.device):
+            return torch.device(said)
+    parameters = (parameter for module in components.values() for parameter in module.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def _metadata(pipeline: Any, args: Any, kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What can be written of a call: who was called, and those of its arguments that are plain values."""
+    try:
+        arguments = dict(inspect.signature(pipeline).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # it says nothing of its arguments, or they are wrong, which it will say itself
+        arguments = dict(kwargs)
+    while isinstance(pipeline, functools.partial):
+        arguments = {**pipeline.keywords, **arguments}
+        pipeline = pipeline.func
+    name = getattr(pipeline, "__qualname__", None) or type(pipeline).__name__
+    plain = {key: each for key, each in arguments.items() if isinstance(each, str | int | float | None)}
+    package = type(pipeline).__module__.partition(".")[0]
+    found = None
+    with suppress(PackageNotFoundError):
+        found = version(package.replace("_", "-"))
+    seed = int(plain.get("seed") or 0)
+    return run_metadata(plain, str(device), seed, sys.argv, name, package=package, package_version=found)

@@ -1,0 +1,248 @@
+"""One question, three ways to an answer: forecast, measured here, or looked up; all give the same runs and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from i2v_lab.errors import InvalidRequest
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.profiling.records import Forecast, PhaseRecord
+from i2v_lab.request import I2VRequest
+from i2v_lab.runs.forecast import forecast_experiments, hidden
+from i2v_lab.runs.measure import measure, run_folder
+from i2v_lab.runs.recorded import by_generation, find_together, seconds_of
+from i2v_lab.runs.spec import FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.store import COMPLETE, FORECAST, Run
+
+REQUEST_COLUMNS = ("width", "height", "frames", "variant", "quantization", "decode_scope")
+TILE_COLUMNS = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
+PHASE_COLUMNS = {
+    "start_bytes": "Int64",
+    "peak_bytes": "Int64",
+    "end_bytes": "Int64",
+    "peak_reserved_bytes": "Int64",
+    "peak_so_far_bytes": "Int64",
+    "saved_for_backward_bytes": "Int64",
+    "seconds": "Float64",
+    "completed": "boolean",
+}
+
+
+class Source(StrEnum):
+    """Where a study's figures come from.
+
+    ``forecast``: the pipeline under fake tensors, at full size, with no GPU. ``measure``: it runs for real on this
+    machine. ``recorded``: runs measured before, in ``data/measured``.
+    """
+
+    FORECAST = "forecast"
+    MEASURE = "measure"
+    RECORDED = "recorded"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """An experiment and what is known of it.
+
+    Attributes:
+        experiment: What was asked.
+        source: Where the run is from.
+        run: ``None`` if there is no record of it.
+    """
+
+    experiment: Experiment
+    source: Source
+    run: Run | None
+
+
+def to_source(name: str) -> Source:
+    """A source by its name.
+
+    Raises:
+        InvalidRequest: There is no such source.
+    """
+    try:
+        return Source(name)
+    except ValueError:
+        raise InvalidRequest(f"source={name!r} is unknown; use {' or '.join(Source)}", source=name) from None
+
+
+def choose_model(name: str, source: str, device: str = "auto") -> str:
+    """``auto`` as an architecture's name: the full size, or the tiny one where a CPU has to run it.
+
+    Raises:
+        UnknownModel: There is no such architecture.
+    """
+    if name != "auto":
+        return load_architecture(name).name
+    if to_source(source) is Source.MEASURE and not _has_cuda(device):
+        return SMALL_MODEL
+    return FULL_SIZE_MODEL
+
+
+def _has_cuda(device: str) -> bool:
+    if device != "auto":
+        return device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def observe(
+    experiments: Sequence[Experiment], source: str, runs_dir: Path, device: str = "auto", *, progress: bool = True
+) -> list[Observation]:
+    """Answer experiments from one source.
+
+    Args:
+        experiments: In the order of the answer.
+        source: A :class:`Source`.
+        runs_dir: Where measured runs are kept, so that no notebook repeats what another has done.
+        device: Of measured runs.
+        progress: Show a bar on stderr.
+
+    Raises:
+        InvalidRequest: There is no such source.
+        I2VLabError: A forecast or a run failed.
+    """
+    kind = to_source(source)
+    runs: list[Run | None]
+    if kind is Source.FORECAST:
+        forecasts = forecast_experiments(experiments, progress=progress)
+        runs = [as_run(experiment, found) for experiment, found in zip(experiments, forecasts, strict=True)]
+    elif kind is Source.MEASURE:
+        bar = tqdm(experiments, desc="runs", disable=hidden(progress))
+        runs = [measure(each, run_folder(runs_dir, each), device) for each in bar]
+    else:
+        runs = find_together(experiments)
+    return [Observation(each, kind, run) for each, run in zip(experiments, runs, strict=True)]
+
+
+def as_run(experiment: Experiment, forecast: Forecast) -> Run:
+    """A forecast in the form of a run that was never on disk."""
+    metadata = {
+        "device": FORECAST,
+        "model": experiment.model,
+        "request": experiment.request.to_json(),
+        "experiment": experiment.to_json(),
+        "context_bytes": forecast.context_bytes,
+    }
+    return Run(Path(experiment.name), metadata, forecast.records, COMPLETE)
+
+
+def device_of(observations: Sequence[Observation]) -> str:
+    """What the runs ran on, in words; ``none`` if there are none."""
+    names = {
+        str(each.run.metadata.get("device_name") or each.run.metadata["device"]) for each in observations if each.run
+    }
+    return ", ".join(sorted(names)) or "none"
+
+
+def missing(observations: Sequence[Observation]) -> list[str]:
+    """The names of experiments of which there is no record."""
+    return [each.experiment.name for each in observations if each.run is None]
+
+
+def phases_frame(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Every phase of every run.
+
+    Returns:
+        One row for each experiment, generation and phase: ``name, source, device, model, width, height, frames,
+        variant, quantization, decode_scope, tile_px, tile_overlap_px, tile_frames, tile_overlap_frames, consumer,
+        generation, phase, start_bytes, peak_bytes, end_bytes, peak_reserved_bytes, peak_so_far_bytes,
+        saved_for_backward_bytes, seconds, completed``. Without tiling the tile columns are missing values; a forecast
+        has no seconds. Experiments without a run have no rows.
+    """
+    rows = [row for each in observations if each.run for row in _phase_rows(each, each.run)]
+    columns = ["name", "source", "device", "model", *REQUEST_COLUMNS, *TILE_COLUMNS, "consumer", "generation", "phase"]
+    table = pd.DataFrame(rows, columns=[*columns, *PHASE_COLUMNS])
+    return table.astype(PHASE_COLUMNS | dict.fromkeys(TILE_COLUMNS, "Int64"))
+
+
+def runs_frame(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Every run as a whole.
+
+    Returns:
+        One row for each experiment that has a run: the columns of :func:`phases_frame` up to ``consumer``, then
+        ``peak_bytes, peak_phase, saved_for_backward_bytes, seconds, recorded_seconds, status``. ``seconds`` is missing
+        for a forecast; ``recorded_seconds`` is that of the same experiment in ``data/measured``, where there is one.
+        ``peak_bytes`` of a run that failed is the most it reached.
+    """
+    rows = []
+    for each, recorded in zip(observations, find_together([each.experiment for each in observations]), strict=True):
+        if each.run is None:
+            continue
+        phases = each.run.frame("phase")
+        top = max(phases.to_dict("records"), key=lambda phase: phase["peak_bytes"], default=None)
+        rows.append(
+            {
+                **_asked(each, each.run),
+                "peak_bytes": None if top is None else int(top["peak_bytes"]),
+                "peak_phase": "" if top is None else str(top["phase"]),
+                "saved_for_backward_bytes": phases["saved_for_backward_bytes"].max() if len(phases) else None,
+                "seconds": None if each.source is Source.FORECAST else seconds_of(each.run),
+                "recorded_seconds": seconds_of(recorded) if recorded and recorded.status == COMPLETE else None,
+                "status": each.run.status,
+            }
+        )
+    whole = {"peak_bytes": "Int64", "peak_phase": "str", "saved_for_backward_bytes": "Int64"}
+    whole |= {"seconds": "Float64", "recorded_seconds": "Float64", "status": "str"}
+    columns = ["name", "source", "device", "model", *REQUEST_COLUMNS, *TILE_COLUMNS, "consumer", *whole]
+    return pd.DataFrame(rows, columns=columns).astype(whole | dict.fromkeys(TILE_COLUMNS, "Int64"))
+
+
+def forecast_sweep(
+    requests: Sequence[I2VRequest], model: str = FULL_SIZE_MODEL, *, jobs: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Many forecasts as one tidy table.
+
+    Args:
+        requests: In the order of the table.
+        model: An architecture's name.
+        jobs: Processes; by default one for each core.
+        progress: Show a bar on stderr.
+
+    Returns:
+        As :func:`phases_frame`.
+
+    Example:
+        >>> frames = [I2VRequest(image="stills/lighthouse.png", frames=count) for count in (25, 97)]
+        >>> forecast_sweep(frames).groupby("frames")["peak_bytes"].max()  # doctest: +SKIP
+    """
+    asked = [Experiment(request=request, model=model) for request in requests]
+    found = forecast_experiments(asked, jobs=jobs, progress=progress)
+    return phases_frame(
+        [Observation(each, Source.FORECAST, as_run(each, one)) for each, one in zip(asked, found, strict=True)]
+    )
+
+
+def _phase_rows(observation: Observation, run: Run) -> list[dict[str, Any]]:
+    asked = _asked(observation, run)
+    rows = []
+    for generation, phase in by_generation(run.of(PhaseRecord)):
+        figures = {name: getattr(phase, name) for name in PHASE_COLUMNS}
+        if observation.source is Source.FORECAST:
+            figures["seconds"] = None
+        rows.append({**asked, "generation": generation, "phase": phase.phase, **figures})
+    return rows
+
+
+def _asked(observation: Observation, run: Run) -> dict[str, Any]:
+    experiment = observation.experiment
+    request, tiling = experiment.request, experiment.request.tiling
+    return {
+        "name": experiment.name,
+        "source": observation.source.value,
+        "device": run.metadata.get("device_name") or run.metadata["device"],
+        "model": experiment.model,
+        **{name: getattr(request, name) for name in ("width", "height", "frames")},
+        **{name: getattr(request, name).value for name in ("variant", "quantization", "decode_scope")},
+        **{name: getattr(tiling, name) if tiling else None for name in TILE_COLUMNS},
+        "consumer": experiment.consumer.value,
+    }

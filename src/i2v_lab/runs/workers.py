@@ -1,0 +1,127 @@
+"""Processes of one's own that start quickly: the libraries are imported once, the code of this package in each.
+
+A server process imports the libraries and nothing else; each process is forked from it, so it has whatever state a new
+interpreter has after those imports, and no CUDA context, which does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+# What takes seconds to import and asks nothing of the device meanwhile. Not ltx_pipelines, which looks for CUDA when it
+# is imported, nor this package, so that code changed since (in a notebook's kernel, say) is the code that runs.
+LIBRARIES = (
+    "torch",
+    "torchaudio",
+    "transformers.models.gemma3.modeling_gemma3",
+    "av",
+    "ltx_core.loader",
+    "ltx_core.model.transformer",
+    "ltx_core.model.video_vae",
+    "ltx_core.model.audio_vae",
+    "ltx_core.text_encoders.gemma",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        status: Its exit status; negative where a signal ended it.
+        errors: What it wrote on stderr.
+    """
+
+    status: int
+    errors: str
+
+
+@cache
+def process_context() -> BaseContext:
+    """Where processes of this package come from, for :mod:`multiprocessing` and :mod:`concurrent.futures`.
+
+    Where a process cannot be forked (Windows) each one imports everything itself.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    return context
+
+
+def run_apart(function: Callable[..., None], *args: Any) -> Ended:
+    """Call a function in a process of its own and wait for its end; what it prints is not shown.
+
+    The process has the environment of the caller's at this moment. It ends with this one, and if the waiting is
+    interrupted.
+
+    Args:
+        function: At the top of a module; ends with status 0, or as :func:`sys.exit` says.
+        args: For it; picklable.
+
+    Example:
+        >>> from i2v_lab.runs.workers import run_apart
+        >>> run_apart(print, "hello").status  # doctest: +SKIP
+        0
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "stderr"
+        process = process_context().Process(  # type: ignore[attr-defined]
+            target=_begin, args=(dict(os.environ), str(errors), function, args), daemon=True
+        )
+        process.start()
+        try:
+            process.join()
+        finally:
+            if process.is_alive():
+                process.terminate()
+                process.join()
+        text = errors.read_text(encoding="utf-8", errors="replace") if errors.exists() else ""
+        return Ended(process.exitcode, text)
+
+
+def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is for the one who waits; this process just ends
+    begin_as_child(environment)
+    written = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    function(*args)
+
+
+def begin_as_child(environment: Mapping[str, str]) -> None:
+    """In a process of :func:`process_context`: have the environment of who asked, and end with them, killed or not."""
+    os.environ.clear()
+    os.environ.update(environment)
+    same_bits_wherever_operands_lie()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def same_bits_wherever_operands_lie() -> None:
+    """Have MKL, which reads this at its first product, choose kernels that do not go by their operands' addresses.
+
+    Else a product of float32 on a CPU differs in its last bits from process to process, and a seed's frames with it.
+    ``COMPATIBLE`` is the only value of ``MKL_CBWR`` that does so on every processor; no product on a GPU is MKL's.
+    """
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would go on, with a GPU's memory in its hands."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
