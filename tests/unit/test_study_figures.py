@@ -20,7 +20,7 @@ from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.store import Run
-from i2v_lab.studies.tiling import tile_layouts, tiling_experiments
+from i2v_lab.studies.tiling import tile_layouts, tiling_specs
 
 GIB = 2**30
 TOP = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_figures_name_what_they_show_with_its_unit():
 
 def _tiles() -> Figure:
     request = I2VRequest(image="x", width=1024, height=768, frames=97)
-    return study_figures.tile_figure(tile_layouts(tiling_experiments(request, "ltx-2.3-22b", [None, Tiling()])))
+    return study_figures.tile_figure(tile_layouts(tiling_specs(request, "ltx-2.3-22b", [None, Tiling()])))
 
 
 @pytest.mark.parametrize("draw", [*FIGURES.values(), lambda _: _tiles()], ids=[*FIGURES, "tiles"])

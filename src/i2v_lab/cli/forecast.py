@@ -144,9 +144,11 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
 
 
 def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) -> None:
-    from i2v_lab.runs.store import FORECAST, RunWriter, run_metadata
+    from i2v_lab.runs.provenance import run_metadata
+    from i2v_lab.runs.spec import RunSpec
+    from i2v_lab.runs.store import FORECAST, RunWriter
 
-    metadata = run_metadata(request.to_json(), FORECAST, request.seed, sys.argv, model)
+    metadata = run_metadata(FORECAST, spec=RunSpec(request=request, model=model), argv=sys.argv)
     with RunWriter(folder, metadata) as writer:
         for record in result.records:
             writer.append(record)
@@ -158,10 +160,10 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
 
     from i2v_lab.reporting import run_tables
     from i2v_lab.runs.sources import as_run
-    from i2v_lab.runs.spec import Experiment
+    from i2v_lab.runs.spec import RunSpec
     from i2v_lab.units import format_bytes
 
-    run = as_run(Experiment(request=request, model=model), result)
+    run = as_run(RunSpec(request=request, model=model), result)
     console = Console(highlight=False, markup=False, emoji=False)
     policy = f", {request.memory}" if request.memory is not MemoryPolicy.RESIDENT else ""
     console.print(
@@ -293,7 +295,7 @@ def accuracy(
     columns = ["run", "phase", "peak_bytes", "forecast_bytes", "error"]
     console.print(rich_table(worst[columns], "The ten worst errors"))
     console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
-    console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the experiments"))
+    console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the specs"))
 
 
 def calibrate(

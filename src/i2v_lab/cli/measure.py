@@ -51,12 +51,11 @@ def measure(
     A run that runs out of memory, or whose grad mode torch refuses, is a result like any other. One that fails in
     another way does not stop the rest. What is in the folder already is not run again.
     """
-    from i2v_lab.runs.measure import kept_run, settings_of
+    from i2v_lab.runs.measure import reusable_run, run_identity
     from i2v_lab.runs.plans import load_plan
 
     planned = load_plan(plan)
-    settings = [settings_of(each.experiment, device, each.conditions) for each in planned]
-    todo = [each for each, asked in zip(planned, settings, strict=True) if kept_run(out / each.name, asked) is None]
+    todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     seconds = sum(each.expected_seconds for each in todo)
     print(
         f"{len(planned)} runs, {len(planned) - len(todo)} of them kept from before; {len(todo)} to make, in about "
@@ -91,7 +90,7 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
         start_s = time.perf_counter()
         run, message = None, ""
         try:
-            run = measure_one(each.experiment, out / each.name, device, each.conditions)
+            run = measure_one(each.spec, out / each.name, device)
             message = str(run.metadata.get("error", ""))
         except I2VLabError as error:
             message = str(error)

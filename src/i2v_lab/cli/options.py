@@ -10,7 +10,7 @@ import typer
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import Architecture
-from i2v_lab.pipeline.contract.runner import backend_of, check_request
+from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 Prompt = Annotated[str, typer.Option(help="What should happen.")]
@@ -74,7 +74,7 @@ def build_request(
 
     Raises:
         InvalidRequest: A rule is broken.
-        BackendUnavailable: The model's package is not installed.
+        RunnerUnavailable: The model's package is not installed.
     """
     given = {name: value for name, value in asked.items() if value is not None}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
@@ -82,5 +82,5 @@ def build_request(
     untiled = no_tiling or (not tiles and "tiling" in architecture.request)
     request = I2VRequest(**{**architecture.request, **given, "tiling": None if untiled else Tiling(**tiles)})
     check_request(architecture, request)
-    backend_of(architecture).require_package()
+    runner_of(architecture).require_package()
     return request

@@ -16,7 +16,7 @@ from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.run_tables import headline, modules_table
 from i2v_lab.reporting.tables import WORDS, as_sentence, readable
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization
-from i2v_lab.runs.forecast import hidden
+from i2v_lab.runs.forecast import is_quiet
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.studies.published import study_request
 from i2v_lab.units import format_bytes
@@ -55,13 +55,13 @@ class Explorer(View):
         self.exploration = Exploration(question, self._show)
         self._drawing = threading.RLock()
         self._setting = False
-        self.exploration.ask(question, wait=hidden(progress=True))
+        self.exploration.ask(question, wait=is_quiet(progress=True))
 
     def __repr__(self) -> str:
         question, answer, problem = (getattr(self.exploration, name) for name in ("question", "answer", "problem"))
         known = answer is not None and answer.question == question
         said = answer.sentence if known else problem or "no forecast yet"
-        return f"Explorer({question.experiment.name} on {question.gpu}: {said})"
+        return f"Explorer({question.spec.name} on {question.gpu}: {said})"
 
     # --- What there is to see ---
 
@@ -100,7 +100,7 @@ class Explorer(View):
             ]
         )
         kind = "answer" if answer.question == question else "answer older"
-        return f'<div class="{kind}" data-of="{answer.question.experiment.name}">{body}</div>'
+        return f'<div class="{kind}" data-of="{answer.question.spec.name}">{body}</div>'
 
     # --- Widgets ---
 

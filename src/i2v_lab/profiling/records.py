@@ -6,6 +6,7 @@ Bytes are whole bytes, seconds count from the start of the profiler; what could 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -266,6 +267,11 @@ KINDS: dict[str, type[Any]] = {
     "device": DeviceRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
+
+
+def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
+    """The phase with the highest peak, the first of equals; ``None`` if there is none."""
+    return max(phases, key=lambda record: record.peak_bytes, default=None)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from i2v_lab.files import write_text
 from i2v_lab.reporting.results import MIME
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.story import Page, headline, read_page
-from i2v_lab.runs.store import run_metadata
+from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.units import format_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -130,7 +130,7 @@ def plain_markdown(text: str) -> str:
 
 def provenance() -> dict[str, str]:
     """On which machine, with which versions, from which commit, and when; what is not known is said to be so."""
-    found = run_metadata({}, "cuda:0", 0, [], "")
+    found = run_metadata("cuda:0")
     versions = {name: text for name, text in found["versions"].items() if text}
     commit = found["git_commit"]
     changed = ", with changes that are not committed" if found["git_modified"] else ""
