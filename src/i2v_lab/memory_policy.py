@@ -12,8 +12,8 @@ class MemoryPolicy(StrEnum):
     """A named set of techniques.
 
     ``resident``: every phase as upstream runs it, with its components' weights on the device. ``lean``: the same
-    weights and fewer activations. ``streamed``: lean, and weights are copied to the device block by block. ``auto`` stands for
-    the fastest of these that fits a card, and is resolved before a run.
+    weights and fewer activations. ``streamed``: lean, and weights are copied to the device block by block. ``auto``
+    stands for the fastest of these that fits a card, and is resolved before a run.
 
     Example:
         >>> MemoryPolicy("lean") is MemoryPolicy.LEAN

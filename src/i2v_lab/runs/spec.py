@@ -123,8 +123,8 @@ class RunSpec:
             )
         if self.profiler is not ProfilerMode.FULL and not runner.emits_events:
             raise InvalidRequest(
-                f"profiler={self.profiler.value!r} is not for pipeline={runner.name!r}, whose phases are found from the "
-                "calls of its components; use full",
+                f"profiler={self.profiler.value!r} is not for pipeline={runner.name!r}, whose phases are found from "
+                "the calls of its components; use full",
                 profiler=self.profiler.value,
             )
         if self.vram_cap_bytes is not None and self.vram_cap_bytes <= 0:
