@@ -11,6 +11,13 @@ from mkdocs.structure.files import File, Files
 
 PACKAGE = "i2v_lab"
 GROUND = "ground"  # the page of the modules at the top of the package
+SECTION = """## {heading} {{ #{dotted} }}
+
+::: {dotted}
+    options:
+      show_root_heading: false
+      show_root_toc_entry: false
+"""
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
@@ -48,7 +55,7 @@ def _page(root: Path, folder: Path, name: str) -> str:
             continue
         dotted = ".".join(path.parts)
         heading = dotted.removeprefix(f"{PACKAGE}.").removeprefix(f"{name}.")
-        parts.append(f"## {heading} {{ #{dotted} }}\n\n::: {dotted}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false")
+        parts.append(SECTION.format(heading=heading, dotted=dotted))
     return f"# {title}\n\n" + "\n\n".join(parts) + "\n"
 
 
