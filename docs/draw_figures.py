@@ -1,4 +1,4 @@
-"""Draw the README's figures from the recorded runs: `make figures`."""
+"""Draw the figures of the README and the documentation from the recorded runs: `make figures`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take the README's pictures of JupyterLab, from JupyterLab itself: `make pictures`. Needs Chromium."""
+"""Take the documentation's pictures of JupyterLab, from JupyterLab itself: `make pictures`. Needs Chromium."""
 
 from __future__ import annotations
 
