@@ -16,6 +16,7 @@ from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
 from i2v_lab.reporting.figures import studies as study_figures
 from i2v_lab.reporting.figures import techniques as memory_figures
+from i2v_lab.reporting.figures.runs import timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable
 from i2v_lab.request import I2VRequest, Tiling
@@ -186,7 +187,7 @@ def test_cells_leave_a_file_for_everything_they_show(tmp_path):
     table = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2 * GIB], "other_bytes": [None], "seconds": [1.25]})
     names = {"phase": "phase", "peak_bytes": "peak", "other_bytes": "published", "seconds": "time"}
     shown = cells.table("peaks", table, names)
-    assert shown.to_dict("index") == {"decode_video": {"peak": "2.00 GiB", "time": "1.2 s"}}
+    assert shown.to_dict("index") == {"decode_video": {"peak": "2.00 GiB", "time": "1.25 s"}}
     assert pd.read_csv(tmp_path / "tables" / "09_test_peaks.csv")["peak_bytes"].to_list() == [2 * GIB]
     cells.figure("errors", study_figures.accuracy_figure, _errors(3))
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
@@ -213,8 +214,6 @@ def test_a_forecasts_timeline_has_no_clock(tmp_path):
         run = Run(Path("run"), {"device": device}, (phase, *moments), "complete")
         cells = Cells(tmp_path / device, "09_test")
         cells.timeline("timeline", run)
-        from i2v_lab.reporting.figures.runs import timeline_figure
-
         assert timeline_figure(run).get_axes()[0].get_xlabel() == label
 
 

@@ -22,6 +22,7 @@ from i2v_lab.pipeline.contract.runner import backend_of, check_request
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.measure import VIDEO, profiled
 from i2v_lab.runs.store import Run, read_run, run_metadata
+from i2v_lab.units import format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.monitor import MemoryMonitor
@@ -157,7 +158,7 @@ class Generating:
         start_s = time.perf_counter()
         try:
             self._generate(request, model, folder)
-            state, message = State.DONE, f"Done in {time.perf_counter() - start_s:.1f} s."
+            state, message = State.DONE, f"Done in {format_seconds(time.perf_counter() - start_s)}."
         except GenerationStopped as error:
             state, message = State.STOPPED, str(error)
         except I2VLabError as error:

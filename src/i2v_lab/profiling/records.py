@@ -6,6 +6,7 @@ Bytes are whole bytes, seconds count from the start of the profiler; what could 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -210,6 +211,16 @@ Record = (
     | GenerationRecord
     | DeviceRecord
 )
+
+
+def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
+    """The phase with the highest peak, the first of equals; ``None`` if there is no phase.
+
+    Example:
+        >>> peak_phase([]) is None
+        True
+    """
+    return max(phases, key=lambda record: record.peak_bytes, default=None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures in one style: colour-blind safe, units on the axes, lines labelled where they end."""
+"""One style for all figures: colour-blind safe palette, units on the axes, lines labelled where they end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from i2v_lab.files import write_atomically
 from i2v_lab.units import GIB, MIB
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+# Okabe and Ito's palette, distinguishable with every common kind of colour blindness.
 ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
     "#D55E00",
     "#0072B2",
@@ -21,6 +21,14 @@ ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
     "#CC79A7",
     "#777777",
 )
+# Fields of a timeline's records: label and colour, light to dark, so that the order also shows in greyscale.
+CATEGORIES = {
+    "saved_bytes": ("saved for backward", ORANGE),
+    "activation_bytes": ("activations", SKY),
+    "weight_bytes": ("weights", BLUE),
+    "other_bytes": ("other", "#999999"),
+}
+VERDICT_COLOURS = {"fits": GREEN, "tight": YELLOW, "no": ORANGE}
 COLOURS = {"escaped": ORANGE, "no_grad": BLUE, "escaped, guarded": GREEN}
 PHASE_COLOURS = {
     "encode_prompt": BLUE,
