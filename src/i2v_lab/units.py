@@ -128,7 +128,7 @@ def format_value(name: str, value: Any) -> str:
     return str(value)
 
 
-def _format_number(name: str, value: float) -> str:
+def _format_number(name: str, value: Any) -> str:
     signed = name.startswith("difference")
     if name.endswith("bytes"):
         return format_bytes(int(value), signed=signed)

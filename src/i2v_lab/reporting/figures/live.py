@@ -232,8 +232,8 @@ def over_time(times_s: Sequence[float], curves: Sequence[Curve], marks: Sequence
             parts.append(f'<polygon points="{ends}" fill="{curve.colour}" fill-opacity="0.35"/>')
         parts.append(f'<polyline points="{path}" {LINE} stroke="{curve.colour}"/>')
         if len(samples) == 1:  # which makes no line
-            x, y = path.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{curve.colour}"/>')
+            dot_x, dot_y = path.split(",")
+            parts.append(f'<circle cx="{dot_x}" cy="{dot_y}" r="4" fill="{curve.colour}"/>')
     labelled = -1e9
     for moment, phase in marks:
         x = plot.left + (moment - start) / span * plot.width
