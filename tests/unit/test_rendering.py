@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -174,3 +176,18 @@ def test_the_footer_says_from_where_and_no_template_holds_a_measured_number(page
     assert (data_dir() / "gpus.csv").exists()
     for template in templates.rglob("*.j2"):
         assert not re.search(r"\d\s*(&nbsp;)?(GiB|MiB|%\s|times)", template.read_text()), template.name
+
+
+def test_reporting_does_not_import_torch(tmp_path):
+    code = """
+import importlib, pkgutil, sys
+from i2v_lab import reporting
+for module in pkgutil.walk_packages(reporting.__path__, "i2v_lab.reporting."):
+    importlib.import_module(module.name)
+from i2v_lab.reporting.site.render import render_site
+from pathlib import Path
+render_site([], [], Path(sys.argv[1]))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False, timeout=120).returncode == 0
+    assert (tmp_path / "index.html").exists()

@@ -210,7 +210,7 @@ def test_cells_say_where_there_is_nothing(tmp_path):
 def test_a_forecasts_timeline_has_no_clock(tmp_path):
     phase = PhaseRecord("decode_video", None, 0, GIB, 0, None, GIB, 0, 0.0, 1.0, True)
     moments = [TimelineRecord("decode_video", t, GIB, 0, 0, 0) for t in (0.0, 7.0, 7.5)]
-    for device, label in (("forecast", "progress of the run; a forecast has no clock"), ("cpu", "time (s)")):
+    for device, label in (("forecast", "progress of the run (a forecast has no clock)"), ("cpu", "time (s)")):
         run = Run(Path("run"), {"device": device}, (phase, *moments), "complete")
         cells = Cells(tmp_path / device, "09_test")
         cells.timeline("timeline", run)

@@ -48,6 +48,10 @@ def phase_table(run: Run) -> pd.DataFrame:
     Returns:
         ``phase, parent, times, seconds, start_bytes, peak_bytes, end_bytes, peak_reserved_bytes,
         saved_for_backward_bytes, completed``.
+
+    Example:
+        >>> phase_table(read_run("runs/no_grad"))["peak_bytes"].max()  # doctest: +SKIP
+        31561000
     """
     together: dict[tuple[str, str | None], list[PhaseRecord]] = {}
     for record in sorted(run.of(PhaseRecord), key=lambda record: (record.start_s, -record.seconds)):
@@ -83,6 +87,10 @@ def holders_table(run: Run, phase: str | None = None, top: int = 10) -> pd.DataF
 
     Raises:
         RecordError: There is no such phase, or ``top`` is not positive.
+
+    Example:
+        >>> holders_table(read_run("runs/no_grad"), "decode_video", top=3)["nbytes"].sum()  # doctest: +SKIP
+        18454938
     """
     if top < 1:
         raise RecordError(f"top={top} is not positive; use a number such as 10", top=top)
@@ -105,6 +113,10 @@ def modules_table(run: Run, phase: str | None = None, depth: int = 2) -> pd.Data
 
     Raises:
         RecordError: There is no such phase, or ``depth`` is not positive.
+
+    Example:
+        >>> modules_table(read_run("runs/no_grad"), depth=1)["module"].tolist()  # doctest: +SKIP
+        ['video_decoder', '']
     """
     if depth < 1:
         raise RecordError(f"depth={depth} is not positive; use 1 for whole components, 2 for their parts", depth=depth)
@@ -124,6 +136,10 @@ def difference_table(run: Run, other: Run) -> pd.DataFrame:
     Returns:
         ``phase, peak_bytes, other_peak_bytes, difference_bytes, seconds, other_seconds, difference_s``. Missing
         where only one run has the phase.
+
+    Example:
+        >>> difference_table(read_run("runs/escaped"), read_run("runs/no_grad"))["phase"].tolist()  # doctest: +SKIP
+        ['encode_prompt', 'denoise_stage_1', 'decode_video']
     """
     ours, theirs = _by_phase(run), _by_phase(other)
     rows: list[dict[str, Any]] = []

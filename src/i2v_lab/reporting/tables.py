@@ -18,7 +18,7 @@ WORDS = {
     "escaped, guarded": "outside, through guard_stream",
     "plain": "consumed to the end",
     "guarded": "through guard_stream",
-    "left_open": "stopped early and still referenced",
+    "left_open": "stopped early, still referenced",
 }
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from html import escape
 
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord, TimelineRecord, peak_phase
+from i2v_lab.reporting.figures.runs import NO_TIMELINE
 from i2v_lab.reporting.figures.style import BLUE, CATEGORIES, byte_scale
 from i2v_lab.runs.store import Run
 from i2v_lab.units import MIB, format_bytes
@@ -33,7 +34,6 @@ ROW = 22
 RESERVED, CONTEXT = ("reserved, not allocated", "#CCCCCC"), ("CUDA context", "#777777")
 FONT = 'font-family="system-ui,sans-serif" font-size="12" fill="currentColor"'
 HALO = ' style="paint-order:stroke;stroke:var(--jp-layout-color0,Canvas);stroke-width:3px"'  # where a line crosses
-NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs on a CPU."
 
 
 # --- Bars ---

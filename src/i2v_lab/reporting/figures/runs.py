@@ -12,13 +12,15 @@ from i2v_lab.profiling.records import TimelineRecord
 from i2v_lab.reporting.figures.style import CATEGORIES, STYLE, byte_scale, phase_label
 from i2v_lab.runs.store import Run
 
+NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs on a CPU."
+
 
 def timeline_figure(run: Run, other: Run | None = None) -> Figure:
-    """Live bytes by category over a run, with its phases; a second run's total is laid over it as a line.
+    """Live tensor storages by category over a run, with its phases.
 
     Args:
         run: Drawn as stacked areas.
-        other: Drawn as one dashed line, each of its phases stretched to the length that it has in ``run``.
+        other: Its total is a dashed line; each of its phases is stretched to the length that it has in ``run``.
 
     Raises:
         RecordError: A run has no timeline: it ran on CUDA, or without attribution.
@@ -52,7 +54,7 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         _mark_phases(axes, table, top / scale)
         axes.set_ylim(0, top / scale * 1.32)
         axes.set_xlim(0, float(table["time_s"].max()))
-        axes.set_xlabel("progress of the run; a forecast has no clock" if run.is_forecast else "time (s)")
+        axes.set_xlabel("progress of the run (a forecast has no clock)" if run.is_forecast else "time (s)")
         if run.is_forecast:
             axes.set_xticks([])
         axes.set_ylabel(f"live tensor storages ({unit})")
@@ -82,7 +84,7 @@ def _total(table: pd.DataFrame) -> pd.Series:
 
 
 def _stretched(table: pd.DataFrame, onto: pd.DataFrame) -> pd.Series:
-    """The times of ``table``, phase by phase, as fractions of the same phase in ``onto``."""
+    """The times of ``table``, each phase stretched to the span that it has in ``onto``."""
     times = table["time_s"].astype(float).copy()
     for phase, rows in table.groupby("phase", sort=False):
         target = onto[onto["phase"] == phase]["time_s"]

@@ -40,7 +40,7 @@ PHASE_COLOURS = {
     "decode_video": GREEN,
 }
 PUBLISHED: Any = {"marker": "D", "color": "#000000", "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
-# A ring and a square that fits into it: where two lines coincide, both markers can be seen.
+# A ring and a square that fits into it: both are visible where two lines coincide.
 MARKERS: dict[str, Any] = {
     "escaped": {"marker": "o", "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2},
     "no_grad": {"marker": "s", "markersize": 5},
@@ -60,9 +60,13 @@ STYLE: Any = {
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as SVG and PNG; the same figure gives the same SVG, byte for byte."""
+    """Write a figure as ``<name>.svg`` and ``<name>.png``; equal figures give byte-identical SVG.
+
+    Returns:
+        The paths of both, SVG first.
+    """
     with mpl.rc_context(STYLE):
-        figure.draw_without_rendering()  # where axes keep their aspect, the layout is right from the second time on
+        figure.draw_without_rendering()  # with a fixed aspect the constrained layout converges on the second pass
         svg = write_atomically(folder / f"{name}.svg", lambda part: figure.savefig(part, metadata={"Date": None}))
     return [svg, save_png(figure, folder / f"{name}.png")]
 
@@ -74,7 +78,7 @@ def save_png(figure: Figure, path: Path) -> Path:
 
 
 def byte_scale(largest_bytes: float) -> tuple[int, str]:
-    """The unit for an axis: what to divide by, and its name.
+    """The divisor and the unit of an axis of bytes.
 
     Example:
         >>> byte_scale(3 * 2**30)
@@ -84,5 +88,5 @@ def byte_scale(largest_bytes: float) -> tuple[int, str]:
 
 
 def phase_label(phase: str) -> str:
-    """A phase's name in two short lines."""
+    """A phase's name in two short lines, for an axis."""
     return phase.replace("_", "\n", 1).replace("_", " ")
