@@ -15,16 +15,6 @@ GIB = 2**30
 UNAVAILABLE = "n/a"
 
 
-def gib(n_bytes: int | None) -> float | None:
-    """Bytes as GiB (2**30 bytes); ``None`` stays ``None``.
-
-    Example:
-        >>> gib(31686826557)
-        29.51...
-    """
-    return None if n_bytes is None else n_bytes / GIB
-
-
 def format_bytes(n_bytes: int | None, *, signed: bool = False) -> str:
     """Bytes with the binary unit that leaves one to four digits before the point.
 

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
 from i2v_lab.reporting.figures import studies as study_figures
@@ -215,6 +216,12 @@ def test_a_forecasts_timeline_has_no_clock(tmp_path):
         cells = Cells(tmp_path / device, "09_test")
         cells.timeline("timeline", run)
         assert timeline_figure(run).get_axes()[0].get_xlabel() == label
+
+
+def test_a_run_without_a_timeline_is_refused_by_name():
+    with pytest.raises(RecordError) as refused:
+        timeline_figure(Run(Path("runs/cuda"), {"device": "cuda"}, (), "complete"))
+    assert refused.value.fields == {"run": "runs/cuda"}
 
 
 def test_readable_knows_units_shares_and_what_is_not_known():

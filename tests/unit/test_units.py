@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2v_lab.units import GIB, KIB, MIB, format_bytes, format_percent, format_seconds, format_value, gib
+from i2v_lab.units import GIB, KIB, MIB, format_bytes, format_percent, format_seconds, format_value
 
 
 def test_units_are_binary():
@@ -37,13 +37,6 @@ def test_units_are_binary():
 )
 def test_bytes_are_written_with_their_unit(n_bytes, text):
     assert format_bytes(n_bytes) == text
-
-
-def test_gib_is_a_plain_quotient_and_unavailable_stays_unavailable():
-    assert gib(None) is None
-    assert gib(0) == 0.0
-    assert gib(GIB) == 1.0
-    assert gib(31_686_826_557) == 31_686_826_557 / 2**30
 
 
 @pytest.mark.parametrize(

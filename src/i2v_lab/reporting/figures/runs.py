@@ -67,7 +67,8 @@ def _timeline(run: Run) -> pd.DataFrame:
     table = run.frame("timeline")
     if table.empty:
         raise RecordError(
-            f"run '{run.folder}' has no timeline; profile it on a CPU, where live storages are tracked, with --profile"
+            f"run '{run.folder}' has no timeline; profile it on a CPU, where live storages are tracked, with --profile",
+            run=str(run.folder),
         )
     if run.is_forecast:
         table["time_s"] = [float(moment) for moment in range(len(table))]
