@@ -297,7 +297,7 @@ def test_bars_are_as_long_as_what_they_stand_for_and_end_at_the_cards_line():
     assert saved / rest == pytest.approx(3, rel=0.01)
 
 
-def test_a_timeline_needs_storages_that_were_followed():
+def test_a_timeline_needs_storages_that_were_tracked():
     assert "No timeline" in pictures.timeline(_run("one", _phase("decode_video", 400)))
     moments = [TimelineRecord("decode_video", t / 10, 100 * t, 0, 50, 0) for t in range(4)]
     svg = pictures.timeline(_run("one", *moments), _run("two", *moments[:2]))

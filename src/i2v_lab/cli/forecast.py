@@ -159,6 +159,8 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
     from rich.table import Table
 
     from i2v_lab.reporting import run_tables
+    from i2v_lab.reporting.headlines import headline
+    from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.runs.sources import as_run
     from i2v_lab.runs.spec import RunSpec
     from i2v_lab.units import format_bytes
@@ -171,11 +173,11 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
         f"{request.quantization}, decode {request.decode_scope}{policy}",
         soft_wrap=True,
     )
-    console.print(run_tables.headline(run))
+    console.print(headline(run))
     phases = run_tables.phase_table(run).drop(columns="seconds")
-    console.print(run_tables.rich_table(phases, "Phases, forecast", bold=result.peak.phase))
+    console.print(rich_table(phases, "Phases, forecast", bold=result.peak.phase))
     modules = run_tables.modules_table(run).head(8)
-    console.print(run_tables.rich_table(modules, f"Alive at the peak, in {result.peak.phase}, by module"))
+    console.print(rich_table(modules, f"Alive at the peak, in {result.peak.phase}, by module"))
     table = Table("card", "memory", "verdict", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:
@@ -279,8 +281,8 @@ def accuracy(
     """Hold forecasts against every run that was measured on a GPU."""
     from rich.console import Console
 
-    from i2v_lab.reporting.run_tables import rich_table
     from i2v_lab.reporting.tables import save_table
+    from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
 
     measured = measured_table(folder=folder)

@@ -105,7 +105,7 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord
+    from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord, peak_phase
     from i2v_lab.units import format_bytes
 
     table = Table("run", "outcome", "peak", "phase", "seconds", box=None, header_style="bold", pad_edge=False)
@@ -116,7 +116,7 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
             table.add_row(outcome.name, "failed", "", "", "")
             continue
         phases = outcome.run.of(PhaseRecord)
-        top = max(phases, key=lambda phase: phase.peak_bytes, default=None)
+        top = peak_phase(phases)
         status = "out of memory" if outcome.run.of(OutOfMemoryRecord) else outcome.run.status
         table.add_row(
             outcome.name,

@@ -13,8 +13,10 @@ from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.pipeline.contract.architectures import architecture_names
 from i2v_lab.reporting.figures import live as pictures
-from i2v_lab.reporting.run_tables import headline, modules_table
-from i2v_lab.reporting.tables import WORDS, as_sentence, readable
+from i2v_lab.reporting.figures.style import VERDICT_COLOURS
+from i2v_lab.reporting.headlines import headline
+from i2v_lab.reporting.run_tables import modules_table
+from i2v_lab.reporting.tables import WORDS, as_sentence, html_table, readable
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization
 from i2v_lab.runs.forecast import is_quiet
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
@@ -87,7 +89,7 @@ class Explorer(View):
         answer, question = self.exploration.answer, self.exploration.question
         if answer is None:
             return ""
-        colour = pictures.verdict_colour(answer.fit.verdict)
+        colour = VERDICT_COLOURS[answer.fit.verdict]
         line = pictures.Line(answer.fit.memory_bytes, f"{answer.fit.gpu}, {format_bytes(answer.fit.memory_bytes)}")
         holders = modules_table(answer.run).head(6)
         body = "".join(
@@ -96,7 +98,7 @@ class Explorer(View):
                 pictures.phase_bars(answer.run, answer.context_bytes, line),
                 sentence(as_sentence(headline(answer.run))),
                 pictures.timeline(answer.run),
-                pictures.table_html(readable(holders, HOLDERS)) if len(holders) else "",
+                html_table(readable(holders, HOLDERS)) if len(holders) else "",
             ]
         )
         kind = "answer" if answer.question == question else "answer older"

@@ -21,6 +21,7 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import VIDEO, Hooks, Mode, execute
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import Run, read_run
+from i2v_lab.units import format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.monitor import MemoryMonitor
@@ -155,7 +156,7 @@ class Generating:
         start_s = time.perf_counter()
         try:
             self._generate(spec, folder)
-            state, message = State.DONE, f"Done in {time.perf_counter() - start_s:.1f} s."
+            state, message = State.DONE, f"Done in {format_seconds(time.perf_counter() - start_s)}."
         except GenerationStopped as error:
             state, message = State.STOPPED, str(error)
         except I2VLabError as error:

@@ -213,6 +213,16 @@ Record = (
 )
 
 
+def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
+    """The phase with the highest peak, the first of equals; ``None`` if there is no phase.
+
+    Example:
+        >>> peak_phase([]) is None
+        True
+    """
+    return max(phases, key=lambda record: record.peak_bytes, default=None)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run would record, on a device that is not here.
