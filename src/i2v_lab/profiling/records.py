@@ -252,7 +252,9 @@ class Forecast:
     @property
     def peak(self) -> PhaseRecord:
         """The phase with the highest peak, the first of equals."""
-        return max(self.phases, key=lambda record: record.peak_bytes)
+        peak = peak_phase(self.phases)
+        assert peak is not None
+        return peak
 
     @property
     def peak_reserved_bytes(self) -> int:
@@ -277,11 +279,6 @@ KINDS: dict[str, type[Any]] = {
     "device": DeviceRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
-
-
-def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
-    """The phase with the highest peak, the first of equals; ``None`` if there is none."""
-    return max(phases, key=lambda record: record.peak_bytes, default=None)
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
