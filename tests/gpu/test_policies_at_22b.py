@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import sampling
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.weights import resolve_weights
 from i2v_lab.request import I2VRequest
@@ -25,7 +25,7 @@ LEAST_PSNR_DB = 45
 def test_policies_at_22b(still, kept_latents, width, height):
     request = I2VRequest(image=str(still), prompt="waves roll in", width=width, height=height, frames=97, seed=7)
     weights = resolve_weights(load_architecture(FULL_SIZE_MODEL))
-    kept = kept_latents(ltx2, "denoise_stage", lambda made: (made.video, made.audio))
+    kept = kept_latents(sampling, "denoise_stage", lambda made: (made.video, made.audio))
     frames, latents = {}, {}
     for policy in ("resident", "lean", "streamed"):
         with TwoStagePipeline(weights, "cuda")(replace(request, memory=policy)).video as chunks:

@@ -14,15 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from ltx_core.loader import SafetensorsModelStateDictLoader, StateDict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from i2v_lab.cli.app import app as cli
 from i2v_lab.errors import CheckpointError, OutputError, UnknownModel
 from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.contract import synthetic as synthetic_files
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
-from i2v_lab.pipeline.ltx2 import components as ltx2
-from i2v_lab.pipeline.ltx2 import synthetic
+from i2v_lab.pipeline.contract.random_tensors import synthetic_tensor
+from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.layout import COMPONENTS, FILES, file_layout, gemma_dimensions, meta_component
+from i2v_lab.pipeline.ltx2.synthetic import SyntheticStateDictLoader
+from i2v_lab.pipeline.ltx2.synthetic import metadata as synthetic_metadata
 from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights, synthetic_weights
 from i2v_lab.request import Quantization
 
@@ -70,18 +75,18 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_22b_layout_has_the_published_tensors(large):
-    checkpoint = ltx2.file_layout(large, "checkpoint")
+    checkpoint = file_layout(large, "checkpoint")
     audio_encoder = [key for key in checkpoint if key.startswith("audio_vae.encoder.")]
     assert (len(checkpoint), len(audio_encoder)) == (5947, 44)
-    assert len(ltx2.file_layout(large, "gemma")) == 1065
+    assert len(file_layout(large, "gemma")) == 1065
 
 
 def test_the_22b_layout_has_the_published_parameters(large):
     values = json.loads((data_dir() / "architectures" / "ltx-2.3-22b.json").read_text())["parameters"]
     values["text_encoder"] = values.pop("text_encoder (Gemma 3 12B)")
     in_fp8 = values.pop("of which fp8-cast")
-    assert values == {name: sum(p.numel() for p in ltx2.meta_component(large, name).parameters()) for name in values}
-    transformer = ltx2.Ledger(synthetic_weights(large), META, Quantization.FP8_CAST).transformer()
+    assert values == {name: sum(p.numel() for p in meta_component(large, name).parameters()) for name in values}
+    transformer = Ledger(synthetic_weights(large), META, Quantization.FP8_CAST).transformer()
     assert sum(p.numel() for p in transformer.parameters() if p.dtype == torch.float8_e4m3fn) == in_fp8
     assert sum(p.numel() for p in transformer.parameters()) == values["transformer"]
 
@@ -90,7 +95,7 @@ def test_both_models_have_the_same_modules_at_another_size(tiny, large):
     """The tiny model is the same architecture: every kind of tensor of one is in the other."""
 
     def kinds(architecture) -> set[str]:
-        return {re.sub(r"\d+", "*", key) for key in ltx2.file_layout(architecture, "checkpoint")}
+        return {re.sub(r"\d+", "*", key) for key in file_layout(architecture, "checkpoint")}
 
     assert len(kinds(large)) > 200
     extra = kinds(tiny.architecture) ^ kinds(large)
@@ -98,9 +103,9 @@ def test_both_models_have_the_same_modules_at_another_size(tiny, large):
     assert all(key.startswith("audio_vae.") for key in extra), sorted(extra)
 
 
-def _load(weights: Weights, component: str, device: torch.device) -> tuple[torch.nn.Module, ltx2.StateDict, object]:
-    builder = getattr(ltx2.Ledger(weights, device, Quantization.BF16), BUILDERS[component])
-    with ltx2.gemma_dimensions(weights.architecture.gemma):
+def _load(weights: Weights, component: str, device: torch.device) -> tuple[torch.nn.Module, StateDict, object]:
+    builder = getattr(Ledger(weights, device, Quantization.BF16), BUILDERS[component])
+    with gemma_dimensions(weights.architecture.gemma):
         module = builder.meta_model(builder.model_config(), builder.module_ops)
     paths = list(builder.model_path) if isinstance(builder.model_path, tuple) else [builder.model_path]
     state = builder.load_sd(paths, registry=builder.registry, device=device, sd_ops=builder.model_sd_ops)
@@ -134,9 +139,9 @@ def test_the_22b_loads_through_the_loader_protocol_with_no_file_and_no_memory(la
 
 @pytest.mark.parametrize("component", list(BUILDERS))
 def test_weights_without_a_file_are_the_same_as_the_files(tiny, component):
-    builder = getattr(ltx2.Ledger(tiny, CPU, Quantization.BF16), BUILDERS[component])
-    spec = ltx2.COMPONENTS[component]
-    loader = synthetic.SyntheticStateDictLoader(tiny.architecture)
+    builder = getattr(Ledger(tiny, CPU, Quantization.BF16), BUILDERS[component])
+    spec = COMPONENTS[component]
+    loader = SyntheticStateDictLoader(tiny.architecture)
     made = loader.load([f"synthetic:{spec.file}"], builder.model_sd_ops, CPU)
     paths = list(builder.model_path) if isinstance(builder.model_path, tuple) else [builder.model_path]
     read = builder.model_loader.load(paths, builder.model_sd_ops, CPU)
@@ -148,7 +153,7 @@ def test_weights_without_a_file_are_the_same_as_the_files(tiny, component):
 
 
 def test_the_lora_without_a_file_is_the_same_as_the_file(tiny):
-    made = synthetic.SyntheticStateDictLoader(tiny.architecture).load("synthetic:lora").sd
+    made = SyntheticStateDictLoader(tiny.architecture).load("synthetic:lora").sd
     read = load_file(tiny.lora)
     assert made.keys() == read.keys()
     assert all(torch.equal(made[key], read[key]) for key in made)
@@ -158,7 +163,7 @@ def test_the_lora_without_a_file_is_the_same_as_the_file(tiny):
 
 def test_metadata_and_dtype_are_what_the_real_loader_reads(tiny):
     for path, config in ((tiny.checkpoint, tiny.architecture.config), (tiny.upsampler, tiny.architecture.upsampler)):
-        assert ltx2.SafetensorsModelStateDictLoader().metadata(path) == config
+        assert SafetensorsModelStateDictLoader().metadata(path) == config
     with safe_open(tiny.checkpoint, framework="pt") as file:
         assert file.metadata() == {"config": json.dumps(tiny.architecture.config), "model_version": "2.3.0"}
     for path in (tiny.checkpoint, tiny.upsampler, tiny.lora, *tiny.gemma_shards):
@@ -170,26 +175,24 @@ def test_metadata_and_dtype_are_what_the_real_loader_reads(tiny):
 
 
 def test_tensors_depend_on_their_name_and_nothing_else():
-    one = synthetic.synthetic_tensor("a.weight", (4, 8))
-    synthetic.synthetic_tensor("b.weight", (4, 8))
+    one = synthetic_tensor("a.weight", (4, 8))
+    synthetic_tensor("b.weight", (4, 8))
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert torch.equal(one, synthetic.synthetic_tensor("a.weight", (4, 8)))
+    assert torch.equal(one, synthetic_tensor("a.weight", (4, 8)))
     assert torch.equal(torch.get_rng_state(), state)  # nor is the caller's generator touched
-    assert not torch.equal(one, synthetic.synthetic_tensor("b.weight", (4, 8)))
+    assert not torch.equal(one, synthetic_tensor("b.weight", (4, 8)))
     assert one.dtype == torch.bfloat16
 
 
 def test_tensors_are_the_same_on_every_machine():
-    assert synthetic.synthetic_tensor("a.weight", (1, 4)).tolist() == [
-        [0.05810546875, -0.03466796875, -0.56640625, 1.046875]
-    ]
+    assert synthetic_tensor("a.weight", (1, 4)).tolist() == [[0.05810546875, -0.03466796875, -0.56640625, 1.046875]]
 
 
 def test_tensors_do_not_depend_on_which_others_are_made(tiny):
-    loader = synthetic.SyntheticStateDictLoader(tiny.architecture)
+    loader = SyntheticStateDictLoader(tiny.architecture)
     whole = loader.load("synthetic:checkpoint").sd
-    decoder = loader.load("synthetic:checkpoint", ltx2.COMPONENTS["video_decoder"].key_ops).sd
+    decoder = loader.load("synthetic:checkpoint", COMPONENTS["video_decoder"].key_ops).sd
     assert torch.equal(decoder["conv_in.conv.weight"], whole["vae.decoder.conv_in.conv.weight"])
     assert list(loader.load("synthetic:checkpoint", device=META).sd) == list(whole)
 
@@ -224,7 +227,7 @@ def test_two_processes_may_make_the_same_weights_at_once(own_cache):
     assert [Path(path).parent for path in paths] == list((own_cache / "synthetic").iterdir())
     architecture = load_architecture("ltx-2.3-tiny")
     made = load_file(paths.pop())
-    assert {key: tuple(tensor.shape) for key, tensor in made.items()} == ltx2.file_layout(architecture, "checkpoint")
+    assert {key: tuple(tensor.shape) for key, tensor in made.items()} == file_layout(architecture, "checkpoint")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -233,7 +236,7 @@ def test_weights_that_were_not_finished_are_not_left_behind(tiny, own_cache, mon
         Path(path).write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(synthetic, "save_file", breaking)
+    monkeypatch.setattr(synthetic_files, "save_file", breaking)
     with pytest.raises((KeyboardInterrupt, OutputError)) as caught:
         synthetic_weights(tiny.architecture)
     if isinstance(error, OSError):
@@ -282,10 +285,10 @@ def test_real_weights_take_the_same_path(tiny, tiny_files, own_cache):
         tiny.lora,
         loader=weights.loader,
     )
-    assert type(weights.loader) is ltx2.SafetensorsModelStateDictLoader
+    assert type(weights.loader) is SafetensorsModelStateDictLoader
     counts = {
-        name: len(ltx2.file_layout(tiny.architecture, file))
-        for file, name in zip(synthetic.FILES, map(os.path.basename, synthetic.FILES.values()), strict=True)
+        name: len(file_layout(tiny.architecture, file))
+        for file, name in zip(FILES, map(os.path.basename, FILES.values()), strict=True)
     }
     assert seen == {name: [(n, count) for n in range(1, count + 1)] for name, count in counts.items()}
 
@@ -314,7 +317,7 @@ def test_values_are_read_once_and_again_when_a_file_changes(tiny, tiny_files, ow
     assert verify() == set()
     changed = load_file(upsampler)
     changed["initial_conv.bias"][0] = float("nan")
-    save_file(changed, upsampler, metadata=synthetic.metadata(tiny.architecture, "upsampler"))
+    save_file(changed, upsampler, metadata=synthetic_metadata(tiny.architecture, "upsampler"))
     for _ in range(2):  # what was refused once is not taken the second time
         with pytest.raises(CheckpointError, match="holds NaN in initial_conv.bias"):
             verify()
@@ -345,7 +348,7 @@ def test_gemma_may_come_in_several_files_in_a_folder_further_down(tiny, tiny_fil
     _, _, result = _load(weights, "text_encoder", CPU)
     assert set(result.missing_keys) == COMPUTED["text_encoder"]
     (folder / "model-00002-of-00002.safetensors").unlink()
-    first = next(key for key in ltx2.file_layout(tiny.architecture, "gemma") if key in keys[20:])
+    first = next(key for key in file_layout(tiny.architecture, "gemma") if key in keys[20:])
     assert _refusal(tiny, {**tiny_files, "gemma": tmp_path / "gemma"}) == (
         f"--gemma '{folder / 'model-00001-of-00002.safetensors'}' lacks {len(keys) - 20} of {len(keys)} tensors, the "
         f"first {first}; download or export it again"
@@ -376,7 +379,7 @@ def _refusal(tiny: Weights, files: dict[str, Path | None], needs_lora: bool = Fa
 @pytest.fixture
 def saved(tiny, tmp_path, own_cache):
     def save(name: str, changed: dict[str, torch.Tensor], file: str = "checkpoint", **metadata: str) -> Path:
-        save_file(changed, tmp_path / name, metadata=metadata or synthetic.metadata(tiny.architecture, file))
+        save_file(changed, tmp_path / name, metadata=metadata or synthetic_metadata(tiny.architecture, file))
         return tmp_path / name
 
     return save
@@ -449,7 +452,7 @@ def test_another_architecture_is_refused(tiny, tiny_files, tensors, saved, large
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(tiny, tiny_files, tensors, saved):
-    layout = list(ltx2.file_layout(tiny.architecture, "checkpoint"))
+    layout = list(file_layout(tiny.architecture, "checkpoint"))
     for gone in ([layout[0]], [layout[-1]], [key for key in layout if key.startswith("vocoder.")][:100]):
         few = saved("few.safetensors", {key: value for key, value in tensors.items() if key not in gone})
         assert _refusal(tiny, {**tiny_files, "checkpoint": few}) == (
@@ -581,7 +584,7 @@ def test_a_lora_of_another_rank_or_of_fewer_layers_is_taken(tiny, tiny_files, sa
     path = saved("lora.safetensors", {**wide, "alpha": torch.tensor(1.0)}, "lora")
     weights = resolve_weights(tiny.architecture, **{**tiny_files, "lora": path}, needs_lora=True)
     plain, fused = (
-        ltx2.Ledger(weights, CPU, Quantization.BF16, with_lora=with_lora).transformer().state_dict()
+        Ledger(weights, CPU, Quantization.BF16, with_lora=with_lora).transformer().state_dict()
         for with_lora in (False, True)
     )
     changed = {key for key in plain if not torch.equal(plain[key], fused[key])}

@@ -24,7 +24,8 @@ from i2v_lab.lab.generation_job import Generating, State
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.contract.runner import stage_shape
-from i2v_lab.pipeline.ltx_video import passes as ltx_video
+from i2v_lab.pipeline.ltx_video.components import memoizable_modules
+from i2v_lab.pipeline.ltx_video.layout import meta_component
 from i2v_lab.pipeline.ltx_video.pipeline import LtxVideoPipeline
 from i2v_lab.pipeline.ltx_video.weights import resolve_weights, skeleton_weights, synthetic_weights
 from i2v_lab.profiling.fake.forecast import forecasting
@@ -173,7 +174,7 @@ def test_the_published_sizes_of_the_files():
     found = {}
     for name in ("ltxv-2b-0.9.8-distilled", "ltxv-13b-0.9.8"):
         transformer, vae, upsampler, text_encoder = (
-            sum(p.numel() for p in ltx_video.meta_component(load_architecture(name), part).parameters())
+            sum(p.numel() for p in meta_component(load_architecture(name), part).parameters())
             for part in ("transformer", "vae", "spatial_upsampler", "text_encoder")
         )
         found[name] = round((transformer + vae) * 2 / 1e9, 2)
@@ -261,7 +262,7 @@ def test_what_is_not_run_again_changes_no_byte(variant):
     request = replace(SMALL, width=128, frames=17, variant=variant)
     weights = skeleton_weights(load_architecture("ltxv-tiny"))
     found = []
-    for repeats in (None, ltx_video.repeats()):
+    for repeats in (None, memoizable_modules()):
         with forecasting("cuda", repeats=repeats, workspaces=load_workspaces()) as profiler:
             for _ in LtxVideoPipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass

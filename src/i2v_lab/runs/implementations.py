@@ -97,7 +97,7 @@ def _path(implementation: Implementation, experiment: Experiment, device: str) -
 
 def _work_out(implementation: Implementation, experiment: Experiment, device: str) -> Known:
     from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.ltx2 import components as ltx2
+    from i2v_lab.pipeline.ltx2.components import memoizable_modules
     from i2v_lab.pipeline.ltx2.weights import skeleton_weights
     from i2v_lab.profiling.fake.forecast import forecasting
     from i2v_lab.profiling.fake.workspaces import load_workspaces
@@ -113,7 +113,7 @@ def _work_out(implementation: Implementation, experiment: Experiment, device: st
     else:
         from i2v_lab.pipeline.ltx2.upstream import UpstreamPipeline
 
-        with forecasting(device, repeats=ltx2.repeats(), workspaces=workspaces) as profiler:
+        with forecasting(device, repeats=memoizable_modules(), workspaces=workspaces) as profiler:
             for chunk in UpstreamPipeline(weights, device, sinks=[profiler])(request).video:
                 del chunk
     return tuple(profiler.records), workspaces.context_bytes if workspaces else 0

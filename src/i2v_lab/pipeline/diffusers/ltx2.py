@@ -30,7 +30,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
 from i2v_lab.pipeline.contract.media import load_still
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import layout as ltx2
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest
 
@@ -188,7 +188,7 @@ def diffusers_ltx2(
 
 
 def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
-    """The modules that run many times alike without guidance; see :func:`i2v_lab.pipeline.ltx2.components.repeats`."""
+    """The modules that a forecast may memoize; see :func:`i2v_lab.pipeline.ltx2.components.memoizable_modules`."""
     return {LTX2VideoTransformerBlock: lambda *args, **kwargs: ()}
 
 
