@@ -131,7 +131,7 @@ def test_a_streamed_generation_gives_the_same_frames_and_leaves_nothing(tiny, re
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "gemma_embeddings_processor", "video_decoder"])
-def test_of_a_streamed_components_blocks_at_most_one_is_there_and_none_between_calls(tiny, component):
+def test_a_streamed_component_holds_the_weights_of_one_block_during_its_call_and_of_none_between(tiny, component):
     with LiveStorageMeter() as meter:
         module = getattr(_ledger(tiny, "streamed"), component)()
         resident = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
@@ -153,7 +153,7 @@ def test_of_a_streamed_components_blocks_at_most_one_is_there_and_none_between_c
         assert between < resident + max(own.values())
 
 
-def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_everything(tiny, request_64, tmp_path):
+def test_a_weight_file_removed_or_truncated_during_a_run_ends_it_and_frees_everything(tiny, request_64, tmp_path):
     for damage in (Path.unlink, lambda path: os.truncate(path, 4096)):
         checkpoint = tmp_path / "checkpoint.safetensors"
         shutil.copy(tiny.checkpoint, checkpoint)
@@ -164,9 +164,7 @@ def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_ev
 
         with PhaseProfiler("cpu") as profiler:
             pipeline = TwoStagePipeline(replace(tiny, checkpoint=str(checkpoint)), sinks=[profiler, after_a_step])
-            with pytest.raises(
-                CheckpointError, match=r"checkpoint\.safetensors' (cannot be read|ends at byte)"
-            ) as seen:
+            with pytest.raises(CheckpointError) as seen:
                 pipeline(replace(request_64, memory="streamed"))
             assert seen.value.fields["path"] == str(checkpoint)
             del seen
@@ -183,14 +181,14 @@ def test_any_set_of_techniques_gives_the_same_frames(tiny, request_64, resident_
 
 
 def test_a_technique_that_is_unknown_or_lacks_another_is_refused():
-    with pytest.raises(InvalidRequest, match="technique='magic' is unknown; use shared_modulations, token_chunks"):
-        to_techniques(["magic"])
-    with pytest.raises(InvalidRequest, match="technique='token_chunks' needs shared_modulations; name both"):
-        to_techniques(["token_chunks"])
+    for name in ("magic", "token_chunks"):
+        with pytest.raises(InvalidRequest) as caught:
+            to_techniques([name])
+        assert caught.value.fields == {"technique": name}
 
 
 @given(tokens=st.integers(1, 300), still=st.integers(0, 300), most=st.integers(1, 320))
-def test_chunks_are_all_tokens_in_order_alike_in_size_and_know_their_timesteps(tokens, still, most):
+def test_chunks_cover_all_tokens_in_nearly_equal_sizes_with_the_timesteps_of_each(tokens, still, most):
     bounds = (0, min(still, tokens), tokens)
     chunks = token_chunks.split_tokens(bounds, most)
     sizes = [chunk.last - chunk.first for chunk in chunks]
@@ -211,8 +209,8 @@ def test_chunks_are_all_tokens_in_order_alike_in_size_and_know_their_timesteps(t
     assert torch.equal(ones, 2 * expected)
 
 
-@pytest.mark.parametrize("blocks_kept", [0, 1, 3])
-def test_blocks_stay_in_host_memory_while_there_is_room_and_the_rest_is_loaded_again(blocks_kept):
+@pytest.mark.parametrize("offloaded", [0, 1, 3])
+def test_blocks_are_offloaded_within_the_host_budget_and_the_others_are_loaded_at_every_call(offloaded):
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(3)))
     weights = {f"{index}.weight": torch.randn(8, 8) for index in range(3)}
     loaded = []
@@ -222,13 +220,13 @@ def test_blocks_stay_in_host_memory_while_there_is_room_and_the_rest_is_loaded_a
         return {f"{name}.weight": weights[f"{name}.weight"].clone()}
 
     loads = {str(index): partial(load, str(index)) for index in range(3)}
-    stream = WeightStream(model, loads, CPU, host_budget_bytes=256 * blocks_kept)  # 256 bytes a block
+    stream = WeightStream(model, loads, CPU, host_budget_bytes=256 * offloaded)  # 256 bytes a block
     x = torch.randn(2, 8)
     expected = x @ weights["0.weight"].T @ weights["1.weight"].T @ weights["2.weight"].T
     with torch.no_grad():
         passes = [model(x) for _ in range(3)]
     assert all(torch.equal(seen, expected) for seen in passes)
-    assert [loaded.count(str(index)) for index in range(3)] == [1 if index < blocks_kept else 3 for index in range(3)]
+    assert [loaded.count(str(index)) for index in range(3)] == [1 if index < offloaded else 3 for index in range(3)]
     stream.close()
     assert not stream._host
 
@@ -242,7 +240,7 @@ def test_page_locked_buffers_have_pages_of_their_own(nbytes):
     assert all(nbytes <= each.nbytes < nbytes + mmap.PAGESIZE for each in pages)
 
 
-def test_what_the_system_does_not_grant_is_loaded_again(monkeypatch):
+def test_blocks_are_loaded_at_every_call_where_page_locking_is_refused(monkeypatch):
     def refused(*_):
         raise RuntimeError("CUDA error: out of memory")
 
@@ -294,13 +292,14 @@ def test_the_reader_gives_what_safetensors_gives(tiny):
             assert torch.equal(reader.tensor(tiny.checkpoint, key, CPU), file.get_tensor(key))
 
 
-def test_tokens_of_one_stretch_with_several_timesteps_are_refused():
+def test_several_timesteps_within_a_range_of_tokens_are_refused():
     timesteps = torch.tensor([0.0, 0.0, 1.0, 0.5]).reshape(1, 4, 1)
     with pytest.raises(ValueError, match="tokens 2 to 4 have several timesteps"):
         chunked_transformer._check_timesteps(timesteps, (0, 2, 4))
     chunked_transformer._check_timesteps(timesteps[:, :3], (0, 2, 3))
 
 
-def test_the_pipeline_does_not_guess_what_auto_stands_for(tiny, request_64):
-    with pytest.raises(InvalidRequest, match="memory='auto' is for the caller to resolve"):
+def test_the_auto_policy_must_be_resolved_before_the_run(tiny, request_64):
+    with pytest.raises(InvalidRequest) as caught:
         TwoStagePipeline(tiny)(replace(request_64, memory="auto"))
+    assert caught.value.fields == {"memory": "auto"}

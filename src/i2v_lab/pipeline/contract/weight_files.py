@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,30 @@ from i2v_lab.pipeline.contract.architectures import Architecture
 
 Progress = Callable[[str, int, int], None]  # a file's name, tensors verified, tensors in all
 Layout = Mapping[str, tuple[int, ...]]  # shapes of a weight file's tensors, by their names in the file
+# What is wrong with a weight file, as the ``fault`` of a CheckpointError's fields.
+Fault = Literal[
+    "not-found", "not-a-file", "not-a-folder", "unreadable", "format", "architecture", "incomplete", "config", "values"
+]
+
+
+def weights_refused(option: str, path: Path, fault: Fault, message: str, **fields: Any) -> CheckpointError:
+    """The error for a weight file that is not used.
+
+    Args:
+        option: The command-line option that named it.
+        path: The file or folder.
+        fault: What is wrong.
+        message: What is wrong and the remedy, after the option and the path.
+        **fields: Further values, such as the ``tensor`` or what is ``missing``.
+
+    Example:
+        >>> error = weights_refused("--lora", Path("lora.safetensors"), "not-found", "does not exist; check the path")
+        >>> print(error)
+        --lora 'lora.safetensors' does not exist; check the path
+        >>> error.fields["fault"]
+        'not-found'
+    """
+    return CheckpointError(f"{option} '{path}' {message}", option=option, path=path, fault=fault, **fields)
 
 
 def require_together(given: Mapping[str, Path | None], needed: Sequence[str], options: Mapping[str, str]) -> None:
@@ -56,31 +81,30 @@ def require_files(folder: Path, patterns: Sequence[str], option: str, what: str)
         what: The component whose files they are, for the messages.
 
     Raises:
-        CheckpointError: The folder or a file does not exist, or a JSON file is damaged; ``fields`` has its ``path``,
-            and the pattern of a missing file as ``missing``.
+        CheckpointError: The folder or a file does not exist, or a JSON file is damaged; ``fields`` has the ``option``,
+            the ``path``, the ``fault``, and the pattern of a missing file as ``missing``.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{option} '{folder}' is not a folder; give the folder of {what}'s files", path=folder)
+        raise weights_refused(option, folder, "not-a-folder", f"is not a folder; give the folder of {what}'s files")
     for pattern in patterns:
         found = next(folder.rglob(pattern), None)
         if found is None:
-            raise CheckpointError(
-                f"{option} '{folder}' holds no {pattern}; give a complete {what} folder", path=folder, missing=pattern
-            )
+            words = f"holds no {pattern}; give a complete {what} folder"
+            raise weights_refused(option, folder, "incomplete", words, missing=pattern)
         if found.suffix == ".json":
             try:
                 json.loads(found.read_bytes())
             except (OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"{option} '{found}' is not readable as JSON ({reason(error)}); download it again", path=found
-                ) from error
+                words = f"is not readable as JSON ({reason(error)}); download it again"
+                raise weights_refused(option, found, "format", words) from error
 
 
 def read_headers(paths: Sequence[Path], option: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in safetensors files.
 
     Raises:
-        CheckpointError: A file is missing, truncated or of another format; ``fields`` has its ``path``.
+        CheckpointError: A file is missing, truncated or of another format; ``fields`` has the ``option``, the ``path``
+            and the ``fault``.
     """
     return {key: shape for path in paths for key, shape in _read_header(path, option).items()}
 
@@ -101,37 +125,31 @@ def verify_tensors(
             carry no configuration.
 
     Raises:
-        CheckpointError: A file does not match; ``fields`` has its ``path``, and the first ``tensor`` of a wrong shape
-            or the names of those that are ``missing``.
+        CheckpointError: A file does not match; ``fields`` has the ``option``, the ``path``, the ``fault``, and the
+            first ``tensor`` of a wrong shape or the names of those that are ``missing``.
     """
     shapes = read_headers(paths, option)
     remedy = architecture_remedy(model)
     path = paths[0] if len(paths) == 1 else paths[0].parent
-    where = f"{option} '{path}'"
     missing = [key for key in expected if key not in shapes]
     if sum(key in expected for key in shapes) < len(shapes) / 2:  # most tensors are not of this model
-        raise CheckpointError(f"{where} is of another architecture than {model}; {remedy}", path=path)
+        raise weights_refused(option, path, "architecture", f"is of another architecture than {model}; {remedy}")
     wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
     if wrong:
-        raise CheckpointError(
-            f"{where} is of another architecture than {model}: {wrong[0]} has shape "
-            f"{shapes[wrong[0]]}, not {expected[wrong[0]]}; {remedy}",
-            path=path,
-            tensor=wrong[0],
+        words = (
+            f"is of another architecture than {model}: {wrong[0]} has shape {shapes[wrong[0]]}, not "
+            f"{expected[wrong[0]]}; {remedy}"
         )
+        raise weights_refused(option, path, "architecture", words, tensor=wrong[0])
     if missing:
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; "
-            "download or export it again",
-            path=path,
-            missing=missing,
-        )
+        words = f"lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; download or export it again"
+        raise weights_refused(option, path, "incomplete", words, missing=missing)
     if config_matches is not None and not config_matches(path):
-        raise CheckpointError(
-            f"{where} has no 'config' in its safetensors metadata that describes its tensors; use the original file, "
-            "or export it again with its metadata",
-            path=path,
+        words = (
+            "has no 'config' in its safetensors metadata that describes its tensors; use the original file, or export "
+            "it again with its metadata"
         )
+        raise weights_refused(option, path, "config", words)
 
 
 def config_matches(
@@ -172,7 +190,8 @@ def verify_values(option: str, paths: Sequence[Path], progress: Progress = lambd
         progress: Called after each tensor.
 
     Raises:
-        CheckpointError: A value is not finite; ``fields`` has the file's ``path`` and the ``tensor``.
+        CheckpointError: A value is not finite; ``fields`` has the ``option``, the ``path``, the ``fault``, the
+            ``tensor``, and its ``kind``, NaN or infinity.
     """
     for path in paths:
         stamp = _stamp(path)
@@ -190,19 +209,19 @@ def verify_values(option: str, paths: Sequence[Path], progress: Progress = lambd
 def _read_header(path: Path, option: str) -> dict[str, tuple[int, ...]]:
     try:
         if path.is_dir():
-            raise CheckpointError(f"{option} '{path}' is a folder; name the safetensors file in it", path=path)
+            raise weights_refused(option, path, "not-a-file", "is a folder; name the safetensors file in it")
         if not path.is_file():
-            raise CheckpointError(f"{option} '{path}' does not exist; check the path", path=path)
+            raise weights_refused(option, path, "not-found", "does not exist; check the path")
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{option} '{path}' is truncated or not a safetensors file ({reason(error)}); download it again "
-            "(pickled checkpoints are not read)",
-            path=path,
-        ) from error
+        words = (
+            f"is truncated or not a safetensors file ({reason(error)}); download it again (pickled checkpoints are not "
+            "read)"
+        )
+        raise weights_refused(option, path, "format", words) from error
     except OSError as error:
-        raise CheckpointError(f"{option} '{path}' cannot be read ({reason(error)}); check it", path=path) from error
+        raise weights_refused(option, path, "unreadable", f"cannot be read ({reason(error)}); check it") from error
 
 
 def reason(error: Exception) -> str:
@@ -222,9 +241,8 @@ def _read_values(path: Path, option: str, progress: Progress) -> None:
                 tensor = tensor.to(torch.bfloat16)
             if not torch.isfinite(tensor).all():
                 kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-                raise CheckpointError(
-                    f"{option} '{path}' holds {kind} in {key}; download or export it again", path=path, tensor=key
-                )
+                words = f"holds {kind} in {key}; download or export it again"
+                raise weights_refused(option, path, "values", words, tensor=key, kind=kind)
             progress(path.name, index, len(keys))
 
 

@@ -137,7 +137,7 @@ class UpstreamPipeline:
 
     @contextmanager
     def _phase_events(self, module: Any, ledgers: Sequence[ModelLedger]) -> Iterator[None]:
-        """Within this scope upstream's calls begin and end phases; a phase that is open when one fails ends with it.
+        """Within this scope upstream's calls begin and end phases; one that is open when a call fails ends incomplete.
 
         Args:
             module: Upstream's, whose functions are wrapped.

@@ -9,10 +9,10 @@ from typing import Any
 
 from ltx_core.loader import SafetensorsModelStateDictLoader
 
-from i2v_lab.errors import CheckpointError
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.synthetic import is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
+    Layout,
     Progress,
     architecture_remedy,
     config_matches,
@@ -21,6 +21,7 @@ from i2v_lab.pipeline.contract.weight_files import (
     require_together,
     verify_tensors,
     verify_values,
+    weights_refused,
 )
 from i2v_lab.pipeline.ltx2.layout import FILES, file_layout
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader, TensorReader
@@ -203,33 +204,28 @@ def verify_layout(architecture: Architecture, file: str, paths: tuple[Path, ...]
     verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), configured)
 
 
-def _verify_lora(shapes: dict[str, tuple[int, ...]], path: Path, architecture: Architecture) -> None:
-    remedy = architecture_remedy(architecture.name)
-    where = f"{OPTIONS['lora']} '{path}'"
+def _verify_lora(shapes: Layout, path: Path, architecture: Architecture) -> None:
+    option, model = OPTIONS["lora"], architecture.name
+    remedy = architecture_remedy(model)
     layout = file_layout(architecture, "lora")
     targets = [key for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))]
     matching = [key for key in targets if key in layout]
     if not matching:
-        raise CheckpointError(
-            f"{where} is of another architecture than {architecture.name}: none of its {len(targets)} LoRA tensors "
-            f"names a layer of the transformer; {remedy}",
-            path=path,
+        words = (
+            f"is of another architecture than {model}: none of its {len(targets)} LoRA tensors names a layer of the "
+            f"transformer; {remedy}"
         )
+        raise weights_refused(option, path, "architecture", words)
     for key in matching:
         axis = 1 if ".lora_A." in key else 0  # the other axis is the rank, which may be any
         if len(shapes[key]) != 2 or shapes[key][axis] != layout[key][axis]:
-            raise CheckpointError(
-                f"{where} is of another architecture than {architecture.name}: {key} has shape {shapes[key]}; {remedy}",
-                path=path,
-                tensor=key,
-            )
+            words = f"is of another architecture than {model}: {key} has shape {shapes[key]}; {remedy}"
+            raise weights_refused(option, path, "architecture", words, tensor=key)
         twin = key.replace(".lora_A.", ".lora_B.") if axis else key.replace(".lora_B.", ".lora_A.")
         if twin not in shapes:
-            raise CheckpointError(f"{where} lacks {twin}; download or export it again", path=path, missing=[twin])
-        if shapes[key][1 - axis] != shapes[twin][axis]:
-            raise CheckpointError(
-                f"{where} has {key} of rank {shapes[key][1 - axis]} and {twin} of rank {shapes[twin][axis]}; download "
-                "or export it again",
-                path=path,
-                tensor=key,
-            )
+            words = f"lacks {twin}; download or export it again"
+            raise weights_refused(option, path, "incomplete", words, missing=[twin])
+        ranks = shapes[key][1 - axis], shapes[twin][axis]
+        if ranks[0] != ranks[1]:
+            words = f"has {key} of rank {ranks[0]} and {twin} of rank {ranks[1]}; download or export it again"
+            raise weights_refused(option, path, "incomplete", words, tensor=key, ranks=ranks)
