@@ -21,7 +21,7 @@ from ltx_core.types import VideoLatentShape
 
 SLAB_FRAMES = 8  # frames that are blended and converted at a time
 BAND_BYTES = 192 * 2**20  # of a residual block's input that is processed at a time
-HALO_ROWS = 2  # rows beyond a band that two convolutions with 3 rows each read
+HALO_ROWS = 2  # rows that two convolutions of kernel height 3, one after the other, read beyond a band
 
 
 class RowBandResnetBlock(ResnetBlock3D):
@@ -38,7 +38,10 @@ class RowBandResnetBlock(ResnetBlock3D):
         timestep: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """The block's output, equal to that of ltx-core's own ``forward``, in the memory of ``input_tensor``.
+        """The block's output, as of ltx-core's own ``forward``, in the memory of ``input_tensor``.
+
+        It differs by roundings where cuDNN selects other convolution kernels for a band than for the whole input: see
+        ``tests/gpu/test_policies_at_22b.py``. On a CPU it is bit-identical.
 
         ltx-core's own ``forward`` runs for an input of one band, with grad enabled, and for blocks with noise, timestep
         conditioning or a shortcut convolution.

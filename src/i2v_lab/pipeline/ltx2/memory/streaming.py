@@ -37,7 +37,7 @@ BLOCKS = (  # module classes whose weights are streamed
     DepthToSpaceUpsample,
     SpaceToDepthDownsample,
 )
-LARGE_LAYERS = ("embed_tokens", "video_aggregate_embed", "audio_aggregate_embed")
+LARGE_LAYERS = ("embed_tokens", "video_aggregate_embed", "audio_aggregate_embed")  # names of single layers, likewise
 
 Load = Callable[[], dict[str, torch.Tensor]]
 
