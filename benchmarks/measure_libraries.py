@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.components import memoizable_modules
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.weights import skeleton_weights
 from i2v_lab.profiling.fake.forecast import forecasting
@@ -57,7 +57,7 @@ def collect() -> None:
     for values in tqdm(REQUESTS, desc="collecting shapes"):
         request = I2VRequest(image=str(STILL), **values)
         nothing = Collector(0, 0, 0, 0, 0)
-        with forecasting("cuda", repeats=ltx2.repeats(), workspaces=nothing) as profiler:
+        with forecasting("cuda", repeats=memoizable_modules(), workspaces=nothing) as profiler:
             for _ in TwoStagePipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass
 

@@ -13,7 +13,8 @@ from ltx_pipelines.utils.args import ImageConditioningInput
 
 from i2v_lab import profile_call
 from i2v_lab.errors import GradEscape
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
+from i2v_lab.pipeline.ltx2.sampling import sampling_params
 from i2v_lab.profiling.autograd_graph import GradEscapeWarning, guard_stream, watch
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import GraphRecord, ModuleRecord, StepRecord
@@ -25,7 +26,7 @@ STAGES = ["denoise_stage_1", "upsample_latent", "encode_image", "denoise_stage_2
 @pytest.fixture(scope="module")
 def upstream(tiny, still):
     """Runs upstream's pipeline inside ``no_grad``, as its users do; hands out its stream, again from the start."""
-    with pytest.MonkeyPatch.context() as patch, ltx2.gemma_dimensions(tiny.architecture.gemma):
+    with pytest.MonkeyPatch.context() as patch, gemma_dimensions(tiny.architecture.gemma):
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         module = ltx_pipelines.distilled
         decode, calls = module.vae_decode_video, []
@@ -75,8 +76,8 @@ def test_profile_call_tells_upstreams_phases_peaks_and_what_its_stream_keeps(ups
 def test_profile_call_on_the_guided_pipeline(tiny, still, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     lora = LoraPathStrengthAndSDOps(tiny.lora, 1.0, LTXV_LORA_COMFY_RENAMING_MAP)
-    params = ltx2.sampling_params(tiny.architecture)
-    with ltx2.gemma_dimensions(tiny.architecture.gemma), torch.no_grad():
+    params = sampling_params(tiny.architecture)
+    with gemma_dimensions(tiny.architecture.gemma), torch.no_grad():
         pipeline = ltx_pipelines.ti2vid_two_stages.TI2VidTwoStagesPipeline(
             checkpoint_path=tiny.checkpoint,
             distilled_lora=[lora],

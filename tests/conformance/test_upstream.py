@@ -12,7 +12,9 @@ from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDO
 from ltx_core.quantization import QuantizationPolicy
 from ltx_pipelines.utils.args import ImageConditioningInput
 
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import operations, sampling
+from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Quantization, Tiling, Variant
@@ -27,7 +29,7 @@ FPS = 120.0  # short sound: its convolutions are what takes time on a CPU
 def _upstream_on_a_cpu(tiny: Weights, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What keeps upstream from running here: an unconditional synchronize, and Gemma's built-in size."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with ltx2.gemma_dimensions(tiny.architecture.gemma):
+    with gemma_dimensions(tiny.architecture.gemma):
         yield
 
 
@@ -47,7 +49,7 @@ class Capture:
 
 
 def _capture_ours(monkeypatch: pytest.MonkeyPatch) -> tuple[Capture, Capture]:
-    return Capture(monkeypatch, ltx2, "denoise_stage"), Capture(monkeypatch, ltx2, "upsample_video")
+    return Capture(monkeypatch, sampling, "denoise_stage"), Capture(monkeypatch, operations, "upsample_video")
 
 
 def _assert_same(ours: tuple[Capture, Capture], theirs: tuple[Capture, Capture]) -> None:
@@ -95,7 +97,7 @@ def test_distilled_equals_upstream(tiny, still, monkeypatch, quantization):
             num_frames=17,
             frame_rate=FPS,
             images=[ImageConditioningInput(str(still), 0, 1.0)],
-            tiling_config=ltx2.tiling_config(request.tiling),
+            tiling_config=operations.tiling_config(request.tiling),
         )
         expected = torch.cat(list(video))
     _assert_same(captured, theirs)
@@ -124,7 +126,7 @@ def test_dev_equals_upstream(tiny, still, monkeypatch):
 
     module = ltx_pipelines.ti2vid_two_stages
     theirs = Capture(monkeypatch, module, "denoise_audio_video"), Capture(monkeypatch, module, "upsample_video")
-    params = ltx2.sampling_params(tiny.architecture)
+    params = sampling.sampling_params(tiny.architecture)
     with torch.no_grad():
         video, _ = module.TI2VidTwoStagesPipeline(
             checkpoint_path=tiny.checkpoint,
@@ -155,7 +157,7 @@ def test_dev_equals_upstream(tiny, still, monkeypatch):
 
 def test_the_lora_changes_stage_2(tiny, still, monkeypatch):
     """The dev comparison above would hold with a LoRA that does nothing; it does something."""
-    plain = ltx2.Ledger(tiny, torch.device("cpu"), Quantization.BF16).transformer()
-    fused = ltx2.Ledger(tiny, torch.device("cpu"), Quantization.BF16, with_lora=True).transformer()
+    plain = Ledger(tiny, torch.device("cpu"), Quantization.BF16).transformer()
+    fused = Ledger(tiny, torch.device("cpu"), Quantization.BF16, with_lora=True).transformer()
     key = "velocity_model.transformer_blocks.0.attn1.to_q.weight"
     assert not torch.equal(plain.state_dict()[key], fused.state_dict()[key])

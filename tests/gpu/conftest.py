@@ -19,7 +19,7 @@ def room_for_22b():
         pytest.skip(f"needs a card with {NEEDED_BYTES} bytes, and this one has {total_bytes}")
 
 
-class Kept:
+class LatentRecorder:
     """Copies, on the CPU, of the latents that one function returns."""
 
     def __init__(self, monkeypatch, module, name, latents):
@@ -35,5 +35,5 @@ class Kept:
 
 
 @pytest.fixture
-def kept_latents(monkeypatch):
-    return partial(Kept, monkeypatch)
+def record_latents(monkeypatch):
+    return partial(LatentRecorder, monkeypatch)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.ltx2 import components as ltx2
-from i2v_lab.pipeline.ltx2 import upstream
+from i2v_lab.pipeline.ltx2 import sampling, upstream
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.weights import resolve_weights
 from i2v_lab.request import I2VRequest, Variant
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("variant", list(Variant))
 @pytest.mark.usefixtures("room_for_22b")
-def test_latents_equal_upstreams_at_22b(still, kept_latents, variant):
+def test_latents_equal_upstreams_at_22b(still, record_latents, variant):
     request = I2VRequest(
         image=str(still),
         prompt="waves roll in below the lighthouse",
@@ -36,8 +35,8 @@ def test_latents_equal_upstreams_at_22b(still, kept_latents, variant):
         variant=variant,
     )
     module = upstream.MODULES[variant]
-    ours = kept_latents(ltx2, "denoise_stage", lambda latents: (latents.video, latents.audio))
-    theirs = kept_latents(module, "denoise_audio_video", lambda states: [state.latent for state in states])
+    ours = record_latents(sampling, "denoise_stage", lambda latents: (latents.video, latents.audio))
+    theirs = record_latents(module, "denoise_audio_video", lambda states: [state.latent for state in states])
     weights = resolve_weights(load_architecture(FULL_SIZE_MODEL))
     frames = []
     for pipeline in (TwoStagePipeline, upstream.UpstreamPipeline):

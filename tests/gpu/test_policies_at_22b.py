@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import sampling
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.weights import resolve_weights
 from i2v_lab.request import I2VRequest
@@ -22,15 +22,15 @@ LEAST_PSNR_DB = 45
 
 @pytest.mark.usefixtures("room_for_22b")
 @pytest.mark.parametrize(("width", "height"), [(1024, 768), (2048, 1536)])
-def test_policies_at_22b(still, kept_latents, width, height):
+def test_policies_at_22b(still, record_latents, width, height):
     request = I2VRequest(image=str(still), prompt="waves roll in", width=width, height=height, frames=97, seed=7)
     weights = resolve_weights(load_architecture(FULL_SIZE_MODEL))
-    kept = kept_latents(ltx2, "denoise_stage", lambda made: (made.video, made.audio))
+    recorder = record_latents(sampling, "denoise_stage", lambda made: (made.video, made.audio))
     frames, latents = {}, {}
     for policy in ("resident", "lean", "streamed"):
         with TwoStagePipeline(weights, "cuda")(replace(request, memory=policy)).video as chunks:
             frames[policy] = torch.cat([chunk.cpu() for chunk in chunks])
-        latents[policy], kept.latents = kept.latents, []
+        latents[policy], recorder.latents = recorder.latents, []
         gc.collect()
         torch.cuda.empty_cache()
     assert [len(each) for each in latents.values()] == [4, 4, 4]  # video and audio, after stage 1 and stage 2

@@ -23,7 +23,7 @@ from i2v_lab.cli.app import app
 from i2v_lab.errors import ForecastError, I2VLabError, InvalidImage, InvalidRequest, RecordError, UnknownModel
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.components import memoizable_modules
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.weights import skeleton_weights
 from i2v_lab.profiling.fake.forecast import forecasting
@@ -96,7 +96,7 @@ def test_what_is_not_run_again_changes_no_byte(variant):
     )
     weights = skeleton_weights(load_architecture("ltx-2.3-tiny"))
     found = []
-    for repeats in (None, ltx2.repeats()):
+    for repeats in (None, memoizable_modules()):
         with forecasting("cuda", repeats=repeats, workspaces=load_workspaces()) as profiler:
             for _ in TwoStagePipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass

@@ -24,7 +24,8 @@ from i2v_lab.lab.generation_job import Generating, State
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.contract.runner import stage_shape
-from i2v_lab.pipeline.ltx_video import passes as ltx_video
+from i2v_lab.pipeline.ltx_video.components import memoizable_modules
+from i2v_lab.pipeline.ltx_video.layout import meta_component
 from i2v_lab.pipeline.ltx_video.pipeline import LtxVideoPipeline
 from i2v_lab.pipeline.ltx_video.weights import resolve_weights, skeleton_weights, synthetic_weights
 from i2v_lab.profiling.fake.forecast import forecasting
@@ -103,11 +104,13 @@ def test_a_pipeline_in_inference_mode_is_refused_outside_it(ltxv_tiny):
 
 
 @pytest.mark.parametrize(("variant", "steps"), [("distilled", (7, 3)), ("dev", (8, 2))])
-def test_every_component_lives_in_its_phase_but_the_transformer_in_both_stages(ltxv_tiny, variant, steps):
+def test_components_are_built_and_released_in_their_phase_and_the_transformer_spans_both_stages(
+    ltxv_tiny, variant, steps
+):
     events: list = []
     _frames(LtxVideoPipeline(ltxv_tiny, sinks=[events.append]), replace(SMALL, variant=variant))
-    lives = [(type(e) is ComponentBuilt, e.name) for e in events if isinstance(e, ComponentBuilt | ComponentReleased)]
-    assert lives == [
+    order = [(type(e) is ComponentBuilt, e.name) for e in events if isinstance(e, ComponentBuilt | ComponentReleased)]
+    assert order == [
         (True, "text_encoder"),
         (False, "text_encoder"),
         (True, "video_encoder"),
@@ -119,12 +122,10 @@ def test_every_component_lives_in_its_phase_but_the_transformer_in_both_stages(l
         (True, "video_decoder"),
         (False, "video_decoder"),
     ]
-    for event in events:
-        if isinstance(event, ComponentReleased | ComponentBuilt) and isinstance(event, ComponentBuilt):
-            assert not list(event.module.parameters())
-    told = [(e.phase, e.step, e.steps) for e in events if isinstance(e, StepEnded)]
+    assert all(not list(event.module.parameters()) for event in events if isinstance(event, ComponentBuilt))
+    steps_ended = [(e.phase, e.step, e.steps) for e in events if isinstance(e, StepEnded)]
     expected = [("denoise_stage_1", steps[0]), ("denoise_stage_2", steps[1]), ("decode_video", 1)]
-    assert told == [(phase, step, count) for phase, count in expected for step in range(1, count + 1)]
+    assert steps_ended == [(phase, step, count) for phase, count in expected for step in range(1, count + 1)]
     assert all(event.completed for event in events if isinstance(event, PhaseEnded))
 
 
@@ -140,12 +141,12 @@ def test_the_first_stage_is_at_two_thirds_of_the_size_and_the_second_at_twice_th
 def test_a_large_model_is_refused_on_a_cpu_before_it_is_built():
     weights = synthetic_weights(load_architecture("ltxv-13b-0.9.8"))
     assert weights.is_synthetic
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(DeviceUnavailable, match=r"needs 24\.29 GiB for its transformer alone .* use --model ltxv-tiny"),
-    ):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeviceUnavailable) as caught:
         patch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2**30}))
         LtxVideoPipeline(weights)(SMALL)
+    assert caught.value.fields["component"] == "transformer"
+    assert caught.value.fields["needed_bytes"] / 2**30 == pytest.approx(24.29, abs=0.005)
+    assert "use --model ltxv-tiny" in str(caught.value)
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def test_a_large_model_is_refused_on_a_cpu_before_it_is_built():
 
 @pytest.fixture
 def files(ltxv_tiny, tmp_path, monkeypatch) -> dict[str, Path]:
-    """Copies of the synthetic weights, as a user would name them; nothing has been found good yet."""
+    """Copies of the synthetic weights, as a user would name them; without records of verified files."""
     monkeypatch.setenv("I2V_LAB_CACHE", str(tmp_path / "cache"))
     paths = {name: Path(getattr(ltxv_tiny, name)) for name in ("checkpoint", "text_encoder", "upsampler")}
     for name, path in paths.items():
@@ -173,7 +174,7 @@ def test_the_published_sizes_of_the_files():
     found = {}
     for name in ("ltxv-2b-0.9.8-distilled", "ltxv-13b-0.9.8"):
         transformer, vae, upsampler, text_encoder = (
-            sum(p.numel() for p in ltx_video.meta_component(load_architecture(name), part).parameters())
+            sum(p.numel() for p in meta_component(load_architecture(name), part).parameters())
             for part in ("transformer", "vae", "spatial_upsampler", "text_encoder")
         )
         found[name] = round((transformer + vae) * 2 / 1e9, 2)
@@ -181,36 +182,41 @@ def test_the_published_sizes_of_the_files():
     assert found == {"ltxv-2b-0.9.8-distilled": 6.34, "ltxv-13b-0.9.8": 28.58}
 
 
-def _refused(architecture, files) -> str:
+def _refused(architecture, files) -> dict[str, object]:
     with pytest.raises(CheckpointError) as caught:
         resolve_weights(architecture, **files)
     assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return caught.value.fields
 
 
-def test_bad_weights_are_refused_with_the_option_and_the_remedy(ltxv_tiny, files, tmp_path):
+def test_bad_weights_are_refused_with_the_option_and_the_fault(ltxv_tiny, files, tmp_path):
     tiny, checkpoint = ltxv_tiny.architecture, files["checkpoint"]
-    assert "--checkpoint given without --text-encoder, --upsampler" in _refused(tiny, {"checkpoint": checkpoint})
+
+    def refused(path: Path) -> dict[str, object]:
+        fields = dict(_refused(tiny, {**files, "checkpoint": path}))
+        assert (fields.pop("option"), fields.pop("path")) == ("--checkpoint", path)
+        return fields
+
+    assert _refused(tiny, {"checkpoint": checkpoint}) == {"missing": ["--text-encoder", "--upsampler"]}
     large = load_architecture("ltxv-2b-0.9.8-distilled")
-    assert "is of another architecture than ltxv-2b-0.9.8-distilled" in _refused(large, files)
+    assert _refused(large, files)["fault"] == "architecture"
     (tmp_path / "pickled.ckpt").write_bytes(b"\x80\x04" + bytes(100))
-    assert "(pickled checkpoints are not read)" in _refused(tiny, {**files, "checkpoint": tmp_path / "pickled.ckpt"})
+    assert refused(tmp_path / "pickled.ckpt") == {"fault": "format"}
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(checkpoint)
     key = next(key for key in tensors if key.startswith("model.diffusion_model.transformer_blocks"))
     fewer = {name: tensor for name, tensor in tensors.items() if name != key}
     save_file(fewer, tmp_path / "fewer", metadata=metadata)
-    assert f"lacks 1 of {len(tensors)} tensors, the first {key}" in _refused(
-        tiny, {**files, "checkpoint": tmp_path / "fewer"}
-    )
+    assert refused(tmp_path / "fewer") == {"fault": "incomplete", "missing": [key]}
     save_file(tensors, tmp_path / "bare")
-    assert "has no 'config' in its safetensors metadata" in _refused(tiny, {**files, "checkpoint": tmp_path / "bare"})
+    assert refused(tmp_path / "bare") == {"fault": "config"}
     tensors[key] = torch.full_like(tensors[key], torch.nan)
     save_file(tensors, tmp_path / "nan", metadata=metadata)
-    assert f"holds NaN in {key}" in _refused(tiny, {**files, "checkpoint": tmp_path / "nan"})
+    assert refused(tmp_path / "nan") == {"fault": "values", "tensor": key, "kind": "NaN"}
     (files["text_encoder"] / "tokenizer" / "spiece.model").unlink()
-    assert "holds no tokenizer/spiece.model; give a complete T5 folder" in _refused(tiny, files)
+    fields = _refused(tiny, files)
+    assert (fields["option"], fields["missing"]) == ("--text-encoder", "tokenizer/spiece.model")
 
 
 # --- Forecasts --------------------------------------------------------------------------------------------------------
@@ -257,11 +263,11 @@ def test_a_forecast_on_the_cpu_is_what_a_real_run_measures(ltxv_tiny, request_):
 
 
 @pytest.mark.parametrize("variant", list(Variant))
-def test_what_is_not_run_again_changes_no_byte(variant):
+def test_memoization_changes_no_byte(variant):
     request = replace(SMALL, width=128, frames=17, variant=variant)
     weights = skeleton_weights(load_architecture("ltxv-tiny"))
     found = []
-    for repeats in (None, ltx_video.repeats()):
+    for repeats in (None, memoizable_modules()):
         with forecasting("cuda", repeats=repeats, workspaces=load_workspaces()) as profiler:
             for _ in LtxVideoPipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass

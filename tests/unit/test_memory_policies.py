@@ -14,15 +14,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ltx_core.components.noisers import GaussianNoiser
 
 from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import Phase, StepEnded
 from i2v_lab.memory_policy import NEEDS, TECHNIQUES, MemoryPolicy, Technique, to_techniques
-from i2v_lab.pipeline.ltx2 import components as ltx2
-from i2v_lab.pipeline.ltx2.memory import host_memory, lean_decode, lean_transformer, streaming, token_chunks
+from i2v_lab.pipeline.ltx2 import operations, sampling
+from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.memory import chunked_transformer, host_memory, in_place_decode, streaming, token_chunks
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader
 from i2v_lab.pipeline.ltx2.memory.streaming import WeightStream, block_names
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.sampling import Latents
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import I2VRequest, Quantization, Tiling
@@ -34,11 +37,11 @@ TECHNIQUE_SETS = int(os.environ.get("I2V_LAB_EXAMPLES", "4"))
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks so small that the tiny model has many of them, some with both timesteps, some that end early."""
-    monkeypatch.setattr(lean_transformer, "CHUNK_TOKENS", 20)
-    monkeypatch.setattr(lean_transformer, "SMALL_TOKENS", 0)
-    monkeypatch.setattr(lean_transformer, "MODULATION_ROWS", 20)
-    monkeypatch.setattr(lean_decode, "SLAB_FRAMES", 3)
-    monkeypatch.setattr(lean_decode, "BAND_BYTES", 2**17)
+    monkeypatch.setattr(chunked_transformer, "CHUNK_TOKENS", 20)
+    monkeypatch.setattr(chunked_transformer, "SMALL_TOKENS", 0)
+    monkeypatch.setattr(chunked_transformer, "MODULATION_ROWS", 20)
+    monkeypatch.setattr(in_place_decode, "SLAB_FRAMES", 3)
+    monkeypatch.setattr(in_place_decode, "BAND_BYTES", 2**17)
 
 
 @pytest.fixture
@@ -60,8 +63,8 @@ def latent() -> torch.Tensor:
     return torch.randn(1, 128, 4, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
-def _ledger(weights, memory: str, **options) -> ltx2.Ledger:
-    return ltx2.Ledger(weights, CPU, Quantization.FP8_CAST, TECHNIQUES[MemoryPolicy(memory)], **options)
+def _ledger(weights, memory: str, **options) -> Ledger:
+    return Ledger(weights, CPU, Quantization.FP8_CAST, TECHNIQUES[MemoryPolicy(memory)], **options)
 
 
 def _frames(pipeline, request) -> torch.Tensor:
@@ -69,24 +72,26 @@ def _frames(pipeline, request) -> torch.Tensor:
         return torch.cat(list(chunks))
 
 
-def _denoised(weights, memory: str, latent: torch.Tensor, *, variant: str = "distilled") -> tuple[ltx2.Latents, int]:
+def _denoised(weights, memory: str, latent: torch.Tensor, *, variant: str = "distilled") -> tuple[Latents, int]:
     """Latents of a short denoise stage from fixed contexts, and its peak in bytes."""
     request = I2VRequest(image="", width=128, height=64, frames=25, fps=120, variant=variant, memory=memory)
     generator = torch.Generator().manual_seed(1)
     contexts = [
-        ltx2.Contexts(*(torch.randn(1, 40, width, generator=generator).bfloat16() for width in (64, 32)))
+        sampling.Contexts(*(torch.randn(1, 40, width, generator=generator).bfloat16() for width in (64, 32)))
         for _ in range(2)
     ]
     with torch.no_grad(), LiveStorageMeter() as meter:
         transformer = _ledger(weights, memory, with_lora=variant == "dev").transformer()
         still = latent[:, :, :1]
-        ltx2.expect_still(transformer, still)
-        guided = (weights.architecture, *contexts)
-        denoise = ltx2.guided(transformer, *guided) if variant == "dev" else ltx2.unguided(transformer, contexts[0])
-        sigmas = torch.tensor([0.9, 0.0])
-        noiser = ltx2.GaussianNoiser(generator=torch.Generator().manual_seed(2))
+        sampling.set_still_tokens(transformer, still)
+        if variant == "dev":
+            denoise_fn = sampling.guided_denoise_fn(transformer, weights.architecture, *contexts)
+        else:
+            denoise_fn = sampling.unguided_denoise_fn(transformer, contexts[0])
+        stage = sampling.Stage(request.shape, request.fps, still, torch.tensor([0.9, 0.0]))
+        noiser = GaussianNoiser(generator=torch.Generator().manual_seed(2))
         meter.reset_peak()
-        latents = ltx2.denoise_stage(request, request.shape, still, noiser, sigmas, denoise, lambda *_: None)
+        latents = sampling.denoise_stage(stage, denoise_fn, noiser, lambda *_: None)
     return latents, meter.peak_bytes()
 
 
@@ -108,7 +113,9 @@ def test_policies_decode_the_same_chunks(tiny, latent, tiling):
     for memory in ("resident", "lean", "streamed"):
         decoder = _ledger(tiny, memory).video_decoder()
         with torch.no_grad():
-            chunks = ltx2.decode_video(latent, decoder, tiling, torch.Generator(), TECHNIQUES[MemoryPolicy(memory)])
+            chunks = operations.decode_video(
+                latent, decoder, tiling, torch.Generator(), TECHNIQUES[MemoryPolicy(memory)]
+            )
             seen[memory] = list(chunks)
     for memory in ("lean", "streamed"):
         assert [len(chunk) for chunk in seen[memory]] == [len(chunk) for chunk in seen["resident"]]
@@ -124,7 +131,7 @@ def test_a_streamed_generation_gives_the_same_frames_and_leaves_nothing(tiny, re
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "gemma_embeddings_processor", "video_decoder"])
-def test_of_a_streamed_components_blocks_at_most_one_is_there_and_none_between_calls(tiny, component):
+def test_a_streamed_component_holds_the_weights_of_one_block_during_its_call_and_of_none_between(tiny, component):
     with LiveStorageMeter() as meter:
         module = getattr(_ledger(tiny, "streamed"), component)()
         resident = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
@@ -136,17 +143,17 @@ def test_of_a_streamed_components_blocks_at_most_one_is_there_and_none_between_c
             stream = next(m.weight_stream for m in module.modules() if "weight_stream" in vars(m))
             name = next(n for n in stream._loads if stream._model.get_submodule(n) is block)
             meter.reset_peak()
-            stream._arrive(name, block, ())
+            stream._before_call(name, block, ())
             own[name] = sum(t.nbytes for t in block.parameters())
             assert meter.allocated_bytes() == between + own[name]
             largest = max(t.nbytes for t in block.parameters())
             assert meter.peak_bytes() <= between + own[name] + 2 * largest  # one on its way, in bfloat16
-            stream._leave(name, block, (), None)
+            stream._after_call(name, block, (), None)
             assert meter.allocated_bytes() == between
         assert between < resident + max(own.values())
 
 
-def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_everything(tiny, request_64, tmp_path):
+def test_a_weight_file_removed_or_truncated_during_a_run_ends_it_and_frees_everything(tiny, request_64, tmp_path):
     for damage in (Path.unlink, lambda path: os.truncate(path, 4096)):
         checkpoint = tmp_path / "checkpoint.safetensors"
         shutil.copy(tiny.checkpoint, checkpoint)
@@ -157,9 +164,7 @@ def test_weights_that_vanish_or_are_cut_short_on_the_way_end_the_run_and_free_ev
 
         with PhaseProfiler("cpu") as profiler:
             pipeline = TwoStagePipeline(replace(tiny, checkpoint=str(checkpoint)), sinks=[profiler, after_a_step])
-            with pytest.raises(
-                CheckpointError, match=r"checkpoint\.safetensors' (cannot be read|ends at byte)"
-            ) as seen:
+            with pytest.raises(CheckpointError) as seen:
                 pipeline(replace(request_64, memory="streamed"))
             assert seen.value.fields["path"] == str(checkpoint)
             del seen
@@ -176,16 +181,16 @@ def test_any_set_of_techniques_gives_the_same_frames(tiny, request_64, resident_
 
 
 def test_a_technique_that_is_unknown_or_lacks_another_is_refused():
-    with pytest.raises(InvalidRequest, match="technique='magic' is unknown; use shared_modulations, token_chunks"):
-        to_techniques(["magic"])
-    with pytest.raises(InvalidRequest, match="technique='token_chunks' needs shared_modulations; name both"):
-        to_techniques(["token_chunks"])
+    for name in ("magic", "token_chunks"):
+        with pytest.raises(InvalidRequest) as caught:
+            to_techniques([name])
+        assert caught.value.fields == {"technique": name}
 
 
 @given(tokens=st.integers(1, 300), still=st.integers(0, 300), most=st.integers(1, 320))
-def test_chunks_are_all_tokens_in_order_alike_in_size_and_know_their_timesteps(tokens, still, most):
+def test_chunks_cover_all_tokens_in_nearly_equal_sizes_with_the_timesteps_of_each(tokens, still, most):
     bounds = (0, min(still, tokens), tokens)
-    chunks = token_chunks.chunks_of(bounds, most)
+    chunks = token_chunks.split_tokens(bounds, most)
     sizes = [chunk.last - chunk.first for chunk in chunks]
     assert len(chunks) == -(-tokens // most)
     assert max(sizes) - min(sizes) <= 1
@@ -197,15 +202,15 @@ def test_chunks_are_all_tokens_in_order_alike_in_size_and_know_their_timesteps(t
     assert torch.equal(torch.cat([token_chunks.expanded(values, chunk) for chunk in chunks], dim=1), expected)
     ones = torch.ones(1, tokens, 1)
     for chunk in chunks:
-        token_chunks.multiply(ones[:, chunk.span], values, chunk)
+        token_chunks.multiply_(ones[:, chunk.span], values, chunk)
     assert torch.equal(ones, expected)
     for chunk in chunks:
-        token_chunks.add(ones[:, chunk.span], values, chunk)
+        token_chunks.add_(ones[:, chunk.span], values, chunk)
     assert torch.equal(ones, 2 * expected)
 
 
-@pytest.mark.parametrize("blocks_kept", [0, 1, 3])
-def test_blocks_stay_in_host_memory_while_there_is_room_and_the_rest_is_loaded_again(blocks_kept):
+@pytest.mark.parametrize("offloaded", [0, 1, 3])
+def test_blocks_are_offloaded_within_the_host_budget_and_the_others_are_loaded_at_every_call(offloaded):
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(3)))
     weights = {f"{index}.weight": torch.randn(8, 8) for index in range(3)}
     loaded = []
@@ -215,13 +220,13 @@ def test_blocks_stay_in_host_memory_while_there_is_room_and_the_rest_is_loaded_a
         return {f"{name}.weight": weights[f"{name}.weight"].clone()}
 
     loads = {str(index): partial(load, str(index)) for index in range(3)}
-    stream = WeightStream(model, loads, CPU, room_bytes=256 * blocks_kept)  # 256 bytes a block
+    stream = WeightStream(model, loads, CPU, host_budget_bytes=256 * offloaded)  # 256 bytes a block
     x = torch.randn(2, 8)
     expected = x @ weights["0.weight"].T @ weights["1.weight"].T @ weights["2.weight"].T
     with torch.no_grad():
         passes = [model(x) for _ in range(3)]
     assert all(torch.equal(seen, expected) for seen in passes)
-    assert [loaded.count(str(index)) for index in range(3)] == [1 if index < blocks_kept else 3 for index in range(3)]
+    assert [loaded.count(str(index)) for index in range(3)] == [1 if index < offloaded else 3 for index in range(3)]
     stream.close()
     assert not stream._host
 
@@ -235,7 +240,7 @@ def test_page_locked_buffers_have_pages_of_their_own(nbytes):
     assert all(nbytes <= each.nbytes < nbytes + mmap.PAGESIZE for each in pages)
 
 
-def test_what_the_system_does_not_grant_is_loaded_again(monkeypatch):
+def test_blocks_are_loaded_at_every_call_where_page_locking_is_refused(monkeypatch):
     def refused(*_):
         raise RuntimeError("CUDA error: out of memory")
 
@@ -247,7 +252,7 @@ def test_what_the_system_does_not_grant_is_loaded_again(monkeypatch):
         loaded.append(1)
         return {"0.weight": torch.eye(8)}
 
-    stream = WeightStream(model, {"0": load}, CPU, room_bytes=2**20)
+    stream = WeightStream(model, {"0": load}, CPU, host_budget_bytes=2**20)
     with torch.no_grad():
         assert torch.equal(model(model(torch.ones(1, 8))), torch.ones(1, 8))
     assert len(loaded) == 2
@@ -287,13 +292,14 @@ def test_the_reader_gives_what_safetensors_gives(tiny):
             assert torch.equal(reader.tensor(tiny.checkpoint, key, CPU), file.get_tensor(key))
 
 
-def test_tokens_of_one_stretch_with_several_timesteps_are_refused():
+def test_several_timesteps_within_a_range_of_tokens_are_refused():
     timesteps = torch.tensor([0.0, 0.0, 1.0, 0.5]).reshape(1, 4, 1)
     with pytest.raises(ValueError, match="tokens 2 to 4 have several timesteps"):
-        lean_transformer._check_timesteps(timesteps, (0, 2, 4))
-    lean_transformer._check_timesteps(timesteps[:, :3], (0, 2, 3))
+        chunked_transformer._check_timesteps(timesteps, (0, 2, 4))
+    chunked_transformer._check_timesteps(timesteps[:, :3], (0, 2, 3))
 
 
-def test_the_pipeline_does_not_guess_what_auto_stands_for(tiny, request_64):
-    with pytest.raises(InvalidRequest, match="memory='auto' is for the caller to resolve"):
+def test_the_auto_policy_must_be_resolved_before_the_run(tiny, request_64):
+    with pytest.raises(InvalidRequest) as caught:
         TwoStagePipeline(tiny)(replace(request_64, memory="auto"))
+    assert caught.value.fields == {"memory": "auto"}

@@ -134,13 +134,13 @@ def test_chunks_join_to_the_same_video_as_one_piece_counts(tiny, still):
     assert sum(len(chunk) for chunk in chunks) == 33
 
 
-def test_nothing_stays_alive_after_a_generation(tiny, request_64):
+def test_nothing_but_the_frames_is_allocated_after_a_generation(tiny, request_64):
     with PhaseProfiler("cpu") as profiler:
         frames = _frames(TwoStagePipeline(tiny, sinks=[profiler]), request_64)
         gc.collect()
-        alive = profiler.allocated_bytes()
+        allocated = profiler.allocated_bytes()
     cached = 1024  # at most: ltx-core keeps its rotary frequency grids in an lru_cache, 232 bytes at this size
-    assert frames.nbytes <= alive <= frames.nbytes + cached
+    assert frames.nbytes <= allocated <= frames.nbytes + cached
 
 
 def test_the_still_is_read_before_any_weight(tiny, request_64):
@@ -155,22 +155,22 @@ def test_a_model_too_large_for_this_machine_is_refused_before_it_is_loaded(still
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 8 * 2**30}))
     with pytest.raises(DeviceUnavailable) as caught:
         require_memory(weights, Quantization.FP8_CAST, torch.device("cpu"))
-    assert str(caught.value) == (
-        "model='ltx-2.3-22b' needs 22.70 GiB for its text_encoder alone and this machine has 8.00 GiB free; "
-        "use --model ltx-2.3-tiny, or a machine that has more"
-    )
+    fields = caught.value.fields
+    assert (fields["component"], fields["free_bytes"]) == ("text_encoder", 8 * 2**30)
+    assert fields["needed_bytes"] / 2**30 == pytest.approx(22.70, abs=0.005)
+    assert "use --model ltx-2.3-tiny" in str(caught.value)
 
 
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(DeviceUnavailable, match="device='tpu9' is not a device; use cpu or cuda"):
-        resolve_device("tpu9")
-    with pytest.raises(DeviceUnavailable, match="device='meta' is not supported; use cpu or cuda"):
-        resolve_device("meta")
+    unavailable = ["tpu9", "meta"]
     if not torch.cuda.is_available():
         assert resolve_device("auto") == torch.device("cpu")
-        with pytest.raises(DeviceUnavailable, match="torch finds no CUDA device here; use cpu"):
-            resolve_device("cuda")
+        unavailable.append("cuda")
+    for device in unavailable:
+        with pytest.raises(DeviceUnavailable) as caught:
+            resolve_device(device)
+        assert caught.value.fields == {"device": device}
 
 
 def test_a_forecast_in_the_same_process_changes_no_frame(tiny, request_64):

@@ -111,7 +111,7 @@ def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Itera
     from i2v_lab.pipeline.ltx2.upstream import UpstreamPipeline
 
     for variant, options in ((Variant.DISTILLED, {}), (Variant.DEV, {"num_inference_steps": 1})):
-        call = scopes.enter_context(UpstreamPipeline(weights).untouched(replace(request, variant=variant)))
+        call = scopes.enter_context(UpstreamPipeline(weights).without_events(replace(request, variant=variant)))
         yield Subject(
             f"ltx-pipelines {type(call.func).__name__}", partial(call, **options), lambda made: again(made[0])
         )

@@ -1,4 +1,4 @@
-"""Tensors in the place of trained ones: the same name, shape and dtype, seeded by the name.
+"""Synthetic tensors: random values of a given name, shape and dtype, seeded by the name.
 
 Values are the same on every machine, whichever subset of a model is made and in whichever order.
 """
@@ -19,6 +19,11 @@ def synthetic_tensor(key: str, shape: tuple[int, ...], device: torch.device | st
     """One tensor, bfloat16, with values that keep activations finite through every layer.
 
     Matrices and kernels are normal with variance 1 / fan-in, norms are one, biases small, the VAE's statistics neutral.
+
+    Args:
+        key: The tensor's name in the weight file, which seeds its values.
+        shape: Its shape.
+        device: Where it is made; on the meta device it has no values.
 
     Example:
         >>> synthetic_tensor("vae.decoder.conv_in.conv.bias", (4,)).dtype
@@ -47,5 +52,5 @@ def synthetic_tensor(key: str, shape: tuple[int, ...], device: torch.device | st
 def uninitialized_tensor(
     key: str, shape: tuple[int, ...], device: torch.device | str = "cpu", dtype: torch.dtype = DTYPE
 ) -> torch.Tensor:
-    """A tensor without values: enough where only memory counts."""
+    """An uninitialized tensor, enough where only memory is studied; arguments as for :func:`synthetic_tensor`."""
     return torch.empty(shape, dtype=dtype, device=device)

@@ -1,34 +1,61 @@
-"""Weight files of any backend: found, verified before they are loaded, and synthetic ones kept in the cache."""
+"""Verification of weight files, of any backend, before a tensor is loaded: presence, headers, shapes, values."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from i2v_lab.errors import CheckpointError, OutputError
-from i2v_lab.paths import CACHE_VARIABLE, cache_dir
+from i2v_lab.errors import CheckpointError
+from i2v_lab.paths import cache_dir
 from i2v_lab.pipeline.contract.architectures import Architecture
 
-Progress = Callable[[str, int, int], None]
-Layout = Mapping[str, tuple[int, ...]]
-FILE_LIMIT_BYTES = 2**30  # a model up to this size is written to files; a larger one is made on demand
+Progress = Callable[[str, int, int], None]  # a file's name, tensors verified, tensors in all
+Layout = Mapping[str, tuple[int, ...]]  # shapes of a weight file's tensors, by their names in the file
+# What is wrong with a weight file, as the ``fault`` of a CheckpointError's fields.
+Fault = Literal[
+    "not-found", "not-a-file", "not-a-folder", "unreadable", "format", "architecture", "incomplete", "config", "values"
+]
+
+
+def weights_refused(option: str, path: Path, fault: Fault, message: str, **fields: Any) -> CheckpointError:
+    """The error for a weight file that is not used.
+
+    Args:
+        option: The command-line option that named it.
+        path: The file or folder.
+        fault: What is wrong.
+        message: What is wrong and the remedy, after the option and the path.
+        **fields: Further values, such as the ``tensor`` or what is ``missing``.
+
+    Example:
+        >>> error = weights_refused("--lora", Path("lora.safetensors"), "not-found", "does not exist; check the path")
+        >>> print(error)
+        --lora 'lora.safetensors' does not exist; check the path
+        >>> error.fields["fault"]
+        'not-found'
+    """
+    return CheckpointError(f"{option} '{path}' {message}", option=option, path=path, fault=fault, **fields)
 
 
 def require_together(given: Mapping[str, Path | None], needed: Sequence[str], options: Mapping[str, str]) -> None:
-    """Refuse a part of the real weights without the rest.
+    """Refuse paths of some weight files without those of the others.
+
+    Args:
+        given: Paths by the weight file's name; ``None`` for one that is not given.
+        needed: Names of the weight files that a run reads.
+        options: The command-line option of each weight file.
 
     Raises:
-        CheckpointError: With the options that are missing.
+        CheckpointError: Some are missing; ``fields`` has their options as ``missing``.
     """
     missing = [options[name] for name in needed if given[name] is None]
     if missing:
@@ -39,165 +66,102 @@ def require_together(given: Mapping[str, Path | None], needed: Sequence[str], op
         )
 
 
-# --- The cache --------------------------------------------------------------------------------------------------------
-
-
-def elements(layout: Layout) -> int:
-    """How many numbers a layout's tensors hold."""
+def element_count(layout: Layout) -> int:
+    """The number of elements of all tensors of a layout."""
     return sum(torch.Size(shape).numel() for shape in layout.values())
 
 
-def cached_folder(model: str, recipe: str, fill: Callable[[Path], None], suffix: str = "") -> Path:
-    """The cache's copy, written whole or not at all: into a folder beside it, then renamed.
-
-    Args:
-        model: The architecture's name.
-        recipe: Everything that decides the content.
-        fill: Writes into the folder that it is given.
-        suffix: Of the folder's name.
-
-    Raises:
-        OutputError: The cache cannot be written.
-    """
-    folder = cache_dir() / "synthetic" / f"{model}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}{suffix}"
-    try:
-        if not folder.is_dir():
-            _fill(folder, fill)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"the cache folder '{cache_dir()}' cannot be written ({reason(error)}); free some space, or name another "
-            f"folder in {CACHE_VARIABLE}",
-            path=cache_dir(),
-        ) from error
-    return folder
-
-
-def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        fill(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have been first; its copy is the same
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def kept_layout(
-    name: str, recipe: str, work_out: Callable[[], dict[str, tuple[int, ...]]]
-) -> dict[str, tuple[int, ...]]:
-    """A weight file's layout, kept in the cache folder, since working it out takes seconds for a large model."""
-    kept = cache_dir() / "layouts" / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.json"
-    with suppress(OSError, ValueError, AttributeError):
-        return {key: tuple(shape) for key, shape in json.loads(kept.read_text()).items()}
-    layout = work_out()
-    with suppress(OSError):  # a cache that cannot be written is said where it is needed
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(layout))
-        part.replace(kept)
-    return layout
-
-
-# --- Verification -----------------------------------------------------------------------------------------------------
-
-
 def require_files(folder: Path, patterns: Sequence[str], option: str, what: str) -> None:
-    """Make sure that a folder holds what its reader will look for, and that what is JSON can be read.
+    """Check that a folder holds the files that its reader will open, and that JSON files among them parse.
 
     Args:
-        folder: Searched with its subfolders.
+        folder: Searched recursively.
         patterns: File names, with wildcards.
-        option: By which the folder was given.
-        what: Whose files, for the messages.
+        option: The command-line option that named the folder.
+        what: The component whose files they are, for the messages.
 
     Raises:
-        CheckpointError: The folder, or a file in it, does not exist or is damaged.
+        CheckpointError: The folder or a file does not exist, or a JSON file is damaged; ``fields`` has the ``option``,
+            the ``path``, the ``fault``, and the pattern of a missing file as ``missing``.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"{option} '{folder}' is not a folder; give the folder of {what}'s files", path=folder)
+        raise weights_refused(option, folder, "not-a-folder", f"is not a folder; give the folder of {what}'s files")
     for pattern in patterns:
         found = next(folder.rglob(pattern), None)
         if found is None:
-            raise CheckpointError(
-                f"{option} '{folder}' holds no {pattern}; give a complete {what} folder", path=folder, missing=pattern
-            )
+            words = f"holds no {pattern}; give a complete {what} folder"
+            raise weights_refused(option, folder, "incomplete", words, missing=pattern)
         if found.suffix == ".json":
             try:
                 json.loads(found.read_bytes())
             except (OSError, ValueError) as error:
-                raise CheckpointError(
-                    f"{option} '{found}' is not readable as JSON ({reason(error)}); download it again", path=found
-                ) from error
+                words = f"is not readable as JSON ({reason(error)}); download it again"
+                raise weights_refused(option, found, "format", words) from error
 
 
 def read_headers(paths: Sequence[Path], option: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in safetensors files.
 
     Raises:
-        CheckpointError: A file is missing, truncated or of another format.
+        CheckpointError: A file is missing, truncated or of another format; ``fields`` has the ``option``, the ``path``
+            and the ``fault``.
     """
     return {key: shape for path in paths for key, shape in _read_header(path, option).items()}
 
 
 def verify_tensors(
-    paths: Sequence[Path], option: str, model: str, expected: Layout, is_described: Callable[[Path], bool] | None
+    paths: Sequence[Path], option: str, model: str, expected: Layout, config_matches: Callable[[Path], bool] | None
 ) -> None:
-    """Check weight files against a layout: header, names, shapes and configuration. Reads no tensor.
+    """Check weight files against a layout: headers, names, shapes and configuration. Reads no tensor.
+
+    Tensors that the layout does not have are ignored.
 
     Args:
-        paths: The files, which hold the layout's tensors together.
-        option: By which they were given.
-        model: Whose layout it is.
+        paths: The files, which together hold the layout's tensors.
+        option: The command-line option that named them.
+        model: The architecture's name.
         expected: The layout.
-        is_described: Whether a file's metadata has the configuration of its tensors; ``None`` where it needs none.
+        config_matches: Whether the configuration in a file's metadata is that of its tensors; ``None`` for files that
+            carry no configuration.
 
     Raises:
-        CheckpointError: With the file, the first offending tensor, and what to do.
+        CheckpointError: A file does not match; ``fields`` has the ``option``, the ``path``, the ``fault``, and the
+            first ``tensor`` of a wrong shape or the names of those that are ``missing``.
     """
     shapes = read_headers(paths, option)
     remedy = architecture_remedy(model)
     path = paths[0] if len(paths) == 1 else paths[0].parent
-    where = f"{option} '{path}'"
     missing = [key for key in expected if key not in shapes]
-    if sum(key in expected for key in shapes) < len(shapes) / 2:  # most of what is there is not of this model
-        raise CheckpointError(f"{where} is of another architecture than {model}; {remedy}", path=path)
+    if sum(key in expected for key in shapes) < len(shapes) / 2:  # most tensors are not of this model
+        raise weights_refused(option, path, "architecture", f"is of another architecture than {model}; {remedy}")
     wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
     if wrong:
-        raise CheckpointError(
-            f"{where} is of another architecture than {model}: {wrong[0]} has shape "
-            f"{shapes[wrong[0]]}, not {expected[wrong[0]]}; {remedy}",
-            path=path,
-            tensor=wrong[0],
+        words = (
+            f"is of another architecture than {model}: {wrong[0]} has shape {shapes[wrong[0]]}, not "
+            f"{expected[wrong[0]]}; {remedy}"
         )
+        raise weights_refused(option, path, "architecture", words, tensor=wrong[0])
     if missing:
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; "
-            "download or export it again",
-            path=path,
-            missing=missing,
+        words = f"lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; download or export it again"
+        raise weights_refused(option, path, "incomplete", words, missing=missing)
+    if config_matches is not None and not config_matches(path):
+        words = (
+            "has no 'config' in its safetensors metadata that describes its tensors; use the original file, or export "
+            "it again with its metadata"
         )
-    if is_described is not None and not is_described(path):
-        raise CheckpointError(
-            f"{where} has no 'config' in its safetensors metadata that describes its tensors; use the original file, "
-            "or export it again with its metadata",
-            path=path,
-        )
+        raise weights_refused(option, path, "config", words)
 
 
-def is_described(
+def config_matches(
     architecture: Architecture, section: str, layout: Callable[[Architecture], Layout], path: Path
 ) -> bool:
-    """Whether a backend, which builds by the configuration in the file's metadata, would build for these tensors.
+    """Whether the configuration in a file's metadata, by which its backend builds modules, gives the model's layout.
 
     Args:
         architecture: The model.
-        section: Which of its attributes the file's metadata holds.
-        layout: The file's layout for an architecture.
-        path: The file.
+        section: The attribute of the architecture that the file's metadata holds.
+        layout: Computes the file's layout for an architecture.
+        path: The safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -211,24 +175,30 @@ def is_described(
 
 
 def architecture_remedy(model: str) -> str:
-    """What to do about weights of another architecture."""
+    """The remedy of an error about weights of another architecture."""
     return f"use the weights of {model}, or name their architecture with --model"
 
 
 def verify_values(option: str, paths: Sequence[Path], progress: Progress = lambda *_: None) -> None:
     """Check every value of weight files for NaN and infinity.
 
-    A file found good is remembered by path, size and time of change, so that the reading happens once.
+    A file that passed is recorded in the cache by path, size and modification time, and not read again.
+
+    Args:
+        option: The command-line option that named the files.
+        paths: The safetensors files.
+        progress: Called after each tensor.
 
     Raises:
-        CheckpointError: With the file and the first offending tensor.
+        CheckpointError: A value is not finite; ``fields`` has the ``option``, the ``path``, the ``fault``, the
+            ``tensor``, and its ``kind``, NaN or infinity.
     """
     for path in paths:
         stamp = _stamp(path)
-        known = False
+        verified = False
         with suppress(OSError):
-            known = stamp.exists()
-        if known:
+            verified = stamp.exists()
+        if verified:
             continue
         _read_values(path, option, progress)
         with suppress(OSError):  # where the cache cannot be written, the file is read again next time
@@ -239,23 +209,23 @@ def verify_values(option: str, paths: Sequence[Path], progress: Progress = lambd
 def _read_header(path: Path, option: str) -> dict[str, tuple[int, ...]]:
     try:
         if path.is_dir():
-            raise CheckpointError(f"{option} '{path}' is a folder; name the safetensors file in it", path=path)
+            raise weights_refused(option, path, "not-a-file", "is a folder; name the safetensors file in it")
         if not path.is_file():
-            raise CheckpointError(f"{option} '{path}' does not exist; check the path", path=path)
+            raise weights_refused(option, path, "not-found", "does not exist; check the path")
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{option} '{path}' is truncated or not a safetensors file ({reason(error)}); download it again "
-            "(pickled checkpoints are not read)",
-            path=path,
-        ) from error
+        words = (
+            f"is truncated or not a safetensors file ({reason(error)}); download it again (pickled checkpoints are not "
+            "read)"
+        )
+        raise weights_refused(option, path, "format", words) from error
     except OSError as error:
-        raise CheckpointError(f"{option} '{path}' cannot be read ({reason(error)}); check it", path=path) from error
+        raise weights_refused(option, path, "unreadable", f"cannot be read ({reason(error)}); check it") from error
 
 
 def reason(error: Exception) -> str:
-    """An error in a few words."""
+    """The first line of an error's message, without the library's prefix."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).removeprefix("Error while deserializing header: ")
@@ -271,9 +241,8 @@ def _read_values(path: Path, option: str, progress: Progress) -> None:
                 tensor = tensor.to(torch.bfloat16)
             if not torch.isfinite(tensor).all():
                 kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-                raise CheckpointError(
-                    f"{option} '{path}' holds {kind} in {key}; download or export it again", path=path, tensor=key
-                )
+                words = f"holds {kind} in {key}; download or export it again"
+                raise weights_refused(option, path, "values", words, tensor=key, kind=kind)
             progress(path.name, index, len(keys))
 
 

@@ -1,18 +1,22 @@
-"""What each phase does: build its components, run ltx-core's operation, hand on latents, hold nothing else."""
+"""The phases of an LTX-2 generation: each builds its components, runs its operation, and returns latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from ltx_core.components.noisers import GaussianNoiser
+from ltx_core.types import Audio
 
 from i2v_lab.memory_policy import Techniques
 from i2v_lab.pipeline.contract.lifecycle import PhaseScope
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2 import operations, sampling
+from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.sampling import Contexts, Latents, Stage
 from i2v_lab.pipeline.ltx2.tiles import stage_shape
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Variant
@@ -23,11 +27,11 @@ class Run:
     """What all phases of one generation share.
 
     Attributes:
-        request: What was asked for.
-        weights: Where components come from.
-        device: Where they run.
+        request: What to generate.
+        weights: The weight files and their loader.
+        device: Where components run.
         generator: The run's only source of randomness.
-        techniques: How the components hold less than upstream's.
+        techniques: Memory techniques, applied to the components.
     """
 
     request: I2VRequest
@@ -36,31 +40,35 @@ class Run:
     generator: torch.Generator
     techniques: Techniques
 
-    def ledger(self, *, with_lora: bool = False) -> ltx2.Ledger:
-        """The builders, with the distilled LoRA fused into the transformer or not."""
-        return ltx2.Ledger(self.weights, self.device, self.request.quantization, self.techniques, with_lora=with_lora)
+    def ledger(self, *, with_lora: bool = False) -> Ledger:
+        """The builders; with the distilled LoRA fused into the transformer if ``with_lora``."""
+        return Ledger(self.weights, self.device, self.request.quantization, self.techniques, with_lora=with_lora)
+
+    def noiser(self) -> GaussianNoiser:
+        """ltx-core's noiser over the run's generator."""
+        return GaussianNoiser(generator=self.generator)
 
     @property
     def guided(self) -> bool:
-        """Whether stage 1 uses guidance, which needs a negative prompt and several passes a step."""
+        """Whether stage 1 uses guidance, with a negative prompt and several transformer passes a step."""
         return self.request.variant is Variant.DEV
 
 
-def encode_prompt(run: Run, scope: PhaseScope) -> list[ltx2.Contexts]:
-    """The prompt, and for the guided variant the negative prompt, as transformer contexts."""
+def encode_prompt(run: Run, scope: PhaseScope) -> list[Contexts]:
+    """Contexts of the prompt, and for the guided variant of the negative prompt."""
     prompts = [run.request.prompt, run.request.negative_prompt] if run.guided else [run.request.prompt]
     ledger = run.ledger()
     with scope.component("text_encoder", ledger.text_encoder) as text_encoder:
-        hidden = ltx2.run_text_encoder(text_encoder, prompts)
+        hidden = operations.run_text_encoder(text_encoder, prompts)
     with scope.component("embeddings_processor", ledger.gemma_embeddings_processor) as processor:
-        return ltx2.run_embeddings_processor(processor, hidden)
+        return operations.run_embeddings_processor(processor, hidden)
 
 
 def encode_image(run: Run, scope: PhaseScope, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """The still's latent at the size of each stage, both ``(1, 128, 1, H', W')``."""
+    """The still ``(H, W, 3)`` uint8 to its latent at the size of each stage, both ``(1, 128, 1, H', W')``."""
     with scope.component("video_encoder", run.ledger().video_encoder) as encoder:
         first, second = (
-            ltx2.encode_still(encoder, pixels, stage_shape(run.request, stage), run.device) for stage in (1, 2)
+            operations.encode_still(encoder, pixels, stage_shape(run.request, stage), run.device) for stage in (1, 2)
         )
     return first, second
 
@@ -72,71 +80,58 @@ def transformer(run: Run, scope: PhaseScope, *, stage: int) -> AbstractContextMa
 
 
 def denoise_stage_1(
-    run: Run, scope: PhaseScope, transformer: Any, contexts: list[ltx2.Contexts], still: torch.Tensor
-) -> ltx2.Latents:
+    run: Run, scope: PhaseScope, transformer: Any, contexts: Sequence[Contexts], still: torch.Tensor
+) -> Latents:
     """From noise to latents at half size."""
     architecture = run.weights.architecture
-    ltx2.expect_still(transformer, still)
+    sampling.set_still_tokens(transformer, still)
     if run.guided:
-        sigmas = ltx2.scheduled_sigmas(architecture, run.device)
-        denoise_fn = ltx2.guided(transformer, architecture, *contexts)
+        sigmas = sampling.scheduled_sigmas(architecture, run.device)
+        denoise_fn = sampling.guided_denoise_fn(transformer, architecture, *contexts)
     else:
-        sigmas = ltx2.distilled_sigmas(run.device)
-        denoise_fn = ltx2.unguided(transformer, contexts[0])
-    return ltx2.denoise_stage(
-        run.request,
-        stage_shape(run.request, 1),
-        still,
-        ltx2.GaussianNoiser(generator=run.generator),
-        sigmas,
-        denoise_fn,
-        scope.step,
-    )
+        sigmas = sampling.distilled_sigmas(run.device)
+        denoise_fn = sampling.unguided_denoise_fn(transformer, contexts[0])
+    stage = Stage(stage_shape(run.request, 1), run.request.fps, still, sigmas)
+    return sampling.denoise_stage(stage, denoise_fn, run.noiser(), scope.step)
 
 
-def upsample_latent(run: Run, scope: PhaseScope, latents: ltx2.Latents) -> ltx2.Latents:
-    """The video latent at twice the height and width; the audio latent as it was."""
+def upsample_latent(run: Run, scope: PhaseScope, latents: Latents) -> Latents:
+    """The video latent at twice the height and width; the audio latent unchanged."""
     ledger = run.ledger()
     with (
         scope.component("video_encoder", ledger.video_encoder) as encoder,
         scope.component("spatial_upsampler", ledger.spatial_upsampler) as upsampler,
     ):
-        video = ltx2.upsample_video(latent=latents.video[:1], video_encoder=encoder, upsampler=upsampler)
-    return ltx2.Latents(video, latents.audio)
+        video = operations.upsample_video(latents.video[:1], encoder, upsampler)
+    return Latents(video, latents.audio)
 
 
 def denoise_stage_2(
     run: Run,
     scope: PhaseScope,
     transformer: Any,
-    contexts: list[ltx2.Contexts],
+    contexts: Sequence[Contexts],
     still: torch.Tensor,
-    latents: ltx2.Latents,
-) -> ltx2.Latents:
+    latents: Latents,
+) -> Latents:
     """Refine the upsampled latents at full size, in three unguided steps."""
-    ltx2.expect_still(transformer, still)
-    return ltx2.denoise_stage(
-        run.request,
-        stage_shape(run.request, 2),
-        still,
-        ltx2.GaussianNoiser(generator=run.generator),
-        ltx2.stage_2_sigmas(run.device),
-        ltx2.unguided(transformer, contexts[0]),
-        scope.step,
-        initial=latents,
-    )
+    sampling.set_still_tokens(transformer, still)
+    sigmas = sampling.stage_2_sigmas(run.device)
+    stage = Stage(stage_shape(run.request, 2), run.request.fps, still, sigmas, initial=latents)
+    denoise_fn = sampling.unguided_denoise_fn(transformer, contexts[0])
+    return sampling.denoise_stage(stage, denoise_fn, run.noiser(), scope.step)
 
 
-def decode_audio(run: Run, scope: PhaseScope, latent: torch.Tensor) -> ltx2.Audio:
-    """The audio latent as a stereo waveform."""
+def decode_audio(run: Run, scope: PhaseScope, latent: torch.Tensor) -> Audio:
+    """The audio latent ``(1, 8, T', 16)`` to a stereo waveform ``(2, samples)``, float32."""
     ledger = run.ledger()
     with (
         scope.component("audio_decoder", ledger.audio_decoder) as decoder,
         scope.component("vocoder", ledger.vocoder) as vocoder,
     ):
-        return ltx2.decode_audio(latent, decoder, vocoder)
+        return operations.decode_audio(latent, decoder, vocoder)
 
 
 def decode_video(run: Run, decoder: torch.nn.Module, latent: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Chunks ``(F, H, W, 3)`` uint8, each decoded when it is asked for, in the grad mode that it is asked for in."""
-    return ltx2.decode_video(latent, decoder, run.request.tiling, run.generator, run.techniques)
+    """Chunks ``(F, H, W, 3)`` uint8, each decoded when it is asked for, in the grad mode of the caller."""
+    return operations.decode_video(latent, decoder, run.request.tiling, run.generator, run.techniques)

@@ -1,8 +1,7 @@
-"""The two-stage pipeline: the order of its phases, the grad mode of each, and the events on the way."""
+"""The two-stage pipeline of LTX-2: the order of its phases, the grad mode of each, and its events."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -23,8 +22,10 @@ from i2v_lab.pipeline.contract.generation import (
 )
 from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.contract.media import load_still
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.contract.random_tensors import DTYPE
+from i2v_lab.pipeline.contract.weight_files import element_count
 from i2v_lab.pipeline.ltx2 import phases
+from i2v_lab.pipeline.ltx2.layout import file_layout, meta_component
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Quantization
@@ -33,21 +34,22 @@ from i2v_lab.request import I2VRequest, Quantization
 class TwoStagePipeline:
     """Image to video in two stages: denoise at half size, upsample the latent, refine at full size, decode.
 
-    A cold start on every call: each component is built for its phase and released after it, except that the transformer
-    of the distilled variant stays from the first stage to the second.
+    Every call is a cold start: each component is built for its phase and released after it, except that the transformer
+    of the distilled variant is kept from the first stage to the second.
 
     Args:
         weights: From :func:`~i2v_lab.pipeline.ltx2.weights.resolve_weights`.
         device: ``"cpu"`` or ``"cuda"``.
         sinks: Called with every :data:`~i2v_lab.events.Event`.
-        techniques: What stands in for those of the request's memory policy.
+        techniques: Override those of the request's memory policy.
 
     Raises:
         DeviceUnavailable: The device does not exist here.
 
     Example:
         >>> from i2v_lab.pipeline.contract.architectures import load_architecture
-        >>> from i2v_lab.pipeline.ltx2.weights import resolve_weights
+        >>> from i2v_lab.pipeline.ltx2.tiles import chunk_count
+    from i2v_lab.pipeline.ltx2.weights import resolve_weights
         >>> pipeline = TwoStagePipeline(resolve_weights(load_architecture("ltx-2.3-tiny")))  # doctest: +SKIP
         >>> request = I2VRequest(image="still.png", width=192, height=128, frames=25)  # doctest: +SKIP
         >>> frames = torch.cat(list(pipeline(request).video))  # (25, 128, 192, 3)  # doctest: +SKIP
@@ -66,12 +68,19 @@ class TwoStagePipeline:
         self._emit = broadcast([*sinks, *environment_sinks(self.device)])
 
     def __call__(self, request: I2VRequest) -> Generation:
-        """Run every phase but the decoding of the video, which the returned stream does as it is consumed.
+        """Run every phase up to the decoded audio; the returned stream decodes the video as it is consumed.
+
+        Args:
+            request: What to generate; its memory policy must be resolved.
+
+        Returns:
+            The video, ``(frames, height, width, 3)`` uint8 in chunks on the device, and its sound.
 
         Raises:
-            InvalidRequest: The memory policy is ``auto``, which stands for others.
-            InvalidImage: The still cannot be read; nothing has been loaded by then.
+            InvalidRequest: The memory policy is ``auto``.
+            InvalidImage: The still cannot be read; raised before any weight is loaded.
             DeviceUnavailable: The largest component does not fit the machine's free memory (CPU only).
+            CheckpointError: A weight file was removed or damaged after it had been verified.
         """
         if request.memory is MemoryPolicy.AUTO:
             raise InvalidRequest(
@@ -88,19 +97,19 @@ class TwoStagePipeline:
                 contexts = phases.encode_prompt(run, scope)
             with self._phase(Phase.ENCODE_IMAGE) as scope:
                 still_1, still_2 = phases.encode_image(run, scope, pixels)
-            with ExitStack() as held:  # the transformer, which the distilled variant builds once for both stages
+            with ExitStack() as transformer_scope:  # which spans both stages for the distilled variant
                 with self._phase(Phase.DENOISE_STAGE_1) as scope:
-                    transformer = held.enter_context(phases.transformer(run, scope, stage=1))
+                    transformer = transformer_scope.enter_context(phases.transformer(run, scope, stage=1))
                     latents = phases.denoise_stage_1(run, scope, transformer, contexts, still_1)
                     if run.guided:
-                        held.close()
+                        transformer_scope.close()
                 with self._phase(Phase.UPSAMPLE_LATENT) as scope:
                     latents = phases.upsample_latent(run, scope, latents)
                 with self._phase(Phase.DENOISE_STAGE_2) as scope:
                     if run.guided:
-                        transformer = held.enter_context(phases.transformer(run, scope, stage=2))
+                        transformer = transformer_scope.enter_context(phases.transformer(run, scope, stage=2))
                     latents = phases.denoise_stage_2(run, scope, transformer, contexts, still_2, latents)
-                    held.close()
+                    transformer_scope.close()
             del contexts, still_1, still_2
             with self._phase(Phase.DECODE_AUDIO) as scope:
                 audio = phases.decode_audio(run, scope, latents.audio)
@@ -124,16 +133,21 @@ class TwoStagePipeline:
 
 
 def require_memory(weights: Weights, quantization: Quantization, device: torch.device) -> None:
-    """On a CPU, refuse a model whose largest component exceeds the free memory, before the system kills the run.
+    """On a CPU, refuse a model whose largest component exceeds the free memory: the system would kill the process.
+
+    Args:
+        weights: For their architecture.
+        quantization: Of the transformer.
+        device: Where it is to run; on CUDA nothing is checked.
 
     Raises:
-        DeviceUnavailable: With the component, its size, and the memory there is.
+        DeviceUnavailable: ``fields`` has the ``component``, its ``needed_bytes``, and ``free_bytes``.
     """
     if device.type != "cpu":
         return
     architecture = weights.architecture
-    gemma = sum(math.prod(shape) for shape in ltx2.file_layout(architecture, "gemma").values())
-    transformer = sum(p.numel() for p in ltx2.meta_component(architecture, "transformer").parameters())
-    item_bytes = 1 if quantization is Quantization.FP8_CAST else ltx2.DTYPE.itemsize
-    sizes = {"text_encoder": gemma * ltx2.DTYPE.itemsize, "transformer": transformer * item_bytes}
+    gemma = element_count(file_layout(architecture, "gemma"))
+    transformer = sum(p.numel() for p in meta_component(architecture, "transformer").parameters())
+    item_bytes = 1 if quantization is Quantization.FP8_CAST else DTYPE.itemsize
+    sizes = {"text_encoder": gemma * DTYPE.itemsize, "transformer": transformer * item_bytes}
     require_free_memory(architecture.name, sizes, device, "ltx-2.3-tiny")

@@ -1,130 +1,87 @@
-"""Random weights in the real layout: the same names, shapes, dtypes and metadata, none of the knowledge.
-
-Peak memory does not depend on the values, so these stand in for the real weights wherever memory is studied. Values are
-seeded per tensor by its name: the same on every machine, whichever subset is made and in whichever order.
-"""
+"""LTX-2's synthetic weights: random tensors in the real layout, and the Gemma folder that goes with them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from ltx_core.loader import StateDict
 
 from i2v_lab.pipeline.contract.architectures import Architecture
-from i2v_lab.pipeline.contract.random_tensors import synthetic_tensor, uninitialized_tensor
-from i2v_lab.pipeline.ltx2 import components as ltx2
-
-SCHEME = "synthetic:"
-FILES = {
-    "checkpoint": "checkpoint.safetensors",
-    "gemma": "gemma/model.safetensors",
-    "upsampler": "upsampler.safetensors",
-    "lora": "distilled-lora.safetensors",
-}
+from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byte_tokenizer
+from i2v_lab.pipeline.contract.synthetic import SCHEME, SyntheticWeights, TensorsOnDemand, config_metadata
+from i2v_lab.pipeline.ltx2.layout import FILES, file_layout, gemma_config, gemma_dimensions
 
 
-class SyntheticStateDictLoader:
-    """ltx-core's ``StateDictLoader`` protocol over tensors that are made when they are asked for, with no file.
+class SyntheticStateDictLoader(TensorsOnDemand):
+    """ltx-core's ``StateDictLoader`` protocol over tensors that are made on demand, with no file.
 
     Paths are ``synthetic:checkpoint``, ``synthetic:gemma``, ``synthetic:upsampler`` and ``synthetic:lora``.
 
     Args:
-        architecture: What to make.
-        values: Without, tensors stay uninitialized: enough where only their memory counts.
+        architecture: Whose weights.
+        values: Without, tensors are left uninitialized, which is enough where only memory is studied.
     """
 
     def __init__(self, architecture: Architecture, *, values: bool = True) -> None:
-        self._architecture = architecture
-        self._make = synthetic_tensor if values else uninitialized_tensor
+        super().__init__(architecture, file_layout, values=values)
 
     def metadata(self, path: str) -> dict[str, Any]:
         """The configuration that the builder reads from a file's metadata."""
-        values: dict[str, Any] = json.loads(metadata(self._architecture, path.removeprefix(SCHEME)).get("config", "{}"))
-        return values
+        values = metadata(self._architecture, path.removeprefix(SCHEME))
+        config: dict[str, Any] = json.loads(values.get("config", "{}"))
+        return config
 
-    def keys(self, path: str) -> list[str]:
-        """The names of all tensors in a file."""
-        return list(ltx2.file_layout(self._architecture, path.removeprefix(SCHEME)))
+    def load(self, path: str | list[str], sd_ops: Any | None = None, device: torch.device | None = None) -> StateDict:
+        """Make the tensors whose checkpoint keys ``sd_ops`` lets through.
 
-    def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
-        """One of them, made on ``device``."""
-        return self._make(key, ltx2.file_layout(self._architecture, path.removeprefix(SCHEME))[key], device)
+        Args:
+            path: Of one weight file, or of several.
+            sd_ops: ltx-core's map from checkpoint keys to module keys; all tensors under their own keys without one.
+            device: Where they are made; the CPU by default.
 
-    def load(
-        self, path: str | list[str], sd_ops: Any | None = None, device: torch.device | None = None
-    ) -> ltx2.StateDict:
-        """Make the tensors whose checkpoint keys ``sd_ops`` lets through, on ``device``, under their module keys."""
+        Returns:
+            The tensors in bfloat16, by their module keys.
+        """
         target = device or torch.device("cpu")
         made: dict[str, torch.Tensor] = {}
         for one in [path] if isinstance(path, str) else path:
-            layout = ltx2.file_layout(self._architecture, one.removeprefix(SCHEME))
-            for key, shape in layout.items():
+            for key in self.keys(one):
                 mapped = key if sd_ops is None else sd_ops.apply_to_key(key)
                 if mapped is None:
                     continue
-                tensor = self._make(key, shape, target)
+                tensor = self.tensor(one, key, target)
                 made.update(sd_ops.apply_to_key_value(mapped, tensor) if sd_ops is not None else [(mapped, tensor)])
         size = sum(tensor.nbytes for tensor in made.values())
-        return ltx2.StateDict(sd=made, device=target, size=size, dtype={t.dtype for t in made.values()})
+        return StateDict(sd=made, device=target, size=size, dtype={t.dtype for t in made.values()})
 
 
 def metadata(architecture: Architecture, file: str) -> dict[str, str]:
     """A weight file's safetensors metadata, as the real files carry it."""
     if file == "checkpoint":
-        return {"config": json.dumps(architecture.config), "model_version": architecture.model_version}
-    if file == "upsampler":
-        return {"config": json.dumps(architecture.upsampler)}
-    return {"format": "pt"}
-
-
-def write_weights(architecture: Architecture, folder: Path) -> Iterator[Path]:
-    """Write every weight file of an architecture below ``folder``, and Gemma's tokenizer and configurations.
-
-    Yields:
-        Each safetensors file, once it is complete.
-    """
-    write_gemma_folder(architecture, folder / "gemma")
-    for file, name in FILES.items():
-        tensors = {key: synthetic_tensor(key, shape) for key, shape in ltx2.file_layout(architecture, file).items()}
-        save_file(tensors, folder / name, metadata=metadata(architecture, file))
-        yield folder / name
+        return {**config_metadata(architecture.config), "model_version": architecture.model_version}
+    return config_metadata(architecture.upsampler if file == "upsampler" else None)
 
 
 def write_gemma_folder(architecture: Architecture, folder: Path) -> None:
     """Write what a Gemma folder holds besides its weights: tokenizer, image processor, configuration.
 
-    The tokenizer is byte-level: every byte of the text is one token. As in every LTX prompt, encoding pads to 1,024
-    tokens, so memory is that of the real vocabulary's tokenizer.
+    Args:
+        architecture: Whose Gemma.
+        folder: The folder of weights; Gemma's is ``gemma`` in it.
     """
+    folder = folder / "gemma"
     folder.mkdir(parents=True, exist_ok=True)
-    with ltx2.gemma_dimensions(architecture.gemma):
-        config = ltx2.gemma_config()
-    specials = {
-        "pad_token": "<pad>",
-        "eos_token": "<eos>",
-        "bos_token": "<bos>",
-        "unk_token": "<unk>",
-        "boi_token": "<start_of_image>",
-        "eoi_token": "<end_of_image>",
-        "image_token": "<image_soft_token>",
-    }
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*specials.values(), *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(list(specials.values()))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    image_tokens = ("boi_token", "eoi_token", "image_token")
+    with gemma_dimensions(architecture.gemma):
+        config = gemma_config()
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{name: token for name, token in specials.items() if name not in image_tokens},
-        "extra_special_tokens": {name: specials[name] for name in image_tokens},
+        **{name: token for name, token in SPECIALS.items() if name not in IMAGE_TOKENS},
+        "extra_special_tokens": {name: SPECIALS[name] for name in IMAGE_TOKENS},
     }
     image_size = config["vision_config"]["image_size"]
     processor = {
@@ -141,3 +98,14 @@ def write_gemma_folder(architecture: Architecture, folder: Path) -> None:
         (folder / name).write_text(json.dumps(values, indent=1))
     # ltx-core finds the tokenizer's folder by this file's name and reads tokenizer.json beside it.
     (folder / "tokenizer.model").touch()
+
+
+SYNTHETIC = SyntheticWeights(
+    package="ltx-core",
+    files=FILES,
+    layout=file_layout,
+    metadata=metadata,
+    write_tokenizer=write_gemma_folder,
+    source=__file__,
+    dtypes={},
+)

@@ -1,7 +1,7 @@
-"""ltx-pipelines' own pipelines beside ours: their code as it is, our weights, and their phases told from outside.
+"""ltx-pipelines' own pipelines, unmodified, over our weights and with our phase events.
 
-Two things are set from outside: which loader their builders read through, which their own classes provide for, and
-wrappers around functions that they call, which say where a phase begins and ends and pass everything on.
+Two things are set from outside: the loader of their builders, through the field that they have for it, and wrappers
+around functions that they call, which emit the beginning and end of phases and pass arguments and results through.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import ltx_pipelines.ti2vid_two_stages
 import torch
 from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDOps
 from ltx_core.loader import SingleGPUModelBuilder as Builder
+from ltx_pipelines.utils import ModelLedger
 from ltx_pipelines.utils.args import ImageConditioningInput
 
 from i2v_lab.events import EventSink, Phase, broadcast
@@ -32,7 +33,10 @@ from i2v_lab.pipeline.contract.generation import (
     resolve_device,
 )
 from i2v_lab.pipeline.contract.lifecycle import phase_scope
-from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.components import quantization_policy
+from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
+from i2v_lab.pipeline.ltx2.operations import tiling_config
+from i2v_lab.pipeline.ltx2.sampling import sampling_params
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Variant
@@ -43,11 +47,11 @@ MODULES = {Variant.DISTILLED: ltx_pipelines.distilled, Variant.DEV: ltx_pipeline
 class UpstreamPipeline:
     """``DistilledPipeline`` or ``TI2VidTwoStagesPipeline``, called like our ``TwoStagePipeline``.
 
-    A transformer's building counts to the denoising stage that it is built for, an upsampler's and an audio decoder's
-    to their phases, as with ours. What upstream does in another order stays so: the distilled one encodes the still for
-    stage 1 inside ``denoise_stage_1``, with the transformer there already, and for stage 2 in a second
-    ``encode_image``; both build the video decoder before they decode the audio, outside any phase. There are no events
-    for components and steps.
+    A phase begins, as with ours, with the building of its first component: the transformer for a denoising stage, the
+    upsampler, the audio decoder. Where upstream's order differs, phases show it: the distilled pipeline encodes the
+    still for stage 1 inside ``denoise_stage_1``, with the transformer loaded, and for stage 2 in a second
+    ``encode_image``; both build the video decoder before they decode the audio, outside any phase. There are no
+    component and step events.
 
     Args:
         weights: From :func:`~i2v_lab.pipeline.ltx2.weights.resolve_weights`.
@@ -64,26 +68,36 @@ class UpstreamPipeline:
         self._emit = broadcast(sinks)
 
     def __call__(self, request: I2VRequest) -> Generation:
-        """Run upstream's ``__call__``; its stream is decoded in the request's scope while it is consumed."""
+        """Run upstream's ``__call__``; the returned stream decodes the video, in the request's scope, when consumed.
+
+        Args:
+            request: What to generate; upstream has no memory policies, so its own is ignored.
+        """
         scopes = GRAD_SCOPES[request.decode_scope]
-        with ltx2.gemma_dimensions(self.weights.architecture.gemma), tempfile.TemporaryDirectory() as folder:
-            pipeline = self._pipeline(request, _gemma_folder(self.weights, Path(folder)))
-            ledgers = [part for part in vars(pipeline).values() if isinstance(part, ltx2.ModelLedger)]
-            for ledger in ledgers:
-                _read_through(self.weights, ledger)
-            with _on_any_device(self.device), self._told(MODULES[request.variant], ledgers), scopes.body():
-                video, audio = pipeline(**self._arguments(request))
+        with (
+            self._prepared(request) as (pipeline, ledgers),
+            self._phase_events(MODULES[request.variant], ledgers),
+            scopes.body(),
+        ):
+            video, audio = pipeline(**self._arguments(request))
         return Generation(VideoStream(self._decode(request, scopes, video), request.shape, chunk_count(request)), audio)
 
     @contextmanager
-    def untouched(self, request: I2VRequest) -> Iterator[partial[Any]]:
-        """Upstream's pipeline with the request's arguments, to be called within this scope; tells nobody of phases."""
-        with ltx2.gemma_dimensions(self.weights.architecture.gemma), tempfile.TemporaryDirectory() as folder:
+    def without_events(self, request: I2VRequest) -> Iterator[partial[Any]]:
+        """Upstream's pipeline with the request's arguments, to be called within this scope; emits no events."""
+        with self._prepared(request) as (pipeline, _):
+            yield partial(pipeline, **self._arguments(request))
+
+    @contextmanager
+    def _prepared(self, request: I2VRequest) -> Iterator[tuple[Any, list[ModelLedger]]]:
+        """Upstream's pipeline over our weights, and its ledgers; runs on the device within this scope."""
+        with gemma_dimensions(self.weights.architecture.gemma), tempfile.TemporaryDirectory() as folder:
             pipeline = self._pipeline(request, _gemma_folder(self.weights, Path(folder)))
-            for ledger in [part for part in vars(pipeline).values() if isinstance(part, ltx2.ModelLedger)]:
-                _read_through(self.weights, ledger)
-            with _on_any_device(self.device):
-                yield partial(pipeline, **self._arguments(request))
+            ledgers = [part for part in vars(pipeline).values() if isinstance(part, ModelLedger)]
+            for ledger in ledgers:
+                _set_loader(ledger, self.weights)
+            with _cuda_synchronize_skipped(self.device):
+                yield pipeline, ledgers
 
     def _pipeline(self, request: I2VRequest, gemma_root: Path) -> Any:
         weights = self.weights
@@ -92,7 +106,7 @@ class UpstreamPipeline:
             "spatial_upsampler_path": weights.upsampler,
             "loras": [],
             "device": self.device,
-            "quantization": ltx2.quantization_policy(request.quantization),
+            "quantization": quantization_policy(request.quantization),
         }
         if request.variant is Variant.DISTILLED:
             return ltx_pipelines.distilled.DistilledPipeline(distilled_checkpoint_path=weights.checkpoint, **common)
@@ -109,10 +123,10 @@ class UpstreamPipeline:
             "num_frames": request.frames,
             "frame_rate": float(request.fps),
             "images": [ImageConditioningInput(request.image, 0, 1.0)],
-            "tiling_config": ltx2.tiling_config(request.tiling),
+            "tiling_config": tiling_config(request.tiling),
         }
         if request.variant is Variant.DEV:
-            params = ltx2.sampling_params(self.weights.architecture)
+            params = sampling_params(self.weights.architecture)
             arguments["negative_prompt"] = request.negative_prompt
             for name in ("num_inference_steps", "video_guider_params", "audio_guider_params"):
                 arguments[name] = getattr(params, name)
@@ -123,8 +137,13 @@ class UpstreamPipeline:
             yield from decode_chunks(video, chunk_count(request), scopes, scope)
 
     @contextmanager
-    def _told(self, module: Any, ledgers: Sequence[Any]) -> Iterator[None]:
-        """Within this scope upstream's calls begin and end phases; what is open when one fails ends with its error."""
+    def _phase_events(self, module: Any, ledgers: Sequence[ModelLedger]) -> Iterator[None]:
+        """Within this scope upstream's calls begin and end phases; one that is open when a call fails ends incomplete.
+
+        Args:
+            module: Upstream's, whose functions are wrapped.
+            ledgers: Whose builders are wrapped.
+        """
         denoising = [Phase.DENOISE_STAGE_1, Phase.DENOISE_STAGE_2]
         with ExitStack() as scopes:
             phases: dict[Phase, ExitStack] = {}
@@ -137,12 +156,12 @@ class UpstreamPipeline:
                 original = getattr(owner, name)
 
                 def call(*args: Any, **kwargs: Any) -> Any:
-                    now = phase or denoising[0]
-                    if now not in phases:
-                        begin(now)
+                    current = phase or denoising[0]
+                    if current not in phases:
+                        begin(current)
                     result = original(*args, **kwargs)
                     if ends:
-                        phases.pop(now).close()
+                        phases.pop(current).close()
                         if phase is None:
                             denoising.pop(0)
                     return result
@@ -150,7 +169,7 @@ class UpstreamPipeline:
                 setattr(owner, name, call)
                 scopes.callback(setattr, owner, name, original)
 
-            for ledger in ledgers:  # where a phase begins with the building of a component
+            for ledger in ledgers:  # phases that begin with the building of a component
                 wrap(ledger, "transformer", None, ends=False)
                 wrap(ledger, "spatial_upsampler", Phase.UPSAMPLE_LATENT, ends=False)
                 wrap(ledger, "audio_decoder", Phase.DECODE_AUDIO, ends=False)
@@ -163,7 +182,10 @@ class UpstreamPipeline:
 
 
 def _gemma_folder(weights: Weights, folder: Path) -> Path:
-    """Gemma's folder as upstream's ledger wants to find it: with a weight file, which none but the loader will read."""
+    """Gemma's folder with the weight file that upstream's ledger looks for; an empty one where weights are on demand.
+
+    The ledger only takes the file's path, which :func:`_set_loader` replaces.
+    """
     for entry in Path(weights.gemma_root).resolve().iterdir():
         (folder / entry.name).symlink_to(entry)
     if not any(folder.rglob("model*.safetensors")):
@@ -171,14 +193,14 @@ def _gemma_folder(weights: Weights, folder: Path) -> Path:
     return folder
 
 
-def _read_through(weights: Weights, ledger: Any) -> None:
-    """Let every builder of a ledger read through the weights' own loader."""
+def _set_loader(ledger: Any, weights: Weights) -> None:
+    """Let every builder of a ledger read through the weights' loader."""
     for name, builder in list(vars(ledger).items()):
         if isinstance(builder, Builder):
             setattr(ledger, name, replace(builder, model_loader=weights.loader))
     ledger.text_encoder_builder = replace(ledger.text_encoder_builder, model_path=weights.gemma_shards)
 
 
-def _on_any_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Upstream synchronizes with CUDA whatever its device is; a CPU has nothing to wait for."""
+def _cuda_synchronize_skipped(device: torch.device) -> AbstractContextManager[Any]:
+    """On a CPU, within this scope ``torch.cuda.synchronize``, which upstream calls on any device, does nothing."""
     return nullcontext() if device.type == "cuda" else patch.object(torch.cuda, "synchronize", lambda *_: None)

@@ -1,48 +1,47 @@
-"""Weights: which files a run reads, and proof that they are what the model needs before any of them is loaded."""
+"""LTX-2's weights: the files that a run reads, verified before any tensor is loaded, or synthetic ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from i2v_lab.errors import CheckpointError
-from i2v_lab.pipeline.contract import random_tensors
+from ltx_core.loader import SafetensorsModelStateDictLoader
+
 from i2v_lab.pipeline.contract.architectures import Architecture
+from i2v_lab.pipeline.contract.synthetic import is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
-    FILE_LIMIT_BYTES,
+    Layout,
     Progress,
     architecture_remedy,
-    cached_folder,
-    elements,
-    is_described,
+    config_matches,
     read_headers,
     require_files,
     require_together,
     verify_tensors,
     verify_values,
+    weights_refused,
 )
-from i2v_lab.pipeline.ltx2 import components as ltx2
-from i2v_lab.pipeline.ltx2 import synthetic
+from i2v_lab.pipeline.ltx2.layout import FILES, file_layout
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader, TensorReader
+from i2v_lab.pipeline.ltx2.synthetic import SYNTHETIC, SyntheticStateDictLoader
 
 OPTIONS = {"checkpoint": "--checkpoint", "gemma": "--gemma", "upsampler": "--upsampler", "lora": "--lora"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the tensors of one model come from; real and synthetic weights look alike from here on.
+    """The weight files of one model and what reads them, real or synthetic.
 
     Attributes:
-        architecture: What they are the weights of.
+        architecture: The model.
         checkpoint: Path of the main checkpoint.
         gemma_root: Folder with Gemma's tokenizer and image-processor configuration.
         gemma_shards: Paths of Gemma's weight files.
         upsampler: Path of the spatial latent upsampler.
         lora: Path of the distilled LoRA (``dev`` variant, stage 2).
-        loader: Reads them: ltx-core's own for safetensors files.
+        loader: ltx-core's ``StateDictLoader`` for them: its own for safetensors files, ours for tensors on demand.
 
     Example:
         >>> weights = resolve_weights(load_architecture("ltx-2.3-tiny"))  # doctest: +SKIP
@@ -56,16 +55,16 @@ class Weights:
     gemma_shards: tuple[str, ...]
     upsampler: str
     lora: str
-    loader: Any = field(default_factory=ltx2.SafetensorsModelStateDictLoader)
+    loader: Any = field(default_factory=SafetensorsModelStateDictLoader)
 
     def reader(self) -> TensorReader:
-        """What reads single tensors: the loader, where it makes them, else one for safetensors files."""
-        return self.loader if isinstance(self.loader, synthetic.SyntheticStateDictLoader) else SafetensorsReader()
+        """What reads single tensors: the loader where it makes them on demand, else a reader of safetensors files."""
+        return self.loader if isinstance(self.loader, SyntheticStateDictLoader) else SafetensorsReader()
 
     @property
     def is_synthetic(self) -> bool:
-        """True where tensors are made when asked for, with no file behind them."""
-        return self.checkpoint.startswith(synthetic.SCHEME)
+        """Whether tensors are made on demand, with no file."""
+        return is_on_demand(self.checkpoint)
 
 
 def resolve_weights(
@@ -78,7 +77,7 @@ def resolve_weights(
     needs_lora: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Weights:
-    """Find, verify and name the weights of a model.
+    """Find and verify the weights of a model.
 
     With no path at all the weights are synthetic: files in the cache for a small model, made on demand for a large one.
 
@@ -88,12 +87,13 @@ def resolve_weights(
         gemma: The Gemma 3 folder.
         upsampler: The spatial upsampler, safetensors.
         lora: The distilled LoRA, safetensors; only the ``dev`` variant reads it.
-        needs_lora: Whether the run will.
-        progress: Called with a file's name, tensors checked, and tensors in all.
+        needs_lora: Whether the run reads the LoRA.
+        progress: Called with a file's name, the number of tensors verified, and of tensors in all.
 
     Raises:
-        CheckpointError: A file is missing, truncated, of another architecture, lacks tensors or holds NaN.
-        OutputError: Synthetic weights cannot be kept in the cache.
+        CheckpointError: A file is missing, truncated, of another architecture, lacks tensors or has values that are
+            not finite; ``fields`` has its ``path``, and the ``tensor`` or what is ``missing``.
+        OutputError: Synthetic weights cannot be written to the cache.
 
     Example:
         >>> from i2v_lab.pipeline.contract.architectures import load_architecture
@@ -121,56 +121,44 @@ def resolve_weights(
     )
 
 
-# --- Synthetic --------------------------------------------------------------------------------------------------------
-
-
 def synthetic_weights(architecture: Architecture) -> Weights:
-    """Random weights in the real layout (see :mod:`i2v_lab.pipeline.ltx2.synthetic`)."""
-    on_demand = elements(ltx2.file_layout(architecture, "checkpoint")) * ltx2.DTYPE.itemsize > FILE_LIMIT_BYTES
-    folder = _cached_folder(architecture, with_weights=not on_demand)
-    if on_demand:
-        return _on_demand(architecture, folder, values=True)
-    path = {file: str(folder / name) for file, name in synthetic.FILES.items()}
-    return _at(architecture, folder, path, ltx2.SafetensorsModelStateDictLoader())
+    """Random weights in the real layout (see :mod:`i2v_lab.pipeline.contract.synthetic`).
+
+    Raises:
+        OutputError: The cache cannot be written.
+    """
+    if not SYNTHETIC.fit_in_files(architecture):
+        return _on_demand(architecture, values=True)
+    folder = SYNTHETIC.folder(architecture, with_weights=True)
+    return _located(architecture, folder, SYNTHETIC.paths(folder), SafetensorsModelStateDictLoader())
 
 
 def skeleton_weights(architecture: Architecture) -> Weights:
-    """Weights in the real layout without values, made on demand: all that a forecast of memory needs."""
-    for file in synthetic.FILES:
-        ltx2.file_layout(architecture, file)  # kept from here on; under fake tensors it would take thrice as long
-    folder = _cached_folder(architecture, with_weights=False)
-    return _on_demand(architecture, folder, values=False)
+    """Weights in the real layout without values, made on demand: enough for a forecast of memory.
+
+    Raises:
+        OutputError: The cache cannot be written.
+    """
+    for file in FILES:
+        file_layout(architecture, file)  # cached now: under fake tensors, computing it would take three times as long
+    return _on_demand(architecture, values=False)
 
 
-def _on_demand(architecture: Architecture, folder: Path, *, values: bool) -> Weights:
-    path = {file: f"{synthetic.SCHEME}{file}" for file in synthetic.FILES}
-    return _at(architecture, folder, path, synthetic.SyntheticStateDictLoader(architecture, values=values))
+def _on_demand(architecture: Architecture, *, values: bool) -> Weights:
+    folder = SYNTHETIC.folder(architecture, with_weights=False)
+    return _located(architecture, folder, SYNTHETIC.paths(), SyntheticStateDictLoader(architecture, values=values))
 
 
-def _at(architecture: Architecture, folder: Path, path: dict[str, str], loader: Any) -> Weights:
+def _located(architecture: Architecture, folder: Path, paths: dict[str, str], loader: Any) -> Weights:
     return Weights(
         architecture=architecture,
-        checkpoint=path["checkpoint"],
+        checkpoint=paths["checkpoint"],
         gemma_root=str(folder / "gemma"),
-        gemma_shards=(path["gemma"],),
-        upsampler=path["upsampler"],
-        lora=path["lora"],
+        gemma_shards=(paths["gemma"],),
+        upsampler=paths["upsampler"],
+        lora=paths["lora"],
         loader=loader,
     )
-
-
-def _cached_folder(architecture: Architecture, *, with_weights: bool) -> Path:
-    code = "".join(Path(str(module.__file__)).read_text() for module in (synthetic, random_tensors))
-    recipe = f"{architecture.to_json()}:{code}:{version('ltx-core')}"
-
-    def fill(folder: Path) -> None:
-        if with_weights:
-            for _ in synthetic.write_weights(architecture, folder):
-                pass
-        else:
-            synthetic.write_gemma_folder(architecture, folder / "gemma")
-
-    return cached_folder(architecture.name, recipe, fill, "" if with_weights else "-tokenizer")
 
 
 # --- Verification -----------------------------------------------------------------------------------------------------
@@ -189,7 +177,8 @@ def gemma_shards(folder: Path) -> tuple[Path, ...]:
     """Gemma's weight files, found as ltx-pipelines finds them.
 
     Raises:
-        CheckpointError: The folder, or a file that ltx-core will look for in it, does not exist or is damaged.
+        CheckpointError: The folder, or a file that ltx-core opens in it, does not exist or is damaged; ``fields`` has
+            its ``path``.
     """
     require_files(folder, GEMMA_FILES, OPTIONS["gemma"], "Gemma 3")
     return tuple(sorted(next(folder.rglob("model*.safetensors")).parent.rglob("*.safetensors")))
@@ -198,45 +187,45 @@ def gemma_shards(folder: Path) -> tuple[Path, ...]:
 def verify_layout(architecture: Architecture, file: str, paths: tuple[Path, ...]) -> None:
     """Check weight files against an architecture: header, names, shapes and configuration. Reads no tensor.
 
+    Args:
+        architecture: The model.
+        file: ``checkpoint``, ``gemma``, ``upsampler`` or ``lora``.
+        paths: The files that hold its tensors.
+
     Raises:
-        CheckpointError: With the file, the first offending tensor, and what to do.
+        CheckpointError: They do not match; ``fields`` has the ``path``, and the ``tensor`` or what is ``missing``.
     """
     if file == "lora":
         _verify_lora(read_headers(paths, OPTIONS[file]), paths[0], architecture)
         return
-    layout = partial(ltx2.file_layout, file=file)
+    layout = partial(file_layout, file=file)
     section = "upsampler" if file == "upsampler" else "config"
-    described = None if file == "gemma" else partial(is_described, architecture, section, layout)
-    verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), described)
+    configured = None if file == "gemma" else partial(config_matches, architecture, section, layout)
+    verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), configured)
 
 
-def _verify_lora(shapes: dict[str, tuple[int, ...]], path: Path, architecture: Architecture) -> None:
-    remedy = architecture_remedy(architecture.name)
-    where = f"{OPTIONS['lora']} '{path}'"
-    layout = ltx2.file_layout(architecture, "lora")
+def _verify_lora(shapes: Layout, path: Path, architecture: Architecture) -> None:
+    option, model = OPTIONS["lora"], architecture.name
+    remedy = architecture_remedy(model)
+    layout = file_layout(architecture, "lora")
     targets = [key for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))]
     matching = [key for key in targets if key in layout]
     if not matching:
-        raise CheckpointError(
-            f"{where} is of another architecture than {architecture.name}: none of its {len(targets)} LoRA tensors "
-            f"names a layer of the transformer; {remedy}",
-            path=path,
+        words = (
+            f"is of another architecture than {model}: none of its {len(targets)} LoRA tensors names a layer of the "
+            f"transformer; {remedy}"
         )
+        raise weights_refused(option, path, "architecture", words)
     for key in matching:
         axis = 1 if ".lora_A." in key else 0  # the other axis is the rank, which may be any
         if len(shapes[key]) != 2 or shapes[key][axis] != layout[key][axis]:
-            raise CheckpointError(
-                f"{where} is of another architecture than {architecture.name}: {key} has shape {shapes[key]}; {remedy}",
-                path=path,
-                tensor=key,
-            )
+            words = f"is of another architecture than {model}: {key} has shape {shapes[key]}; {remedy}"
+            raise weights_refused(option, path, "architecture", words, tensor=key)
         twin = key.replace(".lora_A.", ".lora_B.") if axis else key.replace(".lora_B.", ".lora_A.")
         if twin not in shapes:
-            raise CheckpointError(f"{where} lacks {twin}; download or export it again", path=path, missing=[twin])
-        if shapes[key][1 - axis] != shapes[twin][axis]:
-            raise CheckpointError(
-                f"{where} has {key} of rank {shapes[key][1 - axis]} and {twin} of rank {shapes[twin][axis]}; download "
-                "or export it again",
-                path=path,
-                tensor=key,
-            )
+            words = f"lacks {twin}; download or export it again"
+            raise weights_refused(option, path, "incomplete", words, missing=[twin])
+        ranks = shapes[key][1 - axis], shapes[twin][axis]
+        if ranks[0] != ranks[1]:
+            words = f"has {key} of rank {ranks[0]} and {twin} of rank {ranks[1]}; download or export it again"
+            raise weights_refused(option, path, "incomplete", words, tensor=key, ranks=ranks)

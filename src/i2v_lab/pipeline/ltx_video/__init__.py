@@ -16,7 +16,7 @@ RUNNER = RunnerSpec(
         "resolve_weights": "ltx_video.weights:resolve_weights",
         "skeleton_weights": "ltx_video.weights:skeleton_weights",
         "pipeline": "ltx_video.pipeline:LtxVideoPipeline",
-        "memoizable_modules": "ltx_video.passes:memoizable_modules",
+        "memoizable_modules": "ltx_video.components:memoizable_modules",
     },
     weight_options=("checkpoint", "text_encoder", "upsampler"),
     quantizations=(Quantization.BF16,),  # its own fp8 needs q8_kernels

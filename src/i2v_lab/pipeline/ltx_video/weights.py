@@ -1,70 +1,54 @@
-"""Weights of ltx-video's models: the real files' layout, real files verified, synthetic ones made."""
+"""ltx-video's weights: the files that a run reads, verified before any tensor is loaded, or synthetic ones."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import sentencepiece
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from i2v_lab.pipeline.contract import random_tensors
 from i2v_lab.pipeline.contract.architectures import Architecture
-from i2v_lab.pipeline.contract.random_tensors import DTYPE, synthetic_tensor, uninitialized_tensor
+from i2v_lab.pipeline.contract.random_tensors import DTYPE
+from i2v_lab.pipeline.contract.synthetic import TensorsOnDemand, is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
-    FILE_LIMIT_BYTES,
     Progress,
-    cached_folder,
-    elements,
-    is_described,
-    kept_layout,
+    config_matches,
     require_files,
     require_together,
     verify_tensors,
     verify_values,
 )
-from i2v_lab.pipeline.ltx_video import passes as ltx_video
+from i2v_lab.pipeline.ltx_video.layout import FILES, file_layout
+from i2v_lab.pipeline.ltx_video.synthetic import SYNTHETIC
 
 OPTIONS = {"checkpoint": "--checkpoint", "text_encoder": "--text-encoder", "upsampler": "--upsampler"}
-SCHEME = "synthetic:"
-FILES = {
-    "checkpoint": "checkpoint.safetensors",
-    "text_encoder": "t5/text_encoder/model.safetensors",
-    "upsampler": "upsampler.safetensors",
-}
 T5_FILES = (
     "text_encoder/config.json",
     "text_encoder/*.safetensors",
     "tokenizer/tokenizer_config.json",
     "tokenizer/spiece.model",
 )
-# What a checkpoint's statistics consist of; real files have more, which nobody reads.
-STATISTICS = ("mean-of-means", "std-of-means")
 
 
 class Loader(Protocol):
-    """Reads tensors, or makes them."""
+    """Loads the tensors of weight files, or makes them on demand."""
 
     def load(
         self, paths: Sequence[str], prefix: str, device: torch.device, dtype: torch.dtype = DTYPE
     ) -> dict[str, torch.Tensor]:
-        """All tensors whose names begin with ``prefix``, on ``device``, under their names in the file."""
+        """All tensors of ``paths`` whose names begin with ``prefix``, on ``device``, under their names in the file."""
 
 
 @dataclass(frozen=True)
 class LtxVideoWeights:
-    """Where the tensors of one model come from; real and synthetic weights look alike from here on.
+    """The weight files of one model and what reads them, real or synthetic.
 
     Attributes:
-        architecture: What they are the weights of.
+        architecture: The model.
         checkpoint: Path of the file with the transformer and the VAE.
         text_encoder: Folder with ``text_encoder`` and ``tokenizer``, as PixArt-alpha publishes T5-XXL.
         text_encoder_shards: Paths of T5's weight files.
@@ -81,17 +65,17 @@ class LtxVideoWeights:
 
     @property
     def is_synthetic(self) -> bool:
-        """True where tensors are made when asked for, with no file behind them."""
-        return self.checkpoint.startswith(SCHEME)
+        """Whether tensors are made on demand, with no file."""
+        return is_on_demand(self.checkpoint)
 
 
-class FileLoader:
+class SafetensorsLoader:
     """Reads safetensors files, tensor by tensor, straight to the device."""
 
     def load(
         self, paths: Sequence[str], prefix: str, device: torch.device, dtype: torch.dtype = DTYPE
     ) -> dict[str, torch.Tensor]:
-        """As :class:`Loader` has it."""
+        """As :meth:`Loader.load`."""
         tensors: dict[str, torch.Tensor] = {}
         for path in paths:
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -101,49 +85,19 @@ class FileLoader:
         return tensors
 
 
-class MakingLoader:
-    """Makes tensors when they are asked for.
-
-    Args:
-        architecture: What to make.
-        make: A tensor of a name, shape, device and dtype.
-    """
-
-    def __init__(self, architecture: Architecture, make: Callable[..., torch.Tensor]) -> None:
-        self._architecture = architecture
-        self._make = make
+class OnDemandLoader(TensorsOnDemand):
+    """Makes tensors on demand, with no file."""
 
     def load(
         self, paths: Sequence[str], prefix: str, device: torch.device, dtype: torch.dtype = DTYPE
     ) -> dict[str, torch.Tensor]:
-        """As :class:`Loader` has it."""
+        """As :meth:`Loader.load`."""
         return {
-            key: self._make(key, shape, device, dtype)
+            key: self.tensor(path, key, device, dtype)
             for path in paths
-            for key, shape in file_layout(self._architecture, path.removeprefix(SCHEME)).items()
+            for key in self.keys(path)
             if key.startswith(prefix)
         }
-
-
-@cache
-def file_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in one weight file: ``checkpoint``, ``text_encoder`` or ``upsampler``."""
-    recipe = f"{architecture.to_json()}:{version('ltx-video')}:{Path(__file__).read_text()}"
-    return kept_layout(f"ltxv-{file}", recipe, lambda: _work_out_layout(architecture, file))
-
-
-def _work_out_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, ...]]:
-    def shapes(component: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
-        state = ltx_video.meta_component(architecture, component).state_dict()
-        return {prefix + key: tuple(tensor.shape) for key, tensor in state.items()}
-
-    if file == "upsampler":
-        return shapes("spatial_upsampler")
-    if file == "text_encoder":
-        return {key: shape for key, shape in shapes(file).items() if key != "encoder.embed_tokens.weight"}
-    channels = (architecture.config["vae"]["latent_channels"],)
-    statistics = {f"{ltx_video.STATISTICS_PREFIX}{name}": channels for name in STATISTICS}
-    return shapes("transformer", ltx_video.TRANSFORMER_PREFIX) | shapes("vae", ltx_video.VAE_PREFIX) | statistics
 
 
 def resolve_weights(
@@ -154,7 +108,7 @@ def resolve_weights(
     upsampler: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> LtxVideoWeights:
-    """Find, verify and name the weights of a model.
+    """Find and verify the weights of a model.
 
     With no path at all the weights are synthetic: files in the cache for a small model, made on demand for a large one.
 
@@ -163,11 +117,19 @@ def resolve_weights(
         checkpoint: Transformer and VAE, safetensors.
         text_encoder: The T5 folder, with ``text_encoder`` and ``tokenizer`` in it.
         upsampler: The spatial upsampler, safetensors.
-        progress: Called with a file's name, tensors checked, and tensors in all.
+        progress: Called with a file's name, the number of tensors verified, and of tensors in all.
 
     Raises:
-        CheckpointError: A file is missing, truncated, of another architecture, lacks tensors or holds NaN.
-        OutputError: Synthetic weights cannot be kept in the cache.
+        CheckpointError: A file is missing, truncated, of another architecture, lacks tensors or has values that are
+            not finite; ``fields`` has its ``path``, and the ``tensor`` or what is ``missing``.
+        OutputError: Synthetic weights cannot be written to the cache.
+
+    Example:
+        >>> from i2v_lab.pipeline.contract.architectures import load_architecture
+        >>> resolve_weights(load_architecture("ltxv-tiny"), checkpoint=Path("gone.safetensors"))
+        Traceback (most recent call last):
+        ...
+        i2v_lab.errors.CheckpointError: ...
     """
     given = {"checkpoint": checkpoint, "text_encoder": text_encoder, "upsampler": upsampler}
     if not any(given.values()):
@@ -182,88 +144,43 @@ def resolve_weights(
     sections = {"checkpoint": "config", "upsampler": "upsampler"}
     for name, paths in files.items():
         layout = partial(file_layout, file=name)
-        described = partial(is_described, architecture, sections[name], layout) if name in sections else None
-        verify_tensors(paths, OPTIONS[name], architecture.name, layout(architecture), described)
+        configured = partial(config_matches, architecture, sections[name], layout) if name in sections else None
+        verify_tensors(paths, OPTIONS[name], architecture.name, layout(architecture), configured)
     for name, paths in files.items():  # last, since with real weights this takes minutes
         verify_values(OPTIONS[name], paths, progress)
     return LtxVideoWeights(
-        architecture, str(checkpoint), str(text_encoder), tuple(map(str, shards)), str(upsampler), FileLoader()
+        architecture, str(checkpoint), str(text_encoder), tuple(map(str, shards)), str(upsampler), SafetensorsLoader()
     )
 
 
 def synthetic_weights(architecture: Architecture) -> LtxVideoWeights:
-    """Random weights in the real layout."""
-    if elements(file_layout(architecture, "checkpoint")) * DTYPE.itemsize > FILE_LIMIT_BYTES:
-        return _on_demand(architecture, _drawn)
-    folder = _cached_folder(architecture, with_weights=True)
-    path = {file: str(folder / name) for file, name in FILES.items()}
-    return LtxVideoWeights(
-        architecture, path["checkpoint"], str(folder / "t5"), (path["text_encoder"],), path["upsampler"], FileLoader()
-    )
+    """Random weights in the real layout (see :mod:`i2v_lab.pipeline.contract.synthetic`).
+
+    Raises:
+        OutputError: The cache cannot be written.
+    """
+    if not SYNTHETIC.fit_in_files(architecture):
+        return _on_demand(architecture, values=True)
+    folder = SYNTHETIC.folder(architecture, with_weights=True)
+    return _located(architecture, folder, SYNTHETIC.paths(folder), SafetensorsLoader())
 
 
 def skeleton_weights(architecture: Architecture) -> LtxVideoWeights:
-    """Weights in the real layout without values, made on demand: all that a forecast of memory needs."""
-    for file in FILES:
-        file_layout(architecture, file)  # kept from here on; under fake tensors it would take longer
-    return _on_demand(architecture, uninitialized_tensor)
+    """Weights in the real layout without values, made on demand: enough for a forecast of memory.
 
-
-def _drawn(key: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
-    return synthetic_tensor(key, shape, device).to(dtype)
-
-
-def _on_demand(architecture: Architecture, make: Callable[..., torch.Tensor]) -> LtxVideoWeights:
-    folder = _cached_folder(architecture, with_weights=False)
-    path = {file: f"{SCHEME}{file}" for file in FILES}
-    loader = MakingLoader(architecture, make)
-    return LtxVideoWeights(
-        architecture, path["checkpoint"], str(folder / "t5"), (path["text_encoder"],), path["upsampler"], loader
-    )
-
-
-def _cached_folder(architecture: Architecture, *, with_weights: bool) -> Path:
-    code = "".join(Path(str(name)).read_text() for name in (__file__, random_tensors.__file__))
-    recipe = f"{architecture.to_json()}:{code}:{version('ltx-video')}"
-
-    def fill(folder: Path) -> None:
-        write_t5_folder(architecture, folder / "t5")
-        if with_weights:
-            metadata = {"checkpoint": architecture.config, "upsampler": architecture.upsampler}
-            for file, name in FILES.items():
-                dtype = torch.float32 if file == "upsampler" else DTYPE
-                layout = file_layout(architecture, file)
-                tensors = {key: _drawn(key, shape, "cpu", dtype) for key, shape in layout.items()}
-                described = {"config": json.dumps(metadata[file])} if file in metadata else {"format": "pt"}
-                save_file(tensors, folder / name, metadata=described)
-
-    return cached_folder(architecture.name, recipe, fill, "" if with_weights else "-tokenizer")
-
-
-def write_t5_folder(architecture: Architecture, folder: Path) -> None:
-    """Write what a T5 folder holds besides its weights: configuration, and a tokenizer that knows every byte.
-
-    As in every LTX-Video prompt, encoding pads to 256 tokens, so memory is that of the real vocabulary's tokenizer.
+    Raises:
+        OutputError: The cache cannot be written.
     """
-    (folder / "text_encoder").mkdir(parents=True)
-    (folder / "tokenizer").mkdir()
-    config = {"architectures": ["T5EncoderModel"], "model_type": "t5", **architecture.text_encoder}
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=1))
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["waves roll in below the lighthouse", "a tower against the evening sky"] * 10),
-        model_writer=model,
-        model_type="char",
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=3,
-    )
-    (folder / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
-    settings = {"tokenizer_class": "T5Tokenizer", "legacy": True, "extra_ids": 100, "model_max_length": 512}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    for file in FILES:
+        file_layout(architecture, file)  # cached now: under fake tensors, computing it would take longer
+    return _on_demand(architecture, values=False)
+
+
+def _on_demand(architecture: Architecture, *, values: bool) -> LtxVideoWeights:
+    folder = SYNTHETIC.folder(architecture, with_weights=False)
+    return _located(architecture, folder, SYNTHETIC.paths(), OnDemandLoader(architecture, file_layout, values=values))
+
+
+def _located(architecture: Architecture, folder: Path, paths: dict[str, str], loader: Loader) -> LtxVideoWeights:
+    shards = (paths["text_encoder"],)
+    return LtxVideoWeights(architecture, paths["checkpoint"], str(folder / "t5"), shards, paths["upsampler"], loader)

@@ -1,1 +1,1 @@
-"""Memory policies: ltx-core's modules as they are, run with fewer bytes alive at a time."""
+"""Memory techniques: ltx-core's modules and weights, run with fewer bytes allocated at a time."""

@@ -1,4 +1,4 @@
-"""Host memory for weights that wait: page-locked, so that a device copies from it by itself while it computes."""
+"""Page-locked host memory for offloaded weights, from which a device copies by DMA while it computes."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import sys
 import psutil
 import torch
 
-HOST_SHARE = 0.8  # of the free host memory that weights may fill
+HOST_SHARE = 0.8  # of the available host memory that offloaded weights may take
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
 
-def room_bytes(device: torch.device) -> int:
-    """How much host memory weights may fill that run on ``device``; on a CPU they are where they run."""
+def host_budget_bytes(device: torch.device) -> int:
+    """How much host memory the offloaded weights of a model on ``device`` may take; none for a CPU's."""
     if device.type != "cuda":
         return 0
     if torch._guards.active_fake_mode() is not None:
-        return sys.maxsize  # a forecast is of a machine that has enough
+        return sys.maxsize  # a forecast assumes a machine with enough host memory
     return int(HOST_SHARE * psutil.virtual_memory().available)
 
 
 class PageLocked:
-    """A buffer in host memory that the driver has locked, until it is released.
+    """A page-locked buffer in host memory; locked until :meth:`release`.
 
     torch's own page-locked memory (``pin_memory=True``) is rounded up to a power of two, 512 MiB for a block of the 22B
-    that has 371, stays with the process when it is let go of, and takes some five times as long to get: 0.5 to 0.65 s a
-    GiB on the host of an H100, where touching pages and registering them takes 0.12.
+    that has 371, stays in the process's cache when it is freed, and takes some five times as long to allocate: 0.5 to
+    0.65 s a GiB on the host of an H100, where touching pages and registering them takes 0.12.
 
     Args:
         nbytes: Its size.
-        device: What copies from it; nothing is locked for a CPU, nor in a forecast.
+        device: The device that copies from it; nothing is locked for a CPU, nor in a forecast.
 
     Attributes:
         data: ``(nbytes,)``, uint8.
 
     Raises:
-        RuntimeError: The system grants no more.
+        RuntimeError: The driver refuses to lock more memory.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -45,19 +45,22 @@ class PageLocked:
             self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             return
         pages = own_pages(nbytes)
-        pages.fill_(0)  # by all cores; the driver would touch page after page
+        pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
         self._locked, self.data = pages, pages[:nbytes]
 
     def release(self) -> None:
-        """Unlock it. No copy from or to it may be under way."""
+        """Unlock the pages. No copy from or to the buffer may be in flight."""
         if self._locked is not None:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr()))
             self._locked = None
 
 
 def own_pages(nbytes: int) -> torch.Tensor:
-    """Whole pages of host memory for ``nbytes`` or more, uint8: one that two buffers share cannot be locked twice."""
+    """Whole pages of host memory, ``nbytes`` rounded up, uint8.
+
+    Page-aligned, because a page that two buffers shared could not be registered twice.
+    """
     size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     wider = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
     first = -wider.data_ptr() % mmap.PAGESIZE

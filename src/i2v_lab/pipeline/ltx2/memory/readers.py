@@ -1,7 +1,7 @@
-"""Single tensors of safetensors files, read when they are needed and kept nowhere.
+"""Readers of single tensors of weight files, without a cache.
 
-The ``safetensors`` package maps a file into memory: if it is cut short while it is mapped, the process dies by SIGBUS.
-A plain read ends early instead, which can be told.
+The ``safetensors`` package maps a file into memory: if the file is truncated while it is mapped, the process is killed
+by SIGBUS. A plain read returns fewer bytes instead, which can be reported.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ DTYPES = {
 
 
 class TensorReader(Protocol):
-    """Gives the tensors of weight files one by one."""
+    """Reads single tensors of weight files, or makes them on demand."""
 
     def keys(self, path: str) -> list[str]:
         """The names of all tensors in a file."""
 
     def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
-        """One of them, on ``device``."""
+        """One tensor, on ``device``, in the file's dtype."""
 
 
 class SafetensorsReader:
-    """Reads safetensors files, one tensor at a time; opens a file for each, so that one that is gone is noticed."""
+    """Reads safetensors files by plain reads, one tensor at a time.
+
+    A file is opened for each tensor, so that one that has been removed is noticed.
+    """
 
     def __init__(self) -> None:
         self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
@@ -50,10 +53,11 @@ class SafetensorsReader:
         return list(self._header(path)[1])
 
     def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
-        """One tensor.
+        """One tensor, on ``device``, in the file's dtype.
 
         Raises:
-            CheckpointError: The file is gone or shorter than its header says.
+            CheckpointError: The file has been removed or is shorter than its header says; ``fields`` has its ``path``
+                and the ``tensor``.
         """
         start, entries = self._header(path)
         entry = entries[key]

@@ -1,4 +1,4 @@
-"""Tokens by chunks, and what modulates them: one row for each timestep, not for each token."""
+"""Chunks of tokens, and modulations that are stored once for each distinct timestep instead of for each token."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from itertools import pairwise
 
 import torch
 
-Bounds = tuple[int, ...]  # tokens from one bound to the next have one timestep; from 0 to their number
+Bounds = tuple[int, ...]  # 0, ..., number of tokens; tokens between two bounds share one timestep
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that are worked on at a time.
+    """A range of tokens that is processed at a time.
 
     Attributes:
-        first: The first of them.
-        last: The one after the last.
-        rows: Their timesteps: the number of each, and from which to which of the chunk's tokens have it.
+        first: Index of the first token.
+        last: Index after the last token.
+        rows: ``(row, start, stop)`` for each timestep in the chunk: its row in the modulations, and the range of the
+            chunk's tokens that have it.
     """
 
     first: int
@@ -27,18 +28,23 @@ class Chunk:
 
     @property
     def span(self) -> slice:
-        """Where they are among all tokens."""
+        """The chunk's slice of the token axis."""
         return slice(self.first, self.last)
 
 
-Chunks = tuple[Chunk, ...]  # one after the other, all tokens
+Chunks = tuple[Chunk, ...]  # contiguous, covering all tokens
 
 
 @cache
-def chunks_of(bounds: Bounds, most: int) -> Chunks:
-    """All tokens in as few chunks of at most ``most`` as there must be, alike in size, so that all meet one kernel."""
+def split_tokens(bounds: Bounds, max_tokens: int) -> Chunks:
+    """The fewest chunks of at most ``max_tokens``, of nearly equal size, so that all run the same kernels.
+
+    Example:
+        >>> [(chunk.first, chunk.last) for chunk in split_tokens((0, 10), 4)]
+        [(0, 3), (3, 6), (6, 10)]
+    """
     tokens = bounds[-1]
-    count = -(-tokens // most)
+    count = -(-tokens // max_tokens)
     chunks = []
     for first, last in pairwise(tokens * number // count for number in range(count + 1)):
         spans = [(max(start, first) - first, min(stop, last) - first) for start, stop in pairwise(bounds)]
@@ -47,33 +53,36 @@ def chunks_of(bounds: Bounds, most: int) -> Chunks:
     return tuple(chunks)
 
 
-def whole(tokens: int) -> Chunks:
-    """All tokens at a time."""
-    return chunks_of((0, tokens), tokens)
+def single_chunk(tokens: int) -> Chunks:
+    """All tokens in one chunk."""
+    return split_tokens((0, tokens), tokens)
 
 
-def multiply(x: torch.Tensor, values: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """Multiply a chunk's tokens by what belongs to their timesteps.
+def multiply_(x: torch.Tensor, values: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Multiply a chunk's tokens in place by the values of their timesteps.
 
     Args:
-        x: ``(1, tokens, width)``; it is changed in place.
-        values: ``(1, timesteps, width)``; with one row it is that of all tokens.
-        chunk: Which tokens they are.
+        x: ``(1, chunk tokens, width)``; modified.
+        values: ``(1, timesteps, width)``, or ``(1, 1, width)`` for all tokens.
+        chunk: The tokens of ``x``.
+
+    Returns:
+        ``x``.
     """
     for row, first, last in _rows(values, chunk):
         x[:, first:last].mul_(values[:, row : row + 1])
     return x
 
 
-def add(x: torch.Tensor, values: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """As :func:`multiply`, added."""
+def add_(x: torch.Tensor, values: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Add to a chunk's tokens in place the values of their timesteps; arguments as for :func:`multiply_`."""
     for row, first, last in _rows(values, chunk):
         x[:, first:last].add_(values[:, row : row + 1])
     return x
 
 
 def expanded(values: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """A row for each token of a chunk, ``(1, tokens, width)``; arguments as in :func:`multiply`."""
+    """The values of each token of a chunk, ``(1, chunk tokens, width)``; arguments as for :func:`multiply_`."""
     parts = [values[:, row : row + 1].expand(-1, last - first, -1) for row, first, last in _rows(values, chunk)]
     return torch.cat(parts, dim=1)
 

@@ -1,4 +1,4 @@
-"""Text encoding without what it does not use: Gemma without its eyes, features a few tokens at a time."""
+"""Text encoding with Gemma's vision tower not loaded, and features extracted for a chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from ltx_core.text_encoders.gemma.feature_extractor import (
 )
 
 CHUNK_TOKENS = 128
-VISION = ("vision_tower", "multi_modal_projector")  # which a prompt does not go through
+VISION = ("vision_tower", "multi_modal_projector")  # modules of Gemma that a text prompt does not use
 
 
-class LeanFeatures(FeatureExtractorV2):
-    """ltx-core's feature extractor; the stack of all hidden states exists for a chunk of tokens at a time."""
+class ChunkedFeatureExtractor(FeatureExtractorV2):
+    """ltx-core's feature extractor, which stacks the hidden states of all layers for a chunk of tokens at a time."""
 
     def forward(
         self, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor, padding_side: str = "left"
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As ltx-core's own ``forward``."""
+        """Video and audio features, equal to those of ltx-core's own ``forward``.
+
+        Args:
+            hidden_states: Of each layer, ``(1, tokens, width)``.
+            attention_mask: ``(1, tokens)``.
+            padding_side: Not used, as in ltx-core.
+
+        Returns:
+            ``(1, tokens, video width)`` and ``(1, tokens, audio width)``; no audio where the model has none.
+        """
         tokens = attention_mask.shape[1]
         chunks = [slice(first, first + CHUNK_TOKENS) for first in range(0, tokens, CHUNK_TOKENS)]
         normed = torch.cat([self._normed(hidden_states, attention_mask, chunk) for chunk in chunks], dim=1)
@@ -41,7 +50,7 @@ class LeanFeatures(FeatureExtractorV2):
 
 
 def text_only_keys(key_ops: SDOps) -> SDOps:
-    """A key map of Gemma that lets no weight of its vision tower through."""
+    """Gemma's key map without the keys of its vision tower."""
     rest = [op for op in key_ops.mapping if not (isinstance(op, ContentMatching) and op.prefix.startswith(VISION))]
     return replace(key_ops, mapping=tuple(rest))
 
@@ -49,14 +58,14 @@ def text_only_keys(key_ops: SDOps) -> SDOps:
 def _drop_vision(encoder: Any) -> Any:
     for name in VISION:
         setattr(encoder.model.model, name, None)
-    encoder.model.lm_head = None  # the embedding once more
-    encoder.model.config.text_config.use_cache = False  # nothing is generated: no key or value is asked for again
+    encoder.model.lm_head = None  # tied to the embedding, and not called
+    encoder.model.config.text_config.use_cache = False  # nothing is generated, so no key-value cache
     return encoder
 
 
-def _make_lean(processor: Any) -> Any:
+def _chunk_features(processor: Any) -> Any:
     if type(processor.feature_extractor) is FeatureExtractorV2:
-        processor.feature_extractor.__class__ = LeanFeatures
+        processor.feature_extractor.__class__ = ChunkedFeatureExtractor
     return processor
 
 
@@ -64,5 +73,5 @@ TEXT_ONLY = ModuleOps(
     name="text_only", matcher=lambda module: isinstance(module, GemmaTextEncoder), mutator=_drop_vision
 )
 FEATURE_CHUNKS = ModuleOps(
-    name="feature_chunks", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=_make_lean
+    name="feature_chunks", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=_chunk_features
 )

@@ -1,9 +1,9 @@
-"""The tiled decode without full-frame copies: ltx-core's tiles and decoder, blended in place.
+"""The tiled video decode with one frame buffer: ltx-core's tiles and decoder, blended in place.
 
-ltx-core keeps two groups of tiles that follow each other in time, each with a buffer of blending weights as large as
-its frames, and divides them into a third. Here there is one buffer; of the group before, only the frames that overlap
-are kept; weights are made from their one-dimensional factors for a few frames at a time; and frames are handed on as
-soon as no later tile touches them. Roundings are ltx-core's, so frames are equal bit for bit.
+ltx-core holds two consecutive temporal groups of tiles, each with a buffer of blending weights as large as its frames,
+and divides them into a third buffer. Here one buffer holds the sums; of the preceding group only the overlapping frames
+are held; blending weights are computed from their one-dimensional factors for a few frames at a time; and frames are
+yielded as soon as no later tile overlaps them. The order of roundings is ltx-core's, so frames are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ltx_core.model.video_vae import TilingConfig, VideoDecoder
 from ltx_core.model.video_vae.resnet import ResnetBlock3D
 from ltx_core.types import VideoLatentShape
 
-SLAB_FRAMES = 8  # blended and converted at a time
-BAND_BYTES = 192 * 2**20  # of a residual block's input that is worked on at a time
-HALO_ROWS = 2  # by which two convolutions of 3 rows each look beyond a band
+SLAB_FRAMES = 8  # frames that are blended and converted at a time
+BAND_BYTES = 192 * 2**20  # of a residual block's input that is processed at a time
+HALO_ROWS = 2  # rows that two convolutions of kernel height 3, one after the other, read beyond a band
 
 
-class LeanResnetBlock(ResnetBlock3D):
-    """ltx-core's residual block, by bands of rows; its input becomes its output, in place.
+class RowBandResnetBlock(ResnetBlock3D):
+    """ltx-core's residual block, computed by bands of rows in place: the output overwrites the input.
 
-    Rows at a band's edge are computed twice, a tenth of the work or less, so that none of a whole tile's intermediate
-    results, nor cuDNN's copies of them, need to exist at once.
+    Rows at a band's edge are computed twice, at most a tenth of the work, so that intermediate results, and cuDNN's
+    copies of them, exist for one band at a time.
     """
 
     def forward(
@@ -38,51 +38,74 @@ class LeanResnetBlock(ResnetBlock3D):
         timestep: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """As ltx-core's own ``forward``, which it is for a small input and where a graph is to be kept."""
+        """The block's output, as of ltx-core's own ``forward``, in the memory of ``input_tensor``.
+
+        It differs by roundings where cuDNN selects other convolution kernels for a band than for the whole input: see
+        ``tests/gpu/test_policies_at_22b.py``. On a CPU it is bit-identical.
+
+        ltx-core's own ``forward`` runs for an input of one band, with grad enabled, and for blocks with noise, timestep
+        conditioning or a shortcut convolution.
+
+        Args:
+            input_tensor: ``(1, channels, F, H, W)``; overwritten.
+            causal: Whether convolutions pad in time on the left only.
+            timestep: For blocks with timestep conditioning.
+            generator: For blocks that inject noise.
+        """
         bands = -(-input_tensor.nbytes // BAND_BYTES)
         plain = self.in_channels == self.out_channels and not self.inject_noise and not self.timestep_conditioning
         if bands == 1 or torch.is_grad_enabled() or not plain or not isinstance(self.norm1, PixelNorm):
             return super().forward(input_tensor, causal, timestep, generator)
         height = input_tensor.shape[3]
         rows = max(2 * HALO_ROWS, -(-height // bands))
-        above = input_tensor[:, :, :, :0]  # the rows above the band, as they were
+        above = input_tensor[:, :, :, :0]  # the input rows above the band, before they were overwritten
         for first in range(0, height, rows):
             last = min(first + rows, height)
             below = min(last + HALO_ROWS, height)
             source = torch.cat([above, input_tensor[:, :, :, first:below]], dim=3)
-            at = above.shape[3]
+            offset = above.shape[3]
             above = input_tensor[:, :, :, last - HALO_ROWS : last].clone()
-            # Where a band ends within the picture, a convolution's padding makes its outermost row wrong.
+            # Where a band ends inside the frame, the convolutions' padding makes the outermost rows wrong: the halo.
             hidden = self.conv1(self.non_linearity(self.norm1(source)), causal=causal)
             del source
             hidden = self.conv2(self.non_linearity(self.norm2(hidden)), causal=causal)
-            input_tensor[:, :, :, first:last] += hidden[:, :, :, at : at + last - first]
+            input_tensor[:, :, :, first:last] += hidden[:, :, :, offset : offset + last - first]
             del hidden
         return input_tensor
 
 
-def _make_lean(decoder: Any) -> Any:
+def _use_row_bands(decoder: Any) -> Any:
     for module in decoder.modules():
         if type(module) is ResnetBlock3D:
-            module.__class__ = LeanResnetBlock
+            module.__class__ = RowBandResnetBlock
     return decoder
 
 
-ROW_BANDS = ModuleOps(name="row_bands", matcher=lambda module: isinstance(module, VideoDecoder), mutator=_make_lean)
+ROW_BANDS = ModuleOps(name="row_bands", matcher=lambda module: isinstance(module, VideoDecoder), mutator=_use_row_bands)
 
 
 def decode_video(
     latent: torch.Tensor, decoder: VideoDecoder, tiling: TilingConfig | None, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """The video latent ``(1, 128, F', H', W')`` to chunks ``(F, H, W, 3)`` uint8, as many as ltx-core's own decode."""
+    """Decode a video latent, as ltx-core's function of this name.
+
+    Args:
+        latent: ``(1, 128, F', H', W')``.
+        decoder: ltx-core's.
+        tiling: The decoder's tiles; ``None`` decodes the latent at once.
+        generator: For the decoder's noise.
+
+    Yields:
+        Chunks ``(F, H, W, 3)``, uint8, one for each temporal group of tiles, as ltx-core's own decode.
+    """
     if tiling is None:
         yield _as_uint8(decoder(latent, generator=generator))
         return
     shape = VideoLatentShape.from_torch_shape(latent.shape).upscale(decoder.video_downscale_factors)
     groups = decoder._group_tiles_by_temporal_slice(decoder._prepare_tiles(latent, tiling))
     spans = [group[0].out_coords[2] for group in groups]
-    overlapping: list[tuple[int, Sequence[Any]]] = []  # groups that still touch the frames ahead, with their start
-    carried = None  # the sums of those groups, for the frames that the next one touches too
+    overlapping: list[tuple[int, Sequence[Any]]] = []  # (first frame, tiles) of groups that overlap frames to come
+    carried = None  # their sums, for the frames that the next group overlaps too
     for group, (span, following) in zip(groups, pairwise([*spans, None]), strict=True):
         frames = span.stop - span.start
         sums = torch.zeros(shape._replace(frames=frames).to_torch_shape(), dtype=latent.dtype, device=latent.device)
@@ -103,16 +126,16 @@ def decode_video(
 
 
 def _add_tile(sums: torch.Tensor, decoded: torch.Tensor, tile: Any) -> None:
-    """Add a decoded tile, weighted, to the frames of its group."""
+    """Add a decoded tile, multiplied by its blending weights, to the sums ``(1, 3, F, H, W)`` of its group."""
     mask = _Mask(tile, sums.device, sums.dtype)
     frames = min(sums.shape[2], decoded.shape[2])
     for first in range(0, frames, SLAB_FRAMES):
         slab = slice(first, min(first + SLAB_FRAMES, frames))
-        sums[:, :, slab, mask.rows, mask.columns] += decoded[:, :, slab] * mask.of(slab)
+        sums[:, :, slab, mask.rows, mask.columns] += decoded[:, :, slab] * mask.weights(slab)
 
 
 def _finish(sums: torch.Tensor, frames: int, start: int, overlapping: list[tuple[int, Sequence[Any]]]) -> torch.Tensor:
-    """The first ``frames`` of ``sums``, which begins at frame ``start`` of the video, divided by their weights."""
+    """The first ``frames`` of ``sums``, from frame ``start`` on, divided by their weights: ``(F, H, W, 3)`` uint8."""
     _, channels, _, height, width = sums.shape
     finished = torch.empty(frames, height, width, channels, dtype=torch.uint8, device=sums.device)
     groups = [(start - begin, [_Mask(tile, sums.device, sums.dtype) for tile in tiles]) for begin, tiles in overlapping]
@@ -122,7 +145,7 @@ def _finish(sums: torch.Tensor, frames: int, start: int, overlapping: list[tuple
         for offset, masks in groups:
             own = torch.zeros_like(weights)
             for mask in masks:
-                part = mask.of(slice(slab.start + offset, slab.stop + offset))
+                part = mask.weights(slice(slab.start + offset, slab.stop + offset))
                 own[: part.shape[0], mask.rows, mask.columns] += part
             weights += own
         finished[slab] = _as_uint8(sums[:, :, slab] / weights.clamp(min=1e-8))
@@ -130,15 +153,15 @@ def _finish(sums: torch.Tensor, frames: int, start: int, overlapping: list[tuple
 
 
 class _Mask:
-    """A tile's blending weights by their factors along time, height and width."""
+    """A tile's blending weights, stored as their factors along time, height and width."""
 
     def __init__(self, tile: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.rows, self.columns = tile.out_coords[3], tile.out_coords[4]
         self._time, self._height, self._width = (mask.to(device) for mask in tile.masks_1d[2:])
         self._dtype = dtype
 
-    def of(self, frames: slice) -> torch.Tensor:
-        """The weights ``(F, H, W)`` of some of the tile's frames; fewer where it ends before."""
+    def weights(self, frames: slice) -> torch.Tensor:
+        """The weights ``(F, H, W)`` of a range of the tile's frames, cut at the tile's end."""
         time = self._time[frames, None, None]
         return (time * self._height[:, None] * self._width).to(self._dtype)
 
