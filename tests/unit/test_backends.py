@@ -37,7 +37,7 @@ def test_using_one_backend_does_not_import_the_other_and_asking_for_one_imports_
         "from i2v_lab.pipeline.contract.runner import backend_of\n"
         "architecture = load_architecture('{}'); backend = backend_of(architecture)\n"
     )
-    work = "backend.skeleton_weights(architecture); backend.repeats(); backend._part('pipeline')"
+    work = "backend.skeleton_weights(architecture); backend.memoizable_modules(); backend._part('pipeline')"
     seen = _imports(use.format("ltxv-tiny") + "import i2v_lab.cli.app, i2v_lab.runs.measure; backend.require_package()")
     assert not seen & (packages | {"torch"})
     assert _imports(use.format("ltxv-tiny") + work) & packages == {"ltx_video"}
@@ -164,7 +164,7 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch
             "run `pip install --no-deps ltx-video==0.1.2`"
         )
     with pytest.raises(BackendUnavailable, match="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0"):
-        BACKENDS["ltx-2"].repeats()
+        BACKENDS["ltx-2"].memoizable_modules()
 
 
 def test_refusals_come_before_torch():

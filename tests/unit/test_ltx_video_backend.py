@@ -261,8 +261,8 @@ def test_what_is_not_run_again_changes_no_byte(variant):
     request = replace(SMALL, width=128, frames=17, variant=variant)
     weights = skeleton_weights(load_architecture("ltxv-tiny"))
     found = []
-    for repeats in (None, ltx_video.repeats()):
-        with forecasting("cuda", repeats=repeats, workspaces=load_workspaces()) as profiler:
+    for memoize in (None, ltx_video.memoizable_modules()):
+        with forecasting("cuda", memoize=memoize, workspaces=load_workspaces()) as profiler:
             for _ in LtxVideoPipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass
         found.append(

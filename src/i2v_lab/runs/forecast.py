@@ -174,7 +174,7 @@ def _work_out(experiment: Experiment, device: str) -> Known:
     architecture = load_architecture(experiment.model)
     backend = backend_of(architecture)
     weights = backend.skeleton_weights(architecture)
-    with forecasting(device, repeats=backend.repeats(), workspaces=workspaces) as profiler:
+    with forecasting(device, memoize=backend.memoizable_modules(), workspaces=workspaces) as profiler:
         pipeline = backend.pipeline(weights, device, [profiler], experiment.techniques)
         perform(_with_still(experiment), pipeline, profiler, _discard)
     return tuple(profiler.records), workspaces.context_bytes if workspaces else 0

@@ -106,14 +106,14 @@ def _work_out(implementation: Implementation, experiment: Experiment, device: st
     weights = skeleton_weights(load_architecture(experiment.model))
     request = replace(experiment.request, image=str(find_still(experiment.request.image)))
     if implementation.is_diffusers:
-        from i2v_lab.pipeline.diffusers.ltx2 import repeats
+        from i2v_lab.pipeline.diffusers.ltx2 import memoizable_modules
 
-        with forecasting(device, repeats=repeats(), workspaces=workspaces) as profiler:
+        with forecasting(device, memoize=memoizable_modules(), workspaces=workspaces) as profiler:
             call_diffusers(implementation, weights, experiment.model, device, request, profiler, forecast=True)
     else:
         from i2v_lab.pipeline.ltx2.upstream import UpstreamPipeline
 
-        with forecasting(device, repeats=ltx2.repeats(), workspaces=workspaces) as profiler:
+        with forecasting(device, memoize=ltx2.memoizable_modules(), workspaces=workspaces) as profiler:
             for chunk in UpstreamPipeline(weights, device, sinks=[profiler])(request).video:
                 del chunk
     return tuple(profiler.records), workspaces.context_bytes if workspaces else 0

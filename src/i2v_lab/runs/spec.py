@@ -27,7 +27,7 @@ class Consumer(StrEnum):
     """What is done with the lazy stream that a pipeline returns.
 
     ``plain`` takes every chunk in the grad mode that Python starts in, which is with grad enabled. ``guarded`` does the
-    same through :func:`~i2v_lab.profiling.autograd_graph.guard_stream`. ``left_open`` stops before the last chunk, or
+    same through :func:`~i2v_lab.profiling.guard.guard_stream`. ``left_open`` stops before the last chunk, or
     after the only one, and keeps the stream, as a preview or an interrupted notebook cell does.
     """
 
@@ -163,6 +163,6 @@ def perform(
 
 
 def _guarded(stream: Iterator[Any]) -> Iterator[Any]:
-    from i2v_lab.profiling.autograd_graph import guard_stream
+    from i2v_lab.profiling.guard import guard_stream
 
     return guard_stream(stream)

@@ -23,9 +23,10 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from i2v_lab.display import phases_html
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.paths import checkout_dir
+from i2v_lab.profiling.meters.nvml import describe_device
+from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.records import KINDS, PhaseRecord, Record, record_from_json, record_to_json
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def run_metadata(
         **extra: More JSON values.
     """
     commit, modified = _git_commit()
-    name, driver = _nvidia_device(device)
+    name, driver = describe_device(device)
     return {
         "format_version": FORMAT_VERSION,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -468,27 +469,3 @@ def _processor() -> str | None:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or None
-
-
-def _nvidia_device(device: str) -> tuple[str | None, str | None]:
-    """Name and driver of a CUDA device, by NVML, so that torch need not be imported."""
-    kind, _, number = str(device).partition(":")
-    if kind != "cuda":
-        return None, None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            driver = str(pynvml.nvmlSystemGetDriverVersion())
-            visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-            entry = visible[int(number or 0)].strip() if visible else number or "0"
-            by_index = entry.isdigit()
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(entry)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(entry)
-            )
-            return str(pynvml.nvmlDeviceGetName(handle)), driver
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # no package, no driver, no such device: a run must not fail for its description
-        return None, None

@@ -145,9 +145,9 @@ class Backend:
         pipeline: Pipeline = self._part("upstream")(weights, device, sinks=sinks)
         return pipeline
 
-    def repeats(self) -> Mapping[type[torch.nn.Module], Callable[..., Hashable]]:
-        """Module classes whose calls a forecast need not run twice (see :mod:`i2v_lab.profiling.fake.memoization`)."""
-        kinds: Mapping[type[torch.nn.Module], Callable[..., Hashable]] = self._part("repeats")()
+    def memoizable_modules(self) -> Mapping[type[torch.nn.Module], Callable[..., Hashable]]:
+        """Module classes whose identical calls a forecast executes once, each with its memory key."""
+        kinds: Mapping[type[torch.nn.Module], Callable[..., Hashable]] = self._part("memoizable_modules")()
         return kinds
 
     def _part(self, name: str) -> Any:
@@ -173,7 +173,7 @@ BACKENDS: Mapping[str, Backend] = {
                 "skeleton_weights": "ltx2.weights:skeleton_weights",
                 "pipeline": "ltx2.pipeline:TwoStagePipeline",
                 "upstream": "ltx2.upstream:UpstreamPipeline",
-                "repeats": "ltx2.components:repeats",
+                "memoizable_modules": "ltx2.components:memoizable_modules",
             },
         ),
         Backend(
@@ -189,7 +189,7 @@ BACKENDS: Mapping[str, Backend] = {
                 "resolve_weights": "ltx_video.weights:resolve_weights",
                 "skeleton_weights": "ltx_video.weights:skeleton_weights",
                 "pipeline": "ltx_video.pipeline:LtxVideoPipeline",
-                "repeats": "ltx_video.passes:repeats",
+                "memoizable_modules": "ltx_video.passes:memoizable_modules",
             },
         ),
     )

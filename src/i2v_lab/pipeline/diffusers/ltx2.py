@@ -187,8 +187,8 @@ def diffusers_ltx2(
     return DiffusersLTX2(generate, upsample)
 
 
-def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
-    """The modules that run many times alike without guidance; see :func:`i2v_lab.pipeline.ltx2.components.repeats`."""
+def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+    """Module classes whose identical calls may be memoized without guidance, each with its memory key."""
     return {LTX2VideoTransformerBlock: lambda *args, **kwargs: ()}
 
 

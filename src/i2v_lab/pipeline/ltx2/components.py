@@ -312,11 +312,12 @@ def quantization_policy(quantization: Quantization) -> QuantizationPolicy | None
     return QuantizationPolicy.fp8_cast() if quantization is Quantization.FP8_CAST else None
 
 
-def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
-    """The modules that run many times alike, each with what besides shapes decides which operators a call runs.
+def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+    """Module classes whose identical calls a forecast may memoize, each with its memory key.
 
-    For forecasts, which need not run such a call twice: the blocks of the transformer, where guidance switches off
-    attention in some; those of the embeddings connectors; and the video decoder, which runs once for each tile.
+    A memory key is all that, besides shapes, decides which operators a call executes. The classes are the blocks of the
+    transformer, some of which guidance runs without attention; those of the embeddings connectors; and the video
+    decoder, which runs once for each tile.
     """
     return {
         BasicAVTransformerBlock: _perturbed,

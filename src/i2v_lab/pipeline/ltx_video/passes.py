@@ -139,8 +139,8 @@ def _assigning(module: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
-    """The modules that run many times alike: the transformer's blocks, some of which guidance perturbs."""
+def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+    """Module classes whose identical calls may be memoized: its blocks, some of which guidance perturbs."""
     return {BasicTransformerBlock: _skipped}
 
 
