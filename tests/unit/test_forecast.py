@@ -378,6 +378,36 @@ def test_a_backward_through_a_real_module_leaves_its_gradients_as_they_were():
     assert model.bias.grad is kept
 
 
+def _train(model: torch.nn.Module, source: torch.Tensor) -> None:
+    model(source).sum().backward()
+    torch.optim.Adam(model.parameters()).step()
+
+
+def test_a_training_step_counts_gradients_and_the_optimizers_state():
+    model, source = torch.nn.Linear(64, 64), torch.ones(2, 64)
+    weights = 4 * (64 * 64 + 64)
+    states = 4 * weights + 2 * 4  # with gradients, two moments, and two counters of steps
+    temporaries = 2 * 4 * 64 * 64  # of the larger parameter's update
+    assert forecast(_train, model, source, device="cpu").peak.peak_bytes == states + temporaries + source.nbytes
+
+
+def test_an_optimizer_step_runs_on_a_fake_card():
+    def step(model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.Adam(model.parameters()).step()
+
+    assert forecast(step, torch.nn.Linear(64, 64)).peak.peak_bytes > 4 * 4 * (64 * 64 + 64)
+
+
+def test_a_backward_on_a_fake_card_without_a_driver_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver here")
+    with pytest.raises(ForecastError) as caught:
+        forecast(_train, torch.nn.Linear(2, 2), torch.ones(1, 2))
+    assert caught.value.fields == {"cause": "backward without a driver", "device": "cuda"}
+
+
 def test_what_numpy_is_asked_to_show_and_is_not_known_stops_with_the_module():
     class Showing(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> float:

@@ -51,7 +51,8 @@ def fake_device(
         on_empty_cache: Called instead of ``torch.cuda.empty_cache()``.
 
     Raises:
-        ForecastError: An operator without a fake kernel, or one whose result depends on unknown data.
+        ForecastError: An operator without a fake kernel, or one whose result depends on unknown data; or a backward
+            pass on ``cuda`` where there is no CUDA driver.
     """
     mode = HardwareFreeFakeMode(allow_non_fake_inputs=True)
     with ExitStack() as scopes:
@@ -62,7 +63,17 @@ def fake_device(
         operators = FakeOperators(mode, current_module, on_operator)
         scopes.callback(operators.restore_gradients)
         scopes.enter_context(operators)
-        yield mode
+        try:
+            yield mode
+        except RuntimeError as error:
+            if "hasPrimaryContext" not in str(error):
+                raise
+            raise ForecastError(
+                f"a backward pass on a fake device={str(device)!r} needs a CUDA driver, whose context autograd's "
+                "engine asks for; forecast it with device='cpu'",
+                cause="backward without a driver",
+                device=str(device),
+            ) from error
 
 
 def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
@@ -163,6 +174,7 @@ def _patches(
         yield torch.cuda, "current_device", lambda: 0
         yield torch.cuda, "synchronize", lambda device=None: None
         yield torch.cuda, "empty_cache", on_empty_cache
+        yield torch.cuda, "is_current_stream_capturing", lambda: False  # optimizers ask
         try:
             from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
         except ImportError:
