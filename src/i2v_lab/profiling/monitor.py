@@ -116,14 +116,12 @@ class MemoryMonitor:
         now_s = time.perf_counter() - self._origin_s
         if self._reads_allocator:
             index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-            card = read_device(card_index(torch.device("cuda", index)))
-            sample = Sample(
-                now_s,
-                torch.cuda.memory_allocated(index),
-                torch.cuda.memory_reserved(index),
-                card.others_bytes,
-                card.budget_bytes,
-            )
+            others_bytes = budget_bytes = None
+            if device_support(self.device).process_bytes:
+                card = read_device(card_index(torch.device("cuda", index)))
+                others_bytes, budget_bytes = card.others_bytes, card.budget_bytes
+            allocated_bytes, reserved_bytes = torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)
+            sample = Sample(now_s, allocated_bytes, reserved_bytes, others_bytes, budget_bytes)
         else:
             sample = Sample(now_s, self._counted_bytes(), None, None, None)
         self.samples.append(sample)

@@ -17,7 +17,7 @@ from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, PhaseEnded,
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.base import MemoryMeter
 from i2v_lab.profiling.meters.cuda import CudaMeter
-from i2v_lab.profiling.meters.devices import make_meter
+from i2v_lab.profiling.meters.devices import device_support, make_meter
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter, StorageRecord
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
@@ -90,7 +90,8 @@ class PhaseProfiler:
     ) -> None:
         self._meter = make_meter(torch.device(device), meter, vram_cap_bytes) if isinstance(meter, str) else meter
         self._live = self._meter if isinstance(self._meter, LiveStorageMeter) else None
-        if snapshot is not None and not isinstance(self._meter, CudaMeter):
+        can_snapshot = isinstance(self._meter, CudaMeter) and device_support(torch.device(device)).snapshot
+        if snapshot is not None and not can_snapshot:
             raise ProfilerError(
                 f"snapshot='{snapshot}' needs the CUDA allocator; leave it out for {device}", device=str(device)
             )
