@@ -57,7 +57,7 @@ def collect() -> None:
     for values in tqdm(REQUESTS, desc="collecting shapes"):
         request = I2VRequest(image=str(STILL), **values)
         nothing = Collector(0, 0, 0, 0, 0)
-        with forecasting("cuda", repeats=memoizable_modules(), workspaces=nothing) as profiler:
+        with forecasting("cuda", memoize=memoizable_modules(), workspaces=nothing) as profiler:
             for _ in TwoStagePipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass
 

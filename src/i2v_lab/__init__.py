@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from i2v_lab.pipeline.contract.media import write_video
     from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
     from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights
-    from i2v_lab.profiling.autograd_graph import guard_stream, watch
     from i2v_lab.profiling.fake.forecast import forecast, forecasting
+    from i2v_lab.profiling.guard import guard_stream, watch
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
@@ -48,8 +48,8 @@ _HOME = {
     "VideoStream": "i2v_lab.pipeline.contract.generation",
     "Forecast": "i2v_lab.profiling.records",
     "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
-    "guard_stream": "i2v_lab.profiling.autograd_graph",
-    "watch": "i2v_lab.profiling.autograd_graph",
+    "guard_stream": "i2v_lab.profiling.guard",
+    "watch": "i2v_lab.profiling.guard",
     "forecast": "i2v_lab.profiling.fake.forecast",
     "forecasting": "i2v_lab.profiling.fake.forecast",
     "forecast_request": "i2v_lab.runs.forecast",

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from html import escape
-from typing import TYPE_CHECKING
 
-from i2v_lab.units import format_bytes, format_value
-
-if TYPE_CHECKING:
-    from i2v_lab.profiling.records import PhaseRecord
+from i2v_lab.units import format_value
 
 LEFT = 'style="text-align:left"'
 
@@ -50,25 +46,3 @@ def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         for row in rows
     )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def phases_html(phases: Sequence[PhaseRecord], words: str, *, times: bool = True) -> str:
-    """A sentence and the phases under it.
-
-    Args:
-        phases: In the order of the rows.
-        words: The sentence.
-        times: Whether their seconds mean anything.
-    """
-    heads = ["phase", "peak", "left behind", "saved for backward", *(["time"] if times else [])]
-    rows = [
-        [
-            record.phase,
-            format_bytes(record.peak_bytes),
-            format_bytes(record.end_bytes),
-            format_bytes(record.saved_for_backward_bytes),
-            *([f"{record.seconds:.2f} s"] if times else []),
-        ]
-        for record in phases
-    ]
-    return f"<p>{escape(words)}</p>" + (table_html(heads, rows) if rows else "")

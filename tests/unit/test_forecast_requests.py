@@ -96,8 +96,8 @@ def test_what_is_not_run_again_changes_no_byte(variant):
     )
     weights = skeleton_weights(load_architecture("ltx-2.3-tiny"))
     found = []
-    for repeats in (None, memoizable_modules()):
-        with forecasting("cuda", repeats=repeats, workspaces=load_workspaces()) as profiler:
+    for memoize in (None, memoizable_modules()):
+        with forecasting("cuda", memoize=memoize, workspaces=load_workspaces()) as profiler:
             for _ in TwoStagePipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass
         found.append(

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2v_lab.errors import GradEscape, ProfilerError
-from i2v_lab.profiling.autograd_graph import AutogradGraphProbe, GradEscapeWarning, guard_stream, watch
+from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
+from i2v_lab.profiling.escape import GradEscapeWarning
+from i2v_lab.profiling.guard import guard_stream, watch
 
 
 def _decoder() -> torch.nn.Module:
@@ -48,7 +50,7 @@ def test_warn_warns_once_where_the_stream_is_consumed_and_goes_on():
 
 def test_raise_stops_at_the_operator():
     stream = guard_stream(_stream(_decoder()), "raise")
-    with pytest.raises(GradEscape, match="consume it inside torch.no_grad") as caught:
+    with pytest.raises(GradEscape) as caught:
         next(stream)
     assert caught.value.fields == {"function": "linear", "module": "Sequential.0"}
     assert torch.is_grad_enabled()
@@ -56,8 +58,9 @@ def test_raise_stops_at_the_operator():
 
 def test_parameters_used_without_a_module_are_seen_too():
     weight = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(GradEscape, match="mul in no module"):
+    with pytest.raises(GradEscape) as caught:
         list(guard_stream((torch.ones(3) * weight for _ in range(1)), "raise"))
+    assert caught.value.fields == {"function": "mul", "module": ""}
 
 
 @pytest.mark.parametrize("on_escape", ["fix", "warn", "raise"])
@@ -97,10 +100,10 @@ def test_closing_closes_the_generator():
 
 
 def test_an_unknown_reaction_is_refused():
-    with pytest.raises(ProfilerError, match="on_escape='ignore' is not a way to react; use fix, warn or raise"):
-        guard_stream([], "ignore")
-    with pytest.raises(ProfilerError, match="on_escape='ignore' is not a way to react"):
-        watch(_decoder(), "ignore")
+    for guard in (lambda: guard_stream([], "ignore"), lambda: watch(_decoder(), "ignore")):
+        with pytest.raises(ProfilerError) as caught:
+            guard()
+        assert caught.value.fields == {"on_escape": "ignore"}
 
 
 def test_watch_in_all_three_ways():
@@ -115,8 +118,9 @@ def test_watch_in_all_three_ways():
     with watch(decoder, "warn"), pytest.warns(GradEscapeWarning, match="Sequential.0 was called") as caught:
         assert decoder(x).requires_grad
     assert len(caught) == 1
-    with watch(decoder, "raise"), pytest.raises(GradEscape, match=r"Sequential\.0 was called with grad enabled"):
+    with watch(decoder, "raise"), pytest.raises(GradEscape) as escape:
         decoder(x)
+    assert escape.value.fields == {"module": "Sequential.0"}
     assert decoder(x).requires_grad  # nobody watches any more
     assert torch.is_grad_enabled()
 

@@ -267,8 +267,8 @@ def test_memoization_changes_no_byte(variant):
     request = replace(SMALL, width=128, frames=17, variant=variant)
     weights = skeleton_weights(load_architecture("ltxv-tiny"))
     found = []
-    for repeats in (None, memoizable_modules()):
-        with forecasting("cuda", repeats=repeats, workspaces=load_workspaces()) as profiler:
+    for memoize in (None, memoizable_modules()):
+        with forecasting("cuda", memoize=memoize, workspaces=load_workspaces()) as profiler:
             for _ in LtxVideoPipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass
         found.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from i2v_lab.doctor.packages import Packages, Unmet, release
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
+from i2v_lab.profiling.meters.nvml import NO_ANSWER, NO_PACKAGE, NvmlUnavailable, driver_cuda_major, read_driver
 from i2v_lab.units import GIB, MIB, format_bytes
 
 PROJECT = "i2v-lab"
@@ -107,32 +108,24 @@ def check_driver() -> Check:
     """What NVML says; a machine without a GPU is no failure."""
     name = "NVIDIA driver"
     try:
-        import pynvml
-    except ImportError:
-        return Check(name, State.BROKEN, "nvidia-ml-py is not installed", "pip install nvidia-ml-py")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        driver = read_driver()
+    except NvmlUnavailable as error:
+        if error.cause == NO_PACKAGE:
+            return Check(name, State.BROKEN, "nvidia-ml-py is not installed", "pip install nvidia-ml-py")
+        if error.cause == NO_ANSWER:
+            found = f"does not answer ({error.reason})"
+            return Check(name, State.WARNING, found, "Try nvidia-smi; restart the driver.")
         advice = (
             "No GPU is needed: the tiny model runs on the CPU, and forecasts of the 22B as well. "
             "If there is a card, install its driver; in a container, start that with --gpus all."
         )
         return Check(name, State.OK, "none", advice)
-    try:
-        cuda = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        cards = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
-            cards.append(f"{pynvml.nvmlDeviceGetName(handle)} ({free})")
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        found = f"{driver}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}: {', '.join(cards) or 'no card'}"
-        return Check(name, State.OK, found)
-    except pynvml.NVMLError as error:
-        return Check(name, State.WARNING, f"does not answer ({error})", "Try nvidia-smi; restart the driver.")
-    finally:
-        pynvml.nvmlShutdown()
+    cards = [
+        f"{card.name} ({format_bytes(card.free_bytes)} of {format_bytes(card.total_bytes)} free)"
+        for card in driver.cards
+    ]
+    major, minor = driver.cuda
+    return Check(name, State.OK, f"{driver.version}, up to CUDA {major}.{minor}: {', '.join(cards) or 'no card'}")
 
 
 def check_cuda() -> Check:
@@ -145,7 +138,7 @@ def check_cuda() -> Check:
     built = f"torch {torch.__version__}, built for " + (
         f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
     )
-    driver = driver_cuda()
+    driver = driver_cuda_major()
     if driver is None:
         return Check(name, State.OK, f"{built}; no card to use")
     if torch.cuda.is_available():
@@ -158,22 +151,6 @@ def check_cuda() -> Check:
     else:
         advice = f"Look at CUDA_VISIBLE_DEVICES (now {os.environ.get('CUDA_VISIBLE_DEVICES')!r}) and nvidia-smi"
     return Check(name, State.WARNING, f"{built}; it sees no card, the driver is there", f"{advice}. Runs use the CPU.")
-
-
-def driver_cuda() -> int | None:
-    """The major version of CUDA that the driver knows; ``None`` where there is no driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, no library, no driver: all the same here
-        return None
-    try:
-        return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 # --- Packages ---

@@ -61,7 +61,7 @@ class VramMonitor(View):
     def html(self) -> str:
         """The chart as a static page; with one look of now if there was none."""
         if not self.monitor.samples:
-            self.monitor.look()
+            self.monitor.sample()
             return self._chart() + sentence("Nobody has watched yet: this is one look, from when the page was made.")
         return self._chart()
 

@@ -1,1 +1,1 @@
-"""Profilers: meters that count bytes, and sinks that join them to a pipeline's phases."""
+"""Profilers: meters of memory, and sinks that attribute it to a pipeline's phases and modules."""

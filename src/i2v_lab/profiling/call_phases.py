@@ -1,8 +1,8 @@
-"""The phases of a call of somebody else's pipeline, found from the calls of its components while it runs.
+"""Phases of a call of a third-party pipeline, inferred from the calls of its components.
 
-Phases follow one another without a gap. What lies between two components' calls prepares the second one: it is built,
-and its input is read. Only what a denoiser or a decoder has returned is worked on for its own sake, by the scheduler or
-on the way to a picture; so that belongs to their own phase, until a component is built or called that is of another.
+Phases are contiguous. Work between two components' calls is attributed to the second one, which it prepares: it is
+built, and its input is read. The outputs of denoisers and decoders are processed further, by the scheduler or into
+frames; that work is attributed to their own phase, until a component of another phase is built or called.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from i2v_lab.profiling.components import DENOISE, phase_of, snake_case
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
-CALL = "call"  # the phase of a call none of whose components is known
-KEEP_WHAT_FOLLOWS = {DENOISE, Phase.DECODE_AUDIO.value, Phase.DECODE_VIDEO.value}
+CALL = "call"  # the phase of a call in which no component is recognised
+INCLUDE_FOLLOWING_WORK = {DENOISE, Phase.DECODE_AUDIO.value, Phase.DECODE_VIDEO.value}
 
 
 class CallPhases:
-    """Tells a profiler of the phases of a call, while :meth:`followed`.
+    """Starts and ends a profiler's phases during a call, within :meth:`track`.
 
-    Modules that are built during the call are met by torch's registration hook, so that a part that is called past its
-    component's own call is known to belong to it. Nothing is hooked into while a component runs. A stage of denoising
-    is numbered by the upsamplings of latents before it; a call of its transformer is a step.
+    Modules that are built during the call are seen by torch's registration hook, so that a submodule that is called
+    directly is attributed to its component. No hook is active while a component runs. A denoising stage is numbered by
+    the latent upsamplings before it; a call of its transformer is a step.
 
     Args:
-        profiler: Active.
+        profiler: An active profiler.
         components: Modules that exist already, by name.
     """
 
@@ -43,9 +43,9 @@ class CallPhases:
         self._owners = weakref.WeakKeyDictionary()
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._known: weakref.WeakKeyDictionary[torch.nn.Module, tuple[str, str | None]] = weakref.WeakKeyDictionary()
-        self._name: str | None = None  # of the open phase; None while it has only just begun to build
+        self._name: str | None = None  # of the open phase; None until a component's call names it
         self._is_open = False
-        self._aside: OpenPhase | None = None
+        self._suspended: OpenPhase | None = None
         self._ended: list[tuple[OpenPhase, bool]] = []
         self._unnamed = CALL
         self._stage = 1
@@ -61,18 +61,18 @@ class CallPhases:
                     self._owners[child] = (weakref.ref(part), child_name)
 
     @contextmanager
-    def followed(self, unnamed: str = CALL) -> Iterator[None]:
-        """Within this scope components are followed; the phase that is open at its end stays open, unless it failed.
+    def track(self, unnamed: str = CALL) -> Iterator[None]:
+        """Track components' calls within this scope; the phase that is open at its end stays open, unless it failed.
 
         Args:
-            unnamed: What a phase is called that no component's call has given a name.
+            unnamed: Name of a phase in which no component is called.
         """
         self._unnamed = unnamed
         if not self._is_open:
             self._profiler.start(unnamed)
             self._is_open, self._name = True, None
-        built = torch_module.register_module_module_registration_hook(self._built)
-        self._listen()
+        built = torch_module.register_module_module_registration_hook(self._on_registered)
+        self._register_entry_hook()
         try:
             yield
         except BaseException as error:
@@ -82,91 +82,91 @@ class CallPhases:
         finally:
             built.remove()
             self._entry.remove()
-            self._leave_for_good()
+            self._remove_exit_hooks()
             self._inside, self._handled = False, None
 
     def finish(self, *, completed: bool = True, failed: bool = False) -> None:
-        """End the open phase, if there is one; what was built last belongs to the phase before, unless it failed.
+        """End the open phase, if there is one; work after the last component belongs to its phase, unless it failed.
 
         Args:
-            completed: Whether it came to its end.
+            completed: Whether it ran to its end.
             failed: Whether it ended by an error.
         """
         if not self._is_open:
             return
-        if self._aside is not None and not failed:
-            self._profiler.reopen(self._aside)
-            self._aside = None
+        if self._suspended is not None and not failed:
+            self._profiler.resume(self._suspended)
+            self._suspended = None
         else:
-            self._end_aside()
-        self._ended.append((self._profiler.set_aside(), completed))
+            self._end_suspended()
+        self._ended.append((self._profiler.suspend(), completed))
         self._is_open, self._name = False, None
         if self._profiler.paths is not None:
             self._profiler.paths.components.clear()
 
     def write(self, error: BaseException | None = None) -> None:
-        """Write down all phases that have ended: after the call, not between two phases, which it would lie between.
+        """Write the records of all ended phases; after the call, so that writing takes no time of a phase.
 
         Args:
-            error: What the last one ended by. Not kept.
+            error: The error that ended the last one, if any.
         """
         ended, self._ended = self._ended, []
         for phase, completed in ended:
             self._profiler.write_phase(phase, completed, None if completed else error)
 
     def step(self) -> None:
-        """A step of the open phase is done."""
+        """End a step of the open phase."""
         if self._is_open:
-            self._profiler.note_step()
+            self._profiler.end_step()
 
-    # --- What torch tells ---
+    # --- Hooks ---
 
-    def _listen(self) -> None:
-        self._entry = torch_module.register_module_forward_pre_hook(self._entering)
+    def _register_entry_hook(self) -> None:
+        self._entry = torch_module.register_module_forward_pre_hook(self._on_enter)
 
-    def _built(self, owner: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:
+    def _on_registered(self, owner: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:
         if part is not None:
             self._owners[part] = (weakref.ref(owner), name)
         if not self._inside:
             self._pause()
 
-    def _entering(self, module: torch.nn.Module, args: Any) -> None:
+    def _on_enter(self, module: torch.nn.Module, args: Any) -> None:
         if self._inside:  # a call in another thread
             return
         self._inside = True
         self._handled = sys.exception()  # the caller may be in an except block
-        self._entry.remove()  # its parts need not be met one by one
-        self._leave_for_good()
-        self._exits.append(module.register_forward_hook(self._leaving, always_call=True))
-        name, phase = self._meet(module)
+        self._entry.remove()  # calls of its submodules change no phase
+        self._remove_exit_hooks()
+        self._exits.append(module.register_forward_hook(self._on_exit, always_call=True))
+        name, phase = self._component_of(module)
         if phase is not None:
             self._begin(phase)
-        if self._profiler.paths is not None:  # on whose behalf all is done until the next one is called
+        if self._profiler.paths is not None:  # to which all work is attributed until the next call
             self._profiler.paths.components[:] = [name]
 
-    def _leaving(self, module: torch.nn.Module, args: Any, result: Any) -> None:
-        # Not removed here: after an error torch is walking over this module's hooks.
+    def _on_exit(self, module: torch.nn.Module, args: Any, result: Any) -> None:
+        # Its hook is not removed here: after an error torch is iterating over this module's hooks.
         if not self._inside:
             return
         self._inside = False
-        self._listen()
-        if sys.exception() is not self._handled:  # it failed: what ends now is its phase
+        self._register_entry_hook()
+        if sys.exception() is not self._handled:  # it failed, which ends the phase
             return
         kind = self._known[module][1]
         if kind == DENOISE:
-            self._profiler.note_step()
-        if kind is not None and kind not in KEEP_WHAT_FOLLOWS:
+            self._profiler.end_step()
+        if kind is not None and kind not in INCLUDE_FOLLOWING_WORK:
             self._pause()
 
-    def _leave_for_good(self) -> None:
+    def _remove_exit_hooks(self) -> None:
         for handle in self._exits:
             handle.remove()
         self._exits.clear()
 
-    # --- What it means ---
+    # --- Phases ---
 
-    def _meet(self, module: torch.nn.Module) -> tuple[str, str | None]:
-        """Name of the component that a module belongs to, and the kind of phase that its call belongs to."""
+    def _component_of(self, module: torch.nn.Module) -> tuple[str, str | None]:
+        """Name of the component that a module belongs to, and the phase that its call belongs to."""
         if module not in self._known:
             names: list[str] = []
             component = module
@@ -186,9 +186,9 @@ class CallPhases:
         return self._known[module]
 
     def _pause(self) -> None:
-        """What runs from now on belongs to the next component's phase, whichever that is."""
+        """Suspend the phase: work from now on belongs to that of the next component, which is not known yet."""
         if self._name is not None:
-            self._aside = self._profiler.set_aside()
+            self._suspended = self._profiler.suspend()
             self._profiler.start(self._unnamed)
             self._name = None
             if self._profiler.paths is not None:
@@ -199,21 +199,21 @@ class CallPhases:
         if name == self._name:
             return
         if self._name is not None:
-            self._ended.append((self._profiler.set_aside(), True))
+            self._ended.append((self._profiler.suspend(), True))
             self._profiler.start(name)
-        elif self._aside is not None and self._aside.name == name:
-            self._profiler.reopen(self._aside)
-            self._aside = None
+        elif self._suspended is not None and self._suspended.name == name:
+            self._profiler.resume(self._suspended)
+            self._suspended = None
             self._name = name
             return
         else:
-            self._end_aside()
+            self._end_suspended()
             self._profiler.rename(name)
         self._name = name
         if kind == Phase.UPSAMPLE_LATENT.value:
             self._stage += 1
 
-    def _end_aside(self) -> None:
-        if self._aside is not None:
-            self._ended.append((self._aside, True))
-            self._aside = None
+    def _end_suspended(self) -> None:
+        if self._suspended is not None:
+            self._ended.append((self._suspended, True))
+            self._suspended = None

@@ -1,4 +1,4 @@
-"""The modules that a pipeline is made of, found from outside, and the phase that a call of each belongs to."""
+"""Finds the modules of a third-party pipeline, and the phase that a call of each belongs to."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 from i2v_lab.events import Phase
 
-DEPTH = 3  # of objects within objects: a function's pipeline's ledger's parts
+MAX_DEPTH = 3  # of nested objects: a function's pipeline's ledger's attributes
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_HUMP = re.compile(r"(?<=[a-z0-9A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])")
-_PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.Tensor)
-ENCODE_AUDIO = "encode_audio"  # the one phase of others' pipelines that ours has not
-DENOISE = "denoise"  # numbered by who counts the stages
+_CASE_BOUNDARY = re.compile(r"(?<=[a-z0-9A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])")
+_LEAF_TYPES = (str, bytes, int, float, complex, type(None), type, types.ModuleType, torch.Tensor)
+ENCODE_AUDIO = "encode_audio"  # the one phase of third-party pipelines that ours do not have
+DENOISE = "denoise"  # the caller appends the number of the stage
 
 TEXT = {"text", "prompt", "connector", "connectors"}
 DENOISERS = {"transformer", "unet", "dit", "denoiser"}
@@ -26,10 +26,10 @@ PICTURES = {"vae", "autoencoder", "video", "image"}
 
 
 def find_modules(*roots: Any) -> dict[str, torch.nn.Module]:
-    """The components that objects hold: the outermost modules, by the name that they are held under.
+    """Find the components that objects reference: the outermost modules, by the name of the reference.
 
-    Looks into attributes, sequences, mappings, what a function closes over, and what a partial or a method is bound to,
-    three objects deep. A module itself is found under the name of its class.
+    Follows attributes, sequences, mappings, closures and globals of functions, and the bindings of partials and
+    methods, three objects deep. A root that is a module itself is found under the name of its class.
 
     Example:
         >>> class Pipeline:
@@ -41,29 +41,29 @@ def find_modules(*roots: Any) -> dict[str, torch.nn.Module]:
     found: dict[str, torch.nn.Module] = {}
     seen: set[int] = set()
     level = [("", root) for root in roots]
-    for _ in range(DEPTH + 1):
+    for _ in range(MAX_DEPTH + 1):
         below: list[tuple[str, Any]] = []
         for name, value in level:
-            if id(value) in seen or isinstance(value, _PLAIN):
+            if id(value) in seen or isinstance(value, _LEAF_TYPES):
                 continue
             seen.add(id(value))
             if isinstance(value, torch.nn.Module):
-                found[_free(name or snake_case(type(value).__name__), found)] = value
+                found[_unique_name(name or snake_case(type(value).__name__), found)] = value
             else:
-                below += _held(value)
+                below += _references(value)
         level = below
     return found
 
 
-def _held(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, with its name there."""
+def _references(value: Any) -> Iterator[tuple[str, Any]]:
+    """Name and target of each of an object's references."""
     if isinstance(value, functools.partial):
         yield from [("", value.func), *(("", each) for each in value.args), *value.keywords.items()]
     elif isinstance(value, types.MethodType):
         yield "", value.__self__
     elif isinstance(value, types.FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with suppress(ValueError):  # not assigned yet
+            with suppress(ValueError):  # an unassigned cell
                 yield name, cell.cell_contents
         names = value.__code__.co_names
         yield from ((name, value.__globals__[name]) for name in names if name in value.__globals__)
@@ -75,39 +75,39 @@ def _held(value: Any) -> Iterator[tuple[str, Any]]:
         yield from getattr(value, "__dict__", {}).items()
 
 
-def _free(name: str, taken: Mapping[str, Any]) -> str:
-    free, number = name, 1
-    while free in taken:
+def _unique_name(name: str, taken: Mapping[str, Any]) -> str:
+    unique, number = name, 1
+    while unique in taken:
         number += 1
-        free = f"{name}_{number}"
-    return free
+        unique = f"{name}_{number}"
+    return unique
 
 
 def snake_case(name: str) -> str:
-    """A class's name as that of an attribute.
+    """Convert a class's name to that of an attribute.
 
     Example:
         >>> snake_case("X0Model"), snake_case("LTX2VideoTransformer3DModel")
         ('x0_model', 'ltx2_video_transformer3d_model')
     """
-    return _HUMP.sub("_", name).lower()
+    return _CASE_BOUNDARY.sub("_", name).lower()
 
 
 def phase_of(component: Sequence[str], part: Sequence[str], package: str) -> str | None:
-    """The phase that a component's call belongs to, by what people name such things.
+    """The phase that a component's call belongs to, by the names that are usual for components.
 
-    The rule, in this order: an upsampler of latents; anything of audio; what sees pictures without being an
-    autoencoder's part; what reads text, and whatever else comes from the package transformers; a denoiser; the encoder
-    and the decoder of an autoencoder. What a component is named, its attribute and its class, decides before the Python
-    module that defines it does.
+    The first rule that matches: an upsampler of latents; audio; an image encoder that is no part of an autoencoder; a
+    text encoder, and anything else of the package transformers; a denoiser; the encoder and the decoder of an
+    autoencoder. The component's names, its attribute and its class, take precedence over the Python module that defines
+    it.
 
     Args:
-        component: Its names: the attribute that it is held under, its class.
-        part: The same of its parts, down to the one that is called.
+        component: Its names: the attribute that references it, its class.
+        part: The same for its submodules, down to the one that is called.
         package: The Python module that defines the component's class.
 
     Returns:
-        A :class:`~i2v_lab.events.Phase`, ``encode_audio``, :data:`DENOISE`, or ``None``: it is none of these.
+        A :class:`~i2v_lab.events.Phase`, ``encode_audio``, :data:`DENOISE`, or ``None`` if no rule matches.
 
     Example:
         >>> phase_of(["vae", "AutoencoderKL"], ["decoder", "Decoder"], "diffusers.models.autoencoders")

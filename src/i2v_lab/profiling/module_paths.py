@@ -1,4 +1,4 @@
-"""Which module is running, by its dotted path from the component it belongs to; and which storages are weights."""
+"""Paths of running modules, dotted from the component they belong to; and which storages are weights."""
 
 from __future__ import annotations
 
@@ -6,54 +6,31 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from traceback import walk_tb
 from types import FrameType
-from typing import Any
 
 import torch
 
-_CALL = torch.nn.Module._call_impl.__code__  # the one function that every call of a module passes through
+from i2v_lab.profiling.storages import StorageSet
 
-
-class StorageSet:
-    """A set of storages that holds none of them alive; a storage leaves it when its last owner lets go."""
-
-    def __init__(self) -> None:
-        self._references: dict[int, weakref.ref[Any]] = {}
-
-    def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Add the storages of these tensors."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._references:
-                self._references[key] = weakref.ref(storage, partial(self._forget, key))
-
-    def __contains__(self, key: int) -> bool:
-        """Whether the storage at this address (``untyped_storage()._cdata``) is in the set."""
-        return key in self._references
-
-    def _forget(self, key: int, reference: weakref.ref[Any]) -> None:
-        if self._references.get(key) is reference:
-            del self._references[key]
+_CALL = torch.nn.Module._call_impl.__code__  # private, but the one function that every call of a module passes through
 
 
 class ModulePaths:
-    """Names the module that is running, when asked: found on the interpreter's stack.
+    """Finds the running module on the interpreter's stack, when asked.
 
-    Nothing is hooked into the modules, so that a call of one costs nothing here. A method that is called past the
-    module's own call, such as ``decoder.decode()``, is not a module's call.
+    No hooks are registered, so calls of modules cost nothing. A method that bypasses the module's ``__call__``, such as
+    ``decoder.decode()``, is not seen as a call of the module.
 
     Attributes:
-        weights: Storages of all parameters and buffers of the components met before a path was last asked for.
-        phase: The phase that is running, as a profiler has set it; for messages.
-        components: Names of components that exist now; work outside any module's call is on behalf of the newest, such
-            as that of a decoder's methods other than ``forward``.
+        weights: Storages of all parameters and buffers of the registered components.
+        phase: The running phase, set by a profiler; for messages.
+        components: Names of the components that exist now; work outside any module's call is attributed to the newest,
+            such as that of a decoder's methods other than ``forward``.
 
     Example:
         >>> paths = ModulePaths()
-        >>> paths.name_tree("decoder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        >>> paths.register("decoder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
         >>> paths.current
         ''
     """
@@ -61,8 +38,8 @@ class ModulePaths:
     def __init__(self) -> None:
         self.weights = StorageSet()
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
-        self._unread: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
-        self._inside: list[str] = []
+        self._pending: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
+        self._overrides: list[str] = []
         self.phase = ""
         self.components: list[str] = []
 
@@ -70,62 +47,62 @@ class ModulePaths:
     def current(self) -> str:
         """Path of the innermost module that is running in this thread, such as ``video_decoder.up_blocks.3``.
 
-        Outside any module's call it is the newest of :attr:`components`, else empty. A module that belongs to no
-        component is given a name now, after its class, below that of the module that calls it.
+        Outside any module's call it is the newest of :attr:`components`, else empty. A module of no registered
+        component is registered now under its class's name, below the module that calls it.
         """
-        if self._inside:
-            return self._inside[-1]
-        return self._path(_modules(_outwards(sys._getframe(1)))) or (self.components[-1] if self.components else "")
+        if self._overrides:
+            return self._overrides[-1]
+        return self._path(_modules(_outer_frames(sys._getframe(1)))) or (self.components[-1] if self.components else "")
 
-    def failed_in(self, error: BaseException) -> str:
-        """Path of the innermost module whose call an exception came out of; empty if it came out of none."""
+    def raised_in(self, error: BaseException) -> str:
+        """Path of the innermost module whose call an exception was raised in; empty if in none."""
         frames = [frame for frame, _ in walk_tb(error.__traceback__)]
         return self._path(_modules(reversed(frames)))
 
-    def name_tree(self, name: str, module: torch.nn.Module) -> None:
-        """Call a component ``name`` and all its parts by their paths below it.
+    def register(self, name: str, module: torch.nn.Module) -> None:
+        """Name a component, and all its submodules by their paths below it.
 
-        The parts are looked at when a path is first asked for, which on a GPU and without a graph is never.
+        The submodules are read when a path is first asked for, which on a GPU and without a graph is never.
         """
-        self._unread.append((name, weakref.ref(module)))
+        self._pending.append((name, weakref.ref(module)))
 
-    def _read_trees(self) -> None:
-        for name, reference in self._unread:
+    def _read_pending(self) -> None:
+        for name, reference in self._pending:
             module = reference()
             if module is not None:
-                for path, part in module.named_modules():
-                    self._names[part] = f"{name}.{path}" if path else name
+                for path, submodule in module.named_modules():
+                    self._names[submodule] = f"{name}.{path}" if path else name
                 self.weights.add([*module.parameters(), *module.buffers()])
-        self._unread.clear()
+        self._pending.clear()
 
     @contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """As if the module called ``name`` were running."""
-        self._inside.append(name)
+    def override(self, name: str) -> Iterator[None]:
+        """Report ``name`` as the running module within this scope."""
+        self._overrides.append(name)
         try:
             yield
         finally:
-            self._inside.pop()
+            self._overrides.pop()
 
     def _path(self, modules: Iterable[torch.nn.Module]) -> str:
         """The path of the first of ``modules``, each of which was called by the next."""
-        self._read_trees()
-        path, strangers = "", []
+        self._read_pending()
+        path, unregistered = "", []
         for module in modules:
             path = self._names.get(module, "")
             if path:
                 break
-            strangers.append(module)
-        for module in reversed(strangers):
-            if module not in self._names:  # as a part of the stranger before it
+            unregistered.append(module)
+        for module in reversed(unregistered):
+            if module not in self._names:  # registered as a submodule of the one before it
                 kind = type(module).__name__
-                self.name_tree(f"{path}.{kind}" if path else kind, module)
-                self._read_trees()
+                self.register(f"{path}.{kind}" if path else kind, module)
+                self._read_pending()
             path = self._names[module]
         return path
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def _outer_frames(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What is in use right now, looked at from a thread of its own, with the phases of a generation marked."""
+"""Live monitor: samples memory from a thread of its own, and marks the phases of a generation."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ import torch
 
 from i2v_lab.errors import ProfilerError
 from i2v_lab.events import Event, PhaseStarted
+from i2v_lab.profiling.meters.devices import device_support
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.meters.nvml import card_index, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
-KEPT = 600  # samples; older ones are dropped
+MAX_SAMPLES = 600  # older ones are dropped
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One look.
+    """Memory at one moment.
 
     Attributes:
-        time_s: Since the monitor was made.
+        time_s: Since the monitor was constructed.
         allocated_bytes: By tensors of this process.
-        reserved_bytes: What the caching allocator holds; ``None`` where there is none.
-        others_bytes: What other processes use of the card; ``None`` where nobody knows.
-        budget_bytes: What the card has for this process; ``None`` where nobody knows.
+        reserved_bytes: By the caching allocator; ``None`` where there is none.
+        others_bytes: Used by other processes on the card; ``None`` where unknown.
+        budget_bytes: Memory of the card less ``others_bytes``; ``None`` where unknown.
     """
 
     time_s: float
@@ -41,20 +42,20 @@ class Sample:
 
 
 class MemoryMonitor:
-    """Looks at even intervals while it is active (a context manager); also an event sink, which marks phases.
+    """Samples memory at a fixed interval while it is active (a context manager); also an event sink that marks phases.
 
-    On CUDA it reads the caching allocator, without waiting for the device, and NVML for the rest of the card. Elsewhere
-    it counts tensors: those that a profiler counts while it is followed, or else those of the
-    thread that starts it.
+    On CUDA it reads the caching allocator, without synchronising the device, and NVML for the rest of the card.
+    Elsewhere it counts live storages: those of a profiler within :meth:`following`, or else those of the thread that
+    starts it.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        interval_s: Seconds between looks.
-        on_sample: Called after every look, in the monitor's thread.
+        interval_s: Seconds between samples.
+        on_sample: Called after every sample, in the monitor's thread.
 
     Attributes:
-        samples: The last looks, the newest last.
-        marks: ``(seconds, phase)`` for each phase that began.
+        samples: The latest samples, oldest first.
+        marks: ``(seconds, phase)`` for each phase that started.
 
     Raises:
         ProfilerError: The interval is not positive, or, on start, another monitor counts tensors already.
@@ -76,8 +77,8 @@ class MemoryMonitor:
             raise ProfilerError(f"interval_s={interval_s} is not positive; use 0.25", interval_s=interval_s)
         cuda = torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
         self.device = torch.device("cuda" if device == "auto" else device) if cuda else torch.device("cpu")
-        self.samples: deque[Sample] = deque(maxlen=KEPT)
-        self.marks: deque[tuple[float, str]] = deque(maxlen=KEPT)
+        self.samples: deque[Sample] = deque(maxlen=MAX_SAMPLES)
+        self.marks: deque[tuple[float, str]] = deque(maxlen=MAX_SAMPLES)
         self.on_sample = on_sample
         self._interval_s = interval_s
         self._origin_s = time.perf_counter()
@@ -87,38 +88,40 @@ class MemoryMonitor:
         self._stop = threading.Event()
 
     @property
+    def _reads_allocator(self) -> bool:
+        return device_support(self.device).caching_allocator
+
+    @property
     def running(self) -> bool:
-        """Whether it looks."""
+        """Whether it is sampling."""
         return self._thread is not None
 
     @property
     def source(self) -> str:
-        """What the figures are, in one sentence."""
-        if self.device.type == "cuda":
+        """Where the figures come from, in one sentence."""
+        if self._reads_allocator:
             return f"Read from PyTorch's caching allocator and, for the rest of the card, from NVML ({self.device})."
         return (
             "No GPU is in use here, so these are this process's own tensors: those of a generation while one runs, "
-            "else those that cells touch while somebody watches."
+            "else those that cells touch while the monitor runs."
         )
 
     def __call__(self, event: Event) -> None:
-        """Mark a phase that begins."""
+        """Mark the start of a phase."""
         if isinstance(event, PhaseStarted):
             self.marks.append((time.perf_counter() - self._origin_s, event.phase.value))
 
-    def look(self) -> Sample:
-        """Look once, now."""
+    def sample(self) -> Sample:
+        """Take one sample now."""
         now_s = time.perf_counter() - self._origin_s
-        if self.device.type == "cuda":
+        if self._reads_allocator:
             index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-            card = read_device(card_index(torch.device("cuda", index)))
-            sample = Sample(
-                now_s,
-                torch.cuda.memory_allocated(index),
-                torch.cuda.memory_reserved(index),
-                card.others_bytes,
-                card.budget_bytes,
-            )
+            others_bytes = budget_bytes = None
+            if device_support(self.device).process_bytes:
+                card = read_device(card_index(torch.device("cuda", index)))
+                others_bytes, budget_bytes = card.others_bytes, card.budget_bytes
+            allocated_bytes, reserved_bytes = torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index)
+            sample = Sample(now_s, allocated_bytes, reserved_bytes, others_bytes, budget_bytes)
         else:
             sample = Sample(now_s, self._counted_bytes(), None, None, None)
         self.samples.append(sample)
@@ -129,53 +132,53 @@ class MemoryMonitor:
         return 0 if counter is None else counter.allocated_bytes()
 
     def start(self) -> None:
-        """Look from now on; on a CPU, count the tensors of the calling thread from now on."""
+        """Start sampling; without a caching allocator, also count the tensors of the calling thread from now on."""
         if self.running:
             return
-        if self.device.type != "cuda" and self._profiler is None:
+        if not self._reads_allocator and self._profiler is None:
             if MemoryMonitor._counting is not None:
                 raise ProfilerError("another monitor counts tensors already; stop it first")
-            self._meter = LiveStorageMeter(device_type=self.device.type)  # not the fakes of a forecast
+            self._meter = LiveStorageMeter(device_type=self.device.type)  # not a forecast's fake storages
             self._meter.__enter__()
             MemoryMonitor._counting = self
         self._stop.clear()
-        self._thread = threading.Thread(target=self._serve, name="i2v-lab-monitor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="i2v-lab-monitor", daemon=True)
         self._thread.start()
 
     @contextmanager
     def following(self, profiler: PhaseProfiler) -> Iterator[None]:
-        """Within this scope look, and on a CPU show what this profiler counts."""
-        begun = not self.running
+        """Sample within this scope; without a caching allocator, what this profiler counts."""
+        started_here = not self.running
         self._profiler = profiler
-        if begun:
+        if started_here:
             self.start()
         try:
             yield
         finally:
-            if begun:
+            if started_here:
                 self.stop()
             self._profiler = None
 
     def stop(self) -> None:
-        """Look once more, and then no longer."""
+        """Take a last sample and stop."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._stop.set()
         if thread is not threading.current_thread():
             thread.join()
-        self.look()
+        self.sample()
         if self._meter is not None:
             self._meter.__exit__(None, None, None)
             self._meter, MemoryMonitor._counting = None, None
         self.on_sample()
 
-    def _serve(self) -> None:
+    def _run(self) -> None:
         while not self._stop.is_set():
-            self.look()
+            self.sample()
             self.on_sample()
             if self._meter is not None:
-                self._meter.forget_the_dead()
+                self._meter.drop_freed()
             self._stop.wait(self._interval_s)
 
     def __enter__(self) -> Self:

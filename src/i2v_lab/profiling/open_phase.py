@@ -1,4 +1,4 @@
-"""A phase that has not been written down yet: its maxima over the segments so far."""
+"""State of a phase that has no record yet: its maxima over the segments so far."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class OpenPhase:
-    """What is known of a phase so far; fields as in :class:`~i2v_lab.profiling.records.PhaseRecord`.
+    """A phase before its record is written; fields as in :class:`~i2v_lab.profiling.records.PhaseRecord`.
 
     Attributes:
-        steps: Peak and seconds of each step whose total is not known before the phase ends.
-        end_bytes: Set when the phase ends, and so are ``end_tick``, ``peak_so_far_bytes`` and ``seconds``.
+        steps: Peak and seconds of each step, where their number is unknown until the phase ends.
+        end_bytes: Set when the phase ends, as are ``end_tick``, ``peak_so_far_bytes`` and ``seconds``.
     """
 
     name: str
@@ -32,8 +32,8 @@ class OpenPhase:
     peak_so_far_bytes: int = 0
     seconds: float = 0.0
 
-    def absorb(self, later: OpenPhase) -> None:
-        """Count what ran after this phase was set aside as a part of it."""
+    def merge(self, later: OpenPhase) -> None:
+        """Take over the maxima of a phase that ran after this one was suspended and belongs to it."""
         self.step_peak_bytes = max(self.step_peak_bytes, later.step_peak_bytes)
         if later.peak_bytes > self.peak_bytes:
             self.peak_bytes, self.peak_tick = later.peak_bytes, later.peak_tick

@@ -1,4 +1,4 @@
-"""Joins meters to the phases of a run: an event sink, and a context manager for any other code."""
+"""Records memory and time of phases: an event sink for a pipeline, and a context manager for any other code."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any, Self
 
 import torch
 
-from i2v_lab.display import phases_html
 from i2v_lab.errors import ProfilerError, VramCapExceeded
 from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
-from i2v_lab.profiling.meters.cuda import CudaMeter, MemoryMeter, make_meter
-from i2v_lab.profiling.meters.live_storages import LiveStorageMeter, StorageLife
+from i2v_lab.profiling.meters.base import MemoryMeter
+from i2v_lab.profiling.meters.cuda import CudaMeter
+from i2v_lab.profiling.meters.devices import device_support, make_meter
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter, StorageRecord
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
+from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.records import (
     GenerationRecord,
     GraphRecord,
@@ -33,32 +35,33 @@ from i2v_lab.profiling.records import (
 from i2v_lab.profiling.timeline import phase_timeline
 from i2v_lab.units import format_bytes
 
-HOLDERS = 20  # largest storages written down for a phase's peak
-TORCH_ASKED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
+HOLDERS = 20  # largest storages recorded for a phase's peak
+REQUESTED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class PhaseProfiler:
-    """Writes down memory and time of every phase: an event sink for a pipeline, :meth:`phase` for any other code.
+    """Records memory and time of every phase: an event sink for a pipeline, :meth:`phase` for any other code.
 
-    A stream that is consumed after its pipeline returned is charged to its own phase, as long as the profiler is still
-    active then; :meth:`stream` does the same for a plain generator. Phases may nest: an outer phase's peak is the
+    A stream that is consumed after its pipeline returned is attributed to its own phase, as long as the profiler is
+    still active then; :meth:`stream` does the same for a plain generator. Phases may nest: an outer phase's peak is the
     maximum over its segments.
 
     Args:
         device: The device whose memory is metered.
         meter: ``auto``, ``cuda`` (the caching allocator), ``live`` (live storages), or a meter of your own.
-        attribute: Also follow modules and autograd graphs: what is saved for backward, and with live storages what is
-            alive at the peak. Without it, phase boundaries are all that costs anything.
-        vram_cap_bytes: Pretend to a smaller card: allocations beyond it fail.
+        attribute: Also attribute memory to modules and autograd graphs: what is saved for backward, and with live
+            storages what is allocated at the peak. Without it, only phase boundaries cost anything.
+        vram_cap_bytes: Emulate a smaller card: allocations beyond it fail.
         on_record: Called with every record as soon as it exists.
-        snapshot: CUDA only: where to write the allocator's history for PyTorch's memory_viz.
+        snapshot: Where to write the allocator's history for PyTorch's memory_viz; devices with a caching allocator
+            only.
         ambient: Let another profiler start while this one is active. Until that one ends, what is saved for backward
             counts there.
 
     Attributes:
-        records: All records so far, in the order in which they came about.
-        paths: Names the module that is running; ``None`` without ``attribute``.
+        records: All records so far, oldest first.
+        paths: Names the running module; ``None`` without ``attribute``.
 
     Raises:
         ProfilerError: An unknown meter, a cap that is not positive, a snapshot without CUDA, another profiler that is
@@ -87,8 +90,11 @@ class PhaseProfiler:
     ) -> None:
         self._meter = make_meter(torch.device(device), meter, vram_cap_bytes) if isinstance(meter, str) else meter
         self._live = self._meter if isinstance(self._meter, LiveStorageMeter) else None
-        if snapshot is not None and not isinstance(self._meter, CudaMeter):
-            raise ProfilerError(f"snapshot='{snapshot}' needs the CUDA allocator; leave it out for {device}")
+        can_snapshot = isinstance(self._meter, CudaMeter) and device_support(torch.device(device)).snapshot
+        if snapshot is not None and not can_snapshot:
+            raise ProfilerError(
+                f"snapshot='{snapshot}' needs the CUDA allocator; leave it out for {device}", device=str(device)
+            )
         self._snapshot = snapshot
         self._cap_bytes = vram_cap_bytes
         self.paths = ModulePaths() if attribute else None
@@ -120,11 +126,13 @@ class PhaseProfiler:
             ProfilerError: No phase has ended yet.
         """
         if not self.phases:
-            raise ProfilerError("no phase has ended yet; put this profiler among a pipeline's sinks, or use phase()")
+            raise ProfilerError(
+                "no phase has ended yet; put this profiler among a pipeline's sinks, or use phase()", state="no phase"
+            )
         return max(self.phases, key=lambda record: record.peak_bytes)
 
     def allocated_bytes(self) -> int:
-        """Allocated now."""
+        """Bytes allocated now."""
         return self._meter.allocated_bytes()
 
     def _repr_html_(self) -> str:
@@ -133,10 +141,10 @@ class PhaseProfiler:
         words = f"PhaseProfiler: the peak is {format_bytes(self.peak.peak_bytes)} in {self.peak.phase}."
         return phases_html(self.phases, words)
 
-    # --- Being told ---
+    # --- Events ---
 
     def __call__(self, event: Event) -> None:
-        """Take note of a pipeline's event."""
+        """Handle a pipeline's event."""
         match event:
             case PhaseStarted(phase=phase):
                 self.start(phase.value)
@@ -154,7 +162,7 @@ class PhaseProfiler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge a ``with`` block to a phase of this name."""
+        """Attribute a ``with`` block to a phase of this name."""
         self.start(name)
         start_s = time.perf_counter()
         try:
@@ -165,7 +173,7 @@ class PhaseProfiler:
         self._end(time.perf_counter() - start_s, completed=True, error=None)
 
     def stream(self, iterator: Iterable[Any], name: str) -> Iterator[Any]:
-        """Pass on what a lazy iterator yields, and charge its work to a phase of this name, whoever consumes it."""
+        """Yield a lazy iterator's items, and attribute its work to a phase of this name, wherever it is consumed."""
         source = iter(iterator)
         while True:
             with self.phase(name):
@@ -177,18 +185,18 @@ class PhaseProfiler:
             del item
 
     def component(self, name: str, module: torch.nn.Module) -> None:
-        """Name a module tree, and count its parameters and buffers as weights."""
+        """Register a component, and count its parameters and buffers as weights."""
         if self.paths is None:
             self._meter.observe([*module.parameters(), *module.buffers()], weights=True)
             return
-        self.paths.name_tree(name, module)
-        for path, part in module.named_modules():
-            own = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
-            with self.paths.inside(f"{name}.{path}" if path else name):
+        self.paths.register(name, module)
+        for path, submodule in module.named_modules():
+            own = [*submodule.parameters(recurse=False), *submodule.buffers(recurse=False)]
+            with self.paths.override(f"{name}.{path}" if path else name):
                 self._meter.observe(own, weights=True)
 
     def generation_ended(self, number: int) -> None:
-        """Write down what is left allocated after the ``number``-th of several generations."""
+        """Record what is still allocated after the ``number``-th of several generations."""
         self._write(GenerationRecord(number, self.allocated_bytes()))
 
     def observe(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -198,9 +206,9 @@ class PhaseProfiler:
     # --- Segments ---
 
     def start(self, name: str) -> None:
-        """Begin a phase, inside of those that are open."""
+        """Begin a phase, nested in those that are open."""
         self._require_active()
-        self._cut()
+        self._end_segment()
         now_s = time.perf_counter() - self._origin_s
         tick = self._live.tick if self._live else 0
         parent = self._open[-1].name if self._open else None
@@ -209,8 +217,8 @@ class PhaseProfiler:
         if self.paths is not None:
             self.paths.phase = name
 
-    def _cut(self) -> None:
-        """End a segment: its peaks count for every open phase; the next one starts from what is allocated now."""
+    def _end_segment(self) -> None:
+        """End a segment between two readings: its peaks count for every open phase; then reset the peaks."""
         peak_bytes, reserved_bytes = self._meter.peak_bytes(), self._meter.reserved_peak_bytes()
         for phase in self._open:
             phase.step_peak_bytes = max(phase.step_peak_bytes, peak_bytes)
@@ -229,22 +237,22 @@ class PhaseProfiler:
             self._probe.reset_peak()
 
     def _step(self, step: int, steps: int) -> None:
-        self._cut()
+        self._end_segment()
         phase = self._open[-1]
         now_s = time.perf_counter() - self._origin_s
         self._write(StepRecord(phase.name, step, steps, phase.step_peak_bytes, now_s - phase.step_start_s))
         phase.step_start_s, phase.step_peak_bytes = now_s, 0
 
     def _end(self, seconds: float, completed: bool, error: BaseException | None) -> None:
-        phase = self.set_aside()
+        phase = self.suspend()
         phase.seconds = seconds
         self.write_phase(phase, completed, error)
 
-    # --- Phases whose name, or number of steps, shows later ---
+    # --- Phases whose name, or number of steps, is known only later ---
 
-    def set_aside(self) -> OpenPhase:
-        """End the innermost phase and do not write it down yet."""
-        self._cut()
+    def suspend(self) -> OpenPhase:
+        """End the innermost phase without writing its record: see :meth:`resume` and :meth:`write_phase`."""
+        self._end_segment()
         phase = self._open.pop()
         if self.paths is not None:
             self.paths.phase = self._open[-1].name if self._open else ""
@@ -254,28 +262,28 @@ class PhaseProfiler:
         phase.seconds = time.perf_counter() - self._origin_s - phase.start_s
         return phase
 
-    def reopen(self, phase: OpenPhase) -> None:
-        """Go on with a phase that was set aside; the one that was begun since turns out to be a part of it."""
-        phase.absorb(self.set_aside())
+    def resume(self, phase: OpenPhase) -> None:
+        """Continue a suspended phase; the one that was started since becomes part of it."""
+        phase.merge(self.suspend())
         self._open.append(phase)
         self.rename(phase.name)
 
     def rename(self, name: str) -> None:
-        """Give the innermost phase another name."""
+        """Rename the innermost phase."""
         self._open[-1].name = name
         if self.paths is not None:
             self.paths.phase = name
 
-    def note_step(self) -> None:
-        """A step of the innermost phase is done; it is written down with the phase, when their number is known."""
-        self._cut()
+    def end_step(self) -> None:
+        """End a step of the innermost phase; its record is written with the phase, when their number is known."""
+        self._end_segment()
         phase = self._open[-1]
         now_s = time.perf_counter() - self._origin_s
         phase.steps.append((phase.step_peak_bytes, now_s - phase.step_start_s))
         phase.step_start_s, phase.step_peak_bytes = now_s, 0
 
     def write_phase(self, phase: OpenPhase, completed: bool = True, error: BaseException | None = None) -> None:
-        """Write down a phase that was set aside."""
+        """Write the records of a suspended phase."""
         for step, (peak_bytes, seconds) in enumerate(phase.steps, start=1):
             self._write(StepRecord(phase.name, step, len(phase.steps), peak_bytes, seconds))
         if isinstance(error, VramCapExceeded | torch.OutOfMemoryError):
@@ -298,23 +306,23 @@ class PhaseProfiler:
         for module, nbytes in sorted(phase.saved_by_module.items()):
             self._write(GraphRecord(phase.name, module, nbytes))
         if self._live is not None and self.paths is not None:
-            self._write_the_peak(phase, list(self._live.alive_at(phase.peak_tick)))
+            self._write_peak_breakdown(phase, list(self._live.live_at(phase.peak_tick)))
             if phase.parent is None:
                 for record in phase_timeline(self._live, phase.name, phase.start_tick, phase.end_tick, self._origin_s):
                     self._write(record)
         if self._live is not None and phase.parent is None:
-            self._live.forget_the_dead(phase.end_tick)
+            self._live.drop_freed(phase.end_tick)
 
-    def _write_the_peak(self, phase: OpenPhase, alive: list[StorageLife]) -> None:
+    def _write_peak_breakdown(self, phase: OpenPhase, storages: list[StorageRecord]) -> None:
         totals: defaultdict[tuple[str, str], int] = defaultdict(int)
-        for life in alive:
-            totals[life.module, life.category_at(phase.peak_tick)] += life.nbytes
+        for storage in storages:
+            totals[storage.module, storage.category_at(phase.peak_tick)] += storage.nbytes
         for (module, category), nbytes in sorted(totals.items()):
             self._write(ModuleRecord(phase.name, module, category, nbytes))
-        for life in sorted(alive, key=lambda life: life.nbytes, reverse=True)[:HOLDERS]:
-            dtype = str(life.dtype).removeprefix("torch.")
-            category = life.category_at(phase.peak_tick)
-            self._write(HolderRecord(phase.name, life.nbytes, life.shape, dtype, category, life.module))
+        for storage in sorted(storages, key=lambda storage: storage.nbytes, reverse=True)[:HOLDERS]:
+            dtype = str(storage.dtype).removeprefix("torch.")
+            category = storage.category_at(phase.peak_tick)
+            self._write(HolderRecord(phase.name, storage.nbytes, storage.shape, dtype, category, storage.module))
 
     def _out_of_memory(self, phase: str, error: BaseException, alive_bytes: int) -> OutOfMemoryRecord:
         message = str(error).splitlines()[0]
@@ -323,9 +331,9 @@ class PhaseProfiler:
             return OutOfMemoryRecord(
                 phase, fields["module"], fields.get("asked_bytes"), fields["alive_bytes"], fields["cap_bytes"], message
             )
-        asked = TORCH_ASKED.search(message)
-        asked_bytes = round(float(asked[1]) * UNITS[asked[2]]) if asked else None
-        module = self.paths.failed_in(error) if self.paths else ""
+        requested = REQUESTED.search(message)
+        asked_bytes = round(float(requested[1]) * UNITS[requested[2]]) if requested else None
+        module = self.paths.raised_in(error) if self.paths else ""
         return OutOfMemoryRecord(phase, module, asked_bytes, alive_bytes, self._cap_bytes, message)
 
     def _write(self, record: Record) -> None:
@@ -333,19 +341,21 @@ class PhaseProfiler:
         if self._on_record is not None:
             self._on_record(record)
 
-    # --- Life ---
+    # --- Context manager ---
 
     def _require_active(self) -> None:
         if self._closed:
-            raise ProfilerError("this profiler is closed; make a new one for the next run")
+            raise ProfilerError("this profiler is closed; make a new one for the next run", state="closed")
         if PhaseProfiler._active is not self:
-            raise ProfilerError("this profiler is not active; run the pipeline inside `with profiler:`")
+            raise ProfilerError(
+                "this profiler is not active; run the pipeline inside `with profiler:`", state="inactive"
+            )
 
     def __enter__(self) -> Self:
         if self._closed:
-            raise ProfilerError("this profiler is closed; make a new one for the next run")
+            raise ProfilerError("this profiler is closed; make a new one for the next run", state="closed")
         if PhaseProfiler._active is not None and not PhaseProfiler._active._ambient:
-            raise ProfilerError("another profiler is active; leave its with block first")
+            raise ProfilerError("another profiler is active; leave its with block first", state="another active")
         with ExitStack() as scopes:
             scopes.enter_context(self._meter)
             if self._probe is not None:

@@ -1,7 +1,7 @@
-"""What profilers write down: frozen, torch-free, with the unit in every name.
+"""Records that profilers write: frozen dataclasses of JSON values, with the unit in every name; imports no torch.
 
-Every record is a flat dataclass of JSON values. ``record_to_json`` adds its kind, ``record_from_json`` reads it back.
-Bytes are whole bytes, seconds count from the start of the profiler; what could not be measured is ``None``, never 0.
+``record_to_json`` adds a record's kind, ``record_from_json`` reads it back. Bytes are integers, seconds count from the
+start of the profiler; what could not be measured is ``None``, never 0.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from i2v_lab.display import HtmlFields, phases_html
+from i2v_lab.display import HtmlFields
 from i2v_lab.errors import RecordError
+from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.units import format_bytes
 
 
@@ -21,17 +22,17 @@ class PhaseRecord(HtmlFields):
 
     Attributes:
         phase: Its name.
-        parent: The phase it ran inside of; ``None`` at the top.
-        start_bytes: Allocated when it began.
-        peak_bytes: The most that was allocated at any time in it.
-        end_bytes: Allocated when it ended.
-        peak_reserved_bytes: The most the caching allocator held; ``None`` where there is none.
-        peak_so_far_bytes: The most allocated since the profiler started, at the end of this phase.
-        saved_for_backward_bytes: The most that an autograd graph held at any time in it, parameters excluded; ``None``
-            where nobody looked.
-        start_s: When it began.
+        parent: The phase that it is nested in; ``None`` at the top level.
+        start_bytes: Bytes allocated when it began.
+        peak_bytes: Maximum of the allocated bytes.
+        end_bytes: Bytes allocated when it ended.
+        peak_reserved_bytes: Maximum of the bytes reserved by the caching allocator; ``None`` where there is none.
+        peak_so_far_bytes: Maximum of the allocated bytes since the profiler started, at the end of this phase.
+        saved_for_backward_bytes: Maximum of the bytes saved by autograd graphs, parameters excluded; ``None`` without
+            attribution.
+        start_s: Its start.
         seconds: Its duration, on a monotonic clock.
-        completed: False if it ended by an error or was cut short.
+        completed: False if it ended by an error or was stopped early.
     """
 
     phase: str
@@ -54,8 +55,8 @@ class StepRecord(HtmlFields):
     Attributes:
         phase: The phase it belongs to.
         step: 1 for the first.
-        steps: How many there are.
-        peak_bytes: The most allocated at any time in it.
+        steps: Their number.
+        peak_bytes: Maximum of the allocated bytes.
         seconds: Its duration.
     """
 
@@ -68,15 +69,15 @@ class StepRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class HolderRecord(HtmlFields):
-    """One storage that was alive at the moment of a phase's peak.
+    """One storage that was allocated at a phase's peak.
 
     Attributes:
         phase: The phase.
         nbytes: Its size.
         shape: Of the first tensor seen on it.
         dtype: Of that tensor, such as ``bfloat16``.
-        category: ``weight``, ``saved`` (for backward), ``activation`` (made inside a module) or ``other``.
-        module: Path of the module that made it, or that it is a weight of; empty outside any module.
+        category: ``weight``, ``saved`` (for backward), ``activation`` (allocated inside a module) or ``other``.
+        module: Path of the module that allocated it, or that it is a weight of; empty outside any module.
     """
 
     phase: str
@@ -89,13 +90,13 @@ class HolderRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class ModuleRecord(HtmlFields):
-    """What one module held at the moment of a phase's peak, in one category.
+    """Bytes of one module's storages at a phase's peak, in one category.
 
     Attributes:
         phase: The phase.
         module: As in :class:`HolderRecord`.
         category: As in :class:`HolderRecord`.
-        nbytes: All its storages of that category together.
+        nbytes: Sum over its storages of that category.
     """
 
     phase: str
@@ -106,14 +107,14 @@ class ModuleRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class TimelineRecord(HtmlFields):
-    """Live bytes by category at one moment.
+    """Allocated bytes by category at one moment.
 
     Attributes:
         phase: The innermost phase at that moment; empty between phases.
         time_s: The moment.
         weight_bytes: Parameters and buffers of modules.
-        saved_bytes: Held by an autograd graph, parameters excluded.
-        activation_bytes: Made inside a module and not saved.
+        saved_bytes: Saved by autograd graphs, parameters excluded.
+        activation_bytes: Allocated inside a module and not saved.
         other_bytes: Everything else.
     """
 
@@ -127,7 +128,7 @@ class TimelineRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class GraphRecord(HtmlFields):
-    """What an autograd graph held on behalf of one module, at the moment it held most in a phase.
+    """Bytes saved for backward by one module, at the maximum of the saved bytes in a phase.
 
     Attributes:
         phase: The phase.
@@ -142,15 +143,15 @@ class GraphRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class OutOfMemoryRecord(HtmlFields):
-    """An allocation that did not fit, on a real card or below a cap set on purpose.
+    """An allocation that failed, on a real card or by a cap.
 
     Attributes:
-        phase: Where it happened; empty between phases.
-        module: Path of the module that ran; empty outside any.
-        asked_bytes: What was asked for; ``None`` if torch's message does not say.
-        alive_bytes: What was allocated already.
+        phase: The innermost phase; empty between phases.
+        module: Path of the running module; empty outside any.
+        asked_bytes: Bytes requested; ``None`` if torch's message does not say.
+        alive_bytes: Bytes allocated before the request.
         cap_bytes: The cap; ``None`` without one.
-        message: The error's own words.
+        message: First line of the error's message.
     """
 
     phase: str
@@ -163,12 +164,11 @@ class OutOfMemoryRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class GenerationRecord(HtmlFields):
-    """What one of several generations in a process left behind.
+    """Bytes that stay allocated after one of several generations in a process.
 
     Attributes:
         generation: 1 for the first.
-        allocated_bytes: Still allocated once its video was consumed and everything dropped that its consumer does not
-            keep.
+        allocated_bytes: Allocated after its video was consumed, less what only the generation itself referenced.
     """
 
     generation: int
@@ -177,17 +177,17 @@ class GenerationRecord(HtmlFields):
 
 @dataclass(frozen=True)
 class DeviceRecord(HtmlFields):
-    """What NVML says of a whole card at one moment.
+    """A whole card as NVML reports it at one moment.
 
     Attributes:
         time_s: The moment.
         total_bytes: Of the card.
-        used_bytes: By everybody.
+        used_bytes: By all processes and the driver.
         own_bytes: By this process.
-        others_bytes: By other processes together.
+        others_bytes: By all other processes.
         budget_bytes: ``total_bytes - others_bytes``.
         others: ``(pid, name, bytes)`` of each other process.
-        reason: Why values are ``None``, in one plain sentence; empty when they are not.
+        reason: Why values are ``None``, in one sentence; empty when they are not.
     """
 
     time_s: float
@@ -225,13 +225,13 @@ def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would record, on a device that is not here.
+    """Records of a run on a device that is not here.
 
     Attributes:
-        records: As a profiler writes them down in a real run; their seconds are those of the forecast, not of a run.
-        context_bytes: What the CUDA context and the libraries take from the card besides; in no record. 0 where no
-            model of them was asked for.
-        seconds: What the forecast took.
+        records: As a profiler writes them in a real run; their seconds are those of the forecast, not of a run.
+        context_bytes: Memory of the CUDA context and the loaded libraries; in no record. 0 without a model of
+            workspaces.
+        seconds: Duration of the forecast.
 
     Example:
         >>> phase = PhaseRecord("decode_video", None, 0, 3 * 2**20, 0, 4 * 2**20, 3 * 2**20, 0, 0.0, 0.1, True)
@@ -258,7 +258,7 @@ class Forecast:
 
     @property
     def peak_reserved_bytes(self) -> int:
-        """The most that the caching allocator would hold; the peak itself where it was not modelled."""
+        """Maximum of the bytes that the caching allocator would reserve; the peak where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
 
     def _repr_html_(self) -> str:

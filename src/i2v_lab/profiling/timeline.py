@@ -1,4 +1,4 @@
-"""Live bytes by category over a phase, from the lives of its storages."""
+"""Timeline of the allocated bytes by category over a phase, from the allocation records of its storages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from i2v_lab.profiling.meters.live_storages import CATEGORIES, LiveStorageMeter
 from i2v_lab.profiling.records import TimelineRecord
 
-POINTS = 400  # at most, for one phase
+POINTS = 400  # maximum for one phase
 
 
 def phase_timeline(
@@ -15,14 +15,13 @@ def phase_timeline(
 ) -> list[TimelineRecord]:
     """The timeline from ``start_tick`` to ``end_tick``, at most ``POINTS`` points.
 
-    The ticks are cut into equal runs, and of each run the moment with the most bytes alive is kept, so that no peak is
-    smoothed away.
+    The ticks are divided into equal bins, each represented by its maximum, so that downsampling removes no peak.
 
     Args:
-        meter: Has watched the phase, and not forgotten it.
-        phase: For the records.
-        start_tick: Where the phase began.
-        end_tick: Where it ended; the meter may have watched more since.
+        meter: Was active during the phase, and has not dropped its records.
+        phase: Its name, for the records.
+        start_tick: Tick at which the phase began.
+        end_tick: Tick at which it ended.
         origin_s: Zero of the records' time, on ``time.perf_counter``'s clock.
     """
     count = end_tick - start_tick + 1
@@ -35,22 +34,22 @@ def phase_timeline(
         changes[row[category], first] += nbytes
         changes[row[category], last] -= nbytes
 
-    for life in meter.lives:
-        idle = "activation" if life.module and not life.is_workspace else "other"
-        add("weight" if life.is_weight else idle, life.nbytes, life.born, life.died)
-        for start, end in [] if life.is_weight else life.saved:
-            stop = life.died if end is None else end
-            add("saved", life.nbytes, start or 0, stop)
-            add(idle, -life.nbytes, start or 0, stop)
-    alive = changes[:, :-1].cumsum(axis=1)
-    total = alive.sum(axis=0)
-    runs = np.array_split(np.arange(count), min(POINTS, count))
-    kept = [int(run[np.argmax(total[run])]) for run in runs]
+    for storage in meter.storages:
+        category = storage.unsaved_category
+        add(category, storage.nbytes, storage.allocated_at, storage.freed_at)
+        for start, end in [] if storage.is_weight else storage.saved:
+            stop = storage.freed_at if end is None else end
+            add("saved", storage.nbytes, start or 0, stop)
+            add(category, -storage.nbytes, start or 0, stop)
+    allocated = changes[:, :-1].cumsum(axis=1)
+    total = allocated.sum(axis=0)
+    bins = np.array_split(np.arange(count), min(POINTS, count))
+    selected = [int(each[np.argmax(total[each])]) for each in bins]
     return [
         TimelineRecord(
             phase,
             meter.time_s(start_tick + index) - origin_s,
-            *(int(alive[row[category], index]) for category in CATEGORIES),
+            *(int(allocated[row[category], index]) for category in CATEGORIES),
         )
-        for index in kept
+        for index in selected
     ]

@@ -1,4 +1,4 @@
-"""One line on stderr for every phase boundary, switched on from outside with ``I2V_LAB_VRAM=1``."""
+"""Prints the peak to stderr at the end of every phase; enabled by the environment variable ``I2V_LAB_VRAM=1``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import torch
 
 from i2v_lab.events import ComponentBuilt, Event, PhaseEnded, PhaseStarted
-from i2v_lab.profiling.meters.cuda import make_meter
+from i2v_lab.profiling.meters.devices import make_meter
 from i2v_lab.units import format_bytes
 
 
@@ -23,7 +23,7 @@ class VramLines:
         self._peak_so_far_bytes = 0
 
     def __call__(self, event: Event) -> None:
-        """Take note of an event."""
+        """Handle a pipeline's event."""
         match event:
             case PhaseStarted():
                 self._meter.__enter__()

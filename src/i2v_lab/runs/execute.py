@@ -214,7 +214,7 @@ def _generate(
     from i2v_lab.profiling.components import find_modules
 
     phases = CallPhases(profiler, find_modules(pipeline))
-    with phases.followed():
+    with phases.track():
         generation = pipeline(spec.request)
     phases.finish()
     phases.write()
@@ -222,7 +222,7 @@ def _generate(
 
 
 def _guarded(stream: Iterator[Any]) -> Iterator[Any]:
-    from i2v_lab.profiling.autograd_graph import guard_stream
+    from i2v_lab.profiling.guard import guard_stream
 
     return guard_stream(stream)
 
@@ -253,6 +253,7 @@ def metered(
     Raises:
         OutputError: ``run_dir`` is not empty or cannot be written.
     """
+    from i2v_lab.profiling.meters.devices import device_support
     from i2v_lab.profiling.meters.nvml import NvmlSampler, card_index
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
@@ -260,7 +261,7 @@ def metered(
         on_record = None
         if run_dir is not None:
             on_record = scopes.enter_context(RunWriter(run_dir, metadata)).append
-            if device.type == "cuda" and attribute:
+            if attribute and device_support(device).process_bytes:
                 scopes.enter_context(NvmlSampler(card_index(device), SAMPLE_INTERVAL_S, on_sample=on_record))
         yield scopes.enter_context(
             PhaseProfiler(device, attribute=attribute, vram_cap_bytes=vram_cap_bytes, on_record=on_record)

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import torch
 
-from i2v_lab.display import phases_html
 from i2v_lab.events import Phase
 from i2v_lab.profiling.call_phases import CallPhases
 from i2v_lab.profiling.components import find_modules
+from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import PhaseRecord, Record
 from i2v_lab.runs.execute import metered
@@ -130,7 +130,7 @@ class ProfiledCall:
 
     def _run(self, pipeline: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
         start_s = time.perf_counter()
-        with self._phases.followed():
+        with self._phases.track():
             result = pipeline(*args, **kwargs)
         self._phases.finish()
         self.seconds = time.perf_counter() - start_s
@@ -199,7 +199,7 @@ class FollowedStream(Iterator[Any]):
         if self._start_s is None:
             self._start_s = time.perf_counter()
         try:
-            with self._call._phases.followed(Phase.DECODE_VIDEO.value):
+            with self._call._phases.track(Phase.DECODE_VIDEO.value):
                 item = next(self._source, self)  # itself stands for the end: an exception would be a failure
         except BaseException as error:
             self._end(completed=False, error=error)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import i2v_lab
 from i2v_lab.paths import checkout_dir, data_dir, package_dir
 from i2v_lab.pipeline.registry import RUNNERS, find_runner
+from i2v_lab.profiling.meters.nvml import describe_device
 
 if TYPE_CHECKING:
     from i2v_lab.runs.spec import RunSpec
@@ -141,7 +142,7 @@ def run_metadata(
         **extra: More JSON values.
     """
     commit, modified = git_commit()
-    name, driver = _nvidia_device(device)
+    name, driver = describe_device(device)
     described: dict[str, Any] = {"model": model, "request": dict(request or {}), "seed": seed}
     if spec is not None:
         described = {
@@ -202,27 +203,3 @@ def _processor() -> str | None:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or None
-
-
-def _nvidia_device(device: str) -> tuple[str | None, str | None]:
-    """Name and driver of a CUDA device, by NVML, so that torch need not be imported."""
-    kind, _, number = str(device).partition(":")
-    if kind != "cuda":
-        return None, None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            driver = str(pynvml.nvmlSystemGetDriverVersion())
-            visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-            entry = visible[int(number or 0)].strip() if visible else number or "0"
-            by_index = entry.isdigit()
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(entry)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(entry)
-            )
-            return str(pynvml.nvmlDeviceGetName(handle)), driver
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # no package, no driver, no such device: a run must not fail for its description
-        return None, None

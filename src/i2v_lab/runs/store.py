@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
-from i2v_lab.display import phases_html
 from i2v_lab.errors import OutputError, RecordError
+from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.records import KINDS, PhaseRecord, Record, record_from_json, record_to_json
 
 if TYPE_CHECKING:

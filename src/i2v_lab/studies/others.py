@@ -144,7 +144,7 @@ def again(stream: Iterator[Any]) -> Iterator[Any]:
 def _row(subject: Subject) -> list[Any]:
     import torch
 
-    from i2v_lab.profiling.autograd_graph import guard_stream
+    from i2v_lab.profiling.guard import guard_stream
 
     scope = own_scope(subject.call)
     if subject.decode is None:  # it makes the frames itself

@@ -1,1 +1,1 @@
-"""Torch code run under fake tensors: devices, operators, allocator, workspaces."""
+"""Forecasts: torch code under fake tensors, a model of the caching allocator and of library workspaces."""

@@ -1,4 +1,4 @@
-"""PyTorch's CUDA caching allocator, on paper: which bytes it counts as allocated, and which it holds from the card.
+"""Model of PyTorch's CUDA caching allocator: the bytes it counts as allocated, and those it reserves from the card.
 
 Follows ``c10/cuda/CUDACachingAllocator.cpp`` of PyTorch 2.11 at its default settings, for one stream on a card that is
 large enough.
@@ -13,7 +13,7 @@ MIN_BLOCK_BYTES = 512  # kMinBlockSize: every request is rounded up to a multipl
 SMALL_BYTES = 2**20  # kSmallSize: requests up to this come from small segments
 SMALL_SEGMENT_BYTES = 2 * 2**20  # kSmallBuffer
 LARGE_SEGMENT_BYTES = 20 * 2**20  # kLargeBuffer: for requests below kMinLargeAlloc
-MIN_LARGE_BYTES = 10 * 2**20  # kMinLargeAlloc: from here on a segment is made to measure
+MIN_LARGE_BYTES = 10 * 2**20  # kMinLargeAlloc: from here on a segment is as large as the request
 ROUND_LARGE_BYTES = 2 * 2**20  # kRoundLarge: to multiples of this
 
 
@@ -25,9 +25,9 @@ class Block:
         size: Bytes that the allocator counts for it.
         address: Where it begins.
         small: Which pool it belongs to.
-        free: Whether nobody has it.
-        previous: Its neighbour in the segment below.
-        next: Its neighbour above.
+        free: Whether it is in the pool of free blocks.
+        previous: The block below it in the segment.
+        next: The block above it.
     """
 
     size: int
@@ -39,12 +39,12 @@ class Block:
 
 
 class CachingAllocator:
-    """Allocates and frees without a card.
+    """Allocates and frees blocks of segments, without a card.
 
     Attributes:
-        allocated_bytes: In blocks that somebody has, as ``torch.cuda.memory_allocated()``.
+        allocated_bytes: In blocks that are not free, as ``torch.cuda.memory_allocated()``.
         reserved_bytes: In segments, as ``torch.cuda.memory_reserved()``.
-        peak_reserved_bytes: The most since :meth:`reset_peak`.
+        peak_reserved_bytes: Maximum of the reserved bytes since :meth:`reset_peak`.
 
     Example:
         >>> allocator = CachingAllocator()
@@ -60,7 +60,7 @@ class CachingAllocator:
         self._next_address = 0
 
     def allocate(self, nbytes: int) -> Block:
-        """The smallest free block that is large enough, cut to size, or one from a new segment.
+        """Allocate the smallest free block that is large enough, split to size, or one from a new segment.
 
         Args:
             nbytes: At least 1.
@@ -71,39 +71,39 @@ class CachingAllocator:
         index = bisect.bisect_left(pool, (size, -1))
         block = pool.pop(index)[2] if index < len(pool) else self._new_segment(size, small)
         block.free = False
-        rest = block.size - size
-        if rest >= MIN_BLOCK_BYTES if small else rest > SMALL_BYTES:
-            remainder = Block(rest, block.address + size, small, previous=block, next=block.next)
+        remaining = block.size - size
+        if remaining >= MIN_BLOCK_BYTES if small else remaining > SMALL_BYTES:
+            remainder = Block(remaining, block.address + size, small, previous=block, next=block.next)
             if block.next is not None:
                 block.next.previous = remainder
             block.size, block.next = size, remainder
-            self._give_back(remainder)
+            self._insert_free(remainder)
         self.allocated_bytes += block.size
         return block
 
     def free(self, block: Block) -> None:
-        """Take a block back, and join it with its free neighbours."""
+        """Return a block to its pool, merged with its free neighbours."""
         self.allocated_bytes -= block.size
         for neighbour in (block.previous, block.next):
             if neighbour is not None and neighbour.free:
-                self._withdraw(neighbour)
+                self._remove_free(neighbour)
                 lower, upper = (neighbour, block) if neighbour is block.previous else (block, neighbour)
                 lower.size += upper.size
                 lower.next = upper.next
                 if upper.next is not None:
                     upper.next.previous = lower
                 block = lower
-        self._give_back(block)
+        self._insert_free(block)
 
     def empty_cache(self) -> None:
-        """Return the segments of which every byte is free."""
+        """Release the segments that are entirely free, as ``torch.cuda.empty_cache()``."""
         for pool in self._free.values():
             for entry in [entry for entry in pool if entry[2].previous is None and entry[2].next is None]:
                 pool.remove(entry)
                 self.reserved_bytes -= entry[0]
 
     def reset_peak(self) -> None:
-        """Look for a new peak, from what is reserved now."""
+        """Reset the peak to what is reserved now."""
         self.peak_reserved_bytes = self.reserved_bytes
 
     def _new_segment(self, size: int, small: bool) -> Block:
@@ -119,11 +119,11 @@ class CachingAllocator:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         return block
 
-    def _give_back(self, block: Block) -> None:
+    def _insert_free(self, block: Block) -> None:
         block.free = True
         bisect.insort(self._free[block.small], (block.size, block.address, block))
 
-    def _withdraw(self, block: Block) -> None:
+    def _remove_free(self, block: Block) -> None:
         pool = self._free[block.small]
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 

@@ -1,4 +1,4 @@
-"""Attention by the kernel of a real card, which ``FakeTensorMode`` does not pick where there is none."""
+"""Attention by the kernel that a CUDA device picks; ``FakeTensorMode`` would pick the math kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-aten = torch.ops.aten
+from i2v_lab.profiling.fake.torch_compat import EFFICIENT_ATTENTION, FLASH_ATTENTION
 
 
 def fused_attention(
@@ -32,7 +32,7 @@ def fused_attention(
         dropout_p: As in torch.
         is_causal: As in torch.
         scale: As in torch.
-        enable_gqa: Fewer heads in ``key`` and ``value``.
+        enable_gqa: Allow fewer heads in ``key`` and ``value``, each shared by a group of query heads.
 
     Returns:
         ``(B, H, L, E)``.
@@ -42,7 +42,7 @@ def fused_attention(
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and width <= 256:
         if width % 8:
             query, key, value = (torch.nn.functional.pad(t, (0, 8 - width % 8)) for t in (query, key, value))
-        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        out = FLASH_ATTENTION(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
         return out[..., :width] if width % 8 else out
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
@@ -50,11 +50,9 @@ def fused_attention(
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.where(attn_mask, 0.0, -math.inf).to(query.dtype)
-        short = -attn_mask.shape[-1] % 8
-        if short:  # its rows have to begin on 16 bytes
-            attn_mask = torch.nn.functional.pad(attn_mask, (0, short))[..., :-short]
+        padding = -attn_mask.shape[-1] % 8
+        if padding:  # the kernel requires rows aligned to 16 bytes
+            attn_mask = torch.nn.functional.pad(attn_mask, (0, padding))[..., :-padding]
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale
-    )[0]
+    return EFFICIENT_ATTENTION(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]

@@ -1,4 +1,4 @@
-"""Tensors in ``functools``' caches, which outlive the code that made them."""
+"""Clears tensors from ``functools`` caches, so that fake and real ones do not mix."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ import torch
 
 @contextmanager
 def no_cached_tensors() -> Iterator[None]:
-    """No tensor passes the borders of this scope in a ``functools.lru_cache``.
+    """Clear every ``functools.lru_cache`` that holds a tensor, on entry and on exit of this scope.
 
-    ltx-core keeps its grids of frequencies so. Those of a forecast are fake, and a real run that found one would
-    compute with nothing; a real one in a forecast is memory that it does not see allocated.
+    ltx-core caches its grids of frequencies this way. A fake one would be useless to a later real run; a real one would
+    be memory whose allocation a forecast does not see.
     """
-    _forget_tensors()
+    _clear_caches_with_tensors()
     try:
         yield
     finally:
-        _forget_tensors()
+        _clear_caches_with_tensors()
 
 
-def _forget_tensors() -> None:
-    for each in gc.get_objects():
-        if type(each) is functools._lru_cache_wrapper and _holds_tensor(gc.get_referents(each), depth=3):
-            each.cache_clear()
+def _clear_caches_with_tensors() -> None:
+    for candidate in gc.get_objects():
+        if type(candidate) is functools._lru_cache_wrapper and _contains_tensor(gc.get_referents(candidate), depth=3):
+            candidate.cache_clear()
 
 
-def _holds_tensor(values: Any, depth: int) -> bool:
-    """Whether there is one among ``values``, or in containers in them; functions and their globals are not followed."""
+def _contains_tensor(values: Any, depth: int) -> bool:
+    """Whether ``values``, or containers among them, hold a tensor; functions and their globals are not followed."""
     for value in values:
         if isinstance(value, torch.Tensor):
             return True
-        if depth and isinstance(value, dict) and _holds_tensor(value.values(), depth - 1):
+        if depth and isinstance(value, dict) and _contains_tensor(value.values(), depth - 1):
             return True
-        if depth and isinstance(value, list | tuple) and _holds_tensor(value, depth - 1):
+        if depth and isinstance(value, list | tuple) and _contains_tensor(value, depth - 1):
             return True
     return False

@@ -1,8 +1,8 @@
-"""Torch code run as if on a device: shapes, dtypes and storages are true, and nothing is computed.
+"""A fake device: shapes, dtypes and storages are those of a real run, and nothing is computed.
 
-``torch``'s ``FakeTensorMode`` does the main work. What stands here is what it lacks for inference code: the fused
-attention kernels that a real card would pick, tensors small enough to keep their values, so that code that branches on
-them takes the branch it would really take, and a CUDA device where there is none.
+``torch``'s ``FakeTensorMode`` does the main work. This module adds what it lacks for inference code: the fused
+attention kernels that a CUDA device picks, small tensors that keep their values, so that code that branches on them
+takes the branch of a real run, and a CUDA device where there is none.
 """
 
 from __future__ import annotations
@@ -15,79 +15,88 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.attention import fused_attention
-from i2v_lab.profiling.fake.operators import FakeOperators, Watch, known_values, unanswerable
+from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator, data_dependent_error, known_values
+from i2v_lab.profiling.fake.torch_compat import (
+    CONVOLUTION_BASE,
+    DATA,
+    NUMPY,
+    FakeTensor,
+    FakeTensorConverter,
+    FakeTensorMode,
+    HardwareFreeFakeMode,
+    convert_module,
+    disable_current_modes,
+    gpu_context_patch,
+    no_dispatch,
+    tree_map_only,
+)
 
 
 @contextmanager
 def fake_device(
     device: torch.device,
-    where: Callable[[], str],
-    watch: Watch = lambda *_: None,
+    current_module: Callable[[], str],
+    on_operator: OnOperator = lambda *_: None,
     on_empty_cache: Callable[[], None] = lambda: None,
 ) -> Iterator[FakeTensorMode]:
-    """Within this scope every tensor is fake, and ``device`` exists.
+    """Make every tensor fake, and ``device`` available, within this scope.
 
     Args:
-        device: What the code will ask for: ``cpu`` or ``cuda``. No CUDA call is made, on any machine.
-        where: Names the module that is running, for errors.
-        watch: Told of every operator that ran.
-        on_empty_cache: Called in the place of ``torch.cuda.empty_cache()``.
+        device: What the code asks for: ``cpu`` or ``cuda``. No CUDA call is made, on any machine.
+        current_module: Returns the path of the running module, for errors.
+        on_operator: Called after every operator.
+        on_empty_cache: Called instead of ``torch.cuda.empty_cache()``.
 
     Raises:
-        ForecastError: An operator without a fake kernel, or one whose result depends on data that are not known.
+        ForecastError: An operator without a fake kernel, or one whose result depends on unknown data; or a backward
+            pass on ``cuda`` where there is no CUDA driver.
     """
-    mode = _FakeMode(allow_non_fake_inputs=True)
+    mode = HardwareFreeFakeMode(allow_non_fake_inputs=True)
     with ExitStack() as scopes:
-        for target, name, substitute in _substitutes(device, where, on_empty_cache):
+        for target, name, substitute in _patches(device, current_module, on_empty_cache):
             scopes.enter_context(patch.object(target, name, substitute))
-        scopes.enter_context(_disable_current_modes())  # a meter outside would count what is not there
+        scopes.enter_context(disable_current_modes())  # a meter outside would count fake storages
         scopes.enter_context(mode)
-        operators = FakeOperators(mode, where, watch)
+        operators = FakeOperators(mode, current_module, on_operator)
         scopes.callback(operators.restore_gradients)
         scopes.enter_context(operators)
-        yield mode
+        try:
+            yield mode
+        except RuntimeError as error:
+            if "hasPrimaryContext" not in str(error):
+                raise
+            raise ForecastError(
+                f"a backward pass on a fake device={str(device)!r} needs a CUDA driver, whose context autograd's "
+                "engine asks for; forecast it with device='cpu'",
+                cause="backward without a driver",
+                device=str(device),
+            ) from error
 
 
 def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    """Modules and tensors among ``values`` as fakes on ``device``; the originals are left alone.
+    """Replace modules and tensors among ``values`` by fake copies on ``device``; the originals are not modified.
 
-    The fakes are copies: what is written to one is not seen in an original that the code reaches by another way.
+    Since they are copies, a write to one is not seen by code that reaches the original in another way.
     """
-    converter = fake_tensor.FakeTensorConverter(copy_data=False, export=False)  # the mode's own would share storages
+    converter = FakeTensorConverter(copy_data=False, export=False)
 
     def fake(original: torch.Tensor) -> FakeTensor:
         return converter.from_real_tensor(mode, original)
 
     def module(original: torch.nn.Module) -> torch.nn.Module:
-        own: dict[int, Any] = {id(t): fake(t) for t in (*original.parameters(), *original.buffers())}
+        memo: dict[int, Any] = {id(t): fake(t) for t in (*original.parameters(), *original.buffers())}
         for parameter in original.parameters():
-            own[id(parameter)] = torch.nn.Parameter(own[id(parameter)].detach(), parameter.requires_grad)
-        return copy.deepcopy(original, own).to(device)
+            memo[id(parameter)] = torch.nn.Parameter(memo[id(parameter)].detach(), parameter.requires_grad)
+        return copy.deepcopy(original, memo).to(device)
 
     values = tree_map_only(torch.nn.Module, module, values)
     return tree_map_only(torch.Tensor, lambda t: fake(t).to(device), values)
 
 
-_DATA: Any = torch._C.TensorBase.data  # the descriptor
-
-
-class _FakeMode(FakeTensorMode):
-    """Never asks whether there is a CUDA device, so that the answer is the same on every machine."""
-
-    @property
-    def avoid_device_init(self) -> bool:
-        return True
-
-
-# --- Functions: what has to be met before torch takes it apart into operators -----------------------------------------
+# --- Functions that are intercepted before torch decomposes them into operators ---------------------------------------
 
 
 def _attention(
@@ -99,28 +108,36 @@ def _attention(
 
 
 def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    result: torch.Tensor = original(_plain(data) if isinstance(data, list | tuple) else data, *args, **kwargs)
+    data = _without_tensors(data) if isinstance(data, list | tuple) else data
+    result: torch.Tensor = original(data, *args, **kwargs)
     return result
 
 
-def _numpy(tensor: torch.Tensor, where: Callable[[], str], **kwargs: Any) -> Any:
+def _without_tensors(data: Any) -> Any:
+    """Nested lists of numbers, some of which are tensors of one element, as numbers alone."""
+    if isinstance(data, list | tuple):
+        return [_without_tensors(item) for item in data]
+    return data.item() if isinstance(data, torch.Tensor) else data
+
+
+def _numpy(tensor: torch.Tensor, current_module: Callable[[], str], **kwargs: Any) -> Any:
     known = known_values(tensor)
     if known is None and isinstance(tensor, FakeTensor):
-        raise unanswerable("torch.Tensor.numpy", where())
+        raise data_dependent_error("torch.Tensor.numpy", current_module())
     with no_dispatch():
-        return torch._C.TensorBase.numpy(known.real if known is not None else tensor, **kwargs)
+        return NUMPY(known.real if known is not None else tensor, **kwargs)
 
 
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Where ``tensor.data = value`` moves a tensor, as offloading does, a fake has to be told where it is now."""
-    _DATA.__set__(tensor, value)
+    """``tensor.data = value``, which offloading uses to move a tensor; a fake's device and values have to follow."""
+    DATA.__set__(tensor, value)
     if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
         tensor.fake_device = value.fake_device
         tensor._i2v_lab_known = getattr(value, "_i2v_lab_known", None)  # type: ignore[attr-defined]
 
 
 def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any], original: Any) -> torch.Tensor:
-    """A fake has no storage that could be copied; its clone is told of, and knows the same values."""
+    """Clone a fake: torch would copy its storage, which has no data, past the meter and without the known values."""
     if not isinstance(tensor, FakeTensor):
         result: torch.Tensor = original(tensor, memo)
         return result
@@ -132,31 +149,24 @@ def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any], original: Any) -> torc
     return memo[id(tensor)]
 
 
-def _plain(data: Any) -> Any:
-    """Nested lists of numbers, where some are tensors of one element."""
-    if isinstance(data, list | tuple):
-        return [_plain(item) for item in data]
-    return data.item() if isinstance(data, torch.Tensor) else data
+# --- What must not reach absent hardware ------------------------------------------------------------------------------
 
 
-# --- What a device without hardware must not be asked -----------------------------------------------------------------
-
-
-def _substitutes(
-    device: torch.device, where: Callable[[], str], on_empty_cache: Callable[[], None]
+def _patches(
+    device: torch.device, current_module: Callable[[], str], on_empty_cache: Callable[[], None]
 ) -> Iterator[tuple[Any, str, Any]]:
     functional = torch.nn.functional
-    # By patches, not by a TorchFunctionMode, which would also be asked for every shape and dtype that anybody reads.
+    # By patches: a TorchFunctionMode would also be called for every shape and dtype that is read.
     yield torch, "tensor", functools.partial(_tensor, torch.tensor)
     attention = functools.partial(_attention, functional.scaled_dot_product_attention)
     yield functional, "scaled_dot_product_attention", attention
-    yield torch.Tensor, "numpy", functools.partialmethod(_numpy, where)
-    yield torch.Tensor, "data", property(_DATA.__get__, _set_data)
+    yield torch.Tensor, "numpy", functools.partialmethod(_numpy, current_module)
+    yield torch.Tensor, "data", property(DATA.__get__, _set_data)
     yield torch.Tensor, "__deepcopy__", functools.partialmethod(_deepcopy, original=torch.Tensor.__deepcopy__)
-    yield torch.nn.Module, "_apply", _convert_module
-    for kind in (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Embedding):
-        yield kind, "reset_parameters", lambda module: None  # fills in place what has no values
-    yield fake_tensor, "init_gpu_context", lambda device: None
+    yield torch.nn.Module, "_apply", _apply
+    for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
+        yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
+    yield gpu_context_patch()
     if device.type == "cuda":
         yield torch, "Generator", _CpuGenerator
         yield torch.cuda, "is_available", lambda: True
@@ -164,45 +174,37 @@ def _substitutes(
         yield torch.cuda, "current_device", lambda: 0
         yield torch.cuda, "synchronize", lambda device=None: None
         yield torch.cuda, "empty_cache", on_empty_cache
+        yield torch.cuda, "is_current_stream_capturing", lambda: False  # optimizers ask
         try:
             from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
         except ImportError:
             return
-        yield JITFunction, "run", _forget_arguments
+        yield JITFunction, "run", _skip_kernel
 
 
 class _CpuGenerator(torch.Generator):
-    """Stands in for a generator on the fake device."""
+    """Replaces a generator on the fake device."""
 
     def __new__(cls, device: Any = "cpu") -> _CpuGenerator:
         return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
-def _convert_module(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """What ``Module._apply`` does, for fake parameters, which cannot be swapped."""
-    if recurse:
-        for child in module.children():
-            _convert_module(child, fn)
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            with torch.no_grad():
-                converted = fn(parameter)
-            if converted is not parameter:
-                if not isinstance(parameter, FakeTensor):
-                    raise ForecastError(
-                        f"a forecast would turn the real weights of {type(module).__name__} into fakes; build the "
-                        "module inside the callable, or pass it as an argument",
-                        module=type(module).__name__,
-                    )
-                parameter.data = converted  # the same object: one that is tied stays tied
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = fn(buffer)
-    return module
+def _apply(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    return convert_module(module, fn, _check_fake, recurse=recurse)
 
 
-def _forget_arguments(kernel: Any, *args: Any, **kwargs: Any) -> None:
-    """In place of launching a Triton kernel: it writes to its arguments and allocates nothing."""
+def _check_fake(module: torch.nn.Module, parameter: torch.Tensor) -> None:
+    if not isinstance(parameter, FakeTensor):
+        raise ForecastError(
+            f"a forecast would turn the real weights of {type(module).__name__} into fakes; build the module inside "
+            "the callable, or pass it as an argument",
+            cause="real weights",
+            module=type(module).__name__,
+        )
+
+
+def _skip_kernel(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    """Instead of launching a Triton kernel, which writes to its arguments and allocates nothing."""
     for argument in args:
         known = known_values(argument) if isinstance(argument, torch.Tensor) else None
         if known is not None:

@@ -1,4 +1,4 @@
-"""The peak of any torch code on a device that is not here: run under fake tensors, watched by the same profiler."""
+"""Forecasts: any torch code under fake tensors, profiled as a real run, on a device that is not here."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ from typing import Any, Self
 from unittest.mock import patch
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from i2v_lab.events import VRAM_VARIABLE
 from i2v_lab.profiling.fake.allocator import CachingAllocator
 from i2v_lab.profiling.fake.cached_tensors import no_cached_tensors
 from i2v_lab.profiling.fake.device import fake_device, to_fake
 from i2v_lab.profiling.fake.garbage import no_collection
-from i2v_lab.profiling.fake.memoization import Likeness, Replay
+from i2v_lab.profiling.fake.memoization import MemoryKey, ModuleMemo
+from i2v_lab.profiling.fake.torch_compat import active_fake_mode, tree_leaves
 from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast
 
 
-class _WatchingMeter(LiveStorageMeter):
-    """Is told of operators by the fake device, which sees them anyway."""
+class ForecastMeter(LiveStorageMeter):
+    """Counts the storages of operators that the fake device reports, and the workspaces of their kernels.
+
+    Never entered as a dispatch mode: the fake device sees every operator anyway.
+    """
 
     def __init__(self, device_type: str, workspaces: Workspaces | None) -> None:
         allocator = CachingAllocator() if workspaces is not None else None
         super().__init__(device_type=device_type, allocator=allocator)
         self.allocator = allocator
         self._workspaces = workspaces
-        self._held: set[str] = set()
+        self._initialized: set[str] = set()
 
-    def watch(self, func: Any, args: Any, result: Any, tensors: list[torch.Tensor]) -> None:
-        """Count what an operator takes and returns, and what its kernel needs besides."""
+    def on_operator(self, func: Any, args: Any, result: Any, tensors: list[torch.Tensor]) -> None:
+        """Count the tensors that an operator takes and returns, and its kernel's workspaces."""
         self.observe(tensors)
         if self._workspaces is not None:
-            library, nbytes = self._workspaces.held(func)
-            if nbytes and library not in self._held:
-                self._held.add(library)
-                self.hold(nbytes, f"{library} workspace")
-            borrowed = self._workspaces.borrowed(func, args, result)
-            if borrowed:
-                self.borrow(borrowed, "cuDNN workspace")
+            library, nbytes = self._workspaces.persistent(func)
+            if nbytes and library not in self._initialized:
+                self._initialized.add(library)
+                self.add_persistent_workspace(nbytes, f"{library} workspace")
+            nbytes = self._workspaces.transient(func, args, result)
+            if nbytes:
+                self.add_transient_workspace(nbytes, "cuDNN workspace")
 
     def __enter__(self) -> Self:
         return self
@@ -57,16 +60,17 @@ class _WatchingMeter(LiveStorageMeter):
 def forecasting(
     device: str | torch.device = "cuda",
     *,
-    memoize: Mapping[type[torch.nn.Module], Likeness] | None = None,
+    memoize: Mapping[type[torch.nn.Module], MemoryKey] | None = None,
     workspaces: Workspaces | None = None,
 ) -> Iterator[PhaseProfiler]:
-    """Within this scope tensors are fake, ``device`` exists, and a profiler watches it.
+    """Make tensors fake and ``device`` available within this scope, and profile it.
 
     Args:
         device: ``cuda``, which needs none, or ``cpu``.
-        memoize: Module classes whose identical calls are run once (see :mod:`i2v_lab.profiling.fake.memoization`).
-        workspaces: What libraries allocate on the device besides tensors, and with it the caching allocator's rounding;
-            without, bytes are those of tensors alone.
+        memoize: Module classes whose identical calls are executed once, each with its memory key (see
+            :mod:`i2v_lab.profiling.fake.memoization`).
+        workspaces: Model of what libraries allocate on the device besides tensors; with it bytes are those of the
+            caching allocator's blocks, without it those of tensors alone.
 
     Yields:
         The profiler: a sink for a pipeline, or :meth:`~i2v_lab.profiling.phase_profiler.PhaseProfiler.phase`.
@@ -81,7 +85,7 @@ def forecasting(
         True
     """
     device = torch.device(device)
-    meter = _WatchingMeter(device.type, workspaces)
+    meter = ForecastMeter(device.type, workspaces)
     profiler = PhaseProfiler(device, meter=meter)
     paths = profiler.paths
     assert paths is not None
@@ -89,9 +93,14 @@ def forecasting(
     with (
         no_collection(),
         no_cached_tensors(),
-        patch.dict(os.environ, {VRAM_VARIABLE: "0"}),  # whose profiler would ask the real allocator
-        fake_device(device, where=lambda: paths.current, watch=meter.watch, on_empty_cache=on_empty_cache),
-        Replay(meter, paths, memoize or {}).active(),
+        patch.dict(os.environ, {VRAM_VARIABLE: "0"}),  # that sink would read the real allocator
+        fake_device(
+            device,
+            current_module=lambda: paths.current,
+            on_operator=meter.on_operator,
+            on_empty_cache=on_empty_cache,
+        ),
+        ModuleMemo(meter, paths, memoize or {}).active(),
         profiler,
     ):
         yield profiler
@@ -104,14 +113,16 @@ def forecast(
     workspaces: Workspaces | None = None,
     **kwargs: Any,
 ) -> Forecast:
-    """Forecast one call of anything made of torch: a function, a model, a step of training.
+    """Forecast one call of any torch code: a function, a model, a training step.
+
+    Torch runs no backward pass on ``cuda``, fake or not, without a CUDA driver: there, forecast training on ``cpu``.
 
     Args:
-        run: The callable; a module may have its weights anywhere.
+        run: The callable; a module may have its weights on any device.
         *args: Its arguments; tensors and modules among them become fakes on ``device``.
         device: As in :func:`forecasting`.
         workspaces: As in :func:`forecasting`.
-        **kwargs: More arguments.
+        **kwargs: Its keyword arguments.
 
     Returns:
         The records of one phase, ``call``.
@@ -126,9 +137,7 @@ def forecast(
     """
     start_s = time.perf_counter()
     with forecasting(device, workspaces=workspaces) as profiler:
-        mode = torch._guards.active_fake_mode()
-        assert mode is not None
-        run, args, kwargs = to_fake((run, args, kwargs), mode, torch.device(device))
+        run, args, kwargs = to_fake((run, args, kwargs), active_fake_mode(), torch.device(device))
         for leaf in tree_leaves((run, args, kwargs)):
             if isinstance(leaf, torch.nn.Module):
                 profiler.component(type(leaf).__name__, leaf)

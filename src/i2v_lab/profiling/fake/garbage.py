@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collection, and doing without it for a while."""
+"""Suspends Python's cyclic garbage collection."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Within this scope cycles are not collected.
+    """Disable the cyclic garbage collector within this scope.
 
-    For forecasts, since the moments at which cycles are collected are chance: what they hold counts until the end. It
-    also saves a third of their time, since they make many objects and few cycles.
+    When it runs is not deterministic, and so would be the moment at which tensors in reference cycles are freed; in a
+    forecast they count until its end. It also saves a third of a forecast's time, which creates many objects and few
+    cycles.
     """
     enabled = gc.isenabled()
     gc.disable()

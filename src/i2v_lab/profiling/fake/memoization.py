@@ -1,7 +1,8 @@
-"""Calls that are like one already seen are not run again: a forecast of 48 equal blocks costs one.
+"""Memoization of identical module calls: a forecast of 48 equal blocks costs one.
 
-Nothing is guessed. A call is replayed only where grad is off, where the first of its kind left nothing alive but its
-result, and where no more is alive than was then: such a call allocates what the first one did, and cannot be the peak.
+Exact, not an estimate. A call is answered from the memo only where grad is off, where the first call with its key left
+nothing allocated but its result, and where no more is allocated now than before that call: such a call allocates what
+the first one did, and cannot raise the peak above it.
 """
 
 from __future__ import annotations
@@ -20,63 +21,66 @@ from i2v_lab.profiling.fake.operators import are_new
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 
-# Of a module and the arguments of a call: what, besides shapes, decides which operators run.
-Likeness = Callable[..., Hashable]
+# Called with a module and the arguments of a call: all that, besides shapes, decides which operators run.
+MemoryKey = Callable[..., Hashable]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
-    """A call that has been run: what was alive before it, how far it rose above that, and its result's recipe."""
+class _Call:
+    """An executed call: bytes allocated before it, its peak above them, and the structure of its result."""
 
     start_bytes: int
-    rise_bytes: int
+    peak_above_start_bytes: int
     result: Any
 
 
-class Replay:
-    """Replays calls of modules of certain kinds.
+class ModuleMemo:
+    """Memoizes the calls of modules of certain classes.
 
     Args:
         meter: Counts what the calls allocate.
-        paths: Tells the phase; a call is run afresh in every phase.
-        kinds: Module classes, each with its likeness. Two calls are alike if their modules' parameters have the same
-            names, shapes and dtypes, their arguments the same structure and shapes, and their likenesses are equal.
+        paths: Has the running phase; a call is executed anew in every phase.
+        memory_keys: Module classes, each with its memory key. Two calls are identical if their modules' parameters and
+            buffers have the same names, shapes and dtypes, their arguments the same structure and layouts, and their
+            memory keys are equal.
     """
 
-    def __init__(self, meter: LiveStorageMeter, paths: ModulePaths, kinds: Mapping[type[torch.nn.Module], Likeness]):
+    def __init__(
+        self, meter: LiveStorageMeter, paths: ModulePaths, memory_keys: Mapping[type[torch.nn.Module], MemoryKey]
+    ) -> None:
         self._meter = meter
         self._paths = paths
-        self._kinds = kinds
-        self._seen: dict[Hashable, _Seen] = {}
+        self._memory_keys = memory_keys
+        self._calls: dict[Hashable, _Call] = {}
         self._layouts: weakref.WeakKeyDictionary[torch.nn.Module, Hashable] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within this scope calls are replayed."""
+        """Memoize calls within this scope."""
         with ExitStack() as scopes:
-            for kind, likeness in self._kinds.items():
-                forward = functools.partial(self._forward, kind.forward, likeness)
+            for kind, memory_key in self._memory_keys.items():
+                forward = functools.partial(self._forward, kind.forward, memory_key)
                 scopes.enter_context(patch.object(kind, "forward", functools.partialmethod(_call, forward)))
             yield
 
-    def _forward(self, forward: Any, likeness: Likeness, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    def _forward(self, forward: Any, memory_key: MemoryKey, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
         inputs: list[torch.Tensor] = []
-        signature = _recipe((args, kwargs), inputs, known=len(inputs))
-        key = (forward, self._paths.phase, likeness(module, *args, **kwargs), self._layout(module), signature)
+        arguments = _flatten((args, kwargs), inputs, known=len(inputs))
+        key = (forward, self._paths.phase, memory_key(module, *args, **kwargs), self._layout(module), arguments)
         start_bytes = self._meter.allocated_bytes()
-        seen = self._seen.get(key)
-        if seen is not None and start_bytes <= seen.start_bytes:
-            self._meter.rise_to(start_bytes + seen.rise_bytes)
-            return _made(seen.result, inputs, [])
+        call = self._calls.get(key)
+        if call is not None and start_bytes <= call.start_bytes:
+            self._meter.raise_peak(start_bytes + call.peak_above_start_bytes)
+            return _unflatten(call.result, inputs, [])
         with self._meter.local_peak() as peak:
             result = forward(module, *args, **kwargs)
-        outputs = list(inputs)
-        recipe = _recipe(result, outputs, known=len(inputs))
-        new = outputs[len(inputs) :]
-        if are_new(new, inputs) and self._meter.allocated_bytes() - start_bytes == self._meter.bytes_of(new):
-            self._seen[key] = _Seen(start_bytes, peak.bytes - start_bytes, recipe)
+        tensors = list(inputs)
+        structure = _flatten(result, tensors, known=len(inputs))
+        new = tensors[len(inputs) :]
+        if are_new(new, inputs) and self._meter.allocated_bytes() - start_bytes == self._meter.counted_bytes(new):
+            self._calls[key] = _Call(start_bytes, peak.bytes - start_bytes, structure)
         return result
 
     def _layout(self, module: torch.nn.Module) -> Hashable:
@@ -90,43 +94,47 @@ def _call(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> A
     return forward(module, args, kwargs)
 
 
-# --- Recipes: nested values with tensors by number, for those known, or by their shape --------------------------------
+# --- Structures: nested values in which a tensor is an index, if it is known already, or else its layout --------------
 
 
-def _recipe(value: Any, tensors: list[torch.Tensor], known: int) -> Any:
-    """``value`` as hashable nested tuples; its tensors go to ``tensors``, the first ``known`` of which are given."""
+def _flatten(value: Any, tensors: list[torch.Tensor], known: int) -> Any:
+    """``value`` as hashable nested tuples; its tensors are appended to ``tensors``, the first ``known`` of which exist.
+
+    Not torch's pytree, which knows no dataclasses and would not tell apart tensors that occur once from tensors that
+    occur twice.
+    """
     if isinstance(value, torch.Tensor):
         for index, tensor in enumerate(tensors):
             if tensor is value:
                 return ("tensor", index)
         tensors.append(value)
-        shape = (tuple(value.shape), value.stride(), value.dtype, value.device)
-        return ("new", len(tensors) - 1 - known, *shape)
+        layout = (tuple(value.shape), value.stride(), value.dtype, value.device)
+        return ("new", len(tensors) - 1 - known, *layout)
     if isinstance(value, list | tuple):
-        return ("sequence", type(value), tuple(_recipe(item, tensors, known) for item in value))
+        return ("sequence", type(value), tuple(_flatten(item, tensors, known) for item in value))
     if isinstance(value, dict):
-        return ("dict", tuple((key, _recipe(item, tensors, known)) for key, item in value.items()))
+        return ("dict", tuple((key, _flatten(item, tensors, known)) for key, item in value.items()))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
-        items = tuple((name, _recipe(getattr(value, name), tensors, known)) for name in names)
+        items = tuple((name, _flatten(getattr(value, name), tensors, known)) for name in names)
         return ("dataclass", type(value), items)
     return ("other", value if isinstance(value, Hashable) else id(value), None)
 
 
-def _made(recipe: Any, inputs: list[torch.Tensor], made: list[torch.Tensor]) -> Any:
-    """The value of a recipe: its known tensors from ``inputs``, its new ones allocated."""
-    match recipe:
+def _unflatten(structure: Any, inputs: list[torch.Tensor], new: list[torch.Tensor]) -> Any:
+    """The value of a structure: its known tensors from ``inputs``, its new ones allocated and appended to ``new``."""
+    match structure:
         case ("tensor", index):
-            return inputs[index] if index < len(inputs) else made[index - len(inputs)]
+            return inputs[index] if index < len(inputs) else new[index - len(inputs)]
         case ("new", _, shape, stride, dtype, device):
-            made.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-            return made[-1]
+            new.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
+            return new[-1]
         case ("sequence", kind, items):
-            values = [_made(item, inputs, made) for item in items]
+            values = [_unflatten(item, inputs, new) for item in items]
             return kind(*values) if hasattr(kind, "_fields") else kind(values)
         case ("dict", items):
-            return {key: _made(item, inputs, made) for key, item in items}
+            return {key: _unflatten(item, inputs, new) for key, item in items}
         case ("dataclass", kind, items):
-            return kind(**{name: _made(item, inputs, made) for name, item in items})
+            return kind(**{name: _unflatten(item, inputs, new) for name, item in items})
         case _:
-            return recipe[1]
+            return structure[1]

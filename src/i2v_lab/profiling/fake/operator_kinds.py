@@ -1,4 +1,4 @@
-"""What is to be known of an operator before it runs: whether it makes, views or overwrites tensors, and which."""
+"""Kinds of operators: whether they allocate, view or overwrite tensors, and which."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 from typing import Any
 
 import torch
+
+from i2v_lab.profiling.fake.torch_compat import alias_annotations, returns_new_tensors
 
 aten = torch.ops.aten
 
@@ -19,7 +21,7 @@ FACTORIES = {
     aten.ones.default,
     aten.scalar_tensor.default,
     aten.zeros.default,
-}  # operators that make known values out of none
+}  # their values are known without any input
 VIEWS = {
     aten.alias.default,
     aten.as_strided.default,
@@ -34,7 +36,7 @@ VIEWS = {
     aten.unbind.int,
     aten.unsqueeze.default,
     aten.view.default,
-}  # the most frequent operators: their shape functions need none of FakeTensorMode's special cases
+}  # the most frequent views, which need none of FakeTensorMode's special cases
 BATCH_NORMS = {
     aten.cudnn_batch_norm.default,
     aten.miopen_batch_norm.default,
@@ -45,30 +47,27 @@ BATCH_NORMS = {
 @functools.cache
 def makes_new_tensors(func: Any) -> bool:
     """Whether an operator's results depend on its inputs' shapes alone and share no storage with them."""
-    schema = func._schema
-    if schema.is_mutable or not schema.returns or any(one.alias_info for one in schema.returns):
-        return False
-    return not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags)
+    return returns_new_tensors(func) and not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(
+        func.tags
+    )
 
 
 @functools.cache
-def _written_places(func: Any) -> list[tuple[int, str]]:
+def _written_arguments(func: Any) -> list[tuple[int, str]]:
     """Positions and names of the arguments that an operator writes to."""
-    arguments = enumerate(func._schema.arguments)
     return [
-        (i, argument.name)
-        for i, argument in arguments
-        if (argument.alias_info is not None and argument.alias_info.is_write)
-        or (func in BATCH_NORMS and argument.name.startswith("running_"))
+        (position, name)
+        for position, (name, is_written) in enumerate(alias_annotations(func))
+        if is_written or (func in BATCH_NORMS and name.startswith("running_"))
     ]
 
 
 def written_tensors(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The tensors among its arguments that an operator writes to."""
-    places = _written_places(func)
-    if not places or (func in BATCH_NORMS and not args[5]):
+    arguments = _written_arguments(func)
+    if not arguments or (func in BATCH_NORMS and not args[5]):
         return []
-    return tensors_in([args[i] if i < len(args) else kwargs.get(name) for i, name in places], [])
+    return tensors_in([args[i] if i < len(args) else kwargs.get(name) for i, name in arguments], [])
 
 
 def tensors_in(value: Any, found: list[torch.Tensor]) -> list[torch.Tensor]:

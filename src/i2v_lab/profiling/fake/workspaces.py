@@ -1,4 +1,4 @@
-"""What CUDA's libraries allocate on the device besides tensors: modelled from measurements, since no fake run sees it.
+"""Model of the workspaces that CUDA's libraries allocate besides tensors, fitted to measurements.
 
 The figures are in ``data/workspaces.json``, which says where they come from; ``make calibrate`` fits them again to the
 measurements in ``data/measured``.
@@ -18,23 +18,23 @@ from i2v_lab.paths import data_dir
 aten = torch.ops.aten
 
 MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Workspaces:
-    """Bytes that libraries take.
+    """Sizes of workspaces.
 
-    cuDNN convolves 16-bit tensors with kernels that want their channels last. For tensors whose channels come first, as
-    in every model here, it lays out input, weight and output anew in a workspace of its own, which is therefore about
-    as large as the three together. cuBLAS takes one workspace with its first product and keeps it.
+    cuDNN convolves 16-bit tensors with channels-last kernels. For channels-first tensors, as in every model here, it
+    transposes input, weight and output in a transient workspace, which is therefore about as large as the three
+    together. cuBLAS allocates one persistent workspace at its first matrix product.
 
     Attributes:
-        input_factor: Of a convolution's input, how much more its workspace holds, where channels come first.
-        output_factor: Of its output, likewise.
-        weight_factor: Of its weight, wherever channels come.
-        cublas_bytes: Held from the first matrix product on.
-        context_bytes: What the CUDA context and the loaded libraries take from the card; never part of a forecast peak.
+        input_factor: Bytes of a convolution's workspace for each byte of its input, where that is channels-first.
+        output_factor: The same for its output.
+        weight_factor: The same for its weight, in either layout.
+        cublas_bytes: Allocated from the first matrix product on.
+        context_bytes: Memory of the CUDA context and the loaded libraries; never part of a forecast peak.
     """
 
     input_factor: float
@@ -43,16 +43,16 @@ class Workspaces:
     cublas_bytes: int
     context_bytes: int
 
-    def held(self, func: Any) -> tuple[str, int]:
-        """The library that an operator starts up, and what that takes for good; empty and 0 for none."""
+    def persistent(self, func: Any) -> tuple[str, int]:
+        """The library that an operator initialises, and the bytes of its workspace; empty and 0 for none."""
         return ("cuBLAS", self.cublas_bytes) if func in MATRIX_PRODUCTS else ("", 0)
 
-    def borrowed(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
-        """What an operator's kernel takes and gives back before it returns."""
+    def transient(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
+        """Bytes that an operator's kernel allocates and frees before it returns."""
         if func is not aten.convolution.default:
             return 0
         source, weight, groups = args[0], args[1], args[8]
-        if source.dtype not in HALVES or groups > 1:  # depthwise kernels of ATen's own, and grouped ones, take nothing
+        if source.dtype not in HALF_DTYPES or groups > 1:  # ATen's depthwise kernels and grouped ones use none
             return 0
         nbytes = self.weight_factor * _tensor_bytes(weight)
         if source.is_contiguous():

@@ -1,1 +1,1 @@
-"""Magics, cell meter and papermill engine."""
+"""Jupyter integration: magics, a meter for every cell, and a papermill engine."""

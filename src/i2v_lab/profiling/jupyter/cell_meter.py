@@ -1,4 +1,4 @@
-"""An IPython extension that meters every cell; the papermill engine loads it into the kernel."""
+"""An IPython extension that profiles every cell; the papermill engine loads it into the kernel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ MIME = "application/vnd.i2v-lab.vram+json"
 
 
 class CellMeter:
-    """Starts a profiler before each cell and shows what it found under the cell.
+    """Starts a profiler before each cell and shows its figures under the cell.
 
-    A profiler that the cell itself starts (``%%vram``, a study) works beside it.
+    A profiler that the cell itself starts (``%%vram``, a study) may be active at the same time.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class CellMeter:
         self._phase: Any = None
 
     def before(self, _: Any = None) -> None:
-        """A cell is about to run."""
+        """Called before a cell runs."""
         import torch
 
         from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -31,7 +31,7 @@ class CellMeter:
         self._phase.__enter__()
 
     def after(self, _: Any = None) -> None:
-        """A cell has run."""
+        """Called after a cell has run."""
         if self._profiler is None:
             return
         from i2v_lab.profiling.jupyter.magics import CellMemory
@@ -44,7 +44,7 @@ class CellMeter:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Meter every cell of this shell from the next one on."""
+    """Profile every cell of this shell from the next one on."""
     meter = CellMeter()
     shell.events.register("pre_run_cell", meter.before)
     shell.events.register("post_run_cell", meter.after)

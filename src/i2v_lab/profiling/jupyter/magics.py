@@ -17,10 +17,10 @@ from i2v_lab.units import format_bytes, format_seconds
 
 @dataclass(frozen=True)
 class CellMemory:
-    """What a line or cell took; shows itself as text and as HTML.
+    """Memory and time of a line or cell; shown as text and as HTML.
 
     Attributes:
-        record: Of the cell, as a phase.
+        record: The record of the cell as a phase.
     """
 
     record: PhaseRecord

@@ -1,4 +1,4 @@
-"""``papermill --engine vram``: peak memory and time of every cell, kept in the executed notebook and shown."""
+"""``papermill --engine vram``: shows peak memory and time of every cell, and writes them to its metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from i2v_lab.profiling.jupyter.cell_meter import MIME
 
 
 class VramEngine(NBClientEngine):
-    """The stock engine, over a kernel that meters its cells.
+    """The default engine, over a kernel that profiles its cells.
 
     Each code cell's metadata get ``i2v_lab.vram``: ``peak_bytes``, ``end_bytes``, ``saved_for_backward_bytes``,
     ``seconds``.
@@ -18,7 +18,7 @@ class VramEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> Any:
-        """Execute the notebook; what the cells took ends up in their metadata even if one of them fails."""
+        """Execute the notebook; the figures are written to the cells' metadata even if one of them fails."""
         arguments = [
             *kwargs.pop("extra_arguments", []),
             "--IPKernelApp.extensions=i2v_lab.profiling.jupyter.cell_meter",

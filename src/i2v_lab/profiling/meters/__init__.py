@@ -1,1 +1,1 @@
-"""Memory meters, one for each kind of device."""
+"""Memory meters, and the table of devices."""

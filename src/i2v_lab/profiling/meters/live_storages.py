@@ -1,4 +1,4 @@
-"""Every storage that operators touch: when it was made, by which module, what it is for, and when it went."""
+"""Meter of live storages: when each was allocated and freed, by which module, and what it is for."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import VramCapExceeded
-from i2v_lab.profiling.fake.allocator import Block, CachingAllocator
+from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.module_paths import ModulePaths
+from i2v_lab.profiling.storages import storage_key
 
 CATEGORIES = ("weight", "saved", "activation", "other")
 
 
 @dataclass(slots=True)
-class StorageLife:
-    """One storage, from the first operator that touched it to the release of its last owner.
+class StorageRecord:
+    """Allocation record of one storage, from the first operator that touched it until it was freed.
 
-    Moments are ticks of the meter's clock, which advances with every change of what is alive or saved.
+    Moments are ticks of the meter's logical clock, which advances at every allocation, free, save and release.
 
     Attributes:
         nbytes: Its size.
@@ -33,10 +34,10 @@ class StorageLife:
         dtype: Of that tensor.
         module: Path of the module that was running then; empty outside any.
         is_weight: Whether a module has it as a parameter or buffer.
-        born: First tick alive.
-        died: First tick no longer alive; ``None`` while it is.
-        saved: Intervals ``[from, to)`` in which an autograd graph held it; ``to`` is ``None`` while it does.
-        is_workspace: Whether a library took it for itself; it is no tensor then, and ``module`` names the library.
+        allocated_at: First tick at which it was allocated.
+        freed_at: First tick at which it was freed; ``None`` while it is allocated.
+        saved: Intervals ``[from, to)`` in which an autograd graph saved it; ``to`` is ``None`` while it does.
+        is_workspace: Whether a library allocated it internally; then it is no tensor and ``module`` names the library.
     """
 
     nbytes: int
@@ -44,19 +45,19 @@ class StorageLife:
     dtype: torch.dtype
     module: str
     is_weight: bool
-    born: int
-    died: int | None = None
+    allocated_at: int
+    freed_at: int | None = None
     saved: list[list[int | None]] = field(default_factory=list)
     is_workspace: bool = False
 
-    def become_weight(self, tensor: torch.Tensor, module: str) -> None:
-        """What was loaded turns out to be a parameter or buffer of a module."""
+    def mark_weight(self, tensor: torch.Tensor, module: str) -> None:
+        """Reclassify a storage that was loaded first and became a parameter or buffer of a module afterwards."""
         self.is_weight, self.module = True, module
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
 
-    def alive_at(self, tick: int) -> bool:
-        """Whether it was alive at a tick."""
-        return self.born <= tick and (self.died is None or tick < self.died)
+    def is_live_at(self, tick: int) -> bool:
+        """Whether it was allocated at a tick."""
+        return self.allocated_at <= tick and (self.freed_at is None or tick < self.freed_at)
 
     def category_at(self, tick: int) -> str:
         """What it was for at a tick: one of ``CATEGORIES``, the first that fits."""
@@ -64,12 +65,19 @@ class StorageLife:
             return "weight"
         if any(start is not None and start <= tick and (end is None or tick < end) for start, end in self.saved):
             return "saved"
+        return self.unsaved_category
+
+    @property
+    def unsaved_category(self) -> str:
+        """What it is for while no autograd graph saves it."""
+        if self.is_weight:
+            return "weight"
         return "activation" if self.module and not self.is_workspace else "other"
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
-    """What a storage adds to the count, and the allocator's block for it, if there is an allocator."""
+class _Allocation:
+    """What a storage adds to the allocated bytes, and its block where an allocator is modelled."""
 
     nbytes: int
     block: Block | None
@@ -77,10 +85,10 @@ class _Counted:
 
 @dataclass
 class LocalPeak:
-    """The most that was alive at any time within a scope.
+    """Peak within a scope.
 
     Attributes:
-        bytes: Once the scope has ended.
+        bytes: Maximum of the allocated bytes; valid once the scope has ended.
     """
 
     bytes: int
@@ -90,17 +98,17 @@ class LiveStorageMeter(TorchDispatchMode):
     """Counts the storages behind all tensors that operators touch while the mode is active.
 
     Each storage counts once, with its full size, from the first operator that takes or returns a tensor on it (or from
-    :meth:`observe`) until its last owner lets go. Views add nothing. Only weak references are held. What a kernel
-    allocates and frees inside itself is not seen.
+    :meth:`observe`) until it is freed. Views add nothing. Only weak references are held. What a kernel allocates and
+    frees internally is not seen.
 
     Args:
-        cap_bytes: Raise :class:`~i2v_lab.errors.VramCapExceeded` at the operator that takes the count beyond this.
-        paths: Names the module that is running; without it every storage belongs to none.
-        device_type: Count only what is on devices of this type, such as ``cuda``.
-        allocator: Count what this allocator would for each storage, in the place of its own size.
+        cap_bytes: Raise :class:`~i2v_lab.errors.VramCapExceeded` at the operator whose results exceed this.
+        paths: Names the running module; without it no storage is attributed to a module.
+        device_type: Count only storages on devices of this type, such as ``cuda``.
+        allocator: Count the blocks of this modelled allocator instead of the storages' own sizes.
 
     Attributes:
-        lives: Storages seen since :meth:`forget_the_dead`, in the order in which they were first seen.
+        storages: Allocation records since :meth:`drop_freed`, in the order of allocation.
 
     Example:
         >>> with LiveStorageMeter() as meter:
@@ -116,25 +124,25 @@ class LiveStorageMeter(TorchDispatchMode):
         cap_bytes: int | None = None,
         paths: ModulePaths | None = None,
         device_type: str | None = None,
-        allocator: CachingAllocator | None = None,
+        allocator: Allocator | None = None,
     ) -> None:
         super().__init__()
         self.paths = paths
-        self.lives: list[StorageLife] = []
+        self.storages: list[StorageRecord] = []
         self._cap_bytes = cap_bytes
         self._device_type = device_type
         self._allocator = allocator
-        self._alive: dict[int, tuple[StorageLife, weakref.ref[Any], _Counted]] = {}
+        self._live: dict[int, tuple[StorageRecord, weakref.ref[Any], _Allocation]] = {}
         self._live_bytes = 0
         self._peak_bytes = 0
         self._tick = 0
         self._peak_tick = 0
-        self._times_s: list[float] = [time.perf_counter()]  # of every tick since forget_the_dead
+        self._times_s: list[float] = [time.perf_counter()]  # of every tick since drop_freed
         self._first_tick = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and torch's wrapper against it costs as much as the counting
+        return False  # nothing is compiled here, and torch's wrapper that disables dynamo doubles the cost per operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,19 +155,19 @@ class LiveStorageMeter(TorchDispatchMode):
     # --- MemoryMeter ---
 
     def allocated_bytes(self) -> int:
-        """Alive now."""
+        """Bytes of all live storages."""
         return self._live_bytes
 
     def peak_bytes(self) -> int:
-        """The most alive at any time since :meth:`reset_peak`."""
+        """Maximum of the live bytes since :meth:`reset_peak`."""
         return self._peak_bytes
 
     def reserved_peak_bytes(self) -> int | None:
-        """The most the allocator held since :meth:`reset_peak`; ``None`` without one."""
+        """Maximum of the bytes that the modelled allocator reserved since :meth:`reset_peak`; ``None`` without one."""
         return self._allocator.peak_reserved_bytes if self._allocator else None
 
     def reset_peak(self) -> None:
-        """Look for a new peak, from what is alive now."""
+        """Reset the peaks to what is live and reserved now."""
         self._peak_bytes = self._live_bytes
         self._peak_tick = self._tick
         if self._allocator is not None:
@@ -169,79 +177,84 @@ class LiveStorageMeter(TorchDispatchMode):
         """Count these tensors' storages, where they are not counted yet.
 
         Args:
-            tensors: Any tensors; those on the meta device have no memory and are passed over.
-            weights: They are parameters or buffers.
+            tensors: Any tensors; those on the meta device have no memory and are skipped.
+            weights: Whether they are parameters or buffers.
         """
-        before = self._live_bytes
+        before_bytes = self._live_bytes
         for tensor in tensors:
-            device_type = (getattr(tensor, "fake_device", None) or tensor.device).type  # a fake's own .device is slow
+            device_type = (getattr(tensor, "fake_device", None) or tensor.device).type  # the attribute is faster
             if device_type == "meta" or (self._device_type is not None and device_type != self._device_type):
                 continue
             storage = tensor.untyped_storage()
-            key = storage._cdata
+            key = storage_key(tensor)
             nbytes = storage.nbytes()
-            known = self._alive.get(key)
+            known = self._live.get(key)
             if known is not None:
                 if known[0].nbytes == nbytes:
                     if weights and not known[0].is_weight:
-                        known[0].become_weight(tensor, self._module())
+                        known[0].mark_weight(tensor, self._module())
                     continue
-                self._end(key)  # resized in place: the old size ends, the new one begins
-            module = self._module()  # asked first: it meets modules that nobody announced, with their weights
+                self._free(key)  # resized in place: freed at the old size, allocated at the new one
+            module = self._module()  # first: it registers modules not seen before, with their weights
             is_weight = weights or (self.paths is not None and key in self.paths.weights)
-            life = StorageLife(nbytes, tuple(tensor.shape), tensor.dtype, module, is_weight, self._advance())
-            self.lives.append(life)
-            self._alive[key] = (life, weakref.ref(storage, partial(self._died, key)), self._count(nbytes))
-        self._note_peak(before)
+            record = StorageRecord(nbytes, tuple(tensor.shape), tensor.dtype, module, is_weight, self._advance())
+            self.storages.append(record)
+            self._live[key] = (record, weakref.ref(storage, partial(self._on_freed, key)), self._allocate(nbytes))
+        self._update_peak(before_bytes)
 
-    def _count(self, nbytes: int) -> _Counted:
+    def _allocate(self, nbytes: int) -> _Allocation:
         block = self._allocator.allocate(nbytes) if self._allocator is not None and nbytes else None
-        counted = _Counted(block.size if block is not None else nbytes, block)
-        self._live_bytes += counted.nbytes
-        return counted
+        allocation = _Allocation(block.size if block is not None else nbytes, block)
+        self._live_bytes += allocation.nbytes
+        return allocation
 
-    def _uncount(self, counted: _Counted) -> None:
-        self._live_bytes -= counted.nbytes
-        if self._allocator is not None and counted.block is not None:
-            self._allocator.free(counted.block)
+    def _deallocate(self, allocation: _Allocation) -> None:
+        self._live_bytes -= allocation.nbytes
+        if self._allocator is not None and allocation.block is not None:
+            self._allocator.free(allocation.block)
 
-    def _note_peak(self, before: int) -> None:
+    def _update_peak(self, before_bytes: int) -> None:
         if self._live_bytes > self._peak_bytes:
             self._peak_bytes = self._live_bytes
             self._peak_tick = self._tick
             if self._cap_bytes is not None and self._live_bytes > self._cap_bytes:
-                self._refuse(before)
+                self._raise_cap_exceeded(before_bytes)
 
-    # --- What operators do not show ---
+    # --- Workspaces: allocations that no operator returns ---
 
-    def hold(self, nbytes: int, name: str) -> None:
-        """Count bytes that a library takes for itself and keeps.
+    def add_persistent_workspace(self, nbytes: int, name: str) -> None:
+        """Count a workspace that a library allocates once and never frees.
 
         Args:
-            nbytes: How many.
-            name: Stands for the module among the holders, such as ``cuBLAS workspace``.
+            nbytes: Its size.
+            name: Takes the place of the module in the records, such as ``cuBLAS workspace``.
         """
-        self._take(nbytes, name)
+        self._add_workspace(nbytes, name)
 
-    def borrow(self, nbytes: int, name: str) -> None:
-        """Count bytes that a kernel allocates and frees inside itself; arguments as in :meth:`hold`."""
-        life, counted = self._take(nbytes, name)
-        life.died = self._advance()
-        self._uncount(counted)
+    def add_transient_workspace(self, nbytes: int, name: str) -> None:
+        """Count a workspace that a kernel allocates and frees before it returns.
 
-    def _take(self, nbytes: int, name: str) -> tuple[StorageLife, _Counted]:
-        before = self._live_bytes
-        life = StorageLife(nbytes, (nbytes,), torch.uint8, name, False, self._advance(), is_workspace=True)
-        self.lives.append(life)
-        counted = self._count(nbytes)
-        self._note_peak(before)
-        return life, counted
+        Args:
+            nbytes: Its size.
+            name: As in :meth:`add_persistent_workspace`.
+        """
+        record, allocation = self._add_workspace(nbytes, name)
+        record.freed_at = self._advance()
+        self._deallocate(allocation)
 
-    # --- Calls that are not run again ---
+    def _add_workspace(self, nbytes: int, name: str) -> tuple[StorageRecord, _Allocation]:
+        before_bytes = self._live_bytes
+        record = StorageRecord(nbytes, (nbytes,), torch.uint8, name, False, self._advance(), is_workspace=True)
+        self.storages.append(record)
+        allocation = self._allocate(nbytes)
+        self._update_peak(before_bytes)
+        return record, allocation
+
+    # --- Memoized calls ---
 
     @contextmanager
     def local_peak(self) -> Iterator[LocalPeak]:
-        """Find the peak of what runs within this scope, besides the one since :meth:`reset_peak`."""
+        """Measure the peak of this scope alone, without losing the one since :meth:`reset_peak`."""
         outer = (self._peak_bytes, self._peak_tick)
         self._peak_bytes, self._peak_tick = self._live_bytes, self._tick
         local = LocalPeak(self._peak_bytes)
@@ -252,54 +265,54 @@ class LiveStorageMeter(TorchDispatchMode):
             if outer[0] >= self._peak_bytes:
                 self._peak_bytes, self._peak_tick = outer
 
-    def rise_to(self, nbytes: int) -> None:
-        """Count a peak that is known and not run."""
+    def raise_peak(self, nbytes: int) -> None:
+        """Raise the peak to that of a memoized call, which is not executed."""
         if nbytes > self._peak_bytes:
             self._peak_bytes, self._peak_tick = nbytes, self._tick
 
-    def bytes_of(self, tensors: Iterable[torch.Tensor]) -> int:
-        """What the storages of ``tensors`` count together."""
-        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return sum(self._alive[key][2].nbytes for key in keys if key in self._alive)
+    def counted_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Allocated bytes of the storages of ``tensors``, each counted once."""
+        keys = {storage_key(tensor) for tensor in tensors}
+        return sum(self._live[key][2].nbytes for key in keys if key in self._live)
 
-    # --- What an autograd graph holds ---
+    # --- Storages saved by autograd graphs ---
 
     def mark_saved(self, tensor: torch.Tensor) -> None:
-        """An autograd graph begins to hold this tensor's storage."""
+        """An autograd graph saved a tensor on this storage, the first one to do so."""
         self.observe([tensor])
-        life = self._alive[tensor.untyped_storage()._cdata][0]
-        life.saved.append([self._advance(), None])
+        record = self._live[storage_key(tensor)][0]
+        record.saved.append([self._advance(), None])
 
     def mark_released(self, key: int) -> None:
-        """No graph holds the storage at this address any more."""
-        known = self._alive.get(key)
+        """No graph saves the storage with this key any more."""
+        known = self._live.get(key)
         if known is not None and known[0].saved:
             known[0].saved[-1][1] = self._advance()
 
-    # --- What happened ---
+    # --- Allocation records ---
 
     @property
     def tick(self) -> int:
-        """Now."""
+        """The logical clock: number of events so far."""
         return self._tick
 
     @property
     def peak_tick(self) -> int:
-        """The moment of the peak since :meth:`reset_peak`."""
+        """Tick of the peak since :meth:`reset_peak`."""
         return self._peak_tick
 
-    def alive_at(self, tick: int) -> Iterator[StorageLife]:
-        """All storages that were alive at a tick, no earlier than the last :meth:`forget_the_dead`."""
-        return (life for life in self.lives if life.alive_at(tick))
+    def live_at(self, tick: int) -> Iterator[StorageRecord]:
+        """Records of the storages that were live at a tick, no earlier than the last :meth:`drop_freed`."""
+        return (record for record in self.storages if record.is_live_at(tick))
 
     def time_s(self, tick: int) -> float:
-        """When a tick was, on ``time.perf_counter``'s clock."""
+        """Time of a tick on ``time.perf_counter``'s clock."""
         return self._times_s[tick - self._first_tick]
 
-    def forget_the_dead(self, tick: int | None = None) -> None:
-        """Drop what had ended at a tick, by default now, once it has been written down."""
+    def drop_freed(self, tick: int | None = None) -> None:
+        """Drop the records of storages freed by a tick, by default now, once they have been written."""
         tick = self._tick if tick is None else tick
-        self.lives = [life for life in self.lives if life.died is None or life.died > tick]
+        self.storages = [record for record in self.storages if record.freed_at is None or record.freed_at > tick]
         del self._times_s[: tick - self._first_tick]
         self._first_tick = tick
 
@@ -308,29 +321,29 @@ class LiveStorageMeter(TorchDispatchMode):
         self._times_s.append(time.perf_counter())
         return self._tick
 
-    def _died(self, key: int, reference: weakref.ref[Any]) -> None:
-        known = self._alive.get(key)
+    def _on_freed(self, key: int, reference: weakref.ref[Any]) -> None:
+        known = self._live.get(key)
         if known is not None and known[1] is reference:
-            self._end(key)
+            self._free(key)
 
-    def _end(self, key: int) -> None:
-        life, _, counted = self._alive.pop(key)
-        life.died = self._advance()
-        self._uncount(counted)
+    def _free(self, key: int) -> None:
+        record, _, allocation = self._live.pop(key)
+        record.freed_at = self._advance()
+        self._deallocate(allocation)
 
     def _module(self) -> str:
         return self.paths.current if self.paths else ""
 
-    def _refuse(self, before: int) -> None:
+    def _raise_cap_exceeded(self, before_bytes: int) -> None:
         phase = self.paths.phase if self.paths else ""
-        module, asked = self._module(), self._live_bytes - before
+        module, asked_bytes = self._module(), self._live_bytes - before_bytes
         where = f"in {module or 'no module'}" + (f" during {phase}" if phase else "")
         raise VramCapExceeded(
-            f"{asked} bytes asked for {where}, with {before} alive, exceed vram_cap_bytes={self._cap_bytes}; lower the "
-            "resolution, the frames or the tile, or raise the cap",
+            f"allocating {asked_bytes} bytes {where}, with {before_bytes} allocated, exceeds "
+            f"vram_cap_bytes={self._cap_bytes}; lower the resolution, the frames or the tile, or raise the cap",
             phase=phase,
             module=module,
-            asked_bytes=asked,
-            alive_bytes=before,
+            asked_bytes=asked_bytes,
+            alive_bytes=before_bytes,
             cap_bytes=self._cap_bytes,
         )

@@ -1,4 +1,4 @@
-"""Who else is on the card: NVML's view of a whole device, at even intervals."""
+"""NVML's view of whole cards: memory, processes, names and driver; the only module that opens NVML. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,75 +6,206 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-
-from i2v_lab.errors import ProfilerError
+from i2v_lab.errors import I2VLabError, ProfilerError
 from i2v_lab.profiling.records import DeviceRecord
+
+if TYPE_CHECKING:
+    import torch
+
+NO_PACKAGE = "no package"
+NO_DRIVER = "no driver"
+NO_ANSWER = "no answer"
+
+
+class NvmlUnavailable(I2VLabError):
+    """NVML cannot be opened, or does not answer a query.
+
+    Attributes:
+        cause: :data:`NO_PACKAGE`, :data:`NO_DRIVER` or :data:`NO_ANSWER`; also in ``fields``.
+        reason: NVML's own message; empty without the package.
+    """
+
+    @property
+    def cause(self) -> str:
+        """What is missing."""
+        return str(self.fields["cause"])
+
+    @property
+    def reason(self) -> str:
+        """NVML's own message."""
+        return str(self.fields["reason"])
+
+
+@contextmanager
+def nvml_session() -> Iterator[Any]:
+    """Open NVML for this scope; sessions may nest, and only the outermost one loads the driver's library.
+
+    Yields:
+        The module ``pynvml``.
+
+    Raises:
+        NvmlUnavailable: The package or the driver is missing, or a query inside the scope failed.
+
+    Example:
+        >>> from contextlib import suppress
+        >>> with suppress(NvmlUnavailable), nvml_session() as nvml:
+        ...     count = nvml.nvmlDeviceGetCount()
+    """
+    try:
+        import pynvml
+    except ImportError as error:
+        message = "The package nvidia-ml-py is not installed, so the card cannot be queried."
+        raise NvmlUnavailable(message, cause=NO_PACKAGE, reason="") from error
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        message = f"There is no NVIDIA driver to query here ({error})."
+        raise NvmlUnavailable(message, cause=NO_DRIVER, reason=str(error)) from error
+    try:
+        yield pynvml
+    except pynvml.NVMLError as error:
+        raise NvmlUnavailable(f"NVML does not answer ({error}).", cause=NO_ANSWER, reason=str(error)) from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+# --- The driver and its cards -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as NVML lists it.
+
+    Attributes:
+        name: Product name, such as ``NVIDIA H100 80GB HBM3``.
+        free_bytes: Memory that no process uses.
+        total_bytes: Memory of the card.
+    """
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The installed driver.
+
+    Attributes:
+        version: Such as ``550.54``.
+        cuda: ``(major, minor)`` of the newest CUDA that it supports.
+        cards: All cards, whatever ``CUDA_VISIBLE_DEVICES`` says.
+    """
+
+    version: str
+    cuda: tuple[int, int]
+    cards: tuple[Card, ...]
+
+
+def read_driver() -> Driver:
+    """Query the driver and its cards.
+
+    Raises:
+        NvmlUnavailable: The package or the driver is missing, or does not answer.
+    """
+    with nvml_session() as nvml:
+        cuda = int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+        cards = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            cards.append(Card(_text(nvml.nvmlDeviceGetName(handle)), memory.free, memory.total))
+        version = _text(nvml.nvmlSystemGetDriverVersion())
+        return Driver(version, (cuda // 1000, cuda % 1000 // 10), tuple(cards))
+
+
+def driver_cuda_major() -> int | None:
+    """Major version of the newest CUDA that the driver supports; ``None`` where there is no driver."""
+    try:
+        with nvml_session() as nvml:
+            return int(nvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
+    except Exception:  # no package, no library, no driver: all the same here
+        return None
+
+
+def describe_device(device: str) -> tuple[str | None, str | None]:
+    """Product name and driver version of a CUDA device, without importing torch.
+
+    Args:
+        device: As torch writes it, such as ``cuda:1``; numbered as ``CUDA_VISIBLE_DEVICES`` leaves them.
+
+    Returns:
+        Two ``None`` where it is no CUDA device or NVML does not know it: a run must not fail for its description.
+    """
+    kind, _, number = str(device).partition(":")
+    if kind != "cuda":
+        return None, None
+    try:
+        with nvml_session() as nvml:
+            driver = _text(nvml.nvmlSystemGetDriverVersion())
+            visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+            entry = visible[int(number or 0)].strip() if visible else number or "0"
+            by_index = entry.isdigit()
+            handle = nvml.nvmlDeviceGetHandleByIndex(int(entry)) if by_index else nvml.nvmlDeviceGetHandleByUUID(entry)
+            return _text(nvml.nvmlDeviceGetName(handle)), driver
+    except Exception:  # also an index beyond the visible devices, or a pynvml that lacks a function
+        return None, None
 
 
 @cache
 def card_index(device: torch.device) -> int:
-    """Which card, as NVML counts, a CUDA device is: CUDA counts only what ``CUDA_VISIBLE_DEVICES`` leaves.
+    """NVML's index of a CUDA device, which differs from CUDA's where ``CUDA_VISIBLE_DEVICES`` hides or reorders cards.
 
-    Matched by UUID; where NVML does not answer, CUDA's own index.
+    Matched by UUID; CUDA's own index where NVML does not answer.
     """
     index = device.index or 0
-    try:
-        import pynvml
-    except ImportError:
-        return index
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        try:
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            return int(pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
-        finally:
-            pynvml.nvmlShutdown()
+    with suppress(NvmlUnavailable), nvml_session() as nvml:
+        import torch
+
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return int(nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetHandleByUUID(uuid)))
     return index
 
 
-def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:
-    """One look at a card.
+# --- Memory of a card -------------------------------------------------------------------------------------------------
 
-    NVML names the processes on a card but may hide what each uses (in a container, or from another user); then the
-    others' bytes are what is used less our own, if our own are known, and ``None`` if not.
+
+def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:
+    """Query a card's memory and processes once.
+
+    NVML lists the processes on a card but may hide what each uses (in a container, or of another user); then
+    ``others_bytes`` is the used memory less our own, if our own is known, and ``None`` if not.
 
     Args:
         index: The card, as NVML counts: see :func:`card_index`.
         time_s: Goes into the record.
 
     Returns:
-        What NVML says. Without a driver, a library or such a card every value is ``None`` and ``reason`` says why.
+        What NVML reports. Without a driver, the package or such a card every value is ``None`` and ``reason`` says why.
     """
     try:
-        import pynvml
-    except ImportError:
-        return _unknown(time_s, "The package nvidia-ml-py is not installed, so the card cannot be asked.")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return _unknown(time_s, f"There is no NVIDIA driver to ask here ({error}).")
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        running = {
-            process.pid: process.usedGpuMemory
-            for list_processes in (
-                pynvml.nvmlDeviceGetGraphicsRunningProcesses,
-                pynvml.nvmlDeviceGetComputeRunningProcesses,
-            )
-            for process in list_processes(handle)
-        }
-        others = tuple((pid, _name(pynvml, pid), used) for pid, used in sorted(running.items()) if pid != os.getpid())
-    except pynvml.NVMLError as error:
-        return _unknown(time_s, f"NVML does not answer for card {index} ({error}).")
-    finally:
-        pynvml.nvmlShutdown()
-    own_bytes = running.get(os.getpid(), 0)
+        with nvml_session() as nvml:
+            return _read_card(nvml, index, time_s)
+    except NvmlUnavailable as error:
+        reason = str(error)
+        if error.cause == NO_ANSWER:
+            reason = f"NVML does not answer for card {index} ({error.reason})."
+        return DeviceRecord(time_s, None, None, None, None, None, None, reason)
+
+
+def _read_card(nvml: Any, index: int, time_s: float) -> DeviceRecord:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    queries = (nvml.nvmlDeviceGetGraphicsRunningProcesses, nvml.nvmlDeviceGetComputeRunningProcesses)
+    used_bytes = {process.pid: process.usedGpuMemory for query in queries for process in query(handle)}
+    own_pid = os.getpid()
+    others = tuple((pid, _process_name(nvml, pid), used) for pid, used in sorted(used_bytes.items()) if pid != own_pid)
+    own_bytes = used_bytes.get(own_pid, 0)
     others_bytes: int | None
     if all(used is not None for _, _, used in others):
         others_bytes = sum(used or 0 for _, _, used in others)
@@ -92,47 +223,30 @@ def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:
     )
 
 
-def _unknown(time_s: float, reason: str) -> DeviceRecord:
-    return DeviceRecord(time_s, None, None, None, None, None, None, reason)
-
-
-def _name(pynvml: Any, pid: int) -> str:
+def _process_name(nvml: Any, pid: int) -> str:
     try:
-        name = pynvml.nvmlSystemGetProcessName(pid)
-    except pynvml.NVMLError:
+        return _text(nvml.nvmlSystemGetProcessName(pid))
+    except nvml.NVMLError:
         return "unknown"
-    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
-@contextmanager
-def _session() -> Iterator[None]:
-    """Keep NVML up for many looks: bringing it up takes far longer than a look, and the driver's locks with it."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # every look will say what is missing
-        yield
-        return
-    try:
-        yield
-    finally:
-        pynvml.nvmlShutdown()
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 class NvmlSampler:
-    """Looks at a card at even intervals, in a thread of its own, while it is active.
+    """Queries a card at a fixed interval, in a thread of its own, while it is active.
 
     Sample ``n`` is due at ``start + n * interval_s``, so the interval does not drift; a sample that is late by a whole
-    interval is left out rather than made up for.
+    interval is skipped.
 
     Args:
-        index: The card.
+        index: The card, as NVML counts.
         interval_s: Seconds between samples.
         on_sample: Called with every sample, in the sampler's thread.
 
     Attributes:
-        samples: One :class:`~i2v_lab.profiling.records.DeviceRecord` for each look.
+        samples: One :class:`~i2v_lab.profiling.records.DeviceRecord` for each sample.
 
     Raises:
         ProfilerError: The interval is not positive.
@@ -156,11 +270,14 @@ class NvmlSampler:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def _sample(self) -> None:
-        with _session():
-            self._look_again_and_again()
+    def _run(self) -> None:
+        with ExitStack() as scopes:
+            # One session for all samples: opening NVML takes far longer than a query, and the driver's locks with it.
+            with suppress(Exception):  # every sample will say what is missing
+                scopes.enter_context(nvml_session())
+            self._sample_until_stopped()
 
-    def _look_again_and_again(self) -> None:
+    def _sample_until_stopped(self) -> None:
         start_s = time.perf_counter()
         due = 0
         while True:
@@ -172,7 +289,7 @@ class NvmlSampler:
                 return
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._sample, name="i2v-lab-nvml", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="i2v-lab-nvml", daemon=True)
         self._thread.start()
         return self
 

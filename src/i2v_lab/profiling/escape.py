@@ -1,0 +1,55 @@
+"""Detects the operator at which an autograd graph begins, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from i2v_lab.errors import ProfilerError
+
+OnEscape = Literal["fix", "warn", "raise"]
+
+
+class GradEscapeWarning(UserWarning):
+    """Work with trainable parameters ran with grad enabled where it should not."""
+
+
+def check_on_escape(on_escape: str) -> None:
+    """Refuse anything that is no ``OnEscape``.
+
+    Raises:
+        ProfilerError: Another value.
+    """
+    if on_escape not in ("fix", "warn", "raise"):
+        raise ProfilerError(f"on_escape={on_escape!r} is not one of fix, warn or raise", on_escape=on_escape)
+
+
+class EscapeDetector(TorchFunctionMode):
+    """Sees every torch function; reports each that takes a trainable leaf and returns part of an autograd graph.
+
+    Args:
+        report: Called with the function's name.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if torch.is_grad_enabled() and any(_has_grad_fn(leaf) for leaf in tree_leaves(result)):
+            tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+            if any(tensor.requires_grad and tensor.is_leaf for tensor in tensors):
+                self._report(getattr(func, "__name__", str(func)))
+        return result
+
+
+def _has_grad_fn(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None

@@ -1,0 +1,148 @@
+"""Everything of torch's private API that fakes use, in one place: what to go through for a new version of torch.
+
+``tests/unit/test_torch_compat.py`` has a test for each item. Written for torch 2.11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses import fake_tensor  # FakeTensorMode has no public name
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,  # an operator asks for values, such as .item()
+    DynamicOutputShapeException,  # an operator's output shape follows from values, such as nonzero()
+    FakeTensor,
+    FakeTensorConverter,  # the mode's own reuses a fake for each real tensor, and so would share storages
+    FakeTensorMode,
+    UnsupportedOperatorException,  # an operator has no fake kernel
+    in_kernel_invocation_manager,  # runs an operator on the meta tensors behind fakes, without the mode's own checks
+)
+from torch.utils._mode_utils import no_dispatch  # runs an operator outside all dispatch modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,  # semi-public: documented, but has no public name
+    _disable_current_modes,  # takes the dispatch modes outside a scope away
+)
+from torch.utils._pytree import tree_leaves, tree_map_only  # torch.utils has no public pytree
+
+from i2v_lab.profiling.storages import storage_key  # untyped_storage()._cdata
+
+__all__ = [
+    "CONVOLUTION_BASE",
+    "DATA",
+    "DATA_DEPENDENT",
+    "DEVICE",
+    "EFFICIENT_ATTENTION",
+    "FLASH_ATTENTION",
+    "LOCAL_SCALAR",
+    "NUMPY",
+    "SAFE_SOFTMAX",
+    "DispatchMode",
+    "FakeTensor",
+    "FakeTensorConverter",
+    "FakeTensorMode",
+    "HardwareFreeFakeMode",
+    "UnsupportedOperatorException",
+    "active_fake_mode",
+    "alias_annotations",
+    "convert_module",
+    "disable_current_modes",
+    "gpu_context_patch",
+    "in_kernel_invocation_manager",
+    "no_dispatch",
+    "returns_new_tensors",
+    "storage_key",
+    "tree_leaves",
+    "tree_map_only",
+]
+
+aten = torch.ops.aten
+
+DATA_DEPENDENT = (DynamicOutputShapeException, DataDependentOutputException)
+disable_current_modes = _disable_current_modes
+
+DATA: Any = torch._C.TensorBase.data  # descriptor behind Tensor.data, which a forecast replaces
+NUMPY: Any = torch._C.TensorBase.numpy  # method behind Tensor.numpy, which a forecast replaces
+CONVOLUTION_BASE = torch.nn.modules.conv._ConvNd  # its reset_parameters serves all convolutions
+
+DEVICE = torch.ops.prim.device.default  # what C++ code dispatches to read a fake's device
+LOCAL_SCALAR = aten._local_scalar_dense.default  # what Tensor.item() dispatches
+SAFE_SOFTMAX = aten._safe_softmax.default  # only the math kernel of scaled_dot_product_attention dispatches it
+FLASH_ATTENTION = aten._scaled_dot_product_flash_attention  # the kernels that CUDA picks, which fakes do not
+EFFICIENT_ATTENTION = aten._scaled_dot_product_efficient_attention
+
+
+class HardwareFreeFakeMode(FakeTensorMode):
+    """Never asks whether there is a CUDA device, so that the answer is the same on every machine."""
+
+    @property
+    def avoid_device_init(self) -> bool:
+        """Read by ``FakeTensorMode`` before it would initialise CUDA."""
+        return True
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode without torch's wrapper that disables dynamo, which costs as much as the mode itself."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here
+
+
+def gpu_context_patch() -> tuple[Any, str, Callable[[Any], None]]:
+    """What to patch, and with what, so that a fake tensor on ``cuda`` does not initialise CUDA."""
+    return fake_tensor, "init_gpu_context", lambda device: None
+
+
+def active_fake_mode() -> FakeTensorMode:
+    """The fake mode that this code runs under; there must be one."""
+    mode = torch._guards.active_fake_mode()
+    assert mode is not None
+    return mode
+
+
+def returns_new_tensors(operator: Any) -> bool:
+    """Whether an operator's schema says that its results share no storage with its inputs and none is written to."""
+    schema = operator._schema  # OpOverload has no public schema
+    return not schema.is_mutable and bool(schema.returns) and not any(each.alias_info for each in schema.returns)
+
+
+def alias_annotations(operator: Any) -> Iterator[tuple[str, bool]]:
+    """Name of each of an operator's arguments, and whether its schema says that the operator writes to it."""
+    for argument in operator._schema.arguments:
+        yield argument.name, argument.alias_info is not None and argument.alias_info.is_write
+
+
+def convert_module(
+    module: torch.nn.Module,
+    convert: Callable[[torch.Tensor], torch.Tensor],
+    check_parameter: Callable[[torch.nn.Module, torch.Tensor], None],
+    *,
+    recurse: bool = True,
+) -> torch.nn.Module:
+    """What ``Module._apply`` does, the private method behind ``to``, ``cuda`` and ``half``, for fake parameters.
+
+    Torch's own swaps the tensors, which fakes do not support; and a parameter has to stay the same object, because it
+    may be tied.
+
+    Args:
+        module: Converted in place.
+        convert: Called with each parameter and buffer.
+        check_parameter: Called with the module and its parameter before that is replaced; may raise.
+        recurse: Whether its children are converted too.
+    """
+    if recurse:
+        for child in module.children():
+            convert_module(child, convert, check_parameter)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                converted = convert(parameter)
+            if converted is not parameter:
+                check_parameter(module, parameter)
+                parameter.data = converted
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = convert(buffer)
+    return module

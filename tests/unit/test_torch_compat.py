@@ -1,0 +1,232 @@
+"""Torch's private API that fakes use: one test for each item, so that a new torch says what to look at."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+
+import pytest
+import torch
+
+from i2v_lab.profiling.fake import torch_compat as compat
+from i2v_lab.profiling.storages import StorageSet, storage_key
+
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def mode():
+    return compat.HardwareFreeFakeMode(allow_non_fake_inputs=True)
+
+
+def test_a_fake_has_a_device_of_its_own_and_meta_memory(mode):
+    with mode:
+        fake = torch.empty(3, device="cuda")
+    assert type(fake) is compat.FakeTensor
+    assert fake.fake_device == torch.device("cuda:0")  # plain attribute, no dispatch
+    assert fake.untyped_storage().nbytes() == 12
+    made = compat.FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cpu"))
+    assert (made.shape, made.fake_device) == ((2,), torch.device("cpu"))
+    made.fake_device = torch.device("cuda", 0)
+    assert made.device == torch.device("cuda", 0)
+
+
+def test_a_fake_and_its_storage_take_attributes(mode):
+    with mode:
+        fake = torch.empty(3)
+    fake._i2v_lab_known = 1
+    fake.untyped_storage()._i2v_lab_is_real = True
+    assert fake._i2v_lab_known == 1
+    assert fake.view(3, 1).untyped_storage()._i2v_lab_is_real is True
+
+
+def test_the_mode_asks_for_no_cuda_device(mode, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("CUDA was initialised")
+
+    assert isinstance(inspect.getattr_static(compat.FakeTensorMode, "avoid_device_init"), property)
+    target, name, substitute = compat.gpu_context_patch()
+    assert list(inspect.signature(getattr(target, name)).parameters) == list(inspect.signature(substitute).parameters)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", never)
+    monkeypatch.setattr(target, name, substitute)
+    with mode:
+        assert torch.empty(2, device="cuda").add(1).fake_device.type == "cuda"
+
+
+def test_the_converter_makes_fakes_of_real_tensors_that_share_no_storage_with_its_next(mode):
+    real = torch.ones(4)
+    fakes = [compat.FakeTensorConverter(copy_data=False, export=False).from_real_tensor(mode, real) for _ in range(2)]
+    assert storage_key(fakes[0]) != storage_key(fakes[1])
+    assert storage_key(mode.from_tensor(real)) == storage_key(mode.from_tensor(real))  # why the mode's own will not do
+
+
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x.nonzero()], ids=["item", "nonzero"])
+def test_values_that_are_unknown_raise_data_dependent_errors(mode, read):
+    with mode, pytest.raises(compat.DATA_DEPENDENT):
+        read(torch.empty(3))
+
+
+def test_an_operator_without_a_fake_kernel_says_so(mode):
+    @torch.library.custom_op("i2v_lab_compat::opaque", mutates_args=())
+    def opaque(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    with mode, pytest.raises((compat.UnsupportedOperatorException, RuntimeError), match="no fake impl"):
+        opaque(torch.empty(3))
+
+
+def test_a_kernel_invocation_runs_the_meta_kernel(mode):
+    with mode:
+        fake = torch.empty(2, 3, device="cuda")
+    with compat.in_kernel_invocation_manager(mode):
+        view = aten.view.default(fake, [6])
+    assert type(view) is torch.Tensor
+    assert view.device.type == "meta"
+    assert storage_key(view) == storage_key(fake)
+
+
+def test_no_dispatch_runs_a_real_operator_below_all_modes(mode):
+    with mode, compat.no_dispatch():
+        assert type(torch.ones(2)) is torch.Tensor
+
+
+def test_modes_outside_are_disabled():
+    seen = []
+
+    class Mode(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        with compat.disable_current_modes():
+            torch.ones(2)
+        assert not seen
+        torch.ones(2)
+    assert seen
+
+
+def test_a_dispatch_mode_can_do_without_dynamos_wrapper():
+    assert "_should_skip_dynamo" in vars(torch.utils._python_dispatch.TorchDispatchMode)
+    assert compat.DispatchMode._should_skip_dynamo() is False
+
+    class Mode(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert not hasattr(Mode.__torch_dispatch__, "__wrapped__")
+
+
+def test_the_active_mode_is_known(mode):
+    with mode:
+        assert compat.active_fake_mode() is mode
+
+
+def test_trees_are_flattened_and_mapped():
+    tensor = torch.ones(1)
+    values = {"a": [tensor, 2], "b": (tensor,)}
+    assert compat.tree_leaves(values) == [tensor, 2, tensor]
+    assert compat.tree_map_only(int, lambda number: number + 1, values)["a"][1] == 3
+
+
+def test_storages_have_one_key_for_all_views_and_can_be_referred_to_weakly():
+    tensor, other = torch.ones(4), torch.ones(4)
+    assert compat.storage_key(tensor) == compat.storage_key(tensor[1:]) != compat.storage_key(other)
+    freed = []
+    reference = weakref.ref(tensor.untyped_storage(), freed.append)
+    view = tensor[1:]
+    del tensor
+    assert not freed  # the reference is to the storage, not to its Python object
+    storages = StorageSet()
+    storages.add([view])
+    key = storage_key(view)
+    assert key in storages
+    del view
+    assert freed == [reference]
+    assert key not in storages
+
+
+def test_the_descriptors_behind_data_and_numpy():
+    tensor, value = torch.ones(2), torch.zeros(3)
+    compat.DATA.__set__(tensor, value)
+    assert compat.DATA.__get__(tensor).tolist() == [0, 0, 0]
+    assert compat.NUMPY(tensor).tolist() == [0, 0, 0]
+    assert torch.Tensor.data is compat.DATA  # what a forecast replaces by a property of torch.Tensor
+    assert torch.Tensor.numpy is compat.NUMPY
+
+
+def test_a_real_operator_of_each_name_that_is_compared_with(mode):
+    dispatched = []
+
+    class Mode(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            dispatched.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.ones(1).item()
+    assert compat.LOCAL_SCALAR in dispatched
+    with mode, Mode():
+        x = torch.empty(2, 2, device="cuda")
+        assert x.is_cuda
+    assert compat.DEVICE in dispatched
+    q = torch.ones(1, 1, 2, 8)
+    with Mode(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert compat.SAFE_SOFTMAX in dispatched
+
+
+@pytest.mark.parametrize(
+    ("operator", "names"),
+    [
+        (compat.FLASH_ATTENTION, ["query", "key", "value", "dropout_p", "is_causal", "return_debug_mask", "scale"]),
+        (
+            compat.EFFICIENT_ATTENTION,
+            ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale"],
+        ),
+    ],
+    ids=["flash", "efficient"],
+)
+def test_the_kernels_of_attention_take_these_arguments(operator, names):
+    assert [name for name, _ in compat.alias_annotations(operator.default)] == names
+
+
+def test_schemas_say_what_is_new_and_what_is_written():
+    assert compat.returns_new_tensors(aten.mm.default)
+    assert not compat.returns_new_tensors(aten.view.default)
+    assert not compat.returns_new_tensors(aten.add_.Tensor)
+    assert dict(compat.alias_annotations(aten.add_.Tensor)) == {"self": True, "other": False, "alpha": False}
+    # why operator_kinds has a list of batch norms:
+    assert not any(is_written for _, is_written in compat.alias_annotations(aten.native_batch_norm.default))
+
+
+def test_modules_are_converted_in_place_as_torch_does():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    net.tied = net[0].weight
+    weight, checked = net[0].weight, []
+    compat.convert_module(net, lambda t: t.double() if t.is_floating_point() else t, lambda *each: checked.append(each))
+    assert net[0].weight is weight is net.tied
+    assert {t.dtype for t in net.state_dict().values()} == {torch.float64, torch.int64}
+    assert checked[0][0] is net[0]
+    assert list(inspect.signature(torch.nn.Module._apply).parameters) == ["self", "fn", "recurse"]
+    calls = []
+    original = torch.nn.Module._apply
+    try:
+        torch.nn.Module._apply = lambda self, fn, recurse=True: calls.append(self) or self
+        net.to(torch.float32)
+    finally:
+        torch.nn.Module._apply = original
+    assert calls == [net]
+
+
+def test_all_convolutions_fill_their_weights_in_one_place():
+    for kind in (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.ConvTranspose3d):
+        assert issubclass(kind, compat.CONVOLUTION_BASE)
+        assert "reset_parameters" not in vars(kind)
+
+
+def test_every_call_of_a_module_passes_through_one_function():
+    from i2v_lab.profiling import module_paths
+
+    assert torch.nn.Module._call_impl.__code__ is module_paths._CALL
+    assert "self" in module_paths._CALL.co_varnames
