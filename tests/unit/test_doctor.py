@@ -21,7 +21,7 @@ from i2v_lab.units import GIB, MIB
 
 HEALTHY = {
     "i2v-lab": (
-        "0.1.0",
+        "0.2.0",
         ["torch==2.11.*", "torchaudio==2.11.*", "torchvision==0.26.*", "ltx-core==1.0.0", "tokenizers>=0.22"],
     ),
     "torch": ("2.11.0", ["sympy"]),
@@ -86,14 +86,14 @@ def test_it_says_of_this_environment_what_pip_check_says():
         ({"tokenizers": ("0.21.0", [])}, "tokenizers", "broken", "0.21.0", "i2v-lab needs tokenizers>=0.22; 0.21.0 is"),
         ({"tokenizers": None}, "tokenizers", "broken", "missing", "pip install 'tokenizers<=0.23,>=0.22'."),
         ({"huggingface_hub": ("1.2.0", [])}, "huggingface-hub", "broken", "1.2.0", "needs huggingface-hub<1.0,>=0.34"),
-        ({"torchvision": ("0.25.0", [])}, "torch family", "broken", "torchvision 0.25.0", "not one family"),
+        ({"torchvision": ("0.25.0", [])}, "torch family", "broken", "torchvision 0.25.0", "versions do not match"),
         ({"torchaudio": ("2.11.0+cpu", [])}, "torch family", "broken", "torchaudio 2.11.0+cpu", "all from one index"),
         ({"torchaudio": None}, "torch family", "broken", "torchaudio missing", "pip install 'torch==2.11.*'"),
         ({"torch": ("2.11.1", [])}, "torch family", "broken", "torch 2.11.1", "torchvision needs torch==2.11.0"),
         ({"sympy": None}, "other requirements", "broken", "torch needs sympy; none", "pip install 'sympy'."),
-        ({"rival": ("1", ["av<5"])}, "other requirements", "warning", "rival needs av<5; 18.1.0", "does not need who"),
+        ({"rival": ("1", ["av<5"])}, "other requirements", "warning", "rival needs av<5; 18.1.0", "does not need"),
         ({"ltx_video": None}, "ltx-video", "warning", "missing", "pip install --no-deps ltx-video==0.1.2. Until then"),
-        ({"jupyterlab": None}, "jupyterlab", "warning", "missing", "there is no `i2v-lab lab`; everything else runs."),
+        ({"jupyterlab": None}, "jupyterlab", "warning", "missing", "`i2v-lab lab` cannot be used"),
         ({"i2v_lab": None}, "other requirements", "broken", "i2v-lab itself is not installed", "pip install -e ."),
     ],
 )  # fmt: skip
@@ -130,7 +130,7 @@ def test_a_machine_without_a_gpu_is_healthy_and_one_whose_card_torch_misses_is_w
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     check = doctor.check_cuda()
     assert check.state is State.WARNING
-    assert "The driver knows CUDA 12 at most: install a newer driver" in check.advice
+    assert "The driver supports CUDA 12 at most: install a newer one" in check.advice
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "Install torch with CUDA" in doctor.check_cuda().advice
 
@@ -150,11 +150,11 @@ def test_encoders_disk_memory_and_shared_memory(monkeypatch, tmp_path):
     usage.free = GIB
     check = doctor.check_disk("cache folder", tmp_path, "set X to a folder")
     assert check.state is State.WARNING
-    assert check.advice == "Free some space, or set X to a folder with 2.00 GiB and more"
+    assert check.advice == "Free some space, or set X to a folder with at least 2.00 GiB"
     (tmp_path / "file").touch()
     check = doctor.check_disk("cache folder", tmp_path / "file" / "below", "set X to a folder")
     assert check.state is State.BROKEN
-    assert check.advice.startswith("It cannot be written")
+    assert check.advice.startswith("It is not writable")
 
     assert [doctor.check_memory(free).state for free in (GIB // 2, GIB, 3 * GIB)] == ["broken", "warning", "ok"]
     assert doctor.check_shared_memory(tmp_path, free=MIB).state is State.WARNING
@@ -182,8 +182,8 @@ def test_the_command_prints_a_row_for_each_check_and_json_for_programs():
 def test_the_exit_status_is_1_only_where_a_run_would_fail(monkeypatch):
     for state, status, said in [
         (State.BROKEN, 1, "A run would fail. broken: av; warning: disk."),
-        (State.WARNING, 0, "Everything that a run needs is here; warning: av, disk."),
-        (State.OK, 0, "Everything that a run needs is here; warning: disk."),
+        (State.WARNING, 0, "A run has everything that it needs; warning: av, disk."),
+        (State.OK, 0, "A run has everything that it needs; warning: disk."),
     ]:
         checks = [Check("av", state, "18"), Check("disk", State.WARNING, "[full]", "free [some]")]
         monkeypatch.setattr(doctor, "examine", lambda checks=checks: checks)
