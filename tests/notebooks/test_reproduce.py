@@ -1,4 +1,4 @@
-"""The runner: parameters, what is up to date, what is left after a failure or a signal. With real kernels."""
+"""The notebook runner: parameters, up-to-date checks, files and processes after failures and signals."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_declared_parameters_are_read_as_python_reads_them(two):
         ("free", "word", "word"),
     ],
 )
-def test_a_typed_value_is_read_for_the_type_that_is_declared(two, name, text, value):
+def test_text_is_parsed_for_the_declared_type(two, name, text, value):
     plan = plan_parameters(two[:1], two, {name: Text(text)})[0]
     assert plan == {name: value}
     assert type(plan[name]) is type(value)
@@ -133,7 +133,7 @@ def test_a_value_of_another_type_is_refused(two, name, given):
     assert str(declared_parameters(two[0])[name]) in str(refused.value)
 
 
-def test_a_parameter_goes_where_it_is_declared_and_is_refused_where_that_would_surprise(two):
+def test_a_parameter_goes_to_notebooks_that_declare_it_and_is_refused_otherwise(two):
     assert plan_parameters(two, two, {"frames": 9, "seed": 3}) == [{"frames": 9}, {"seed": 3}]
     assert plan_parameters(two[1:], two, {"seed": 3}, named=True) == [{"seed": 3}]
     with pytest.raises(InvalidRequest, match="^no notebook declares a parameter 'widht'; use one of: frames, .* seed"):
@@ -144,7 +144,7 @@ def test_a_parameter_goes_where_it_is_declared_and_is_refused_where_that_would_s
         plan_parameters(two, two, {"out_dir": "elsewhere"})
 
 
-def test_files_give_values_to_all_or_to_one_and_the_command_line_wins(two, tmp_path):
+def test_files_give_values_to_all_or_to_one_and_the_command_line_takes_precedence(two, tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("seed: 1\nprompt: 2026-11-24\nfps: 30\nmany:\n  fps: 60\n  frames: 9\nfew:\n")
     second.write_text("few: {seed: 2}\nframes: 17\n")
@@ -216,7 +216,7 @@ GIVEN = ["-f", "params.yaml", "-p", "frames", "49"]
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory):
-    """Notebooks that work, fail and die, run three at a time: their folder, the build folder, what was said."""
+    """Notebooks that succeed, fail and kill their kernel, executed three at a time: their folder, and the process."""
     top = tmp_path_factory.mktemp("first_run")
     (top / "still.txt").write_text("rocks")
     _write(top / "nb", "drawn", DRAW)
@@ -239,7 +239,7 @@ def build(first_run, tmp_path, monkeypatch) -> Path:
     return top / "out"
 
 
-def test_all_notebooks_run_whatever_fails_and_a_table_says_what_became_of_them(first_run):
+def test_all_notebooks_are_executed_although_some_fail_and_a_table_shows_the_outcomes(first_run):
     top, child = first_run
     assert child.returncode == 1
     lines = child.stderr.splitlines()
@@ -272,7 +272,7 @@ def test_all_notebooks_run_whatever_fails_and_a_table_says_what_became_of_them(f
     assert pages["index"].count("failed") >= 2
 
 
-def test_a_stamp_names_what_a_notebook_made_and_all_that_it_depends_on(build):
+def test_a_stamp_lists_the_inputs_and_the_output_files_of_a_notebook(build):
     stamp = read_stamp(stamp_path(build, "drawn"))
     # drawn_too_c.svg has the name of another notebook in front
     assert list(stamp.files) == ["figures/drawn_a.svg", "figures/drawn_b/deep.svg", "notebooks/drawn.ipynb"]
@@ -346,7 +346,7 @@ def _times(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_up_to_date_is_not_run_even_elsewhere_and_costs_no_import(build):
+def test_notebooks_that_are_up_to_date_are_not_executed_even_if_moved_and_import_nothing_large(build):
     before, moved = _times(build), build.with_name("moved")
     build.rename(moved)
     heavy = "import sys; print([name for name in ('papermill', 'nbformat', 'torch') if name in sys.modules])"
@@ -358,15 +358,15 @@ def test_what_is_up_to_date_is_not_run_even_elsewhere_and_costs_no_import(build)
     assert _times(moved) == before
 
 
-def test_what_is_stale_or_failed_runs_again_and_the_site_keeps_the_rest(build, capfd):
+def test_stale_and_failed_notebooks_are_executed_and_the_site_keeps_the_others(build, capfd):
     (build / "figures" / "drawn_a.svg").unlink()
     before = _times(build)
     outcomes = reproduce(["drawn", "drawn_too"], {"frames": 49}, build, files=[Path("params.yaml")])
     assert [str(outcome) for outcome in outcomes] == ["done", "up to date"]
     assert outcomes[0].seconds is not None
     assert outcomes[1].seconds is None
-    said = capfd.readouterr().err.splitlines()
-    assert said[:2] == [
+    printed = capfd.readouterr().err.splitlines()
+    assert printed[:2] == [
         "[2/2] drawn_too: up to date",
         "[1/2] drawn: started, since figures/drawn_a.svg is missing",
     ]
@@ -384,7 +384,7 @@ def test_what_is_stale_or_failed_runs_again_and_the_site_keeps_the_rest(build, c
     assert "so far" in (build / "site" / "fails.html").read_text()
 
 
-def test_a_missing_page_is_rendered_although_nothing_runs(build):
+def test_a_missing_page_is_rendered_although_no_notebook_is_executed(build):
     (build / "site" / "drawn.html").unlink()
     assert reproduce(["drawn_too"], {"frames": 49}, build)[0].seconds is None
     assert "drawn" in (build / "site" / "drawn.html").read_text()
@@ -418,7 +418,7 @@ while True:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_stopped_leaves_no_process_and_no_half_file(tmp_path, number, status):
+def test_a_stopped_run_leaves_no_process_and_no_partial_file(tmp_path, number, status):
     for name, source in {"a_patient": PATIENT, "b_parent": PARENT, "c_stubborn": STUBBORN, "d_waits": "1"}.items():
         _write(tmp_path / "nb", name, source, parameters="out_dir: str = 'build'")
     child = subprocess.Popen(
@@ -435,29 +435,29 @@ def test_a_run_that_is_stopped_leaves_no_process_and_no_half_file(tmp_path, numb
     started = psutil.Process(child.pid).children(recursive=True)
     assert len(started) >= 5  # three kernels and two programs
     child.send_signal(number)
-    said = child.communicate(timeout=60)[1]
+    printed = child.communicate(timeout=60)[1]
     assert child.returncode == status
     assert psutil.wait_procs(started, timeout=5)[1] == []
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"parent.ready", "stubborn.ready"}
-    assert "d_waits" not in said
-    assert "i2v_lab" not in said  # no traceback of ours
+    assert "d_waits" not in printed
+    assert "i2v_lab" not in printed  # no traceback of this package
 
 
 def test_a_terminal_shows_bars_and_whole_lines(tmp_path):
     _write(tmp_path / "nb", "a", "1", "2", "import time; time.sleep(0.3)", parameters="x = 1")
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     command = _cli(tmp_path / "nb", "--out", tmp_path / "out")
-    terminal = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=terminal) as child:
-        os.close(theirs)
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
+    with subprocess.Popen(command, stderr=terminal, stdout=subprocess.DEVNULL, env=environment) as child:
+        os.close(terminal)
         shown = b""
         try:
-            while some := os.read(ours, 65536):
-                shown += some
+            while chunk := os.read(controller, 65536):
+                shown += chunk
         except OSError:  # the terminal's other end has closed
             pass
-    os.close(ours)
+    os.close(controller)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert child.returncode == 0
     assert re.search(r"all +━+ 0/1 notebooks", text)

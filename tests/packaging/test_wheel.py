@@ -8,11 +8,9 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from small_notebooks import SMALL
 
 from i2v_lab.cli.app import app
 
@@ -74,9 +72,9 @@ def test_the_wheel_contains_the_package_its_data_and_its_notebooks_and_nothing_e
     names = zipfile.ZipFile(installed.wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"i2v_lab"}
     for folder in ("data", "notebooks"):
-        ours = {f"i2v_lab/{path.relative_to(TOP)}" for path in (TOP / folder).glob("[!.]*") if path.is_file()}
-        assert ours
-        assert ours <= set(names)
+        expected = {f"i2v_lab/{path.relative_to(TOP)}" for path in (TOP / folder).glob("[!.]*") if path.is_file()}
+        assert expected
+        assert expected <= set(names)
     assert "i2v_lab/py.typed" in names
     version = installed.python("-c", "import i2v_lab; print(i2v_lab.__file__, i2v_lab.__version__)").split()
     assert version[0] == str(installed.site / "i2v_lab" / "__init__.py")
@@ -117,7 +115,9 @@ def test_calibrate_writes_the_model_that_the_package_has(installed, tmp_path):
 
 def test_measure_lists_a_plan(installed, tmp_path):
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump({"defaults": {"model": "ltx-2.3-tiny"}, "groups": [{"runs": [{}]}]}))
+    plan.write_text(
+        yaml.safe_dump({"defaults": {"model": "ltx-2.3-tiny"}, "groups": [{"runs": [{"expected_seconds": 5}]}]})
+    )
     lines = installed.i2v_lab("measure", "--plan", plan, "--out", tmp_path / "runs", "--device", "cpu", "--dry-run")
     assert len(lines.splitlines()) == 2
     assert not (tmp_path / "runs").exists()
@@ -125,7 +125,8 @@ def test_measure_lists_a_plan(installed, tmp_path):
 
 def test_reproduce_executes_a_notebook_of_the_package_and_renders_the_site(installed, tmp_path):
     name = "01_tiling_dead_end"
-    values: dict[str, Any] = {"source": "forecast", "model": "ltx-2.3-tiny", **SMALL[name]}
+    size = {"width": 64, "height": 64, "frames": 9, "tilings": ["64/32/16/8"]}
+    values = {"source": "forecast", "model": "ltx-2.3-tiny", **size}
     (tmp_path / "parameters.yaml").write_text(json.dumps({name: values}))
     table = installed.i2v_lab("reproduce", name, "-f", tmp_path / "parameters.yaml", "--out", tmp_path / "build")
     assert "done" in table

@@ -1,4 +1,4 @@
-"""The command line as a person or a script meets it."""
+"""The command line: exit statuses, JSON on stdout, progress on stderr, and files that are left."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _refused(kind: type[I2VLabError], *arguments: str) -> dict[str, object]:
     return result.exception.fields
 
 
-def test_every_command_is_known_by_its_name():
+def test_every_command_is_registered():
     assert [command.name or command.callback.__name__ for command in app.registered_commands] == COMMANDS
 
 
@@ -112,7 +112,7 @@ def test_json_is_one_object_with_every_phase_and_the_file_is_right(tmp_path, sti
     assert all(line.split("peak_so_far=")[1].endswith("iB") for line in lines)
 
 
-def test_inference_mode_ends_with_status_1_torchs_words_and_the_remedy(tmp_path, still):
+def test_inference_mode_ends_with_status_1_the_message_of_torch_and_the_remedy(tmp_path, still):
     out = tmp_path / "video.mp4"
     child = subprocess.run(
         [*CLI, "generate", "--image", still, "--out", out, *SMALL, "--decode-scope", "inference_mode"],
@@ -165,12 +165,12 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, still, number, st
 
 
 @pytest.mark.parametrize("module", ["i2v_lab", "i2v_lab.cli.app"])
-def test_importing_the_package_or_its_command_line_brings_nothing_large(module):
+def test_importing_the_package_or_its_command_line_imports_nothing_large(module):
     large = {"torch", "numpy", "pandas", "matplotlib", "pydantic", "papermill", "IPython", "av", "pynvml"}
     code = f"import sys, {module}; print(*sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert large & set(said.stdout.split()) == set()
-    assert said.stderr == ""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert large & set(child.stdout.split()) == set()
+    assert child.stderr == ""
 
 
 def test_paths_are_printed_verbatim_and_never_as_markup(capsys):
@@ -187,9 +187,7 @@ def test_paths_are_printed_verbatim_and_never_as_markup(capsys):
 # --- lab ---
 
 
-def test_lab_edits_the_notebooks_of_a_checkout_in_place_and_those_of_an_installed_copy_beside_you(
-    tmp_path, monkeypatch, capsys
-):
+def test_lab_serves_the_notebooks_of_a_checkout_or_copies_of_installed_ones(tmp_path, monkeypatch, capsys):
     assert lab.editable_notebooks(tmp_path) == notebooks_dir()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(lab, "checkout_dir", lambda: None)

@@ -1,4 +1,4 @@
-"""Files that repeat one another agree, and the stills are what their script draws."""
+"""Files that state the same facts agree, and the stills are what their script draws."""
 
 from __future__ import annotations
 

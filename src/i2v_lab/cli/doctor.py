@@ -52,7 +52,7 @@ def doctor_table(checks: Sequence[Check]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("check", "state", "found", "what to do", header_style="bold")
+    table = Table("check", "state", "found", "advice", header_style="bold")
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for check in checks:
         state = Text(check.state.value, style=STYLES[check.state.value])

@@ -56,7 +56,9 @@ def measure(
 
     planned = load_plan(plan)
     settings = [settings_of(each.experiment, device, each.conditions) for each in planned]
-    todo = [each for each, asked in zip(planned, settings, strict=True) if kept_run(out / each.name, asked) is None]
+    todo = [
+        each for each, expected in zip(planned, settings, strict=True) if kept_run(out / each.name, expected) is None
+    ]
     seconds = sum(each.expected_seconds for each in todo)
     print(
         f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {_duration(seconds)}",

@@ -68,7 +68,7 @@ def resolved(request: I2VRequest, model: str, memory_bytes: int, device: str = "
 
 
 def build_request(
-    architecture: Architecture, tile: tuple[int | None, ...], no_tiling: bool, **asked: Any
+    architecture: Architecture, tile: tuple[int | None, ...], no_tiling: bool, **values: Any
 ) -> I2VRequest:
     """Build the request of a command line from options and the defaults of the architecture.
 
@@ -76,13 +76,13 @@ def build_request(
         architecture: Gives the default of every option that is ``None``, and the backend, whose package is checked.
         tile: ``tile_px, tile_overlap_px, tile_frames, tile_overlap_frames``.
         no_tiling: Ignore ``tile`` and decode without tiles.
-        **asked: Other fields of the request; ``None`` stands for the default.
+        **values: Other fields of the request; ``None`` stands for the default.
 
     Raises:
         InvalidRequest: A rule of the model is broken.
         BackendUnavailable: The model's package is not installed.
     """
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
     tiles = {name: value for name, value in zip(names, tile, strict=True) if value is not None}
     untiled = no_tiling or (not tiles and "tiling" in architecture.request)

@@ -16,8 +16,17 @@ from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 from i2v_lab.units import GIB, MIB, format_bytes
 
 PROJECT = "i2v-lab"
-SHOWN = ("ltx-core", "ltx-pipelines", "ltx-video", "transformers", "diffusers", "huggingface-hub", "tokenizers")
-SHOWN_LAST = ("av", "jupyterlab")
+SHOWN = (
+    "ltx-core",
+    "ltx-pipelines",
+    "ltx-video",
+    "transformers",
+    "diffusers",
+    "huggingface-hub",
+    "tokenizers",
+    "av",
+    "jupyterlab",
+)
 OPTIONAL = {  # not needed for a generation with LTX-2.3, but for this
     "ltx-video": "the ltx-video backend",
     "diffusers": "pipelines of diffusers",
@@ -81,9 +90,7 @@ def examine(packages: Packages | None = None) -> list[Check]:
         check_torch_family(packages),
         *check_packages(packages, SHOWN),
         check_other_requirements(packages),
-        *check_packages(packages, SHOWN_LAST[:1]),
         check_encoders(),
-        *check_packages(packages, SHOWN_LAST[1:]),
         check_chromium(),
         check_disk("cache folder", cache_dir(), f"set {CACHE_VARIABLE} to a folder"),
         check_disk("temporary folder", Path(tempfile.gettempdir()), "set TMPDIR to a folder"),
@@ -207,14 +214,14 @@ def check_packages(packages: Packages, names: tuple[str, ...]) -> Iterator[Check
         version = packages.version(name)
         optional = OPTIONAL.get(name)
         bad = State.WARNING if optional else State.BROKEN
-        lost = f" Until then, {optional} cannot be used; everything else works." if optional else ""
+        effect = f" Until then, {optional} cannot be used; everything else works." if optional else ""
         unmet = [each for each in _unmet(packages) if each.name == name]
         if version is None:
             remedy = LTX_VIDEO if name == "ltx-video" else f"pip install '{_wanted(unmet) or name}'"
-            yield Check(name, bad, "missing", f"{remedy}.{lost}")
+            yield Check(name, bad, "missing", f"{remedy}.{effect}")
         elif unmet:
             remedy = f"pip install '{_wanted(unmet)}'"
-            yield Check(name, bad, version, f"{'; '.join(map(str, unmet))}: {remedy}.{lost}")
+            yield Check(name, bad, version, f"{'; '.join(map(str, unmet))}: {remedy}.{effect}")
         else:
             expected = [each for each in packages.unmet if (each.package, each.name) == EXPECTED]
             yield Check(name, State.OK, version, WHY_EXPECTED if expected and name == EXPECTED[0] else "")
@@ -226,16 +233,16 @@ def check_other_requirements(packages: Packages) -> Check:
     if packages.version(PROJECT) is None:
         found = f"{PROJECT} itself is not installed"
         return Check(name, State.BROKEN, found, "make setup, or `pip install -e .`, so that its requirements are known")
-    checked = {"torch", "torchaudio", "torchvision", *SHOWN, *SHOWN_LAST}
+    checked = {"torch", "torchaudio", "torchvision", *SHOWN}
     needed = packages.needed_by(PROJECT)
     others = [each for each in _unmet(packages) if each.name not in checked or each.package not in needed]
     if not others:
         return Check(name, State.OK, "all met")
-    ours = [each for each in others if each.package in needed]
-    remedy = " ".join(f"'{each.requirement.name}{each.requirement.specifier}'" for each in ours or others)
-    state = State.BROKEN if ours else State.WARNING
-    lost = "" if ours else " LTX-2.3 does not need the package that declares it."
-    return Check(name, state, "; ".join(map(str, others)), f"pip install {remedy}.{lost}")
+    required = [each for each in others if each.package in needed]
+    remedy = " ".join(f"'{each.requirement.name}{each.requirement.specifier}'" for each in required or others)
+    state = State.BROKEN if required else State.WARNING
+    effect = "" if required else " LTX-2.3 does not need the package that declares it."
+    return Check(name, state, "; ".join(map(str, others)), f"pip install {remedy}.{effect}")
 
 
 def _unmet(packages: Packages) -> list[Unmet]:

@@ -178,9 +178,11 @@ def _check_name(name: str, declared: Mapping[str, Mapping[str, Parameter]], *, i
     lacking = [stem for stem, parameters in declared.items() if name not in parameters]
     if not lacking or (len(lacking) < len(declared) and not in_each):
         return
-    who = f"{lacking[0]}.ipynb declares no" if in_each or len(declared) == 1 else "no notebook declares a"
+    subject = f"{lacking[0]}.ipynb declares no" if in_each or len(declared) == 1 else "no notebook declares a"
     there = dict.fromkeys(each for stem in lacking for each in declared[stem] if each != OUT_DIR)
-    raise InvalidRequest(f"{where}{who} parameter {name!r}; use one of: {', '.join(there) or 'none'}", parameter=name)
+    raise InvalidRequest(
+        f"{where}{subject} parameter {name!r}; use one of: {', '.join(there) or 'none'}", parameter=name
+    )
 
 
 def _read_file(
