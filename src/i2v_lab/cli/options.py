@@ -44,7 +44,7 @@ def check_cap(vram_cap_gib: float | None) -> None:
     """
     if vram_cap_gib is not None and not vram_cap_gib > 0:
         raise InvalidRequest(
-            f"vram_cap_gib={vram_cap_gib} is not positive; give the card's memory in GiB",
+            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB",
             vram_cap_gib=vram_cap_gib,
         )
 
