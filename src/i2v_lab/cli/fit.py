@@ -32,9 +32,9 @@ The largest 4:3 video of 97 frames, then the most frames at 1024x768, then the f
 
 def fit(
     gpu: Annotated[str, typer.Option(help="A card of data/gpus.csv, or a size such as 24GiB.")],
-    frames: options.Frames = None,
-    width: options.Width = None,
-    height: options.Height = None,
+    frames: Annotated[int | None, typer.Option(help="Frames. [default: searched for]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; with --height. [default: searched for]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; with --width. [default: searched for]")] = None,
     aspect: Annotated[str, typer.Option(help="Width to height, when searching for the size.")] = "4:3",
     fps: options.Fps = 24.0,
     model: options.Model = FULL_SIZE_MODEL,
