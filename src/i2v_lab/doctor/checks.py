@@ -111,7 +111,7 @@ def check_python(version: str = platform.python_version()) -> Check:
 
 
 def check_driver() -> Check:
-    """Check the driver and the GPUs as NVML reports them; a machine without a GPU is ok."""
+    """What NVML says; a machine without a GPU is no failure."""
     name = "NVIDIA driver"
     try:
         import pynvml
@@ -154,7 +154,7 @@ def check_cuda() -> Check:
     )
     driver = driver_cuda()
     if driver is None:
-        return Check(name, State.OK, f"{built}; there is no GPU")
+        return Check(name, State.OK, f"{built}; no card to use")
     if torch.cuda.is_available():
         cards = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Check(name, State.OK, f"{built}; {cards}")
@@ -170,12 +170,12 @@ def check_cuda() -> Check:
 
 
 def driver_cuda() -> int | None:
-    """Return the major version of CUDA that the driver supports; ``None`` if there is no driver."""
+    """The major version of CUDA that the driver knows; ``None`` where there is no driver."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no package, no library or no driver
+    except Exception:  # no package, no library, no driver: all the same here
         return None
     try:
         return int(pynvml.nvmlSystemGetCudaDriverVersion_v2()) // 1000
