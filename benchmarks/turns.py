@@ -26,7 +26,7 @@ from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.ltx2.pipeline import resolve_device
 from i2v_lab.pipeline.ltx2.weights import resolve_weights
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.interleaved import WAYS, take_turns, turns_table
+from i2v_lab.runs.interleaved import WAYS, ratio_table, take_turns
 from i2v_lab.runs.spec import DEFAULT_STILL, SMALL_MODEL
 
 
@@ -61,9 +61,9 @@ def print_table(turns: list[dict[str, object]], title: str) -> None:
     import pandas as pd
 
     table = Table("way", "median s", "times", "95 % interval", "taking note", title=title)
-    for row in turns_table(pd.DataFrame(turns)).itertuples():
+    for row in ratio_table(pd.DataFrame(turns)).itertuples():
         interval = f"{row.low_ratio:.3f} to {row.high_ratio:.3f}"
-        told = "" if pd.isna(row.told_share) else f"{row.told_share:.3%}"
+        told = "" if pd.isna(row.event_share) else f"{row.event_share:.3%}"
         table.add_row(row.way, f"{row.median_seconds:.2f}", f"{row.ratio:.3f}", interval, told)
     Console(width=120).print(table)
 

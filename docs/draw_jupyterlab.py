@@ -1,4 +1,4 @@
-"""Take the README's pictures of JupyterLab, from JupyterLab itself: `make pictures`. Needs Chromium."""
+"""Take the documentation's pictures of JupyterLab, from JupyterLab itself: `make pictures`. Needs Chromium."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lab_server import LabServer, lab_server
 from playwright.sync_api import Page, sync_playwright
 
 from i2v_lab.lab.exploration import Question
-from i2v_lab.runs.forecast import forecast_experiments
+from i2v_lab.runs.forecast import forecast_specs
 from i2v_lab.studies.published import study_request
 
 FIGURES = Path(__file__).parent / "figures"
@@ -25,7 +25,7 @@ CELLS = {
 
 def take(folder: Path) -> list[Path]:
     """Write the pictures to a folder."""
-    forecast_experiments([Question(request=study_request("ltx-2.3-22b")).experiment])
+    forecast_specs([Question(request=study_request("ltx-2.3-22b")).spec])
     with (
         tempfile.TemporaryDirectory() as place,
         lab_server(Path(place), {}, keep_forecasts=True) as server,

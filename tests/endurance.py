@@ -20,8 +20,8 @@ import psutil
 
 from i2v_lab import Explorer, Generate, I2VRequest
 from i2v_lab.lab.generation_job import State
-from i2v_lab.runs.forecast import forecast_experiment
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.forecast import forecast_spec
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import FAILED, read_run
 
 MODEL = "ltx-2.3-tiny"
@@ -57,7 +57,7 @@ def change_controls(count: int, seed: int = 0) -> Changes:
     for size in KNOWN:
         width, height = map(int, size.split("x"))
         request = I2VRequest(image=STILL, width=width, height=height, frames=9)
-        forecast_experiment(Experiment(request=request, model=MODEL))
+        forecast_spec(RunSpec(request=request, model=MODEL))
     threads = threading.active_count()
     explorer = Explorer(I2VRequest(image=STILL, width=64, height=64, frames=9), MODEL)
     controls = {name: control for name, control in explorer.controls.items() if name != "model"}

@@ -52,7 +52,8 @@ def make_notebooks(folder: Path, **results_of_03: Any) -> list[Path]:
         "02_peak_localization": (
             "The peak is in `decode_video`",
             [new_markdown_cell("## Boundaries"), _shown(figures[0]), _shown(figures[1]), _shown(_table(2))],
-            {"verdict": "confirmed", "finding": "All of it is there.", "source": "recorded", "model": "ltx-2.3-22b"},
+            {"verdict": "confirmed", "finding": "All of it is there.", "source": "recorded", "model": "ltx-2.3-22b"}
+            | {"device": "NVIDIA H200"},
         ),
         "03_no_grad_fix": (
             "One call moved inside `no_grad`",

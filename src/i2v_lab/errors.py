@@ -57,8 +57,8 @@ class UnknownModel(I2VLabError):
     """No architecture of that name is in ``data/architectures``."""
 
 
-class BackendUnavailable(I2VLabError):
-    """The package that a model runs on is not installed."""
+class RunnerUnavailable(I2VLabError):
+    """The package that a runner needs is not installed."""
 
 
 class CheckpointError(I2VLabError):

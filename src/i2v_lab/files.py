@@ -1,4 +1,4 @@
-"""Artefacts on disk: written beside their target and renamed, so that none is ever half there."""
+"""Files written beside their target and renamed, so that a reader never sees a partial one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write`` make a file beside ``path``, then rename it.
+    """Let ``write`` write a file beside ``path``, then rename it to ``path``.
 
     Args:
         path: The target; its folder is made if it does not exist.
@@ -17,6 +17,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
 
     Returns:
         ``path``.
+
+    Raises:
+        OSError: The folder or the file cannot be written; ``path`` is as it was before.
+
+    Example:
+        >>> write_atomically(Path("table.csv"), lambda part: part.write_text("peak_bytes"))
+        PosixPath('table.csv')
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -32,5 +39,5 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file atomically."""
+    """Write a text file in UTF-8 as :func:`write_atomically` does, and return ``path``."""
     return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -1,10 +1,12 @@
-"""What is asked of a pipeline, checked before anything is loaded, and the shapes that follow from it."""
+"""What is asked of a pipeline: fields checked as far as no model is needed for it.
+
+Which sizes a model takes is a rule of that model (:mod:`i2v_lab.pipeline.contract.sizes`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import operator
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -15,12 +17,6 @@ from typing import Any, NamedTuple
 from i2v_lab.display import HtmlFields
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
-
-SPATIAL_SCALE = 32  # pixels per latent position; ltx_core.types.VIDEO_SCALE_FACTORS
-TEMPORAL_SCALE = 8  # frames per latent position after the first; the same
-LATENT_CHANNELS = 128  # ltx_pipelines.utils.constants.VIDEO_LATENT_CHANNELS
-STAGE_2_FACTOR = 2  # stage 1 runs at half the width and height
-PIXEL_MULTIPLE = SPATIAL_SCALE * STAGE_2_FACTOR
 
 
 class Variant(StrEnum):
@@ -73,10 +69,10 @@ CHOICES: dict[str, type[StrEnum]] = {
 
 
 class VideoShape(NamedTuple):
-    """A video in pixels; owns its own way to the latent grid.
+    """A video in pixels.
 
     Attributes:
-        frames: Number of frames, ``8 k + 1``.
+        frames: Number of frames.
         height: In pixels.
         width: In pixels.
     """
@@ -84,36 +80,6 @@ class VideoShape(NamedTuple):
     frames: int
     height: int
     width: int
-
-    def latent(self) -> LatentShape:
-        """The latent grid: a causal first frame, then one position for each 8 frames and 32 x 32 pixels.
-
-        Source: ``VideoLatentShape.from_pixel_shape`` in ltx-core.
-        """
-        return LatentShape(
-            frames=(self.frames - 1) // TEMPORAL_SCALE + 1,
-            height=self.height // SPATIAL_SCALE,
-            width=self.width // SPATIAL_SCALE,
-        )
-
-
-class LatentShape(NamedTuple):
-    """A video latent's grid; its tensor is ``(1, 128, frames, height, width)``.
-
-    Attributes:
-        frames: Latent frames.
-        height: Latent rows.
-        width: Latent columns.
-    """
-
-    frames: int
-    height: int
-    width: int
-
-    @property
-    def tokens(self) -> int:
-        """Positions, which is the transformer's sequence length at patch size 1."""
-        return self.frames * self.height * self.width
 
 
 @dataclass(frozen=True)
@@ -131,8 +97,8 @@ class Tiling(HtmlFields):
             for a negative overlap, which they take and which leaves gaps between the tiles.
 
     Example:
-        >>> Tiling(tile_frames=32, tile_overlap_frames=8).chunks(97)
-        4
+        >>> Tiling(tile_px=512).tile_frames
+        80
     """
 
     tile_px: int = 768
@@ -147,24 +113,13 @@ class Tiling(HtmlFields):
             "tile_frames", self.tile_frames, "tile_overlap_frames", self.tile_overlap_frames, minimum=16, multiple=8
         )
 
-    def chunks(self, frames: int) -> int:
-        """How many chunks the decoder will yield for a video of ``frames`` frames.
-
-        One per temporal tile: tiles of ``s`` latent frames overlapping by ``o`` cover ``n`` latent frames in
-        ``ceil((n - o) / (s - o))`` steps. Source: ``split_with_symmetric_overlaps`` in ltx-core (its own
-        ``get_video_chunks_number`` counts one too many where the video fits in a single tile).
-        """
-        latent_frames = (frames - 1) // TEMPORAL_SCALE + 1
-        size, overlap = self.tile_frames // TEMPORAL_SCALE, self.tile_overlap_frames // TEMPORAL_SCALE
-        return 1 if latent_frames <= size else math.ceil((latent_frames - overlap) / (size - overlap))
-
 
 def _check_tile(name: str, size: int, overlap_name: str, overlap: int, *, minimum: int, multiple: int) -> None:
     if size < minimum:
         raise InvalidRequest(f"{name}={size} is below the smallest tile; use {minimum} or more", **{name: size})
     if size % multiple:
         raise InvalidRequest(
-            f"{name}={size} is not a multiple of {multiple}; use {_neighbours(size, multiple, minimum)}", **{name: size}
+            f"{name}={size} is not a multiple of {multiple}; use {neighbours(size, multiple, minimum)}", **{name: size}
         )
     if overlap < 0:
         raise InvalidRequest(f"{overlap_name}={overlap} is negative; use 0 or more", **{overlap_name: overlap})
@@ -174,13 +129,19 @@ def _check_tile(name: str, size: int, overlap_name: str, overlap: int, *, minimu
             **{name: size, overlap_name: overlap},
         )
     if overlap % multiple:
-        remedy = _neighbours(overlap, multiple, 0, maximum=size - multiple)
+        remedy = neighbours(overlap, multiple, 0, maximum=size - multiple)
         raise InvalidRequest(
             f"{overlap_name}={overlap} is not a multiple of {multiple}; use {remedy}", **{overlap_name: overlap}
         )
 
 
-def _neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum: int | None = None) -> str:
+def neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum: int | None = None) -> str:
+    """The allowed values next to one that is not, in words.
+
+    Example:
+        >>> neighbours(500, 64, 64)
+        '448 or 512'
+    """
     below = (value - offset) // multiple * multiple + offset
     near = [n for n in (below, below + multiple) if n >= minimum and (maximum is None or n <= maximum)]
     return " or ".join(map(str, near))
@@ -204,29 +165,27 @@ class I2VRequest(HtmlFields):
         image: Path of the still that becomes the first frame.
         prompt: What should happen.
         negative_prompt: What should not; used by the ``dev`` variant only.
-        width: Pixels, a multiple of ``pixel_multiple``; at least 64.
+        width: Pixels; which values a model takes is its own rule.
         height: Pixels, likewise.
-        frames: ``8 k + 1``.
+        frames: Likewise.
         fps: Frames per second of the result.
         seed: For the noise; the same request gives the same video.
         variant: Sampler and checkpoint family.
         quantization: How the transformer is kept on the device.
         tiling: The decoder's tiles; ``None`` decodes in one piece.
         decode_scope: The grad mode of the decoding.
-        pixel_multiple: 64 where stage 1 runs at half size, on a latent grid of 32 pixels; 32 for models of ltx-video,
-            which round for themselves.
-        memory: How much of the device is held at a time.
+        memory: Which techniques lower the peak.
 
     Raises:
         InvalidRequest: The first rule that is broken, with the value and the remedy.
 
     Example:
-        >>> I2VRequest(image="still.png", width=1024, height=768, frames=97).stage_shape(1).latent().tokens
-        2496
-        >>> I2VRequest(image="still.png", height=500)
+        >>> I2VRequest(image="still.png", width=1024, height=768, frames=97).shape
+        VideoShape(frames=97, height=768, width=1024)
+        >>> I2VRequest(image="still.png", frames=0)
         Traceback (most recent call last):
         ...
-        i2v_lab.errors.InvalidRequest: height=500 is not a multiple of 64; use 448 or 512
+        i2v_lab.errors.InvalidRequest: frames=0 is not above 0; use 1 or more
     """
 
     image: str
@@ -241,32 +200,20 @@ class I2VRequest(HtmlFields):
     quantization: Quantization = Quantization.FP8_CAST
     tiling: Tiling | None = Tiling()
     decode_scope: DecodeScope = DecodeScope.NO_GRAD
-    pixel_multiple: int = PIXEL_MULTIPLE
     memory: MemoryPolicy = MemoryPolicy.RESIDENT
 
     def __post_init__(self) -> None:
-        _make_whole(self, "width", "height", "frames", "seed", "pixel_multiple")
+        _make_whole(self, "width", "height", "frames", "seed")
         for name, kind in CHOICES.items():
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, kind(value))
             except ValueError:
                 raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
-        multiple = self.pixel_multiple
-        if multiple not in (SPATIAL_SCALE, PIXEL_MULTIPLE):
-            raise InvalidRequest(f"pixel_multiple={multiple} is unknown; use 32 or 64", pixel_multiple=multiple)
-        for name in ("width", "height"):
+        for name in ("width", "height", "frames"):
             value = getattr(self, name)
-            if value <= 0:
-                raise InvalidRequest(f"{name}={value} is not above 0; use {PIXEL_MULTIPLE} or more", **{name: value})
-            if value % multiple:
-                remedy = _neighbours(value, multiple, PIXEL_MULTIPLE) or PIXEL_MULTIPLE
-                raise InvalidRequest(f"{name}={value} is not a multiple of {multiple}; use {remedy}", **{name: value})
-            if value < PIXEL_MULTIPLE:
-                raise InvalidRequest(f"{name}={value} is below {PIXEL_MULTIPLE}; use that or more", **{name: value})
-        if self.frames < 1 or (self.frames - 1) % TEMPORAL_SCALE:
-            remedy = _neighbours(self.frames, TEMPORAL_SCALE, 1, offset=1) if self.frames > 0 else "1 or 9"
-            raise InvalidRequest(f"frames={self.frames} is not 8k+1; use {remedy}", frames=self.frames)
+            if value < 1:
+                raise InvalidRequest(f"{name}={value} is not above 0; use 1 or more", **{name: value})
         try:
             object.__setattr__(self, "fps", float(self.fps))  # 24 and 24.0 are one request, with one digest
         except (TypeError, ValueError):
@@ -291,20 +238,6 @@ class I2VRequest(HtmlFields):
         ntsc = Fraction(round(self.fps * 1001 / 1000) * 1000, 1001)
         return ntsc if abs(float(ntsc) - self.fps) < 5e-3 else Fraction(self.fps).limit_denominator(1000)
 
-    @property
-    def duration_s(self) -> float:
-        """Length of the video in seconds."""
-        return float(self.frames / self.frame_rate)
-
-    def stage_shape(self, stage: int) -> VideoShape:
-        """The video in pixels as stage 1 (half width and height) or stage 2 (full size) works on it."""
-        factor = STAGE_2_FACTOR if stage == 1 else 1
-        return VideoShape(self.frames, self.height // factor, self.width // factor)
-
-    def chunks(self) -> int:
-        """How many chunks the video stream will yield."""
-        return self.tiling.chunks(self.frames) if self.tiling else 1
-
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; :meth:`from_json` reads them back."""
         return asdict(self)
@@ -321,7 +254,6 @@ class I2VRequest(HtmlFields):
     def digest(self) -> str:
         """A hash of everything that shapes the result, stable over machines: the still counts by its content."""
         values = self.to_json()
-        del values["pixel_multiple"]  # a rule for sizes, which shapes nothing itself
         if self.memory is MemoryPolicy.RESIDENT:
             del values["memory"]  # so that a request from before there were policies keeps its digest
         still = Path(self.image)

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
-from i2v_lab.errors import BackendUnavailable, I2VLabError, InvalidRequest
+from i2v_lab.errors import I2VLabError, InvalidRequest, RunnerUnavailable
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract import runner as backends
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
-from i2v_lab.pipeline.contract.runner import BACKENDS, backend_of, check_request
+from i2v_lab.pipeline.registry import RUNNERS, check_request, runner_of
 from i2v_lab.request import I2VRequest, Quantization, Tiling
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.studies.published import study_request, varied
@@ -34,8 +34,8 @@ def test_using_one_backend_does_not_import_the_other_and_asking_for_one_imports_
     packages = {"ltx_core", "ltx_pipelines", "ltx_video"}
     use = (
         "from i2v_lab.pipeline.contract.architectures import load_architecture\n"
-        "from i2v_lab.pipeline.contract.runner import backend_of\n"
-        "architecture = load_architecture('{}'); backend = backend_of(architecture)\n"
+        "from i2v_lab.pipeline.registry import runner_of\n"
+        "architecture = load_architecture('{}'); backend = runner_of(architecture)\n"
     )
     work = "backend.skeleton_weights(architecture); backend.repeats(); backend._part('pipeline')"
     seen = _imports(use.format("ltxv-tiny") + "import i2v_lab.cli.app, i2v_lab.runs.measure; backend.require_package()")
@@ -49,8 +49,8 @@ def test_every_model_has_a_backend_a_first_request_and_its_studies(name):
     architecture = load_architecture(name)
     assert architecture.name == name
     request = study_request(name)
-    assert request.quantization is backend_of(architecture).quantizations[0]
-    assert (request.tiling is not None) is backend_of(architecture).tiled
+    assert request.quantization is runner_of(architecture).quantizations[0]
+    assert (request.tiling is not None) is runner_of(architecture).tiled
     for what in ("tilings", "sizes", "frames", "map_sizes", "map_frames"):
         assert varied(name, what)
 
@@ -157,14 +157,14 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     for arguments in ([*GENERATE, "--model", "ltxv-tiny"], ["forecast", "--model", "ltxv-13b-0.9.8"]):
         refused = CliRunner().invoke(app, arguments).exception
-        assert isinstance(refused, BackendUnavailable)
+        assert isinstance(refused, RunnerUnavailable)
         assert refused.exit_status == 2
         assert str(refused) == (
             "backend='ltx-video' needs the package ltx-video, which is not installed; "
             "run `pip install --no-deps ltx-video==0.1.2`"
         )
-    with pytest.raises(BackendUnavailable, match="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0"):
-        BACKENDS["ltx-2"].repeats()
+    with pytest.raises(RunnerUnavailable, match="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0"):
+        RUNNERS["ltx-2"].repeats()
 
 
 def test_refusals_come_before_torch():
@@ -180,7 +180,7 @@ def test_refusals_come_before_torch():
 
 def test_a_backend_without_an_upstream_pipeline_says_so():
     with pytest.raises(InvalidRequest, match="has no upstream pipeline to measure; use i2v-lab's own"):
-        backend_of(load_architecture("ltxv-tiny")).upstream(None)
+        runner_of(load_architecture("ltxv-tiny")).upstream(None)
 
 
 def test_each_backend_has_sizes_of_its_own():
@@ -199,5 +199,5 @@ def test_each_backend_has_sizes_of_its_own():
 
 
 def test_the_usual_quantization_of_each_backend():
-    usual = {name: backend.quantizations[0] for name, backend in BACKENDS.items()}
+    usual = {name: backend.quantizations[0] for name, backend in RUNNERS.items()}
     assert usual == {"ltx-2": Quantization.FP8_CAST, "ltx-video": Quantization.BF16}

@@ -31,9 +31,9 @@ from i2v_lab.profiling.fake.workspaces import load_workspaces
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast, PhaseRecord, StepRecord
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
-from i2v_lab.runs.forecast import forecast_experiments, forecast_request
+from i2v_lab.runs.forecast import forecast_request, forecast_specs
 from i2v_lab.runs.sources import forecast_sweep
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import read_run
 from i2v_lab.studies.accuracy import accuracy_table, measured_table, reference_table, summary_table
 
@@ -113,8 +113,8 @@ def test_what_is_not_run_again_changes_no_byte(variant):
 def full_size(_cache) -> dict[str, Forecast]:
     """1024x768, 97 frames at 22B, without and with the defect."""
     asked = I2VRequest(image=STILL, width=1024, height=768, frames=97)
-    experiments = [Experiment(request=asked).with_request(decode_scope=scope) for scope in ("no_grad", "escaped")]
-    found = forecast_experiments(experiments, jobs=1, progress=False)
+    specs = [RunSpec(request=asked).with_request(decode_scope=scope) for scope in ("no_grad", "escaped")]
+    found = forecast_specs(specs, jobs=1, progress=False)
     return dict(zip(("no_grad", "escaped"), found, strict=True))
 
 
@@ -175,11 +175,11 @@ def test_a_forecast_known_already_needs_no_torch(full_size):
 
 def test_the_seed_does_not_matter_and_everything_that_does_is_told_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("I2V_LAB_CACHE", str(tmp_path))
-    calls: list[Experiment] = []
+    calls: list[RunSpec] = []
     record = PhaseRecord("call", None, 0, 1, 0, None, 1, 0, 0.0, 0.0, True)
 
-    def work_out(experiment: Experiment, device: str) -> tuple[tuple[PhaseRecord, ...], int]:
-        calls.append(experiment)
+    def work_out(spec: RunSpec, device: str) -> tuple[tuple[PhaseRecord, ...], int]:
+        calls.append(spec)
         return (record,), 0
 
     monkeypatch.setattr("i2v_lab.runs.forecast._work_out", work_out)
@@ -222,8 +222,8 @@ def test_what_is_wrong_with_a_request_is_said_before_torch_is_needed(tmp_path):
 
 def test_an_error_in_another_process_arrives_whole(tmp_path):
     with pytest.raises(InvalidImage, match="does not exist; check the path"):
-        forecast_experiments(
-            [Experiment(request=replace(SMALL, image=str(tmp_path / "none.png")), model="ltx-2.3-tiny")],
+        forecast_specs(
+            [RunSpec(request=replace(SMALL, image=str(tmp_path / "none.png")), model="ltx-2.3-tiny")],
             jobs=1,
             progress=False,
         )

@@ -8,12 +8,12 @@ import pytest
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
-from i2v_lab.runs.interleaved import POLICY_TURNS, recorded_turns, turns_table
+from i2v_lab.runs.interleaved import POLICY_ROUNDS, ratio_table, recorded_rounds
 from i2v_lab.runs.recorded import find_together
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.runs.store import read_run
 from i2v_lab.studies.accuracy import halves_table
-from i2v_lab.studies.pipelines import policy_experiments
+from i2v_lab.studies.pipelines import policy_specs
 from i2v_lab.studies.published import study_request, varied
 from i2v_lab.studies.techniques import phase_peaks
 
@@ -26,9 +26,9 @@ def test_a_correction_is_fitted_to_every_second_experiment_and_judged_on_the_oth
         ("a", "encode", 100, 98, 100, 100),
         ("b", "encode", 1000, 980, 100, 50),
         ("c", "encode", 200, 196, 100, 100),
-        ("d", "decode", 100, 90, 100, 100),  # a phase that no fitted experiment has stays as it is
+        ("d", "decode", 100, 90, 100, 100),  # a phase that no fitted spec has stays as it is
     ]
-    columns = ["experiment", "phase", "peak_bytes", "forecast_bytes", "peak_reserved_bytes", "forecast_reserved_bytes"]
+    columns = ["spec", "phase", "peak_bytes", "forecast_bytes", "peak_reserved_bytes", "forecast_reserved_bytes"]
     table = halves_table(pd.DataFrame(rows, columns=columns)).set_index("counted")
     assert table[["fitted", "judged"]].to_numpy().tolist() == [[2, 2], [2, 2]]
     assert table.loc["allocated", "median_error"] == pytest.approx(0.06)
@@ -44,11 +44,11 @@ def test_turns_are_compared_within_their_round_and_a_round_cut_short_is_left_out
         for number in range(1, 9)
         for way, seconds, told in (("no profiler", 2.0, None), ("phase boundaries", 2.2, 0.022))
     ]
-    table = turns_table(pd.DataFrame([*rows, rows[0] | {"round": 9, "seconds": 99.0}])).set_index("way")
+    table = ratio_table(pd.DataFrame([*rows, rows[0] | {"round": 9, "seconds": 99.0}])).set_index("way")
     assert table["rounds"].to_list() == [8, 8]
     measured = table.loc["phase boundaries", ["ratio", "low_ratio", "high_ratio"]].to_list()
     assert measured == pytest.approx([1.1, 1.1, 1.1])
-    assert table.loc["phase boundaries", "told_share"] == pytest.approx(0.01)
+    assert table.loc["phase boundaries", "event_share"] == pytest.approx(0.01)
 
 
 def test_at_full_size_ours_takes_no_more_bytes_than_upstream_in_any_phase_and_no_more_time():
@@ -63,26 +63,26 @@ def test_at_full_size_ours_takes_no_more_bytes_than_upstream_in_any_phase_and_no
         )
         phases = [phase.value for phase in Phase]
         assert (mine[phases] <= other[phases]).all()
-    turns = turns_table(recorded_turns()).set_index("way")
+    turns = ratio_table(recorded_rounds()).set_index("way")
     assert 1 / turns.loc["ltx-pipelines", "ratio"] <= 1.02
-    assert (turns.loc[["phase boundaries", "modules and graphs"], "told_share"] < 0.01).all()
+    assert (turns.loc[["phase boundaries", "modules and graphs"], "event_share"] < 0.01).all()
 
 
 def test_measured_on_a_card_every_phase_of_streamed_takes_under_4_gib_and_lean_under_22_outside_the_text():
     sizes = varied(FULL_SIZE_MODEL, "policy_sizes")
-    experiments = policy_experiments(study_request(FULL_SIZE_MODEL), FULL_SIZE_MODEL, sizes)
-    runs = find_together(experiments)
-    for experiment, run in zip(experiments, runs, strict=True):
+    specs = policy_specs(study_request(FULL_SIZE_MODEL), FULL_SIZE_MODEL, sizes)
+    runs = find_together(specs)
+    for spec, run in zip(specs, runs, strict=True):
         peaks = phase_peaks(run)
         assert set(peaks) == {phase.value for phase in Phase}
-        if experiment.request.memory is MemoryPolicy.STREAMED:
-            assert max(peaks.values()) < (3 if experiment.request.width == 1024 else 4) * GIB
-        if experiment.request.memory is MemoryPolicy.LEAN:
+        if spec.request.memory is MemoryPolicy.STREAMED:
+            assert max(peaks.values()) < (3 if spec.request.width == 1024 else 4) * GIB
+        if spec.request.memory is MemoryPolicy.LEAN:
             assert max(peak for phase, peak in peaks.items() if phase != Phase.ENCODE_PROMPT) < 22 * GIB
 
 
 def test_at_full_size_lean_is_no_slower_than_resident_and_streamed_at_most_half_as_slow_again():
-    table = turns_table(recorded_turns(POLICY_TURNS)).set_index(["size", "way"])["ratio"]
+    table = ratio_table(recorded_rounds(POLICY_ROUNDS)).set_index(["size", "way"])["ratio"]
     assert list(dict.fromkeys(table.index.get_level_values("size"))) == ["1024x768", "2048x1536"]
     assert table.xs("lean", level="way").max() <= 1.0
     assert table.xs("streamed", level="way").max() <= 1.5

@@ -30,7 +30,7 @@ from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
 from i2v_lab.reporting.comparison import find_runs
 from i2v_lab.reporting.figures import live as pictures
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, Run, RunWriter
 
 TINY = "ltx-2.3-tiny"
@@ -76,8 +76,8 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monke
     seen = []
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(background, "LOOK_S", 0.01)
-    latest = background.LatestForecast(lambda experiment, error: seen.append((experiment, error)))
-    first = Experiment(request=_request(width=192, height=192, frames=17), model=TINY)
+    latest = background.LatestForecast(lambda spec, error: seen.append((spec, error)))
+    first = RunSpec(request=_request(width=192, height=192, frames=17), model=TINY)
     unreadable = replace(first, request=_request(image="gone.png"))
     latest.ask(first)
     time.sleep(0.3)
@@ -85,7 +85,7 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monke
     deadline = time.monotonic() + 60
     while not seen and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert [experiment for experiment, _ in seen] == [unreadable], "the first one was ended and says nothing"
+    assert [spec for spec, _ in seen] == [unreadable], "the first one was ended and says nothing"
     assert isinstance(seen[0][1], InvalidImage)
     assert not list(tmp_path.rglob("forecasts/*.json")), "it did not come to its end unheard, either"
     latest.drop(wait_s=5)
@@ -95,8 +95,8 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monke
 def test_a_process_that_dies_is_a_problem_in_words_and_the_next_question_is_answered(monkeypatch):
     monkeypatch.setattr(background, "_forecast", _die)
     seen = []
-    latest = background.LatestForecast(lambda experiment, error: seen.append(error))
-    latest.ask(Experiment(request=_request(frames=33), model=TINY))
+    latest = background.LatestForecast(lambda spec, error: seen.append(error))
+    latest.ask(RunSpec(request=_request(frames=33), model=TINY))
     latest._thread.join(60)
     assert isinstance(seen[0], ForecastError)
     assert "ended with status 3" in str(seen[0])
@@ -297,7 +297,7 @@ def test_bars_are_as_long_as_what_they_stand_for_and_end_at_the_cards_line():
     assert saved / rest == pytest.approx(3, rel=0.01)
 
 
-def test_a_timeline_needs_storages_that_were_followed():
+def test_a_timeline_needs_storages_that_were_tracked():
     assert "No timeline" in pictures.timeline(_run("one", _phase("decode_video", 400)))
     moments = [TimelineRecord("decode_video", t / 10, 100 * t, 0, 50, 0) for t in range(4)]
     svg = pictures.timeline(_run("one", *moments), _run("two", *moments[:2]))

@@ -33,7 +33,7 @@ from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.measure import measure
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 
 PHASES = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent", "denoise_stage_2", "decode_video"]
 STILLS = ["stills/lighthouse.png", "stills/tower.png"]
@@ -285,7 +285,7 @@ def test_a_full_size_forecast_says_where_the_peak_is():
 
 
 def test_a_measured_run_and_one_in_the_background(tmp_path):
-    run = measure(Experiment(request=SMALL, model="ltxv-tiny"), tmp_path / "measured", device="cpu")
+    run = measure(RunSpec(request=SMALL, model="ltxv-tiny"), tmp_path / "measured", device="cpu")
     assert run.status == "complete"
     assert list(run.frame("phase")["phase"]) == PHASES
     generating = Generating(tmp_path / "runs", device="cpu")

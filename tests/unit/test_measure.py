@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from i2v_lab.runs.IMPLEMENTATIONS_GONE import Implementation
 
 from i2v_lab.cli.measure import measure
 from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
@@ -15,20 +16,19 @@ from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs import measure as measured
-from i2v_lab.runs.implementations import Implementation
 from i2v_lab.runs.measure import Attribution, Conditions
 from i2v_lab.runs.plans import load_plan
 from i2v_lab.runs.recorded import find_recorded
-from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, RunSpec
 from i2v_lab.runs.store import RunWriter, read_run
 from i2v_lab.runs.workers import Ended
 from i2v_lab.studies.accuracy import measured_table
-from i2v_lab.studies.pipelines import policy_experiments
+from i2v_lab.studies.pipelines import policy_specs
 from i2v_lab.studies.published import study_request, to_size, varied
-from i2v_lab.studies.techniques import step_experiments
+from i2v_lab.studies.techniques import step_specs
 
 TINY = {"model": SMALL_MODEL, "width": 64, "height": 64, "frames": 9, "fps": 120.0, "expected_seconds": 30}
-TINY_EXPERIMENT = Experiment(
+TINY_EXPERIMENT = RunSpec(
     request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9, fps=120.0), model=SMALL_MODEL
 )
 
@@ -58,7 +58,7 @@ def test_a_plan_names_orders_and_times_its_runs(tmp_path):
         "64x64x9_3",
     ]
     assert [run.expected_seconds for run in runs] == [34] * 6 + [11, 34, 34]
-    assert runs[0].experiment == TINY_EXPERIMENT
+    assert runs[0].spec == TINY_EXPERIMENT
     assert runs[2].conditions == Conditions(pipeline=Implementation.UPSTREAM, profiler=Attribution.BOUNDARIES)
     assert runs[6].conditions == Conditions(vram_cap_bytes=2**29)
     assert [run.conditions.apart for run in runs] == [False, False, True, True, False, False, True, True, False]
@@ -110,21 +110,21 @@ def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
     plain = Conditions()
-    pairs = [run for run in runs if run.conditions == plain and run.experiment.like() == runs[0].experiment.like()]
+    pairs = [run for run in runs if run.conditions == plain and run.spec.memory_key() == runs[0].spec.memory_key()]
     assert len(pairs) >= 5
     upstream = [run for run in runs if run.conditions.pipeline is Implementation.UPSTREAM]
-    assert {run.experiment.request.variant.value for run in upstream} == {"distilled", "dev"}
+    assert {run.spec.request.variant.value for run in upstream} == {"distilled", "dev"}
     assert [run.conditions.vram_cap_bytes for run in runs if "_cap" in run.name] == [round(95.6 * 2**30)]
 
 
 def test_the_plan_of_the_policies_measures_every_step_of_the_study_and_others_beside_them():
     runs = load_plan(data_dir() / "plans" / "policies.yaml")
-    likes = {run.experiment.like() for run in runs if not run.conditions.apart}
+    likes = {run.spec.memory_key() for run in runs if not run.conditions.apart}
     request = study_request(FULL_SIZE_MODEL)
     sizes = varied(FULL_SIZE_MODEL, "policy_sizes")
     width, height = to_size(sizes[-1])
-    steps = step_experiments(replace(request, width=width, height=height), FULL_SIZE_MODEL)
-    assert {each.like() for each in [*steps, *policy_experiments(request, FULL_SIZE_MODEL, sizes)]} == likes
+    steps = step_specs(replace(request, width=width, height=height), FULL_SIZE_MODEL)
+    assert {each.memory_key() for each in [*steps, *policy_specs(request, FULL_SIZE_MODEL, sizes)]} == likes
     assert {run.conditions.pipeline for run in runs} == set(Implementation)
     assert not any(run.conditions.video for run in runs)
 
@@ -185,7 +185,7 @@ def test_diffusers_is_measured_in_the_same_phases_and_set_apart(measured_once):
 def test_a_run_with_techniques_of_its_own_is_found_by_them_and_writes_no_video_if_none_is_wanted(measured_once):
     run = read_run(measured_once[1] / "64x64x9_row_bands")
     assert run.status == "complete"
-    assert run.metadata["experiment"]["techniques"] == ["row_bands"]
+    assert run.metadata["spec"]["techniques"] == ["row_bands"]
     assert run.metadata["apart"] is False
     assert sorted(path.name for path in run.folder.iterdir()) == ["metadata.json", "records.jsonl"]
     asked = replace(TINY_EXPERIMENT, techniques=["row_bands"])
@@ -205,7 +205,7 @@ def test_the_same_command_again_runs_nothing_and_no_machines_path_is_kept(measur
         raise AssertionError("a process was started")
 
     plan, out = measured_once
-    monkeypatch.setattr(measured, "run_apart", no_process)
+    monkeypatch.setattr(measured, "run_in_child", no_process)
     measure(plan, out, "cpu")
     assert "4 runs, 4 reused; 0 to run" in capsys.readouterr().out
     for metadata in out.rglob("metadata.json"):
@@ -232,7 +232,7 @@ def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
             pass
         return Ended(0, "")
 
-    monkeypatch.setattr(measured, "run_apart", process)
+    monkeypatch.setattr(measured, "run_in_child", process)
     plan = _plan(
         tmp_path,
         {"runs": [{"vram_cap_gib": 0.001}, {"profiler": "off"}, {"decode_scope": "escaped"}, {"frames": 17}]},

@@ -8,15 +8,15 @@ import gc
 import pandas as pd
 import pytest
 import torch
+from i2v_lab.runs.IMPLEMENTATIONS_GONE import OTHERS, Implementation, forecast_others
 
 from i2v_lab import I2VRequest, forecasting
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import GraphRecord
-from i2v_lab.runs.implementations import OTHERS, Implementation, forecast_others
 from i2v_lab.runs.sources import observe
-from i2v_lab.runs.spec import SMALL_MODEL, Experiment
+from i2v_lab.runs.spec import SMALL_MODEL, RunSpec
 from i2v_lab.studies.others import again, leak_summary, own_scope
-from i2v_lab.studies.pipelines import pipelines_table, policy_experiments
+from i2v_lab.studies.pipelines import pipelines_table, policy_specs
 from i2v_lab.studies.techniques import phase_peaks
 
 MIB = 2**20
@@ -30,7 +30,7 @@ def request_(still) -> I2VRequest:
 
 @pytest.fixture(scope="module")
 def forecasts(request_):
-    asked = [(other, Experiment(request=request_, model=SMALL_MODEL)) for other in OTHERS]
+    asked = [(other, RunSpec(request=request_, model=SMALL_MODEL)) for other in OTHERS]
     return dict(zip(OTHERS, forecast_others(asked), strict=True))
 
 
@@ -63,7 +63,7 @@ def test_offloading_keeps_weights_off_the_card(forecasts):
 
 
 def test_they_stand_beside_our_policies(request_, forecasts, tmp_path):
-    asked = policy_experiments(request_, SMALL_MODEL, ["128x64"])
+    asked = policy_specs(request_, SMALL_MODEL, ["128x64"])
     observations = observe(asked, "forecast", tmp_path, progress=False)
     table = pipelines_table(observations, "128x64").set_index("pipeline")
     ours = ["i2v-lab, resident", "i2v-lab, lean", "i2v-lab, streamed"]

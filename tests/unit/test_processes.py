@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from i2v_lab.runs.workers import run_apart
+from i2v_lab.runs.workers import run_in_child
 
 HERE = "I2V_LAB_OF_THE_MOMENT"
 
@@ -59,23 +59,23 @@ def test_it_has_the_environment_of_the_moment_and_its_words_come_back(monkeypatc
     monkeypatch.chdir(tmp_path)
     for value in ("first", "second"):
         monkeypatch.setenv(HERE, value)
-        ended = run_apart(_say)
+        ended = run_in_child(_say)
         assert ended.status == 3
         assert ended.errors.splitlines() == [f"{value} {tmp_path}", "to stderr"]
     monkeypatch.delenv(HERE)
-    assert run_apart(_say).errors.splitlines()[0] == f"None {tmp_path}"
+    assert run_in_child(_say).errors.splitlines()[0] == f"None {tmp_path}"
     assert capfd.readouterr() == ("", "")
 
 
 def test_death_and_errors_are_told_apart():
-    assert run_apart(_die).status == -signal.SIGKILL
-    ended = run_apart(_fail)
+    assert run_in_child(_die).status == -signal.SIGKILL
+    ended = run_in_child(_fail)
     assert ended.status == 1
     assert ended.errors.strip().endswith("ValueError: no such thing")
 
 
 def test_what_it_is_forked_from_knows_libraries_but_neither_this_package_nor_what_looks_for_a_gpu(tmp_path):
-    run_apart(_imports, str(tmp_path / "modules"))
+    run_in_child(_imports, str(tmp_path / "modules"))
     modules = set((tmp_path / "modules").read_text().split())
     assert {"torch", "ltx_core.model.video_vae", "av"} <= modules
     assert "ltx_pipelines" not in modules  # it asks for CUDA devices on import, and what has asked cannot be forked
@@ -95,7 +95,7 @@ def test_an_interrupted_wait_leaves_no_process(tmp_path):
     try:
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            run_apart(_sleep, str(told))
+            run_in_child(_sleep, str(told))
     finally:
         signal.signal(signal.SIGINT, handler)
         thread.join()
@@ -105,7 +105,7 @@ def test_an_interrupted_wait_leaves_no_process(tmp_path):
 def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
     told = tmp_path / "pid"
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as t; "
-    code += f"t.run_apart(t._sleep, {str(told)!r})"
+    code += f"t.run_in_child(t._sleep, {str(told)!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     while not (told.exists() and told.read_text()):
         assert parent.poll() is None
@@ -120,4 +120,4 @@ def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
 
 
 def test_a_product_has_the_same_bits_wherever_in_memory_its_operands_lie():
-    assert run_apart(_products_of_equal_operands).status == 0
+    assert run_in_child(_products_of_equal_operands).status == 0

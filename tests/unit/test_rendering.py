@@ -1,8 +1,11 @@
-"""The pages without a browser: what stands on them follows from the notebooks' results."""
+"""The pages without a browser: their contents follow from the notebooks' results."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -13,7 +16,9 @@ from i2v_lab.capacity.cards import gpu_memory_bytes
 from i2v_lab.paths import data_dir
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.render import render_site
-from i2v_lab.reporting.site.story import CARD, origin
+from i2v_lab.reporting.site.story import origin
+
+PUBLISHED = json.loads((data_dir() / "published" / "no_grad_study.json").read_text())
 
 
 def _render(folder: Path, **results_of_03) -> dict[str, str]:
@@ -95,7 +100,7 @@ def test_the_headline_is_computed_from_the_results(pages, tmp_path):
     assert "Forecast for the full-size model (ltx-2.3-22b), without a GPU." in index
     assert "The first peak is 4.32 times the second; the difference is in decode_video." in index
     assert "less than the loop outside needs" in index
-    card_bytes = gpu_memory_bytes(CARD)
+    card_bytes = gpu_memory_bytes(PUBLISHED["gpu"])
     lines = {float(left) for left in re.findall(r'class="card-line" style="left: ([\d.]+)%', pages["index"])}
     assert len(lines) == 1
     widths = _widths(pages["index"])
@@ -103,7 +108,12 @@ def test_the_headline_is_computed_from_the_results(pages, tmp_path):
     for width, peak_bytes in zip(widths, (102.38 * GIB, 23.68 * GIB, 83.51 * GIB, 29.51 * GIB), strict=True):
         assert width / lines.copy().pop() == pytest.approx(peak_bytes / card_bytes, abs=2e-4)
     other = _render(
-        tmp_path, escaped_peak_bytes=60 * GIB, no_grad_peak_bytes=40 * GIB, excess_phase="elsewhere", source="recorded"
+        tmp_path,
+        escaped_peak_bytes=60 * GIB,
+        no_grad_peak_bytes=40 * GIB,
+        excess_phase="elsewhere",
+        source="recorded",
+        device="NVIDIA H200",
     )["index"]
     assert "takes the peak from 60.00 GiB to 40.00 GiB" in _text(other)
     assert "Measured on NVIDIA H200 with the full-size model" in _text(other)
@@ -119,7 +129,7 @@ def test_a_small_model_gets_a_scale_of_its_own(tmp_path):
     assert widths[0] == pytest.approx(2 * widths[1], abs=0.02)
     assert widths[0] > 90
     assert index.count('class="card-line"') == 2
-    times = gpu_memory_bytes(CARD) / (56 * 2**20)
+    times = gpu_memory_bytes(PUBLISHED["gpu"]) / (56 * 2**20)
     assert (
         f"The upper pair has a scale of its own: the card has {times:,.0f} times as much as its longer bar. The"
         in _text(index)
@@ -147,11 +157,12 @@ def test_a_notebook_without_results_or_claim_is_still_a_page(tmp_path):
     assert ">done</span>" in index
 
 
-def test_origins_are_told_in_words():
+def test_origins_are_given_in_words_from_the_results():
     assert origin({"source": "recorded", "device": "NVIDIA B200", "model": "m"}) == (
         "measured on NVIDIA B200 with the full-size model (m)"
     )
-    assert origin({"source": "forecast"}) == "forecast for the full-size model, without a GPU"
+    assert origin({"source": "forecast"}) == "forecast, without a GPU"
+    assert origin({"source": "recorded"}) == "measured on a device that is not recorded"
     assert origin({}) == ""
 
 
@@ -165,3 +176,18 @@ def test_the_footer_says_from_where_and_no_template_holds_a_measured_number(page
     assert (data_dir() / "gpus.csv").exists()
     for template in templates.rglob("*.j2"):
         assert not re.search(r"\d\s*(&nbsp;)?(GiB|MiB|%\s|times)", template.read_text()), template.name
+
+
+def test_reporting_does_not_import_torch(tmp_path):
+    code = """
+import importlib, pkgutil, sys
+from i2v_lab import reporting
+for module in pkgutil.walk_packages(reporting.__path__, "i2v_lab.reporting."):
+    importlib.import_module(module.name)
+from i2v_lab.reporting.site.render import render_site
+from pathlib import Path
+render_site([], [], Path(sys.argv[1]))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False, timeout=120).returncode == 0
+    assert (tmp_path / "index.html").exists()

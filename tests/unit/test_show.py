@@ -1,4 +1,4 @@
-"""What ``show`` tells of one run and of two: tables, sentences, and their look in a terminal."""
+"""What ``show`` prints for one run and for two: tables, headlines, and their layout in a terminal."""
 
 from __future__ import annotations
 
@@ -24,15 +24,9 @@ from i2v_lab.profiling.records import (
     Record,
     StepRecord,
 )
-from i2v_lab.reporting.run_tables import (
-    difference_headline,
-    difference_table,
-    headline,
-    holders_table,
-    modules_table,
-    phase_table,
-    rich_table,
-)
+from i2v_lab.reporting.headlines import difference_headline, headline
+from i2v_lab.reporting.run_tables import difference_table, holders_table, modules_table, phase_table
+from i2v_lab.reporting.terminal import rich_table
 from i2v_lab.runs.store import Run, RunWriter, read_run
 
 MIB = 2**20
@@ -111,7 +105,7 @@ def test_the_pieces_of_a_stream_are_one_row_and_its_highest_piece_is_the_peak():
     assert (row["peak_bytes"], row["saved_for_backward_bytes"], row["completed"]) == (60, 25 * MIB, False)
     assert modules_table(run).to_dict("records") == [{"module": "decoder.1", "category": "saved", "nbytes": 6}]
     assert holders_table(run)["module"].tolist() == ["decoder.1"]
-    assert headline(run) == "peak 60 B in decode_video; 6 B (10 %) of it are an autograd graph, held by decoder.1"
+    assert headline(run) == "peak 60 B in decode_video; 6 B (10 %) of it saved for backward by decoder.1"
 
 
 def test_holders_are_those_of_the_peak_the_largest_first():
@@ -154,20 +148,26 @@ def test_modules_roll_up_to_a_depth_and_add_up_to_the_peak():
     assert all(modules_table(run, depth=depth)["nbytes"].sum() == 50 * MIB for depth in (1, 2, 3, 9))
 
 
-def test_what_a_run_does_not_have_is_refused():
-    run = _run(*RECORDS)
+@pytest.mark.parametrize(
+    ("table", "fields"),
+    [
+        (lambda: holders_table(_run(*RECORDS), "decode"), {"phase": "decode"}),
+        (lambda: modules_table(_run(), "decode"), {"phase": "decode"}),
+        (lambda: holders_table(_run(*RECORDS), top=0), {"top": 0}),
+        (lambda: modules_table(_run(*RECORDS), depth=0), {"depth": 0}),
+    ],
+)
+def test_what_a_run_does_not_have_is_refused(table, fields):
     with pytest.raises(RecordError) as refused:
-        holders_table(run, "decode")
-    assert str(refused.value) == "phase='decode' is not in run 'runs/a'; use one of: denoise_stage_1, decode_video"
-    with pytest.raises(RecordError) as refused:
+        table()
+    assert refused.value.fields == fields
+
+
+def test_a_refused_phase_is_answered_with_those_that_there_are():
+    with pytest.raises(RecordError, match="use one of: denoise_stage_1, decode_video"):
+        modules_table(_run(*RECORDS), "decode")
+    with pytest.raises(RecordError, match="none has ended"):
         modules_table(_run(), "decode")
-    assert str(refused.value) == "phase='decode' is not in run 'runs/a'; use one of: none has ended"
-    with pytest.raises(RecordError) as refused:
-        holders_table(run, top=0)
-    assert str(refused.value) == "top=0 is not positive; use a number such as 10"
-    with pytest.raises(RecordError) as refused:
-        modules_table(run, depth=0)
-    assert str(refused.value) == "depth=0 is not positive; use 1 for whole components, 2 for their parts"
 
 
 def test_the_difference_is_the_second_run_less_the_first():
@@ -187,53 +187,54 @@ def test_the_difference_is_the_second_run_less_the_first():
         "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 7.50 s instead of 8.00 s"
     )
     assert difference_table(_run(), _run()).empty
-    assert difference_headline(first, _run()) == (
-        "no difference can be told: a run without a phase that ended has no peak"
-    )
+    assert difference_headline(first, _run()) == ("no comparison: a run in which no phase has ended has no peak")
 
 
 # --- Sentences ---
 
 
-def test_the_headline_names_the_graph_and_who_holds_it():
+def test_the_headline_names_what_was_saved_for_backward_and_by_which_module():
     assert headline(_run(*RECORDS)) == (
-        "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it are an autograd graph, held by video_decoder.up_blocks"
+        "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it saved for backward by video_decoder.up_blocks"
     )
 
 
 @pytest.mark.parametrize(
-    ("held", "words"),
+    ("saved", "modules_named"),
     [
-        ({"decoder.a.x": 8, "decoder.b": 2}, "held by decoder.a (80 %) and decoder.b (20 %)"),
-        ({"decoder.a": 7, "decoder": 3}, "held by decoder.a (70 %) and decoder itself (30 %)"),
-        ({"a": 4, "b": 3, "c": 2, "d": 1}, "held by a (40 %), b (30 %) and c (20 %)"),
-        ({"": 10}, "held by code outside any module"),
-        ({"": 6, "a": 4}, "held by code outside any module (60 %) and a (40 %)"),
+        ({"decoder.a.x": 8, "decoder.b": 2}, "decoder.a (80 %) and decoder.b (20 %)"),
+        ({"decoder.a": 7, "decoder": 3}, "decoder.a (70 %) and decoder itself (30 %)"),
+        ({"a": 4, "b": 3, "c": 2, "d": 1}, "a (40 %), b (30 %) and c (20 %)"),
+        ({"": 10}, "code outside any module"),
+        ({"": 6, "a": 4}, "code outside any module (60 %) and a (40 %)"),
     ],
 )
-def test_a_graph_held_by_several_names_them_with_their_shares(held, words):
-    modules = [ModuleRecord("decode_video", module, "saved", nbytes) for module, nbytes in held.items()]
+def test_what_several_modules_saved_for_backward_is_given_by_their_shares(saved, modules_named):
+    modules = [ModuleRecord("decode_video", module, "saved", nbytes) for module, nbytes in saved.items()]
     assert headline(_run(replace(DECODE, peak_bytes=20), *modules)) == (
-        f"peak 20 B in decode_video; 10 B (50 %) of it are an autograd graph, {words}"
+        f"peak 20 B in decode_video; 10 B (50 %) of it saved for backward by {modules_named}"
     )
 
 
-def test_the_headline_says_when_there_is_no_graph_and_when_nobody_looked():
+def test_the_headline_says_when_nothing_was_saved_and_when_it_was_not_tracked():
     peak = "peak 25.0 MiB in decode_video; "
-    assert headline(_no_grad()) == f"{peak}no autograd graph"
+    assert headline(_no_grad()) == f"{peak}nothing saved for backward"
     bare = replace(DECODE, peak_bytes=25 * MIB)
     weights = ModuleRecord("decode_video", "video_decoder", "weight", 25 * MIB)
     assert headline(_run(bare, weights)) == (
-        f"{peak}no autograd graph at that moment, but one of 25.0 MiB at another in that phase"
+        f"{peak}nothing saved for backward at the peak, but up to 25.0 MiB elsewhere in that phase"
     )
     graph = GraphRecord("decode_video", "video_decoder.up_blocks.0", 25 * MIB)
     assert headline(_run(bare, graph)) == (
-        f"{peak}an autograd graph grew to 25.0 MiB in that phase, held by video_decoder.up_blocks"
+        f"{peak}up to 25.0 MiB saved for backward in that phase by video_decoder.up_blocks"
     )
-    assert headline(_run(replace(bare, saved_for_backward_bytes=0))) == f"{peak}no autograd graph"
-    assert headline(_run(replace(bare, saved_for_backward_bytes=None))) == f"{peak}nobody looked for an autograd graph"
+    assert headline(_run(replace(bare, saved_for_backward_bytes=0))) == f"{peak}nothing saved for backward"
+    assert (
+        headline(_run(replace(bare, saved_for_backward_bytes=None)))
+        == f"{peak}tensors saved for backward were not tracked"
+    )
     assert headline(_run(replace(DECODE, peak_bytes=0, saved_for_backward_bytes=0))) == (
-        "peak 0 B in decode_video; no autograd graph"
+        "peak 0 B in decode_video; nothing saved for backward"
     )
 
 
@@ -247,20 +248,20 @@ def test_the_headline_says_what_ran_out_of_memory_once():
     run = _run(error, inner, *AT_THE_PEAK, again, outer, status="failed", error=failed)
     assert headline(run).splitlines()[0] == f"failed: {failed}"
     assert headline(run).splitlines()[1] == (
-        "out of memory in decode_video, at video_decoder.conv_in: 4.0 MiB asked for while 50.0 MiB were alive, "
+        "out of memory in decode_video, at video_decoder.conv_in: 4.0 MiB requested with 50.0 MiB allocated, "
         "with a cap of 52.0 MiB"
     )
     assert headline(run).splitlines()[2].startswith("peak 50.0 MiB in decode_video; 25.0 MiB (50 %)")
     assert len(headline(run).splitlines()) == 3
     unknown = OutOfMemoryRecord("", "", None, MIB, None, "CUDA out of memory")
     assert headline(_run(unknown)) == (
-        "out of memory: an unknown size asked for while 1.0 MiB were alive\nno phase has ended, so there is no peak"
+        "out of memory: an unknown size requested with 1.0 MiB allocated\nno phase has ended, so there is no peak"
     )
 
 
 def test_the_headline_says_plainly_that_a_run_is_unfinished():
     lines = headline(_run(*DENOISED, status="running")).splitlines()
-    assert lines[0] == "unfinished: the run was stopped, or still goes on; 3 records so far"
+    assert lines[0] == "unfinished: the run was stopped or is still in progress; 3 records so far"
     assert lines[1].startswith("peak 10.0 MiB in denoise_stage_1; ")
     assert headline(_run(status="running")).splitlines()[1] == "no phase has ended, so there is no peak"
 
@@ -280,7 +281,7 @@ def test_nested_phases_are_indented_and_what_was_cut_short_says_so():
     assert "completed" not in "".join(_plain(rich_table(phase_table(_run(*RECORDS)), "Phases")))
 
 
-def test_brackets_in_names_are_no_markup():
+def test_brackets_in_names_are_not_markup():
     holder = HolderRecord("decode_video", 1, (1,), "int8", "other", "decoder[/red].layers[0]")
     lines = _plain(rich_table(holders_table(_run(DECODE, holder)), "The [bold]"))
     assert lines[0] == "The [bold]"
@@ -315,8 +316,7 @@ def test_one_run_is_a_headline_its_phases_and_the_holders_of_its_peak(folders):
     assert result.exit_code == 0
     assert [line.rstrip() for line in result.output.splitlines()] == [
         "escaped, ltx-2.3-tiny, on cpu, 2025-01-01T00:00:00+00:00",
-        "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it are an autograd graph, held by",
-        "video_decoder.up_blocks",
+        "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it saved for backward by video_decoder.up_blocks",
         "Phases",
         "",
         " phase            seconds    start      peak      end     graph",
@@ -349,17 +349,16 @@ def test_two_runs_are_their_headlines_and_the_difference(folders):
     result = _show(*folders)
     assert [line.rstrip() for line in result.output.splitlines()] == [
         "first: escaped, ltx-2.3-tiny, on cpu, 2025-01-01T00:00:00+00:00",
-        "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it are an autograd graph, held by",
-        "video_decoder.up_blocks",
+        "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it saved for backward by video_decoder.up_blocks",
         "other: no_grad, ltx-2.3-tiny, on cpu, 2025-01-01T00:00:00+00:00",
-        "peak 25.0 MiB in decode_video; no autograd graph",
+        "peak 25.0 MiB in decode_video; nothing saved for backward",
         "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 5.50 s instead of 6.00 s",
         "Phase by phase",
         "",
         "                               other                        other",
         " phase                peak      peak     change  seconds  seconds   change",
         " ─────────────────────────────────────────────────────────────────────────",
-        " denoise_stage_1  10.0 MiB  10.0 MiB        0 B   2.00 s   2.00 s  +0.00 s",
+        " denoise_stage_1  10.0 MiB  10.0 MiB        0 B   2.00 s   2.00 s   0.00 s",
         " decode_video     50.0 MiB  25.0 MiB  -25.0 MiB   4.00 s   3.50 s  -0.50 s",
         "",
     ]
@@ -391,7 +390,7 @@ def test_an_unfinished_run_is_shown_as_such(folders):
         file.write('{"kind": "ph')
     output = _show(folders[0]).output
     assert output.splitlines()[1] == (
-        f"unfinished: the run was stopped, or still goes on; {len(RECORDS)} records so far"
+        f"unfinished: the run was stopped or is still in progress; {len(RECORDS)} records so far"
     )
     assert "decode_video      4.00 s" in output
     nothing = _save(Path("nothing"), _run())
@@ -409,7 +408,7 @@ def test_a_bad_folder_is_one_line_and_a_bad_number_is_a_usage_error(folders):
     assert "--top" in result.output
 
 
-def test_showing_a_run_brings_no_torch(folders):
+def test_showing_a_run_does_not_import_torch(folders):
     code = (
         "import sys; from pathlib import Path; from i2v_lab.cli.show import show; show(Path(sys.argv[1])); "
         "sys.exit('torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""One experiment, three sources: forecast, measured here, recorded; and what a consumer does with a stream."""
+"""One spec, three sources: forecast, measured here, recorded; and what a consumer does with a stream."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from i2v_lab.errors import I2VLabError, InvalidRequest, RecordError, UnknownMode
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import GenerationRecord, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
-from i2v_lab.runs.forecast import forecast_experiment
+from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.measure import is_result, measure, run_folder
-from i2v_lab.runs.recorded import experiment_of, find_recorded, seconds_of
+from i2v_lab.runs.recorded import find_recorded, seconds_of, spec_of
 from i2v_lab.runs.sources import choose_model, device_of, missing, observe, phases_frame, runs_frame, to_source
-from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Consumer, Experiment
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Consumer, RunSpec
 from i2v_lab.runs.store import RunWriter, read_run, run_metadata
 
 SMALL = I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9, fps=120)
@@ -25,24 +25,24 @@ FULL = I2VRequest(image=DEFAULT_STILL, width=1024, height=768, frames=97)
 
 
 def test_an_experiment_has_a_name_and_survives_json():
-    odd = Experiment(
+    odd = RunSpec(
         request=replace(ESCAPED, tiling=Tiling(64, 32, 16, 8), variant="dev", quantization="bf16"),
         model=SMALL_MODEL,
         generations=3,
         consumer=Consumer.LEFT_OPEN,
     )
     assert odd.name == "64x64x9_tile64x16_overlap32x8_escaped_dev_bf16_left_open_3times"
-    assert Experiment(request=replace(SMALL, tiling=None)).name == "64x64x9_untiled"
-    assert Experiment.from_json(json.loads(json.dumps(odd.to_json()))) == odd
+    assert RunSpec(request=replace(SMALL, tiling=None)).name == "64x64x9_untiled"
+    assert RunSpec.from_json(json.loads(json.dumps(odd.to_json()))) == odd
 
 
 def test_experiments_are_alike_if_their_memory_is():
-    asked = Experiment(request=FULL)
+    asked = RunSpec(request=FULL)
     for change in ({"image": "other.png"}, {"prompt": "a"}, {"negative_prompt": "b"}, {"seed": 3}):
-        assert asked.with_request(**change).like() == asked.like()
+        assert asked.with_request(**change).memory_key() == asked.memory_key()
     for change in ({"frames": 25}, {"tiling": None}, {"decode_scope": "escaped"}, {"fps": 30}, {"variant": "dev"}):
-        assert asked.with_request(**change).like() != asked.like()
-    assert replace(asked, generations=2).like() != asked.like()
+        assert asked.with_request(**change).memory_key() != asked.memory_key()
+    assert replace(asked, generations=2).memory_key() != asked.memory_key()
     assert run_folder(Path("a"), asked) == run_folder(Path("a"), replace(asked))
     assert run_folder(Path("a"), asked) != run_folder(Path("a"), asked.with_request(seed=3))
 
@@ -52,8 +52,8 @@ def test_experiments_are_alike_if_their_memory_is():
 
 def _left(request: I2VRequest, consumer: Consumer, generations: int = 1) -> tuple[list[int], int]:
     """Allocated after each generation of the tiny model on an imagined CPU, and the largest graph."""
-    asked = Experiment(request=request, model=SMALL_MODEL, generations=generations, consumer=consumer)
-    forecast = forecast_experiment(asked, device="cpu")
+    asked = RunSpec(request=request, model=SMALL_MODEL, generations=generations, consumer=consumer)
+    forecast = forecast_spec(asked, device="cpu")
     records = [record for record in forecast.records if isinstance(record, GenerationRecord)]
     assert [record.generation for record in records] == list(range(1, generations + 1))
     return [record.allocated_bytes for record in records], max(p.saved_for_backward_bytes for p in forecast.phases)
@@ -67,8 +67,8 @@ def test_a_stream_that_is_consumed_leaves_nothing_and_a_guarded_one_has_no_graph
 
 
 def test_streams_left_open_are_closed_from_the_last_to_the_first():
-    asked = Experiment(request=ESCAPED, model=SMALL_MODEL, generations=2, consumer=Consumer.LEFT_OPEN)
-    last, first = (p for p in forecast_experiment(asked, device="cpu").phases if p.phase == "decode_video")
+    asked = RunSpec(request=ESCAPED, model=SMALL_MODEL, generations=2, consumer=Consumer.LEFT_OPEN)
+    last, first = (p for p in forecast_spec(asked, device="cpu").phases if p.phase == "decode_video")
     assert first.start_s < last.start_s
     assert last.start_s + last.seconds <= first.start_s + first.seconds
 
@@ -86,7 +86,7 @@ def test_a_stream_left_open_keeps_the_same_again_for_each_generation_and_more_wi
 @pytest.fixture(scope="module")
 def measured(_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    asked = Experiment(request=ESCAPED, model=SMALL_MODEL)
+    asked = RunSpec(request=ESCAPED, model=SMALL_MODEL)
     return asked, folder, observe([asked], "measure", folder, "cpu", progress=False)
 
 
@@ -98,7 +98,7 @@ def test_a_measured_run_is_kept_and_not_made_again(measured):
     before = run.metadata["started_at"], (run.folder / "video.mp4").stat().st_mtime_ns
     again = measure(asked, run.folder, "cpu")
     assert (again.metadata["started_at"], (run.folder / "video.mp4").stat().st_mtime_ns) == before
-    assert experiment_of(again).like() == asked.like()
+    assert spec_of(again).memory_key() == asked.memory_key()
     with pytest.raises(RecordError, match="holds more than a run; choose another folder"):
         (folder / "notes").mkdir()
         (folder / "notes" / "notes.txt").write_text("mine")
@@ -108,7 +108,7 @@ def test_a_measured_run_is_kept_and_not_made_again(measured):
 def test_real_and_forecast_give_the_same_table(measured):
     asked, _, observations = measured
     real = phases_frame(observations)
-    fake = forecast_experiment(asked, device="cpu")
+    fake = forecast_spec(asked, device="cpu")
     assert real["peak_bytes"].to_list() == pytest.approx([phase.peak_bytes for phase in fake.phases], rel=1e-3)
     assert list(real["phase"]) == [phase.phase for phase in fake.phases]
     assert real["seconds"].gt(0).all()
@@ -125,7 +125,7 @@ def test_real_and_forecast_give_the_same_table(measured):
 
 
 def test_a_run_that_fails_in_another_way_says_why(tmp_path):
-    asked = Experiment(request=replace(SMALL, image=str(tmp_path / "none.png")), model=SMALL_MODEL)
+    asked = RunSpec(request=replace(SMALL, image=str(tmp_path / "none.png")), model=SMALL_MODEL)
     with pytest.raises(I2VLabError, match=r"64x64x9: image '.*none.png' does not exist; check the path"):
         measure(asked, tmp_path / "run", "cpu")
 
@@ -133,9 +133,9 @@ def test_a_run_that_fails_in_another_way_says_why(tmp_path):
 # --- Recorded ---
 
 
-def _write(folder: Path, experiment: Experiment, seconds: float, *, error: str = "", **extra: object) -> None:
-    metadata = run_metadata(experiment.request.to_json(), "cpu", 1, [], experiment.model, **extra)
-    metadata["experiment"] = experiment.to_json()
+def _write(folder: Path, spec: RunSpec, seconds: float, *, error: str = "", **extra: object) -> None:
+    metadata = run_metadata(spec.request.to_json(), "cpu", 1, [], spec.model, **extra)
+    metadata["spec"] = spec.to_json()
     phase = PhaseRecord("decode_video", None, 0, 100, 0, None, 100, 0, 0.0, seconds, not error)
     try:
         with RunWriter(folder, metadata) as writer:
@@ -148,7 +148,7 @@ def _write(folder: Path, experiment: Experiment, seconds: float, *, error: str =
 
 
 def test_of_several_records_the_one_with_the_median_time_is_found(tmp_path):
-    asked = Experiment(request=SMALL, model=SMALL_MODEL)
+    asked = RunSpec(request=SMALL, model=SMALL_MODEL)
     for name, seconds in (("a", 9.0), ("b", 1.0), ("c", 3.0)):
         _write(tmp_path / name, asked.with_request(image="elsewhere.png", seed=7), seconds)
     _write(tmp_path / "d", asked, 30.0, apart=True)  # with it the median would be another
@@ -158,7 +158,7 @@ def test_of_several_records_the_one_with_the_median_time_is_found(tmp_path):
 
 
 def test_a_run_out_of_memory_is_a_result_and_one_that_merely_failed_is_not(tmp_path):
-    asked = Experiment(request=SMALL, model=SMALL_MODEL)
+    asked = RunSpec(request=SMALL, model=SMALL_MODEL)
     _write(tmp_path / "a", asked, 1.0, error="out of memory")
     assert find_recorded(asked, tmp_path).status == "failed"
     with pytest.raises(ValueError, match="wrong"), RunWriter(tmp_path / "b", {"model": "m"}):
@@ -167,7 +167,7 @@ def test_a_run_out_of_memory_is_a_result_and_one_that_merely_failed_is_not(tmp_p
 
 
 def test_what_is_recorded_is_looked_up_and_what_is_not_is_missing():
-    known, unknown = Experiment(request=FULL), Experiment(request=replace(FULL, width=64, height=64))
+    known, unknown = RunSpec(request=FULL), RunSpec(request=replace(FULL, width=64, height=64))
     found = observe([known, unknown], "recorded", Path("nowhere"), progress=False)
     assert missing(found) == ["64x64x97"]
     assert device_of(found) == "NVIDIA H200"

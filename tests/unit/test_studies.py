@@ -26,7 +26,7 @@ from i2v_lab.profiling.records import (
 )
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.sources import Observation, Source, runs_frame
-from i2v_lab.runs.spec import Consumer, Experiment
+from i2v_lab.runs.spec import Consumer, RunSpec
 from i2v_lab.runs.store import Run
 from i2v_lab.studies import card_map, leak, localization, no_grad, resolution, tiling
 from i2v_lab.studies.first_look import first_look_verdict
@@ -36,18 +36,18 @@ GIB = 2**30
 REQUEST = I2VRequest(image="still.png", width=1024, height=768, frames=97)
 
 
-def seen(experiment: Experiment, *records: Record, status: str = "complete", **peaks: float) -> Observation:
+def seen(spec: RunSpec, *records: Record, status: str = "complete", **peaks: float) -> Observation:
     """An observation whose phases have these peaks, in GiB."""
     phases = [
         PhaseRecord(name, None, 0, round(p * GIB), 0, round(p * GIB), round(p * GIB), 0, float(i), 1.0, True)
         for i, (name, p) in enumerate(peaks.items())
     ]
-    metadata = {"device": "cuda", "device_name": "a card", "model": experiment.model}
-    return Observation(experiment, Source.MEASURE, Run(Path("x"), metadata, (*phases, *records), status))
+    metadata = {"device": "cuda", "device_name": "a card", "model": spec.model}
+    return Observation(spec, Source.MEASURE, Run(Path("x"), metadata, (*phases, *records), status))
 
 
-def unseen(experiment: Experiment) -> Observation:
-    return Observation(experiment, Source.RECORDED, None)
+def unseen(spec: RunSpec) -> Observation:
+    return Observation(spec, Source.RECORDED, None)
 
 
 # --- Tiling ---
@@ -95,10 +95,9 @@ def test_without_tiling_there_is_one_tile_and_every_voxel_is_decoded_once():
 
 def _tilings(*peaks: tuple[float, float]) -> list[Observation]:
     chosen = [Tiling(768, 64, 80, 24), Tiling(512, 64, 64, 24), Tiling(384, 64, 32, 8)][: len(peaks)]
-    experiments = tiling.tiling_experiments(REQUEST, "ltx-2.3-22b", chosen)
+    specs = tiling.tiling_specs(REQUEST, "ltx-2.3-22b", chosen)
     return [
-        seen(each, decode_video=peak)
-        for each, peak in zip(experiments, [p for pair in peaks for p in pair], strict=True)
+        seen(each, decode_video=peak) for each, peak in zip(specs, [p for pair in peaks for p in pair], strict=True)
     ]
 
 
@@ -130,23 +129,23 @@ def test_tilings_stand_beside_the_published_ones():
 
 
 def test_a_run_that_ends_on_a_card_hides_what_it_did_not_reach():
-    experiment = tiling.tiling_experiments(REQUEST, "ltx-2.3-22b", [Tiling()])[0]
+    spec = tiling.tiling_specs(REQUEST, "ltx-2.3-22b", [Tiling()])[0]
     moments = [
         TimelineRecord("decode_video", float(i), GIB, gib * GIB, 0, 0) for i, gib in enumerate((10, 80, 60, 180))
     ]
-    found = tiling.hidden_demand([seen(experiment, *moments, decode_video=181)], 95 * GIB).iloc[0]
+    found = tiling.hidden_demand([seen(spec, *moments, decode_video=181)], 95 * GIB).iloc[0]
     assert found["fails"]
     assert [found[f"{name}_bytes"] / GIB for name in ("demanded", "reached", "hidden")] == [181, 81, 100]
-    found = tiling.hidden_demand([seen(experiment, *moments, decode_video=181)], 200 * GIB).iloc[0]
+    found = tiling.hidden_demand([seen(spec, *moments, decode_video=181)], 200 * GIB).iloc[0]
     assert (found["fails"], found["hidden_bytes"]) == (False, 0)
-    assert tiling.hidden_demand([seen(experiment, decode_video=181)], 95 * GIB).empty  # CUDA has no timeline
+    assert tiling.hidden_demand([seen(spec, decode_video=181)], 95 * GIB).empty  # CUDA has no timeline
 
 
 # --- Localization, the fix ---
 
 
 def _scopes(escaped: dict[str, float], fixed: dict[str, float]) -> list[Observation]:
-    before, after = localization.scope_experiments(REQUEST, "ltx-2.3-22b")
+    before, after = localization.scope_specs(REQUEST, "ltx-2.3-22b")
     return [seen(before, **escaped), seen(after, **fixed)]
 
 
@@ -193,7 +192,7 @@ def test_the_gap_the_floor_and_the_boundaries():
 
 
 def test_the_graph_is_rolled_up_by_module():
-    before = localization.scope_experiments(REQUEST, "ltx-2.3-22b")[0]
+    before = localization.scope_specs(REQUEST, "ltx-2.3-22b")[0]
     graphs = [GraphRecord("decode_video", f"video_decoder.up_blocks.{i}.conv", 100 * i) for i in (1, 2)]
     graphs.append(GraphRecord("decode_video", "video_decoder.up_blocks.2.norm", 300))
     table = no_grad.graph_table([seen(before, *graphs, decode_video=1)])
@@ -225,10 +224,10 @@ def test_the_digest_of_a_video_is_of_every_frame(tmp_path):
     [((23, 5), (26, 8), "refined"), ((23, 5), (26, 5.2), "confirmed"), ((23, 5), (40, 8), "refuted")],
 )
 def test_the_verdict_on_flatness_looks_at_the_decoder_too(small, large, verdict):
-    experiments = resolution.resolution_experiments(REQUEST, "ltx-2.3-22b", ["1024x768", "2048x1536"])
+    specs = resolution.resolution_specs(REQUEST, "ltx-2.3-22b", ["1024x768", "2048x1536"])
     found = [
         seen(each, denoise_stage_2=peaks[0], decode_video=peaks[1])
-        for each, peaks in zip(experiments, (small, large), strict=True)
+        for each, peaks in zip(specs, (small, large), strict=True)
     ]
     results = resolution.flatness_verdict(found, [])
     assert results["verdict"] == verdict
@@ -248,23 +247,21 @@ def test_the_verdict_on_flatness_looks_at_the_decoder_too(small, large, verdict)
     ],
 )
 def test_the_verdict_on_the_leak_is_of_the_growth(consumed, left_open, verdict):
-    experiments = leak.leak_experiments(REQUEST, "ltx-2.3-22b", 2)
+    specs = leak.leak_specs(REQUEST, "ltx-2.3-22b", 2)
     growths = [*consumed, *left_open]
     found = [
         seen(each, *(GenerationRecord(n, (5 + n * growth) * GIB) for n in (1, 2)), encode_prompt=1)
-        for each, growth in zip(experiments, growths, strict=True)
+        for each, growth in zip(specs, growths, strict=True)
     ]
     assert leak.leak_verdict(found)["verdict"] == verdict
     assert leak.leak_table(found)["growth_bytes"].to_list()[:2] == [(5 + growths[0]) * GIB, growths[0] * GIB]
 
 
 def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
-    experiments = leak.leak_experiments(REQUEST, "ltx-2.3-22b", 5)
+    specs = leak.leak_specs(REQUEST, "ltx-2.3-22b", 5)
     ends = [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [3, 5, 7, 9, 11], [100]]  # GiB after each generation
     refused = OutOfMemoryRecord("decode_video", "decoder", 2**27, 137 * GIB, None, "CUDA out of memory")
-    order = sorted(
-        experiments, key=lambda each: (each.consumer.value != "plain", each.request.decode_scope == "escaped")
-    )
+    order = sorted(specs, key=lambda each: (each.consumer.value != "plain", each.request.decode_scope == "escaped"))
     found = [
         seen(each, *(GenerationRecord(n, left * GIB) for n, left in enumerate(lefts, 1)), encode_prompt=1)
         for each, lefts in zip(order, ends, strict=True)
@@ -281,9 +278,9 @@ def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
 
 
 def test_cards_are_judged_by_what_the_process_takes():
-    experiments = card_map.map_experiments(REQUEST, "ltx-2.3-22b", ["1024x768", "2048x1536"], [97])
-    found = [seen(each, decode_video=peak) for each, peak in zip(experiments, (23, 40), strict=True)]
-    table = card_map.card_table([*found, unseen(experiments[0])], ["A100 80GB", "RTX 4090", "RTX 5090"])
+    specs = card_map.map_specs(REQUEST, "ltx-2.3-22b", ["1024x768", "2048x1536"], [97])
+    found = [seen(each, decode_video=peak) for each, peak in zip(specs, (23, 40), strict=True)]
+    table = card_map.card_table([*found, unseen(specs[0])], ["A100 80GB", "RTX 4090", "RTX 5090"])
     assert table["gpu"].to_list() == ["RTX 4090"] * 2 + ["RTX 5090"] * 2 + ["A100 80GB"] * 2
     assert table["verdict"].to_list() == ["no", "no", "fits", "no", "fits", "fits"]
     assert table["needed_bytes"].to_list()[:2] == [23 * GIB + context_bytes(), 40 * GIB + context_bytes()]
@@ -299,18 +296,18 @@ def test_cards_are_judged_by_what_the_process_takes():
 
 
 def test_a_tight_request_is_not_counted_as_one_that_fits():
-    experiment = card_map.map_experiments(REQUEST, "ltx-2.3-22b", ["1024x768"], [97])[0]
+    spec = card_map.map_specs(REQUEST, "ltx-2.3-22b", ["1024x768"], [97])[0]
     cached = PhaseRecord("decode_video", None, 0, 20 * GIB, 0, 40 * GIB, 20 * GIB, 0, 9.0, 1.0, True)
-    table = card_map.card_table([seen(experiment, cached)], ["RTX 5090"])
+    table = card_map.card_table([seen(spec, cached)], ["RTX 5090"])
     assert table["verdict"].to_list() == ["tight"]
     assert card_map.summary_by_card(table)["fitting"].to_list() == [0]
 
 
 def test_a_first_look_is_confirmed_while_little_is_left_between_phases():
-    experiment = Experiment(request=REQUEST)
-    assert first_look_verdict([seen(experiment, encode_prompt=20, decode_video=5)])["verdict"] == "confirmed"
+    spec = RunSpec(request=REQUEST)
+    assert first_look_verdict([seen(spec, encode_prompt=20, decode_video=5)])["verdict"] == "confirmed"
     left = PhaseRecord("decode_video", None, 2 * GIB, 5 * GIB, 0, None, 5 * GIB, 0, 9.0, 1.0, True)
-    assert first_look_verdict([seen(experiment, left, encode_prompt=20)])["verdict"] == "refuted"
+    assert first_look_verdict([seen(spec, left, encode_prompt=20)])["verdict"] == "refuted"
 
 
 def test_a_first_look_is_refined_where_the_transformer_alone_stays_between_the_stages():
@@ -318,17 +315,17 @@ def test_a_first_look_is_refined_where_the_transformer_alone_stays_between_the_s
         PhaseRecord(name, None, 18 * GIB, 19 * GIB, 18 * GIB, None, 19 * GIB, 0, 9.0, 1.0, True)
         for name in ("upsample_latent", "denoise_stage_2")
     ]
-    results = first_look_verdict([seen(Experiment(request=REQUEST), *stays, encode_prompt=20, decode_video=5)])
+    results = first_look_verdict([seen(RunSpec(request=REQUEST), *stays, encode_prompt=20, decode_video=5)])
     assert results["verdict"] == "refined"
     assert (results["largest_between_bytes"], results["largest_elsewhere_bytes"]) == (18 * GIB, 0)
     assert "at most 18.00 GiB are left, and 0 B if the transformer is left out" in results["finding"]
 
 
 def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
-    experiments = tiling.tiling_experiments(REQUEST, "ltx-2.3-22b", [Tiling(), None])
-    absent = [unseen(each) for each in experiments]
-    fixes = [unseen(each) for each in no_grad.fix_experiments(REQUEST, "ltx-2.3-22b")]
-    leaks = [unseen(each) for each in leak.leak_experiments(REQUEST, "ltx-2.3-22b", 3)]
+    specs = tiling.tiling_specs(REQUEST, "ltx-2.3-22b", [Tiling(), None])
+    absent = [unseen(each) for each in specs]
+    fixes = [unseen(each) for each in no_grad.fix_specs(REQUEST, "ltx-2.3-22b")]
+    leaks = [unseen(each) for each in leak.leak_specs(REQUEST, "ltx-2.3-22b", 3)]
     for results in (
         tiling.tiling_verdict(absent),
         localization.localization_verdict(fixes[:2]),
@@ -355,9 +352,9 @@ def test_published_runs_are_each_there_once_and_join_only_what_they_are_about():
     runs = published_runs()
     assert len(runs) == 7
     assert (runs["published_outcome"] == "out of memory").sum() == 2
-    same, other = Experiment(request=REQUEST), Experiment(request=I2VRequest(image="x", frames=25))
-    tiny = Experiment(request=REQUEST, model="ltx-2.3-tiny")
-    guarded = Experiment(request=REQUEST, consumer=Consumer.GUARDED)
+    same, other = RunSpec(request=REQUEST), RunSpec(request=I2VRequest(image="x", frames=25))
+    tiny = RunSpec(request=REQUEST, model="ltx-2.3-tiny")
+    guarded = RunSpec(request=REQUEST, consumer=Consumer.GUARDED)
     table = beside_published(runs_frame([seen(each, decode_video=1) for each in (same, other, tiny, guarded)]))
     assert table["published_bytes"].isna().to_list() == [False, True, True, True]
 

@@ -12,15 +12,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
 from i2v_lab.reporting.figures import studies as study_figures
 from i2v_lab.reporting.figures import techniques as memory_figures
+from i2v_lab.reporting.figures.runs import timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.store import Run
-from i2v_lab.studies.tiling import tile_layouts, tiling_experiments
+from i2v_lab.studies.tiling import tile_layouts, tiling_specs
 
 GIB = 2**30
 TOP = Path(__file__).parents[2]
@@ -160,7 +162,7 @@ def test_figures_name_what_they_show_with_its_unit():
 
 def _tiles() -> Figure:
     request = I2VRequest(image="x", width=1024, height=768, frames=97)
-    return study_figures.tile_figure(tile_layouts(tiling_experiments(request, "ltx-2.3-22b", [None, Tiling()])))
+    return study_figures.tile_figure(tile_layouts(tiling_specs(request, "ltx-2.3-22b", [None, Tiling()])))
 
 
 @pytest.mark.parametrize("draw", [*FIGURES.values(), lambda _: _tiles()], ids=[*FIGURES, "tiles"])
@@ -186,7 +188,7 @@ def test_cells_leave_a_file_for_everything_they_show(tmp_path):
     table = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2 * GIB], "other_bytes": [None], "seconds": [1.25]})
     names = {"phase": "phase", "peak_bytes": "peak", "other_bytes": "published", "seconds": "time"}
     shown = cells.table("peaks", table, names)
-    assert shown.to_dict("index") == {"decode_video": {"peak": "2.00 GiB", "time": "1.2 s"}}
+    assert shown.to_dict("index") == {"decode_video": {"peak": "2.00 GiB", "time": "1.25 s"}}
     assert pd.read_csv(tmp_path / "tables" / "09_test_peaks.csv")["peak_bytes"].to_list() == [2 * GIB]
     cells.figure("errors", study_figures.accuracy_figure, _errors(3))
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
@@ -209,13 +211,17 @@ def test_cells_say_where_there_is_nothing(tmp_path):
 def test_a_forecasts_timeline_has_no_clock(tmp_path):
     phase = PhaseRecord("decode_video", None, 0, GIB, 0, None, GIB, 0, 0.0, 1.0, True)
     moments = [TimelineRecord("decode_video", t, GIB, 0, 0, 0) for t in (0.0, 7.0, 7.5)]
-    for device, label in (("forecast", "progress of the run; a forecast has no clock"), ("cpu", "time (s)")):
+    for device, label in (("forecast", "progress of the run (a forecast has no clock)"), ("cpu", "time (s)")):
         run = Run(Path("run"), {"device": device}, (phase, *moments), "complete")
         cells = Cells(tmp_path / device, "09_test")
         cells.timeline("timeline", run)
-        from i2v_lab.reporting.figures.runs import timeline_figure
-
         assert timeline_figure(run).get_axes()[0].get_xlabel() == label
+
+
+def test_a_run_without_a_timeline_is_refused_by_name():
+    with pytest.raises(RecordError) as refused:
+        timeline_figure(Run(Path("runs/cuda"), {"device": "cuda"}, (), "complete"))
+    assert refused.value.fields == {"run": "runs/cuda"}
 
 
 def test_readable_knows_units_shares_and_what_is_not_known():

@@ -15,23 +15,23 @@ from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.interleaved import recorded_turns, turns_table
+from i2v_lab.runs.interleaved import ratio_table, recorded_rounds
 from i2v_lab.runs.recorded import find_of, find_together
 from i2v_lab.runs.sources import Observation, Source
-from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, RunSpec
 from i2v_lab.runs.store import Run, RunWriter, run_metadata
 from i2v_lab.studies.pipelines import (
     capped_table,
     cards_table,
     phases_by_policy,
     policies_table,
-    policy_experiments,
+    policy_specs,
 )
 from i2v_lab.studies.published import published_peak
 from i2v_lab.studies.techniques import (
     ORDER,
     has_techniques,
-    step_experiments,
+    step_specs,
     steps_table,
     techniques_verdict,
 )
@@ -40,18 +40,18 @@ GIB = 2**30
 LARGE = I2VRequest(image=DEFAULT_STILL, width=2048, height=1536, frames=97)
 
 
-def seen(experiment: Experiment, seconds: float = 1.0, **peaks: float) -> Observation:
+def seen(spec: RunSpec, seconds: float = 1.0, **peaks: float) -> Observation:
     """A measured run whose phases have these peaks in GiB, reserved as well."""
     phases = [
         PhaseRecord(name, None, 0, round(p * GIB), 0, round(p * GIB), round(p * GIB), 0, float(i), seconds, True)
         for i, (name, p) in enumerate(peaks.items())
     ]
-    metadata = {"device": "cuda", "device_name": "a card", "model": experiment.model}
-    return Observation(experiment, Source.MEASURE, Run(Path(experiment.name), metadata, tuple(phases), "complete"))
+    metadata = {"device": "cuda", "device_name": "a card", "model": spec.model}
+    return Observation(spec, Source.MEASURE, Run(Path(spec.name), metadata, tuple(phases), "complete"))
 
 
 def test_each_step_has_one_technique_more_from_resident_to_streamed():
-    steps = step_experiments(replace(LARGE, memory="lean"), FULL_SIZE_MODEL)
+    steps = step_specs(replace(LARGE, memory="lean"), FULL_SIZE_MODEL)
     assert steps[0].request.memory is MemoryPolicy.RESIDENT
     assert steps[-1].request.memory is MemoryPolicy.STREAMED
     assert steps[0].techniques is steps[-1].techniques is None
@@ -59,28 +59,28 @@ def test_each_step_has_one_technique_more_from_resident_to_streamed():
     assert [after - before for before, after in pairwise(sets)] == [{each} for each in ORDER]
     assert set(ORDER) == set(Technique)
     assert len({step.name for step in steps}) == len(steps)
-    assert [Experiment.from_json(json.loads(json.dumps(step.to_json()))) for step in steps] == steps
-    assert len({step.like() for step in steps}) == len(steps)
-    assert len(step_experiments(I2VRequest(image=DEFAULT_STILL, tiling=None), "ltxv-tiny")) == 1
+    assert [RunSpec.from_json(json.loads(json.dumps(step.to_json()))) for step in steps] == steps
+    assert len({step.memory_key() for step in steps}) == len(steps)
+    assert len(step_specs(I2VRequest(image=DEFAULT_STILL, tiling=None), "ltxv-tiny")) == 1
     assert not has_techniques("ltxv-tiny")
 
 
 def test_chosen_techniques_come_in_the_order_asked_for_and_each_after_what_it_needs():
     chosen = ["row_bands", "text_only", "row_bands", "streamed_text"]
-    steps = step_experiments(LARGE, SMALL_MODEL, chosen)
+    steps = step_specs(LARGE, SMALL_MODEL, chosen)
     table = steps_table([seen(each, decode_video=1.0) for each in steps])
     assert table["technique"].to_list() == ["", "row_bands", "text_only", "streamed_text"]
     with pytest.raises(InvalidRequest, match="technique='streamed_text' needs text_only; name both"):
-        step_experiments(LARGE, SMALL_MODEL, ["streamed_text", "text_only"])
+        step_specs(LARGE, SMALL_MODEL, ["streamed_text", "text_only"])
     with pytest.raises(InvalidRequest, match="technique='magic' is unknown"):
-        step_experiments(LARGE, SMALL_MODEL, ["magic"])
+        step_specs(LARGE, SMALL_MODEL, ["magic"])
 
 
 def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():
-    experiments = step_experiments(LARGE, "ltx-2.3-tiny")
+    specs = step_specs(LARGE, "ltx-2.3-tiny")
     before = {"encode_prompt": 23.0, "denoise_stage_2": 26.0, "decode_video": 8.0}
     after = {**before, "denoise_stage_2": 21.0}
-    observations = [seen(experiments[0], 2.0, **before), *(seen(each, 3.0, **after) for each in experiments[1:])]
+    observations = [seen(specs[0], 2.0, **before), *(seen(each, 3.0, **after) for each in specs[1:])]
     table = steps_table(observations)
     assert len(table) == len(ORDER) + 1
     first, second = table.iloc[0], table.iloc[1]
@@ -94,27 +94,25 @@ def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():
 
 @pytest.mark.parametrize(("last", "verdict"), [(3.2, "confirmed"), (4.0, "refined"), (26.0, "refuted")])
 def test_the_verdict_follows_from_the_first_and_the_last_step(last, verdict):
-    experiments = step_experiments(LARGE, FULL_SIZE_MODEL)
-    peaks = [26.0, *[20.0] * (len(experiments) - 2), last]
-    observations = [seen(each, decode_video=peak) for each, peak in zip(experiments, peaks, strict=True)]
+    specs = step_specs(LARGE, FULL_SIZE_MODEL)
+    peaks = [26.0, *[20.0] * (len(specs) - 2), last]
+    observations = [seen(each, decode_video=peak) for each, peak in zip(specs, peaks, strict=True)]
     results = techniques_verdict(observations)
     assert results["verdict"] == verdict
     assert "33.55 GiB as published" in results["finding"]
     assert (results["first_peak_bytes"], results["last_peak_bytes"]) == (26 * GIB, round(last * GIB))
-    assert techniques_verdict([Observation(experiments[0], Source.RECORDED, None)])["verdict"] == "no data"
-    other = seen(replace(experiments[0], model="ltxv-2b-0.9.8-distilled"), decode_video=19.0)
+    assert techniques_verdict([Observation(specs[0], Source.RECORDED, None)])["verdict"] == "no data"
+    other = seen(replace(specs[0], model="ltxv-2b-0.9.8-distilled"), decode_video=19.0)
     assert techniques_verdict([other])["finding"] == "ltxv-2b-0.9.8-distilled has no memory policy but resident."
 
 
 def test_policies_phase_by_phase_and_the_cards_that_each_opens():
-    experiments = policy_experiments(LARGE, SMALL_MODEL, ["64x64", "128x64"])
-    assert [(each.request.width, each.request.memory.value) for each in experiments] == [
+    specs = policy_specs(LARGE, SMALL_MODEL, ["64x64", "128x64"])
+    assert [(each.request.width, each.request.memory.value) for each in specs] == [
         (width, policy) for width in (64, 128) for policy in ("resident", "lean", "streamed")
     ]
     peaks = {"resident": 26.0, "lean": 22.0, "streamed": 3.0}
-    observations = [
-        seen(each, encode_prompt=peaks[each.request.memory.value], decode_video=1.0) for each in experiments
-    ]
+    observations = [seen(each, encode_prompt=peaks[each.request.memory.value], decode_video=1.0) for each in specs]
     table = policies_table(observations)
     assert len(table) == 12
     assert table["recorded_bytes"].isna().all()
@@ -128,15 +126,15 @@ def test_policies_phase_by_phase_and_the_cards_that_each_opens():
         needed = round(peaks[row.policy] * GIB) + context_bytes()
         assert (row.needed_bytes, row.cards) == (needed, (memory >= needed).sum())
         assert row.memory_bytes == memory[memory >= needed].min()
-    assert cards_table([seen(experiments[0], decode_video=500.0)])["smallest_card"].to_list() == ["none"]
+    assert cards_table([seen(specs[0], decode_video=500.0)])["smallest_card"].to_list() == ["none"]
 
 
 # --- Records of several cards -----------------------------------------------------------------------------------------
 
 
-def _write(folder, experiment: Experiment, card: str, seconds: float, **extra: object) -> None:
-    metadata = run_metadata(experiment.request.to_json(), "cuda", 1, [], experiment.model, **extra)
-    metadata |= {"experiment": experiment.to_json(), "device_name": card}
+def _write(folder, spec: RunSpec, card: str, seconds: float, **extra: object) -> None:
+    metadata = run_metadata(spec.request.to_json(), "cuda", 1, [], spec.model, **extra)
+    metadata |= {"spec": spec.to_json(), "device_name": card}
     with RunWriter(folder, metadata) as writer:
         writer.append(PhaseRecord("decode_video", None, 0, 100, 0, None, 100, 0, 0.0, seconds, True))
 
@@ -144,16 +142,16 @@ def _write(folder, experiment: Experiment, card: str, seconds: float, **extra: o
 def test_what_is_compared_comes_from_the_card_that_has_most_of_it(tmp_path):
     request = I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9)
     plain, lean = (
-        Experiment(request=replace(request, memory=memory), model=SMALL_MODEL) for memory in ("resident", "lean")
+        RunSpec(request=replace(request, memory=memory), model=SMALL_MODEL) for memory in ("resident", "lean")
     )
-    for name, experiment, card in (
+    for name, spec, card in (
         ("a", plain, "H100"),
         ("b", lean, "H100"),
         ("c", plain, "H200"),
         ("d", plain, "H200"),
         ("e", replace(plain, generations=3), "H200"),
     ):
-        _write(tmp_path / name, experiment, card, 1.0)
+        _write(tmp_path / name, spec, card, 1.0)
     assert [run.metadata["device_name"] for run in find_together([plain, lean], tmp_path)] == ["H100", "H100"]
     (alone,) = find_together([plain], tmp_path)
     assert alone.metadata["device_name"] == "H200", "one that both have comes from the card with more runs"
@@ -161,7 +159,7 @@ def test_what_is_compared_comes_from_the_card_that_has_most_of_it(tmp_path):
 
 
 def test_a_run_of_somebody_elses_pipeline_is_found_on_a_card(tmp_path):
-    asked = Experiment(request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9), model=SMALL_MODEL)
+    asked = RunSpec(request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9), model=SMALL_MODEL)
     for name, seconds in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
         _write(tmp_path / name, asked, "H100", seconds, pipeline="ltx-pipelines", apart=True)
     _write(tmp_path / "d", asked, "H100", 2.0, pipeline="ltx-pipelines", apart=True, vram_cap_bytes=1)
@@ -174,8 +172,8 @@ def test_a_run_of_somebody_elses_pipeline_is_found_on_a_card(tmp_path):
 
 def test_what_became_of_policies_below_a_cap():
     request = I2VRequest(image=DEFAULT_STILL, width=2048, height=1536, frames=97)
-    asked = policy_experiments(request, FULL_SIZE_MODEL, ["1024x768", "2048x1536"])
-    table = capped_table([Observation(experiment, Source.RECORDED, None) for experiment in asked])
+    asked = policy_specs(request, FULL_SIZE_MODEL, ["1024x768", "2048x1536"])
+    table = capped_table([Observation(spec, Source.RECORDED, None) for spec in asked])
     assert (set(table["size"]), set(table["policy"])) == ({"2048x1536"}, {"streamed"})
     assert (table["cap_bytes"] / GIB).to_list() == [4, 3.5, 3.25]
     assert table["status"].to_list() == ["complete", "complete", "out of memory"]
@@ -193,7 +191,7 @@ def test_turns_of_several_sizes_are_compared_each_with_its_own(tmp_path):
         ]
         values = {"device": "a card", "request": {"width": width, "height": 64}, "turns": turns}
         (tmp_path / f"{width}.json").write_text(json.dumps(values))
-    table = turns_table(recorded_turns(["64.json", "128.json", "not_there.json"], tmp_path))
+    table = ratio_table(recorded_rounds(["64.json", "128.json", "not_there.json"], tmp_path))
     assert table[["size", "way"]].to_numpy().tolist() == [
         ["64x64", "resident"],
         ["64x64", "streamed"],
@@ -201,7 +199,7 @@ def test_turns_of_several_sizes_are_compared_each_with_its_own(tmp_path):
         ["128x64", "streamed"],
     ]
     assert table["ratio"].to_list() == pytest.approx([1, 1.5, 1, 1.1])
-    assert turns_table(recorded_turns(["not_there.json"], tmp_path)).empty
+    assert ratio_table(recorded_rounds(["not_there.json"], tmp_path)).empty
 
 
 def test_the_published_peak_is_that_of_the_same_request():

@@ -16,8 +16,8 @@ from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline, require_memory, res
 from i2v_lab.pipeline.ltx2.weights import synthetic_weights
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling
-from i2v_lab.runs.forecast import forecast_experiment
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.forecast import forecast_spec
+from i2v_lab.runs.spec import RunSpec
 
 
 @pytest.fixture
@@ -176,6 +176,6 @@ def test_devices():
 def test_a_forecast_in_the_same_process_changes_no_frame(tiny, request_64):
     before = _frames(TwoStagePipeline(tiny), request_64)
     new = replace(request_64, prompt="in no cache")
-    forecast_experiment(Experiment(request=new, model="ltx-2.3-tiny"), "cpu")
+    forecast_spec(RunSpec(request=new, model="ltx-2.3-tiny"), "cpu")
     assert torch.equal(_frames(TwoStagePipeline(tiny), request_64), before)
     assert before.float().std() > 1

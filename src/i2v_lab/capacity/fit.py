@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.cards import FITS, TIGHT, judge
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.contract.runner import backend_of
+from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast
-from i2v_lab.request import PIXEL_MULTIPLE, TEMPORAL_SCALE, I2VRequest, Tiling
+from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 
@@ -64,6 +64,7 @@ class FitSearch:
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model
+        self._runner = runner_of(load_architecture(model))
         self._on_forecast = on_forecast
         self._good = (FITS, TIGHT) if tightly else (FITS,)
 
@@ -74,21 +75,20 @@ class FitSearch:
 
         Args:
             request: Everything but the size.
-            aspect: Width to height; sides are rounded to multiples of 64.
+            aspect: Width to height; sides are rounded to what the model takes.
             max_height: Of the search.
         """
-        heights = range(PIXEL_MULTIPLE, max_height + 1, PIXEL_MULTIPLE)
-        sizes = [(max(1, round(h * aspect[0] / aspect[1] / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE, h) for h in heights]
+        sizes = self._runner.sizes.sizes(aspect, max_height)
         return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
 
     def most_frames(self, request: I2VRequest) -> Largest:
         """The most frames at the request's size."""
-        counts = range(1, MAX_FRAMES + 1, TEMPORAL_SCALE)
+        counts = self._runner.sizes.frame_counts(MAX_FRAMES)
         return self._last_that_fits([replace(request, frames=count) for count in counts])
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
         """The tiling that decodes least of the video twice, of those that fit the request's size and frames."""
-        tiled = backend_of(load_architecture(self._model)).tiled
+        tiled = self._runner.tiled
         for tiling in TILINGS if tiled else (None,):
             tried = replace(request, tiling=tiling)
             forecast, fits = self._try(tried)

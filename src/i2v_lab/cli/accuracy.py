@@ -26,8 +26,8 @@ def accuracy(
     csv: Annotated[Path | None, typer.Option(help="Also write every phase of every run to this file.")] = None,
 ) -> None:
     """Compare forecasts with every run that was measured on a GPU."""
-    from i2v_lab.reporting.run_tables import rich_table
     from i2v_lab.reporting.tables import save_table
+    from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
 
     measured = measured_table(folder=folder)
@@ -42,4 +42,4 @@ def accuracy(
     columns = ["run", "phase", "peak_bytes", "forecast_bytes", "error"]
     console.print(rich_table(worst[columns], "The ten largest errors"))
     console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
-    console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the experiments"))
+    console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the specs"))

@@ -12,7 +12,7 @@ import typer
 
 from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, reproduce, show
 from i2v_lab.errors import I2VLabError
-from i2v_lab.runs.workers import same_bits_wherever_operands_lie
+from i2v_lab.runs.workers import enable_mkl_cnr
 
 app = typer.Typer(
     name="i2v-lab",
@@ -43,7 +43,7 @@ def main() -> None:
     """Run the command line: an I2VLabError becomes one line on stderr and an exit status, without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    same_bits_wherever_operands_lie()
+    enable_mkl_cnr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()

@@ -134,9 +134,11 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
 
 
 def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) -> None:
-    from i2v_lab.runs.store import FORECAST, RunWriter, run_metadata
+    from i2v_lab.runs.provenance import run_metadata
+    from i2v_lab.runs.spec import RunSpec
+    from i2v_lab.runs.store import FORECAST, RunWriter
 
-    metadata = run_metadata(request.to_json(), FORECAST, request.seed, sys.argv, model)
+    metadata = run_metadata(FORECAST, spec=RunSpec(request=request, model=model), argv=sys.argv)
     with RunWriter(folder, metadata) as writer:
         for record in result.records:
             writer.append(record)
@@ -146,11 +148,13 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
     from rich.table import Table
 
     from i2v_lab.reporting import run_tables
+    from i2v_lab.reporting.headlines import headline
+    from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.runs.sources import as_run
-    from i2v_lab.runs.spec import Experiment
+    from i2v_lab.runs.spec import RunSpec
     from i2v_lab.units import format_bytes
 
-    run = as_run(Experiment(request=request, model=model), result)
+    run = as_run(RunSpec(request=request, model=model), result)
     console = plain_console()
     policy = f", {request.memory}" if request.memory is not MemoryPolicy.RESIDENT else ""
     console.print(
@@ -158,11 +162,11 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
         f"{request.quantization}, decode {request.decode_scope}{policy}",
         soft_wrap=True,
     )
-    console.print(run_tables.headline(run))
+    console.print(headline(run))
     phases = run_tables.phase_table(run).drop(columns="seconds")
-    console.print(run_tables.rich_table(phases, "Phases, forecast", bold=result.peak.phase))
+    console.print(rich_table(phases, "Phases, forecast", bold=result.peak.phase))
     modules = run_tables.modules_table(run).head(8)
-    console.print(run_tables.rich_table(modules, f"Alive at the peak, in {result.peak.phase}, by module"))
+    console.print(rich_table(modules, f"Alive at the peak, in {result.peak.phase}, by module"))
     table = Table("card", "memory", "verdict", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:

@@ -75,11 +75,11 @@ def generate(
 ) -> None:
     """Generate a video from a still, and report the peak memory of every phase."""
     from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.contract.runner import backend_of
+    from i2v_lab.pipeline.registry import runner_of
 
     image = find_still(image)
     architecture = load_architecture(model)
-    backend = backend_of(architecture)
+    runner = runner_of(architecture)
     paths = {
         "checkpoint": checkpoint,
         "gemma": gemma,
@@ -87,7 +87,7 @@ def generate(
         "upsampler": upsampler,
         "lora": lora,
     }
-    backend.require_own(paths, model)
+    runner.check_weight_options(paths, model)
     request = options.build_request(
         architecture,
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
@@ -114,21 +114,32 @@ def generate(
     from i2v_lab.capacity.this_machine import room_within
     from i2v_lab.cli.progress import ProgressReport
     from i2v_lab.pipeline.contract.generation import resolve_device
-    from i2v_lab.runs.measure import profiled
-    from i2v_lab.runs.store import run_metadata
+    from i2v_lab.runs.execute import Hooks, Mode, execute
+    from i2v_lab.runs.spec import ProfilerMode, RunSpec
 
     target = resolve_device(device)
     if memory is MemoryPolicy.AUTO:
         request = options.resolved(request, model, room_within(device, vram_cap_gib), target.type)
-    cap_bytes = None if vram_cap_gib is None else int(vram_cap_gib * GIB)
-    with ProgressReport(request.frames) as progress:
-        weights = backend.resolve_weights(architecture, variant, progress.checked, **paths)
-        metadata = run_metadata(request.to_json(), str(target), request.seed, sys.argv, model)
+    spec = RunSpec(
+        request=request,
+        model=model,
         # Attribution to modules and autograd graphs is only recorded with --profile; peaks need neither.
-        with profiled(target, profile, metadata, attribute=profile is not None, vram_cap_bytes=cap_bytes) as profiler:
-            generation = backend.pipeline(weights, target, sinks=[profiler, progress])(request)
-            with generation.video as chunks:
-                media.write_video(chunks, generation.audio, out, request.frame_rate, progress.frame_written)
+        profiler=ProfilerMode.BOUNDARIES if profile is None and runner.emits_events else ProfilerMode.FULL,
+        vram_cap_bytes=None if vram_cap_gib is None else int(vram_cap_gib * GIB),
+    )
+    with ProgressReport(request.frames) as progress:
+        weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
+        profiler = execute(
+            spec,
+            Mode.REAL,
+            str(target),
+            weights=weights,
+            run_dir=profile,
+            metadata={"argv": sys.argv},
+            video_path=lambda _: out,
+            hooks=Hooks(sinks=[progress], on_frame=progress.frame_written),
+        )
+    assert profiler is not None
     report = _report(request, model, out, profiler)
     if as_json:
         print(json.dumps(report))
@@ -137,6 +148,12 @@ def generate(
 
 
 def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler) -> dict[str, Any]:
+    from i2v_lab.profiling.records import peak_phase
+    from i2v_lab.runs.execute import WHOLE
+
+    phases = [record for record in profiler.phases if record.phase != WHOLE]
+    peak = peak_phase(phases)
+    assert peak is not None
     return {
         "output": str(out),
         "model": model,
@@ -147,11 +164,9 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
         "seed": request.seed,
         "decode_scope": request.decode_scope.value,
         "memory": request.memory.value,
-        "peak_bytes": profiler.peak.peak_bytes,
-        "peak_phase": profiler.peak.phase,
-        "phases": [
-            {key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in profiler.phases
-        ],
+        "peak_bytes": peak.peak_bytes,
+        "peak_phase": peak.phase,
+        "phases": [{key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in phases],
     }
 
 

@@ -51,14 +51,11 @@ def measure(
     Out of memory, and a grad mode that torch refuses, are recorded as results. Any other failure does not stop the
     remaining runs. Runs that the folder already holds with the same settings are reused.
     """
-    from i2v_lab.runs.measure import kept_run, settings_of
+    from i2v_lab.runs.measure import reusable_run, run_identity
     from i2v_lab.runs.plans import load_plan
 
     planned = load_plan(plan)
-    settings = [settings_of(each.experiment, device, each.conditions) for each in planned]
-    todo = [
-        each for each, expected in zip(planned, settings, strict=True) if kept_run(out / each.name, expected) is None
-    ]
+    todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     seconds = sum(each.expected_seconds for each in todo)
     print(
         f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {_duration(seconds)}",
@@ -92,7 +89,7 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
         start_s = time.perf_counter()
         run, message = None, ""
         try:
-            run = measure_one(each.experiment, out / each.name, device, each.conditions)
+            run = measure_one(each.spec, out / each.name, device)
             message = str(run.metadata.get("error", ""))
         except I2VLabError as error:
             message = str(error)
@@ -106,7 +103,7 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
 def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     from rich.table import Table
 
-    from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord
+    from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord, peak_phase
     from i2v_lab.units import format_bytes
 
     table = Table("run", "outcome", "peak", "phase", "seconds", box=None, header_style="bold", pad_edge=False)
@@ -117,7 +114,7 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
             table.add_row(outcome.name, "failed", "", "", "")
             continue
         phases = outcome.run.of(PhaseRecord)
-        top = max(phases, key=lambda phase: phase.peak_bytes, default=None)
+        top = peak_phase(phases)
         status = "out of memory" if outcome.run.of(OutOfMemoryRecord) else outcome.run.status
         table.add_row(
             outcome.name,

@@ -10,7 +10,7 @@ from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import Architecture
-from i2v_lab.pipeline.contract.runner import backend_of, check_request
+from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 Prompt = Annotated[str, typer.Option(help="Description of the video.")]
@@ -73,14 +73,14 @@ def build_request(
     """Build the request of a command line from options and the defaults of the architecture.
 
     Args:
-        architecture: Gives the default of every option that is ``None``, and the backend, whose package is checked.
+        architecture: Gives the default of every option that is ``None``, and the runner, whose package is checked.
         tile: ``tile_px, tile_overlap_px, tile_frames, tile_overlap_frames``.
         no_tiling: Ignore ``tile`` and decode without tiles.
         **values: Other fields of the request; ``None`` stands for the default.
 
     Raises:
         InvalidRequest: A rule of the model is broken.
-        BackendUnavailable: The model's package is not installed.
+        RunnerUnavailable: The model's package is not installed.
     """
     given = {name: value for name, value in values.items() if value is not None}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
@@ -88,5 +88,5 @@ def build_request(
     untiled = no_tiling or (not tiles and "tiling" in architecture.request)
     request = I2VRequest(**{**architecture.request, **given, "tiling": None if untiled else Tiling(**tiles)})
     check_request(architecture, request)
-    backend_of(architecture).require_package()
+    runner_of(architecture).require_package()
     return request

@@ -37,7 +37,10 @@ def show(
     ] = None,
 ) -> None:
     """Show the phases of a recorded run and what was live at its peak, or the difference to a second run."""
+    from i2v_lab.profiling.records import PhaseRecord, peak_phase
     from i2v_lab.reporting import run_tables
+    from i2v_lab.reporting.headlines import difference_headline, headline
+    from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.runs.store import read_run
 
     console = plain_console()
@@ -48,25 +51,25 @@ def show(
 
         save_figure(timeline_figure(first, read_run(other) if other else None), timeline, "timeline")
     if other is None:
-        peak = run_tables.peak_phase(first)
+        peak = peak_phase(first.of(PhaseRecord))
         console.print(_described(first), soft_wrap=True)
-        console.print(run_tables.headline(first))
+        console.print(headline(first))
         if peak is None:
             return
-        console.print(run_tables.rich_table(run_tables.phase_table(first), "Phases", bold=peak.phase))
+        console.print(rich_table(run_tables.phase_table(first), "Phases", bold=peak.phase))
         modules = run_tables.modules_table(first).head(top)
         if len(modules):
-            console.print(run_tables.rich_table(modules, f"Alive at the peak, in {peak.phase}, by module"))
+            console.print(rich_table(modules, f"Alive at the peak, in {peak.phase}, by module"))
         holders = run_tables.holders_table(first, top=top)
         if len(holders):
-            console.print(run_tables.rich_table(holders, f"The largest tensors alive at the peak, in {peak.phase}"))
+            console.print(rich_table(holders, f"The largest tensors alive at the peak, in {peak.phase}"))
         return
     second = read_run(other)
     for name, each in (("first", first), ("other", second)):
         console.print(f"{name}: {_described(each)}", soft_wrap=True)
-        console.print(run_tables.headline(each))
-    console.print(run_tables.difference_headline(first, second))
-    console.print(run_tables.rich_table(run_tables.difference_table(first, second), "Phase by phase"))
+        console.print(headline(each))
+    console.print(difference_headline(first, second))
+    console.print(rich_table(run_tables.difference_table(first, second), "Phase by phase"))
 
 
 def _described(run: Run) -> str:

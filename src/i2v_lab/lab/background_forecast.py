@@ -10,13 +10,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from i2v_lab.errors import ForecastError, I2VLabError
-from i2v_lab.runs.forecast import forecast_experiment
-from i2v_lab.runs.spec import Experiment
-from i2v_lab.runs.workers import begin_as_child, process_context
+from i2v_lab.runs.forecast import forecast_spec
+from i2v_lab.runs.spec import RunSpec
+from i2v_lab.runs.workers import start_child, worker_context
 
 LOOK_S = 0.05  # between two looks at whether something else is wanted
-Wanted = tuple[Experiment, str]
-OnEnd = Callable[[Experiment, I2VLabError | None], None]
+Wanted = tuple[RunSpec, str]
+OnEnd = Callable[[RunSpec, I2VLabError | None], None]
 
 
 class LatestForecast:
@@ -27,12 +27,12 @@ class LatestForecast:
     something is wanted; between forecasts there is neither.
 
     Args:
-        on_end: Called in that thread, with the experiment and what went wrong, if anything; not for a forecast that
+        on_end: Called in that thread, with the spec and what went wrong, if anything; not for a forecast that
             was overtaken.
 
     Example:
-        >>> latest = LatestForecast(lambda experiment, error: None)
-        >>> latest.ask(Experiment(request=request))  # doctest: +SKIP
+        >>> latest = LatestForecast(lambda spec, error: None)
+        >>> latest.ask(RunSpec(request=request))  # doctest: +SKIP
         >>> latest.drop()
     """
 
@@ -42,10 +42,10 @@ class LatestForecast:
         self._wanted: Wanted | None = None
         self._thread: threading.Thread | None = None
 
-    def ask(self, experiment: Experiment, device: str = "cuda") -> None:
+    def ask(self, spec: RunSpec, device: str = "cuda") -> None:
         """Want this forecast instead of any other; returns at once."""
         with self._lock:
-            self._wanted = (experiment, device)
+            self._wanted = (spec, device)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="i2v-lab-forecast", daemon=True)
                 self._thread.start()
@@ -83,7 +83,7 @@ class LatestForecast:
 
     def _work_out(self, wanted: Wanted) -> tuple[bool, I2VLabError | None]:
         """Whether the forecast came to its end, and what went wrong."""
-        context: Any = process_context()
+        context: Any = worker_context()
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_forecast, args=(sender, dict(os.environ), *wanted), daemon=True)
         with receiver:
@@ -103,16 +103,16 @@ class LatestForecast:
         return True, error
 
 
-def _forecast(sender: Connection, environment: Mapping[str, str], experiment: Experiment, device: str) -> None:
+def _forecast(sender: Connection, environment: Mapping[str, str], spec: RunSpec, device: str) -> None:
     """In a process of its own, which also ends with its parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted cell is no reason
-    begin_as_child(environment)
+    start_child(environment)
     error: I2VLabError | None = None
     try:
-        forecast_experiment(experiment, device)
+        forecast_spec(spec, device)
     except I2VLabError as problem:
         error = problem
     except Exception as problem:
         reason = next(iter(str(problem).splitlines()), type(problem).__name__)
-        error = ForecastError(f"the forecast of {experiment.name} failed ({reason}); ask for another request")
+        error = ForecastError(f"the forecast of {spec.name} failed ({reason}); ask for another request")
     sender.send(error)

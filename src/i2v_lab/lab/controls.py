@@ -7,11 +7,12 @@ from typing import Any
 
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.contract.runner import backend_of
-from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest, Tiling
+from i2v_lab.pipeline.registry import runner_of
+from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.published import to_size, to_tiling, varied
 
 FRAMES = (9, 17, 25, 33, 49, 65, 81, 97, 121, 161, 201, 257)
+STAGE_MULTIPLE = 64  # of the sides that are offered; every runner takes it
 STEPS_TO_OWN = 6  # sizes of the model's own shape that are smaller than its own
 
 
@@ -38,10 +39,11 @@ def sizes(model: str, request: I2VRequest) -> list[str]:
         ['128x64', '320x64', '192x128', '256x192', '384x256', '512x320', '576x384', '640x448', '768x512']
     """
     own = load_architecture(model).request
-    unit = max(PIXEL_MULTIPLE, own["height"] // STEPS_TO_OWN // PIXEL_MULTIPLE * PIXEL_MULTIPLE)
+    multiple = STAGE_MULTIPLE
+    unit = max(multiple, own["height"] // STEPS_TO_OWN // multiple * multiple)
     found = {(request.width, request.height)}
     for height in range(unit, 2 * max(own["height"], 4 * unit) + 1, unit):
-        width = max(1, round(height * own["width"] / own["height"] / PIXEL_MULTIPLE)) * PIXEL_MULTIPLE
+        width = max(1, round(height * own["width"] / own["height"] / multiple)) * multiple
         found.add((width, height))
     found |= {to_size(text) for what in ("sizes", "map_sizes") for text in varied(model, what)}
     return [f"{width}x{height}" for width, height in sorted(found, key=lambda size: (size[0] * size[1], size))]
@@ -49,7 +51,7 @@ def sizes(model: str, request: I2VRequest) -> list[str]:
 
 def policies(model: str) -> list[MemoryPolicy]:
     """Memory policies that a model has; ``auto`` asks a card first and is none of them."""
-    return [policy for policy in backend_of(load_architecture(model)).memory if policy is not MemoryPolicy.AUTO]
+    return [policy for policy in runner_of(load_architecture(model)).memory if policy is not MemoryPolicy.AUTO]
 
 
 def under_a_policy(request: I2VRequest, model: str) -> I2VRequest:
@@ -70,7 +72,7 @@ def frame_counts(request: I2VRequest) -> list[int]:
 
 def tilings(model: str, request: I2VRequest) -> list[tuple[str, Tiling | None]]:
     """Tilings in words, the request's own among them."""
-    usual = [Tiling()] if backend_of(load_architecture(model)).tiled else []
+    usual = [Tiling()] if runner_of(load_architecture(model)).tiled else []
     found = dict.fromkeys([*usual, request.tiling, *(to_tiling(text) for text in varied(model, "tilings"))])
     return [(_words(tiling), tiling) for tiling in found]
 

@@ -12,10 +12,10 @@ from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.background_forecast import LatestForecast
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.profiling.records import Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
-from i2v_lab.request import PIXEL_MULTIPLE, I2VRequest
-from i2v_lab.runs.forecast import cached_forecast, forecast_experiment
+from i2v_lab.request import I2VRequest
+from i2v_lab.runs.forecast import cached_forecast, forecast_spec
 from i2v_lab.runs.sources import as_run
-from i2v_lab.runs.spec import FULL_SIZE_MODEL, Experiment
+from i2v_lab.runs.spec import FULL_SIZE_MODEL, RunSpec
 from i2v_lab.runs.store import Run
 from i2v_lab.units import format_bytes
 
@@ -38,7 +38,7 @@ class Question:
 
     Example:
         >>> question = Question(request=I2VRequest(image="stills/lighthouse.png", frames=25), gpu="L4")
-        >>> question.experiment.name
+        >>> question.spec.name
         '1024x768x25'
     """
 
@@ -49,9 +49,13 @@ class Question:
     device: str = "cuda"
 
     @property
-    def experiment(self) -> Experiment:
-        """What is forecast: everything but the card."""
-        return Experiment(request=self.request, model=self.model)
+    def spec(self) -> RunSpec:
+        """What is forecast: everything but the card.
+
+        Raises:
+            InvalidRequest: The model does not support the request.
+        """
+        return RunSpec(request=self.request, model=self.model)
 
     def code(self) -> str:
         """A cell that gives the same answer without any widget.
@@ -85,8 +89,6 @@ class Question:
         lines += [f"    decode_scope={_quoted(request.decode_scope.value)},"]
         if request.memory is not MemoryPolicy.RESIDENT:
             lines.append(f"    memory={_quoted(request.memory.value)},")
-        if request.pixel_multiple != PIXEL_MULTIPLE:
-            lines.append(f"    pixel_multiple={request.pixel_multiple},")
         gpu = _quoted(self.gpu)
         return "\n".join(
             [
@@ -193,34 +195,34 @@ class Exploration:
             if known is not None:
                 self.answer = _answer(question, *known)
             if self.working:
-                self._background.ask(question.experiment, question.device)
+                self._background.ask(question.spec, question.device)
             else:
                 self._background.drop()
         self.on_change()
 
     def _find(self, question: Question, wait: bool) -> tuple[Run, Forecast] | None:
-        experiment, device = question.experiment, question.device
-        key = f"{experiment.like()} {experiment.request.image} {device}"
+        spec, device = question.spec, question.device
+        key = f"{spec.memory_key()} {spec.request.image} {device}"
         known = self._known.get(key)
         if known is None:
             try:
-                forecast = forecast_experiment(experiment, device) if wait else cached_forecast(experiment, device)
+                forecast = forecast_spec(spec, device) if wait else cached_forecast(spec, device)
             except I2VLabError as error:
                 self.problem = str(error)
                 return None
             if forecast is None:
                 return None
             small = replace(forecast, records=_thinned(forecast))
-            known = as_run(experiment, small), small
+            known = as_run(spec, small), small
         self._known[key] = known
         self._known.move_to_end(key)
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
         return known
 
-    def _ended(self, experiment: Experiment, error: I2VLabError | None) -> None:
+    def _ended(self, spec: RunSpec, error: I2VLabError | None) -> None:
         with self._lock:
-            if self.question.experiment != experiment:
+            if self.question.spec != spec:
                 return  # overtaken in this very moment
             known = None if error is not None else self._find(self.question, wait=False)
             if known is not None:

@@ -13,10 +13,12 @@ from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.pipeline.contract.architectures import architecture_names
 from i2v_lab.reporting.figures import live as pictures
-from i2v_lab.reporting.run_tables import headline, modules_table
-from i2v_lab.reporting.tables import WORDS, as_sentence, readable
+from i2v_lab.reporting.figures.style import VERDICT_COLOURS
+from i2v_lab.reporting.headlines import headline
+from i2v_lab.reporting.run_tables import modules_table
+from i2v_lab.reporting.tables import WORDS, as_sentence, html_table, readable
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization
-from i2v_lab.runs.forecast import hidden
+from i2v_lab.runs.forecast import is_quiet
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.studies.published import study_request
 from i2v_lab.units import format_bytes
@@ -55,13 +57,13 @@ class Explorer(View):
         self.exploration = Exploration(question, self._show)
         self._drawing = threading.RLock()
         self._setting = False
-        self.exploration.ask(question, wait=hidden(progress=True))
+        self.exploration.ask(question, wait=is_quiet(progress=True))
 
     def __repr__(self) -> str:
         question, answer, problem = (getattr(self.exploration, name) for name in ("question", "answer", "problem"))
         known = answer is not None and answer.question == question
         said = answer.sentence if known else problem or "no forecast yet"
-        return f"Explorer({question.experiment.name} on {question.gpu}: {said})"
+        return f"Explorer({question.spec.name} on {question.gpu}: {said})"
 
     # --- What there is to see ---
 
@@ -87,7 +89,7 @@ class Explorer(View):
         answer, question = self.exploration.answer, self.exploration.question
         if answer is None:
             return ""
-        colour = pictures.verdict_colour(answer.fit.verdict)
+        colour = VERDICT_COLOURS[answer.fit.verdict]
         line = pictures.Line(answer.fit.memory_bytes, f"{answer.fit.gpu}, {format_bytes(answer.fit.memory_bytes)}")
         holders = modules_table(answer.run).head(6)
         body = "".join(
@@ -96,11 +98,11 @@ class Explorer(View):
                 pictures.phase_bars(answer.run, answer.context_bytes, line),
                 sentence(as_sentence(headline(answer.run))),
                 pictures.timeline(answer.run),
-                pictures.table_html(readable(holders, HOLDERS)) if len(holders) else "",
+                html_table(readable(holders, HOLDERS)) if len(holders) else "",
             ]
         )
         kind = "answer" if answer.question == question else "answer older"
-        return f'<div class="{kind}" data-of="{answer.question.experiment.name}">{body}</div>'
+        return f'<div class="{kind}" data-of="{answer.question.spec.name}">{body}</div>'
 
     # --- Widgets ---
 

@@ -21,12 +21,14 @@ from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.pipeline.contract.architectures import architecture_names
-from i2v_lab.reporting.figures import live as pictures
-from i2v_lab.reporting.run_tables import headline, phase_table
-from i2v_lab.reporting.tables import WORDS, as_sentence, readable
+from i2v_lab.reporting.figures.style import VERDICT_COLOURS
+from i2v_lab.reporting.headlines import headline
+from i2v_lab.reporting.run_tables import phase_table
+from i2v_lab.reporting.tables import WORDS, as_sentence, html_table, readable
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.sources import choose_model
 from i2v_lab.studies.published import study_request
+from i2v_lab.units import format_seconds
 
 PHASES = {"phase": "phase", "peak_bytes": "peak", "end_bytes": "left behind", "seconds": "time"}
 
@@ -102,7 +104,7 @@ class Generate(View):
             return sentence("Forecasting whether it will fit; you need not wait.", "working")
         if answer is None or answer.question != exploration.question:
             return ""
-        colour = pictures.verdict_colour(answer.fit.verdict)
+        colour = VERDICT_COLOURS[answer.fit.verdict]
         words = answer.sentence if answer.fit.verdict == FITS else f"Warning. {answer.sentence}"
         return f'<p class="verdict" style="border-color:{colour}">{escape(words)}</p>'
 
@@ -112,7 +114,7 @@ class Generate(View):
         for phase in list(generating.progress):
             share = 100 if phase.seconds is not None else 100 * phase.step / phase.steps if phase.steps else 4
             count = f"{phase.step} of {phase.steps}" if phase.steps else ""
-            time = f"{phase.seconds:.1f} s" if phase.seconds is not None else "…"
+            time = format_seconds(phase.seconds) if phase.seconds is not None else "…"
             rows.append(
                 f"<tr><td>{phase.phase.replace('_', ' ')}</td><td><span class='bar'><span style='width:{share:.0f}%'>"
                 f"</span></span></td><td>{count}</td><td>{time}</td></tr>"
@@ -130,7 +132,7 @@ class Generate(View):
         if run is None:
             return ""
         phases = phase_table(run)
-        table = pictures.table_html(readable(phases, PHASES)) if len(phases) else ""
+        table = html_table(readable(phases, PHASES)) if len(phases) else ""
         words = as_sentence(headline(run)) if generating.state is State.DONE else ""
         return self._video_html() + sentence(words) + table
 

@@ -8,20 +8,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import GenerationStopped, I2VLabError
-from i2v_lab.events import ComponentBuilt, Event, EventSink, Phase, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.events import ComponentBuilt, Event, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.paths import find_still
-from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.contract.runner import backend_of, check_request
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.measure import VIDEO, profiled
-from i2v_lab.runs.store import Run, read_run, run_metadata
+from i2v_lab.runs.execute import VIDEO, Hooks, Mode, execute
+from i2v_lab.runs.spec import RunSpec
+from i2v_lab.runs.store import Run, read_run
+from i2v_lab.units import format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.monitor import MemoryMonitor
@@ -127,16 +127,15 @@ class Generating:
         if self.state is State.RUNNING:
             raise I2VLabError(ONE_AT_A_TIME)
         request = replace(request, image=str(find_still(request.image)))
-        architecture = load_architecture(model)
-        check_request(architecture, request)
-        backend_of(architecture).require_package()
+        spec = RunSpec(request=request, model=model)
+        spec.runner_spec.require_package()
         load_still(request.image)
         self.wait()
         self.folder = self._next_folder(request)
         self.state, self.progress, self.message = State.RUNNING, [], ""
         self._stop.clear()
         self._thread = threading.Thread(
-            target=self._serve, args=(request, model, self.folder), name="i2v-lab-generation", daemon=True
+            target=self._serve, args=(spec, self.folder), name="i2v-lab-generation", daemon=True
         )
         self._thread.start()
 
@@ -153,11 +152,11 @@ class Generating:
 
     # --- In the generation's thread ---
 
-    def _serve(self, request: I2VRequest, model: str, folder: Path) -> None:
+    def _serve(self, spec: RunSpec, folder: Path) -> None:
         start_s = time.perf_counter()
         try:
-            self._generate(request, model, folder)
-            state, message = State.DONE, f"Done in {time.perf_counter() - start_s:.1f} s."
+            self._generate(spec, folder)
+            state, message = State.DONE, f"Done in {format_seconds(time.perf_counter() - start_s)}."
         except GenerationStopped as error:
             state, message = State.STOPPED, str(error)
         except I2VLabError as error:
@@ -171,24 +170,20 @@ class Generating:
         self.state = state
         self.on_change()
 
-    def _generate(self, request: I2VRequest, model: str, folder: Path) -> None:
-        from i2v_lab.pipeline.contract import media
-        from i2v_lab.pipeline.contract.generation import resolve_device
-
-        target = resolve_device(self.device)
+    def _generate(self, spec: RunSpec, folder: Path) -> None:
         self._check_stop()
-        architecture = load_architecture(model)
-        backend = backend_of(architecture)
-        weights = backend.resolve_weights(architecture, request.variant, lambda *_: self._check_stop())
-        metadata = run_metadata(request.to_json(), str(target), request.seed, [], model)
-        with profiled(target, folder, metadata) as profiler, ExitStack() as scopes:
-            sinks: list[EventSink] = [profiler, self._follow]
-            if self.monitor is not None:
-                scopes.enter_context(self.monitor.following(profiler))
-                sinks.insert(0, self.monitor)
-            generation = backend.pipeline(weights, target, sinks=sinks)(request)
-            with generation.video as chunks:
-                media.write_video(chunks, generation.audio, folder / VIDEO, request.frame_rate, self._check_stop)
+        weights = spec.runner_spec.resolve_weights(
+            spec.architecture, spec.request.variant, lambda *_: self._check_stop()
+        )
+        execute(
+            spec,
+            Mode.REAL,
+            self.device,
+            weights=weights,
+            run_dir=folder,
+            video_path=lambda _: folder / VIDEO,
+            hooks=Hooks(sinks=[self._follow], on_frame=self._check_stop, monitor=self.monitor),
+        )
 
     def _follow(self, event: Event) -> None:
         """The last of the sinks: what it raises reaches no other one."""

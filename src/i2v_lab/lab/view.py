@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from html import escape
 from typing import Any
 
-from i2v_lab.runs.forecast import hidden
+from i2v_lab.runs.forecast import is_quiet
 
 STYLE = """<style>
 .i2v-view { color: var(--jp-ui-font-color1, inherit); line-height: 1.45; max-width: 720px; }
@@ -56,7 +56,7 @@ class View(ABC):
         return page(self.html() + f"<p><small><em>{HINT}</em></small></p>")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        widgets = {} if hidden(progress=True) else self.widget._repr_mimebundle_(include=include, exclude=exclude)
+        widgets = {} if is_quiet(progress=True) else self.widget._repr_mimebundle_(include=include, exclude=exclude)
         return {**widgets, "text/html": self._repr_html_(), "text/plain": repr(self)}
 
 

@@ -6,6 +6,7 @@ Bytes are whole bytes, seconds count from the start of the profiler; what could 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -212,6 +213,16 @@ Record = (
 )
 
 
+def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
+    """The phase with the highest peak, the first of equals; ``None`` if there is no phase.
+
+    Example:
+        >>> peak_phase([]) is None
+        True
+    """
+    return max(phases, key=lambda record: record.peak_bytes, default=None)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a run would record, on a device that is not here.
@@ -241,7 +252,9 @@ class Forecast:
     @property
     def peak(self) -> PhaseRecord:
         """The phase with the highest peak, the first of equals."""
-        return max(self.phases, key=lambda record: record.peak_bytes)
+        peak = peak_phase(self.phases)
+        assert peak is not None
+        return peak
 
     @property
     def peak_reserved_bytes(self) -> int:

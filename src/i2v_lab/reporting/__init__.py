@@ -1,1 +1,1 @@
-"""Tables, figures and pages, made from records and tidy tables; imports no torch."""
+"""Tables, figures and pages, made from records and tidy tables; never imports torch."""

@@ -1,4 +1,4 @@
-"""What a notebook's cells show: tables, figures and sentences, each left as a file too."""
+"""Outputs of a notebook's cells: tables, figures and sentences, each also written to a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
 from i2v_lab.files import write_atomically
-from i2v_lab.reporting.figures.runs import has_timeline, timeline_figure
+from i2v_lab.reporting.figures.runs import NO_TIMELINE, has_timeline, timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable, save_table
 from i2v_lab.runs.store import Run
@@ -21,14 +21,21 @@ NOTHING = "*There is no record to show here.*"
 
 
 class Cells:
-    """Shows what a notebook found, and keeps it below ``out_dir`` under the notebook's name.
+    """Shows the tables, figures and videos of a notebook, and writes them to ``out_dir`` under the notebook's name.
 
-    Tables go to ``tables``, figures to ``figures``, each figure with the CSV behind it. What there is no record of is
-    said, and is no error.
+    Tables go to ``tables``, figures to ``figures``, each figure with the CSV that it was drawn from. Where there is no
+    record, a sentence says so; it is no error.
 
     Args:
         out_dir: The build folder.
         notebook: Its file's name without the suffix.
+
+    Example:
+        >>> cells = Cells("build", "04_flat_across_resolution")
+        >>> rows = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2**30]})
+        >>> cells.table("peaks", rows, {"phase": "phase", "peak_bytes": "peak"})
+                          peak
+        decode_video  1.00 GiB
     """
 
     def __init__(self, out_dir: str | Path, notebook: str) -> None:
@@ -36,33 +43,47 @@ class Cells:
         self.notebook = notebook
 
     def table(self, name: str, table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame | Markdown:
-        """Some columns of a tidy table, as :func:`~i2v_lab.reporting.tables.readable` writes them."""
+        """Write a tidy table as CSV and show some of its columns.
+
+        Args:
+            name: Of the file, after the notebook's.
+            table: Tidy, with whole bytes.
+            columns: Heading by column's name, as in :func:`~i2v_lab.reporting.tables.readable`.
+        """
         save_table(table, self.out / "tables", f"{self.notebook}_{name}")
         return readable(table, columns) if len(table) else Markdown(NOTHING)
 
     def figure(
         self, name: str, draw: Callable[..., Figure], table: pd.DataFrame, *more: Any, **options: Any
     ) -> SVG | Markdown:
-        """The figure that ``draw`` makes of a tidy table and whatever else it wants."""
+        """Write and show a figure, and its table as CSV.
+
+        Args:
+            name: Of the files, after the notebook's.
+            draw: Given ``table``, ``more`` and ``options``.
+            table: Tidy, with whole bytes.
+            *more: Further arguments of ``draw``.
+            **options: Its keyword arguments.
+        """
         if not len(table):
             return Markdown(NOTHING)
         save_table(table, self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, draw(table, *more, **options))
 
     def timeline(self, name: str, run: Run | None, other: Run | None = None) -> SVG | Markdown:
-        """Live bytes over a run; a second run is laid over it as a line."""
+        """Live bytes by category over a run; the total of a second run is a line over it."""
         if run is None or not has_timeline(run) or (other is not None and not has_timeline(other)):
-            return Markdown("*No timeline: live storages are followed by forecasts and by runs on a CPU.*")
+            return Markdown(f"*{NO_TIMELINE}*")
         save_table(run.frame("timeline"), self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, timeline_figure(run, other))
 
     def video(self, name: str, path: Path) -> Path:
-        """A video's place below ``out_dir``; it is copied there."""
-        kept = self.out / "videos" / f"{self.notebook}_{name}.mp4"
-        return write_atomically(kept, lambda part: shutil.copyfile(path, part))
+        """Copy a video to ``out_dir`` and return its path there."""
+        target = self.out / "videos" / f"{self.notebook}_{name}.mp4"
+        return write_atomically(target, lambda part: shutil.copyfile(path, part))
 
     def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> SVG:
-        """A figure of geometry, which has no table."""
+        """Write and show a figure of tile layouts, which has no table."""
         return self._shown(name, draw(layouts))
 
     def _shown(self, name: str, figure: Figure) -> SVG:
@@ -71,12 +92,12 @@ class Cells:
 
 
 def sentence(results: Mapping[str, Any]) -> Markdown:
-    """The verdict in bold, and why."""
+    """A study's verdict in bold, and the finding behind it."""
     return Markdown(f"**{str(results['verdict']).capitalize()}.** {results['finding']}")
 
 
 def absent(names: Sequence[str]) -> Markdown:
-    """Which experiments there is no record of; nothing if there is one of each."""
+    """A sentence that lists experiments without a record; empty if ``names`` is."""
     if not names:
         return Markdown("")
     return Markdown(f"*`data/measured` has no record of {', '.join(names)}.*")

@@ -1,4 +1,4 @@
-"""Two run directories side by side, as sentences, pictures and a table."""
+"""Two recorded runs side by side: sentences, figures and a table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 
 from i2v_lab.errors import RecordError
-from i2v_lab.reporting.figures import live as pictures
-from i2v_lab.reporting.run_tables import difference_headline, difference_table, headline
-from i2v_lab.reporting.tables import as_sentence, readable
+from i2v_lab.reporting.figures import live
+from i2v_lab.reporting.headlines import difference_headline, headline
+from i2v_lab.reporting.run_tables import difference_table
+from i2v_lab.reporting.tables import as_sentence, html_table, readable
 from i2v_lab.runs.store import METADATA, Run, read_run
 
-BARS = "Where there is an allocator, bars end at what it held; the table has what was allocated."
+BARS = "With a caching allocator, bars end at the reserved bytes; the table has the allocated bytes."
 COLUMNS = {
     "phase": "phase",
     "peak_bytes": "peak",
@@ -25,7 +26,7 @@ COLUMNS = {
 
 
 def find_runs(folders: Sequence[Path]) -> dict[str, Path]:
-    """All run directories below these folders, by a short name that no other one has, in the order of the folders."""
+    """All run directories below these folders, by a short unique name, in the order of the folders."""
     found: dict[str, Path] = {}
     for folder in folders:
         for metadata in sorted(folder.rglob(METADATA)):
@@ -37,11 +38,11 @@ def find_runs(folders: Sequence[Path]) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs.
+    """Two runs, the second compared with the first.
 
     Attributes:
-        first: The one that is looked at.
-        second: The one that is held against it.
+        first: The baseline.
+        second: The run that is compared with it.
 
     Example:
         >>> Comparison.read(Path("runs/escaped"), Path("runs/no_grad")).headline  # doctest: +SKIP
@@ -53,7 +54,7 @@ class Comparison:
 
     @classmethod
     def read(cls, first: Path, second: Path) -> Comparison:
-        """Read both.
+        """Read both runs.
 
         Raises:
             RecordError: One of them is missing or damaged.
@@ -66,7 +67,7 @@ class Comparison:
         return difference_headline(self.first, self.second)
 
     def html(self) -> str:
-        """Everything: what each run was, bars, timelines, and the difference phase by phase."""
+        """Both headlines, bars, timelines, and the difference phase by phase."""
         table = readable(difference_table(self.first, self.second), COLUMNS)
         return "".join(
             [
@@ -75,10 +76,10 @@ class Comparison:
                     f"<p>{words}: {escape(run.folder.name)}. {escape(as_sentence(headline(run)))}</p>"
                     for words, run in (("First (upper bars, areas)", self.first), ("Second (lower bars)", self.second))
                 ),
-                pictures.phase_bars(self.first, other=self.second),
+                live.phase_bars(self.first, other=self.second),
                 f"<p><small>{BARS}</small></p>",
-                pictures.timeline(self.first, self.second),
-                pictures.table_html(table),
+                live.timeline(self.first, self.second),
+                html_table(table),
             ]
         )
 
@@ -87,7 +88,7 @@ class Comparison:
 
 
 def compare_html(first: Path, second: Path) -> str:
-    """The comparison, or in one line why there is none."""
+    """The comparison, or the reason in one line if a run cannot be read."""
     try:
         return Comparison.read(first, second).html()
     except RecordError as error:

@@ -9,31 +9,43 @@ from typing import Any
 import pandas as pd
 
 from i2v_lab.files import write_atomically
-from i2v_lab.units import format_bytes
+from i2v_lab.units import format_value
 
+# Values of fields, in the words of tables, figures and controls.
 WORDS = {
     "escaped": "outside no_grad",
     "no_grad": "inside no_grad",
     "escaped, guarded": "outside, through guard_stream",
-    "plain": "consumed to its end",
+    "plain": "consumed to the end",
     "guarded": "through guard_stream",
-    "left_open": "stopped early and kept",
+    "left_open": "stopped early, still referenced",
 }
-ABSENT = "n/a"
 
 
 def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
-    """Write a tidy table as CSV, with whole bytes and seconds."""
+    """Write a tidy table as CSV, with whole bytes and seconds.
+
+    Args:
+        table: Tidy; its index is not written.
+        folder: Made if it does not exist.
+        name: Of the file, without its suffix.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     return write_atomically(folder / f"{name}.csv", lambda part: table.to_csv(part, index=False))
 
 
 def readable(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Some columns of a tidy table as people read them: bytes and seconds with their unit, shares in percent.
+    """Some columns of a tidy table as text: bytes and seconds with their unit, shares in percent.
 
-    The first column becomes the index. A column in which nothing is known is left out.
+    The first column becomes the index. A column without any known value is left out.
 
     Args:
-        table: Tidy; the end of a column's name says its unit, as everywhere in this package.
+        table: Tidy; the end of a column's name says its unit, as in :func:`~i2v_lab.units.format_value`.
         columns: Heading by column's name, in the order wanted.
 
     Example:
@@ -43,32 +55,34 @@ def readable(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
         decode_video  1.00 GiB
     """
     known = {name: heading for name, heading in columns.items() if not len(table) or not table[name].isna().all()}
-    shown = pd.DataFrame({heading: [_text(name, value) for value in table[name]] for name, heading in known.items()})
+    texts = {heading: [cell_text(name, value) for value in table[name]] for name, heading in known.items()}
+    shown = pd.DataFrame({heading: [WORDS.get(text, text) for text in column] for heading, column in texts.items()})
     first = next(iter(known.values()))
     return shown.set_index(first).rename_axis(None)
 
 
-def _text(name: str, value: Any) -> str:
-    if pd.isna(value):
-        return ABSENT
-    if name.endswith("bytes"):
-        plus = "+" if name.startswith("difference") and value > 0 else ""
-        return plus + format_bytes(int(value))
-    if name.endswith("seconds"):
-        return f"{value:.1f} s"
-    if name.endswith("ratio"):
-        return f"{value:.2f}"
-    if name.endswith(("error", "told_share")):
-        return f"{100 * value:.2f} %"
-    if name.startswith("share"):
-        return f"{100 * value:.0f} %"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return WORDS.get(str(value), str(value))
+def html_table(table: pd.DataFrame) -> str:
+    """A table of text as HTML, without a style of its own."""
+    return str(table.to_html(border=0, escape=True))
+
+
+def cell_text(name: str, value: Any) -> str:
+    """A table's cell as text: :func:`~i2v_lab.units.format_value`, for pandas' missing values too.
+
+    Args:
+        name: The column's.
+        value: Of any type that a column holds; missing is ``n/a``.
+
+    Example:
+        >>> cell_text("peak_bytes", 2**30), cell_text("peak_bytes", pd.NA)
+        ('1.00 GiB', 'n/a')
+    """
+    missing = not isinstance(value, tuple) and pd.isna(value)
+    return format_value(name, None if missing else value)
 
 
 def as_sentence(words: str) -> str:
-    """With a capital in front and a full stop behind; of several lines each.
+    """Text with a capital in front and a full stop behind; of several lines each.
 
     Example:
         >>> as_sentence("peak 30.1 MiB in decode_video")

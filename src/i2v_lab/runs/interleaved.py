@@ -1,7 +1,7 @@
-"""What the time of a generation depends on: ways of running it, in turns within one process, compared in pairs.
+"""Interleaved A/B benchmark: several specs generate in turn within one process, and are compared pairwise by round.
 
-Processes of their own differ by more than what is looked for here, so all ways run in one. They change places from
-round to round, so that a slow minute of the machine, and what the run before left behind, hit all alike.
+Separate processes differ by more than the effects looked for here, so all arms run in one. They change places from
+round to round, so that drift of the machine, and what the run before left behind, affect all alike.
 """
 
 from __future__ import annotations
@@ -11,120 +11,112 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.runs.implementations import Implementation
-from i2v_lab.runs.measure import profiled
+from i2v_lab.runs.execute import Hooks, Mode, execute
+from i2v_lab.runs.spec import ProfilerMode, RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
     from i2v_lab.events import Event
-    from i2v_lab.pipeline.ltx2.weights import Weights
-    from i2v_lab.profiling.phase_profiler import PhaseProfiler
 
 BASELINE = "no profiler"
 RESAMPLES = 10_000
-COLUMNS = ["round", "place", "way", "seconds", "told_s"]
-TABLE_COLUMNS = ["size", "way", "rounds", "median_seconds", "ratio", "low_ratio", "high_ratio", "told_share"]
+COLUMNS = ["round", "place", "arm", "seconds", "event_seconds"]
+TABLE_COLUMNS = ["size", "arm", "rounds", "median_seconds", "ratio", "low_ratio", "high_ratio", "event_share"]
+PROFILER_ROUNDS = ("interleaved-profilers-h200.json",)  # in data/measured
+POLICY_ROUNDS = ("interleaved-policies-1024x768.json", "interleaved-policies-2048x1536.json")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """A way of generating.
+def profiler_arms(request: I2VRequest, model: str) -> dict[str, RunSpec]:
+    """What profiling costs, the defect, and upstream's own pipeline where there is one.
 
-    Attributes:
-        pipeline: Whose.
-        memory: Under which policy.
-        scope: Where the video is decoded.
-        attribute: Follow modules and autograd graphs, or the phases alone; ``None`` goes without a profiler.
+    The first is the baseline; all decode to the last chunk, which stays on the device.
     """
+    plain = RunSpec(
+        request=replace(request, memory=MemoryPolicy.RESIDENT, decode_scope=DecodeScope.NO_GRAD),
+        model=model,
+        profiler=ProfilerMode.NONE,
+        write_video=False,
+    )
+    arms = {
+        BASELINE: plain,
+        "no profiler, again": plain,
+        "phase boundaries": replace(plain, profiler=ProfilerMode.BOUNDARIES),
+        "modules and graphs": replace(plain, profiler=ProfilerMode.FULL),
+        "decoded outside no_grad": plain.with_request(decode_scope=DecodeScope.ESCAPED),
+    }
+    if plain.runner == "ltx-2":
+        arms["ltx-pipelines"] = replace(plain, runner="ltx-pipelines")
+    return arms
 
-    pipeline: Implementation = Implementation.OURS
-    memory: MemoryPolicy = MemoryPolicy.RESIDENT
-    scope: DecodeScope = DecodeScope.NO_GRAD
-    attribute: bool | None = None
+
+def policy_arms(request: I2VRequest, model: str) -> dict[str, RunSpec]:
+    """The model's memory policies, ``resident`` first."""
+    plain = profiler_arms(request, model)[BASELINE]
+    policies = [policy for policy in plain.runner_spec.memory if policy is not MemoryPolicy.AUTO]
+    return {policy.value: plain.with_request(memory=policy) for policy in policies}
 
 
-PROFILER_WAYS: Mapping[str, Way] = {
-    BASELINE: Way(),
-    "no profiler, again": Way(),
-    "phase boundaries": Way(attribute=False),
-    "modules and graphs": Way(attribute=True),
-    "decoded outside no_grad": Way(scope=DecodeScope.ESCAPED),
-    "ltx-pipelines": Way(pipeline=Implementation.UPSTREAM),
+ARMS: Mapping[str, Callable[[I2VRequest, str], dict[str, RunSpec]]] = {
+    "profilers": profiler_arms,
+    "policies": policy_arms,
 }
-POLICY_WAYS: Mapping[str, Way] = {
-    policy.value: Way(memory=policy) for policy in (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
-}
-WAYS: Mapping[str, Mapping[str, Way]] = {"profilers": PROFILER_WAYS, "policies": POLICY_WAYS}
-PROFILER_TURNS = ("turns-h200.json",)  # in data/measured
-POLICY_TURNS = ("policy-turns-1024x768.json", "policy-turns-2048x1536.json")
 
 
-def take_turns(
-    weights: Weights, device: torch.device, request: I2VRequest, rounds: int, ways: Mapping[str, Way] = PROFILER_WAYS
+def run_interleaved(
+    arms: Mapping[str, RunSpec], weights: Any, device: torch.device, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """Generate in every way, round after round, after one generation that does not count.
+    """Generate with every arm, round after round, after one warm-up generation that does not count.
 
     A generation's time is from the pipeline's call to the last chunk, which stays on the device.
 
     Args:
+        arms: By their names; the first is the baseline.
         weights: The model's.
         device: Where to run.
-        request: What to generate; its ``decode_scope`` and ``memory`` are each way's own.
-        rounds: How often.
-        ways: By their names.
+        rounds: How many.
 
     Yields:
-        ``round`` and ``place`` in it, from 1; ``way``; ``seconds``; and ``told_s``, of these the seconds in which the
-        profiler took note of the pipeline's events, ``None`` without one.
+        ``round`` and ``place`` in it, from 1; ``arm``; ``seconds``; and ``event_seconds``, of these the time in which
+        the profiler handled the pipeline's events, ``None`` without one.
     """
-    _generate(Way(), weights, device, request)
-    names = list(ways)
+    names = list(arms)
+    _generate(arms[names[0]], weights, device)
     for number in range(rounds):
-        turn = number % len(names)
-        for place, name in enumerate(names[turn:] + names[:turn], start=1):
-            seconds, told_s = _generate(ways[name], weights, device, request)
-            yield {"round": number + 1, "place": place, "way": name, "seconds": seconds, "told_s": told_s}
+        shift = number % len(names)
+        for place, name in enumerate(names[shift:] + names[:shift], start=1):
+            seconds, event_seconds = _generate(arms[name], weights, device)
+            yield {"round": number + 1, "place": place, "arm": name, "seconds": seconds, "event_seconds": event_seconds}
 
 
-def _generate(way: Way, weights: Weights, device: torch.device, request: I2VRequest) -> tuple[float, float | None]:
+def _generate(spec: RunSpec, weights: Any, device: torch.device) -> tuple[float, float | None]:
     import torch
-
-    from i2v_lab.pipeline.contract.runner import backend_of
 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    backend = backend_of(weights.architecture)
-    pipeline = backend.upstream if way.pipeline is Implementation.UPSTREAM else backend.pipeline
+    timers: list[_EventTimer] = []
+
+    def timed(sink: Callable[[Event], None]) -> _EventTimer:
+        timers.append(_EventTimer(sink))
+        return timers[-1]
+
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        with _profiler(way, device, Path(folder) / "run") as profiler:
-            told = _Told(profiler) if profiler else None
-            generation = pipeline(weights, device, sinks=[told] if told else [])(
-                replace(request, decode_scope=way.scope, memory=way.memory)
-            )
-            for chunk in generation.video:
-                del chunk
-        return time.perf_counter() - start, told.seconds if told else None
+        run_dir = None if spec.profiler is ProfilerMode.NONE else Path(folder) / "run"
+        execute(spec, Mode.REAL, str(device), weights=weights, run_dir=run_dir, hooks=Hooks(wrap_profiler=timed))
+        return time.perf_counter() - start, timers[0].seconds if timers else None
 
 
-def _profiler(way: Way, device: torch.device, folder: Path) -> AbstractContextManager[PhaseProfiler | None]:
-    if way.attribute is None:
-        return nullcontext()
-    return profiled(device, folder, {}, attribute=way.attribute)
-
-
-class _Told:
+class _EventTimer:
     """Passes events on and adds up how long the receiver takes."""
 
     def __init__(self, receiver: Callable[[Event], None]) -> None:
@@ -137,15 +129,15 @@ class _Told:
         self.seconds += time.perf_counter() - start
 
 
-def recorded_turns(names: Sequence[str] = PROFILER_TURNS, folder: Path | None = None) -> pd.DataFrame:
-    """Turns that were taken before, at 22B.
+def recorded_rounds(names: Sequence[str] = PROFILER_ROUNDS, folder: Path | None = None) -> pd.DataFrame:
+    """Rounds that were measured before, at 22B.
 
     Args:
-        names: Of files; one that is not there has no turns.
+        names: Of files; one that is not there has no rounds.
         folder: Where they are; ``data/measured`` by default.
 
     Returns:
-        The columns that :func:`take_turns` yields, ``size`` such as ``1024x768``, and ``gpu``.
+        The columns that :func:`run_interleaved` yields, ``size`` such as ``1024x768``, and ``gpu``.
     """
     import pandas as pd
 
@@ -155,45 +147,45 @@ def recorded_turns(names: Sequence[str] = PROFILER_TURNS, folder: Path | None = 
         if path.exists():
             values = json.loads(path.read_text())
             size = f"{values['request']['width']}x{values['request']['height']}"
-            parts.append(pd.DataFrame(values["turns"], columns=COLUMNS).assign(size=size, gpu=values["device"]))
+            parts.append(pd.DataFrame(values["rounds"], columns=COLUMNS).assign(size=size, gpu=values["device"]))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
-def turns_table(turns: pd.DataFrame) -> pd.DataFrame:
-    """Each way's time as a multiple of that of the first way, of the same round.
+def ratio_table(rounds: pd.DataFrame) -> pd.DataFrame:
+    """Each arm's time as a multiple of the baseline's in the same round.
 
     Args:
-        turns: As of :func:`take_turns`, or of :func:`recorded_turns`, which may have several sizes.
+        rounds: As of :func:`run_interleaved`, or of :func:`recorded_rounds`, which may have several sizes.
 
     Returns:
-        ``size`` (empty where ``turns`` has none), ``way, rounds, median_seconds``, the median ratio as ``ratio``, from
-        ``low_ratio`` to ``high_ratio`` in 95 % of 10,000 bootstrap resamples of the rounds, and ``told_share``, the
-        median share of the time spent in taking note of events.
+        ``size`` (empty where ``rounds`` has none), ``arm, rounds, median_seconds``, the median ratio as ``ratio``, from
+        ``low_ratio`` to ``high_ratio`` in 95 % of 10,000 bootstrap resamples of the rounds, and ``event_share``, the
+        median share of the time spent in handling events.
     """
     import pandas as pd
 
-    sized = turns if "size" in turns else turns.assign(size="")
+    sized = rounds if "size" in rounds else rounds.assign(size="")
     rows = [row for size, part in sized.groupby("size", sort=False) for row in _rows(part, str(size))]
     return pd.DataFrame(rows, columns=TABLE_COLUMNS)
 
 
-def _rows(turns: pd.DataFrame, size: str) -> Iterator[dict[str, Any]]:
+def _rows(rounds: pd.DataFrame, size: str) -> Iterator[dict[str, Any]]:
     import numpy as np
 
-    seconds = turns.pivot(index="round", columns="way", values="seconds").dropna()  # a round cut short pairs nothing
+    arms = list(dict.fromkeys(rounds.sort_values(["round", "place"], kind="stable")["arm"]))
+    seconds = rounds.pivot(index="round", columns="arm", values="seconds").dropna()  # a round cut short pairs nothing
     chosen = np.random.default_rng(0).integers(len(seconds), size=(RESAMPLES, len(seconds)))
-    ways = [way for known in WAYS.values() for way in known if way in seconds]
-    for way in ways:
-        ratios = (seconds[way] / seconds[ways[0]]).to_numpy()
+    for arm in arms:
+        ratios = (seconds[arm] / seconds[arms[0]]).to_numpy()
         low, high = np.quantile(np.median(ratios[chosen], axis=1), [0.025, 0.975])
-        of_way = turns[turns["way"] == way]
+        own = rounds[rounds["arm"] == arm]
         yield {
             "size": size,
-            "way": way,
+            "arm": arm,
             "rounds": len(seconds),
-            "median_seconds": seconds[way].median(),
+            "median_seconds": seconds[arm].median(),
             "ratio": float(np.median(ratios)),
             "low_ratio": float(low),
             "high_ratio": float(high),
-            "told_share": (of_way["told_s"].astype(float) / of_way["seconds"]).median(),
+            "event_share": (own["event_seconds"].astype(float) / own["seconds"]).median(),
         }

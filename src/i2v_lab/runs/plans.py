@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import I2VLabError, InvalidRequest
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.runs.implementations import Implementation
-from i2v_lab.runs.measure import Attribution, Conditions
-from i2v_lab.runs.spec import DEFAULT_STILL, Consumer, Experiment
-
-E = TypeVar("E", bound=StrEnum)
+from i2v_lab.runs.spec import FULL_SIZE_MODEL, ProfilerMode, RunSpec, make_request
 
 REQUEST_FIELDS = {field.name for field in fields(I2VRequest)}
-EXPERIMENT_FIELDS = {"model", "generations", "consumer", "techniques"}
-CONDITION_FIELDS = {"pipeline", "profiler", "vram_cap_gib", "video"}
-RUN_FIELDS = {*REQUEST_FIELDS, *EXPERIMENT_FIELDS, *CONDITION_FIELDS, "expected_seconds"}
+SPEC_FIELDS = {"model", "pipeline", "generations", "consumer", "techniques", "profiler", "vram_cap_gib", "video"}
+RUN_FIELDS = {*REQUEST_FIELDS, *SPEC_FIELDS, "expected_seconds"}
 PLAN_FIELDS = {"defaults", "process_seconds", "groups"}
 GROUP_FIELDS = {"rounds", "runs"}
 
@@ -33,26 +27,25 @@ class PlannedRun:
 
     Attributes:
         name: Of its folder; no other run of the plan has it.
-        experiment: What to do.
-        conditions: Whose pipeline, how closely followed, below which cap.
+        spec: What to do.
         expected_seconds: Until its process has ended.
     """
 
     name: str
-    experiment: Experiment
-    conditions: Conditions
+    spec: RunSpec
     expected_seconds: float
 
 
 def load_plan(path: str | Path) -> list[PlannedRun]:
-    """Read and check a plan.
+    """Read and check a plan: every run of it is one that its runner and model support.
 
     A plan is YAML: ``groups``, each a list of ``runs`` that are made ``rounds`` times (1 by default); ``defaults`` for
     all runs; and ``process_seconds``, what starting and ending a process takes besides a run's ``expected_seconds``. A
-    run has the fields of an :class:`~i2v_lab.request.I2VRequest` and of an
-    :class:`~i2v_lab.runs.spec.Experiment`, ``pipeline``, ``profiler``, ``vram_cap_gib`` and ``video``, which
-    is false where none is to be written. In every second round the runs change places, so that what drifts meets all of
-    them alike. A run that occurs several times, in whichever groups, is numbered.
+    run has the fields of an :class:`~i2v_lab.request.I2VRequest`, whose defaults are the model's, and of a
+    :class:`~i2v_lab.runs.spec.RunSpec`: ``model``, ``pipeline`` (a runner other than the model's own), ``techniques``,
+    ``consumer``, ``generations``, ``profiler``, ``vram_cap_gib`` and ``video``, which is false where none is to be
+    written. In every second round the runs change places, so that drift affects all of them alike. A run that occurs
+    several times, in whichever groups, is numbered.
 
     Returns:
         The runs in the order in which they are to be made.
@@ -101,48 +94,37 @@ def _run(values: Any, defaults: Mapping[str, Any], process_seconds: float, where
     if "expected_seconds" not in given:
         raise InvalidRequest(f"{where} has no expected_seconds; say how long it will take")
     try:
-        request = _only(given, REQUEST_FIELDS)
-        if request.get("tiling") is not None:
-            request["tiling"] = Tiling(**request["tiling"])
-        given_otherwise = _only(given, EXPERIMENT_FIELDS)
-        given_otherwise["consumer"] = _choice(Consumer, given, "consumer", Consumer.PLAIN)
-        experiment = Experiment(request=I2VRequest(**{"image": DEFAULT_STILL, **request}), **given_otherwise)
-        cap = given.get("vram_cap_gib")
-        conditions = Conditions(
-            pipeline=_choice(Implementation, given, "pipeline", Implementation.OURS),
-            profiler=_choice(Attribution, given, "profiler", Attribution.FULL),
-            vram_cap_bytes=None if cap is None else round(_number(cap, "vram_cap_gib") * 2**30),
-            video=_yes_or_no(given, "video"),
-        )
-    except (InvalidRequest, TypeError, ValueError) as error:
-        raise InvalidRequest(f"{where}: {error}") from error
+        spec = _spec(given)
+    except (I2VLabError, TypeError, ValueError) as error:
+        raise InvalidRequest(f"{where}: {error}", **getattr(error, "fields", {})) from error
     seconds = _number(given["expected_seconds"], f"{where}: expected_seconds")
-    return PlannedRun(
-        name="_".join([experiment.name, *_marks(conditions)]),
-        experiment=experiment,
-        conditions=conditions,
-        expected_seconds=seconds + process_seconds,
+    return PlannedRun(name=spec.full_name, spec=spec, expected_seconds=seconds + process_seconds)
+
+
+def _spec(given: Mapping[str, Any]) -> RunSpec:
+    asked = {name: value for name, value in given.items() if name in REQUEST_FIELDS}
+    if asked.get("tiling") is not None:
+        asked["tiling"] = Tiling(**asked["tiling"])
+    model = given.get("model", FULL_SIZE_MODEL)
+    cap = given.get("vram_cap_gib")
+    mode: Any = given.get("profiler", "full")
+    return RunSpec(
+        request=make_request(model, **asked),
+        model=model,
+        runner=given.get("pipeline", ""),
+        techniques=given.get("techniques"),
+        consumer=given.get("consumer", "plain"),
+        generations=given.get("generations", 1),
+        profiler=ProfilerMode.OFF if mode is False else mode,  # as YAML reads the word
+        vram_cap_bytes=None if cap is None else round(_number(cap, "vram_cap_gib") * 2**30),
+        write_video=_yes_or_no(given, "video"),
     )
 
 
-def _marks(conditions: Conditions) -> list[str]:
-    """What a name says of conditions that set a run apart."""
-    marks = []
-    if conditions.pipeline is Implementation.UPSTREAM:
-        marks.append("upstream")
-    elif conditions.pipeline.is_diffusers:
-        marks.append(conditions.pipeline.value.replace(", ", "_").replace(" ", "_"))
-    if conditions.profiler is not Attribution.FULL:
-        marks.append(conditions.profiler.value)
-    if conditions.vram_cap_bytes is not None:
-        marks.append(f"cap{conditions.vram_cap_bytes / 2**30:g}")
-    return marks
-
-
 def _numbered(asked: list[PlannedRun], path: str | Path) -> list[PlannedRun]:
-    what: dict[str, tuple[Experiment, Conditions]] = {}
+    specs: dict[str, RunSpec] = {}
     for run in asked:
-        if what.setdefault(run.name, (run.experiment, run.conditions)) != (run.experiment, run.conditions):
+        if specs.setdefault(run.name, run.spec) != run.spec:
             raise InvalidRequest(
                 f"plan '{path}' has two different runs that would both be called {run.name}; put one of them elsewhere",
                 name=run.name,
@@ -157,23 +139,10 @@ def _numbered(asked: list[PlannedRun], path: str | Path) -> list[PlannedRun]:
     return numbered
 
 
-def _only(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in names}
-
-
-def _choice(kind: type[E], values: Mapping[str, Any], name: str, default: E) -> E:
-    value = values.get(name, default)
-    value = "off" if value is False else value  # as YAML reads the word
-    try:
-        return kind(value)
-    except ValueError:
-        raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}") from None
-
-
 def _yes_or_no(values: Mapping[str, Any], name: str) -> bool:
     value = values.get(name, True)
     if not isinstance(value, bool):
-        raise InvalidRequest(f"{name}={value!r} is neither; use true or false")
+        raise InvalidRequest(f"{name}={value!r} is neither; use true or false", **{name: value})
     return value
 
 
@@ -188,4 +157,7 @@ def _check_fields(values: Any, known: set[str], where: str) -> None:
         raise InvalidRequest(f"{where} is not a mapping of names to values; write it as 'name: value' lines")
     for name in values:
         if name not in known:
-            raise InvalidRequest(f"{where}: {name}={values[name]!r} is unknown; use {', '.join(sorted(known))}")
+            raise InvalidRequest(
+                f"{where}: {name}={values[name]!r} is unknown; use {', '.join(sorted(known))}",
+                **{str(name): values[name]},
+            )

@@ -8,8 +8,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +20,8 @@ from i2v_lab.profiling.call_phases import CallPhases
 from i2v_lab.profiling.components import find_modules
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import PhaseRecord, Record
-from i2v_lab.runs.measure import profiled
-from i2v_lab.runs.store import run_metadata
+from i2v_lab.runs.execute import metered
+from i2v_lab.runs.provenance import installed_version, run_metadata, runner_packages
 from i2v_lab.units import format_bytes
 
 
@@ -81,7 +80,7 @@ def profile_call(
             metadata = _metadata(pipeline, args, kwargs, target)
             folder = None if run_dir is None else Path(run_dir)
             profiler = scopes.enter_context(
-                profiled(target, folder, metadata, attribute=attribute, vram_cap_bytes=vram_cap_bytes)
+                metered(target, folder, metadata, attribute=attribute, vram_cap_bytes=vram_cap_bytes)
             )
         own = {name: module for name, module in components.items() if module is not pipeline}
         call = ProfiledCall(profiler, CallPhases(profiler, own))
@@ -113,11 +112,6 @@ class ProfiledCall:
         self._phases = phases
         self._scopes = ExitStack()
         self._streams: list[FollowedStream] = []
-
-    @property
-    def is_lazy(self) -> bool:
-        """Whether a part of the result has still to be produced."""
-        return bool(self._streams)
 
     @property
     def records(self) -> list[Record]:
@@ -268,8 +262,15 @@ def _metadata(pipeline: Any, args: Any, kwargs: Mapping[str, Any], device: torch
     name = getattr(pipeline, "__qualname__", None) or type(pipeline).__name__
     plain = {key: each for key, each in arguments.items() if isinstance(each, str | int | float | None)}
     package = type(pipeline).__module__.partition(".")[0]
-    found = None
-    with suppress(PackageNotFoundError):
-        found = version(package.replace("_", "-"))
+    distribution = package.replace("_", "-")
     seed = int(plain.get("seed") or 0)
-    return run_metadata(plain, str(device), seed, sys.argv, name, package=package, package_version=found)
+    return run_metadata(
+        str(device),
+        model=name,
+        request=plain,
+        seed=seed,
+        argv=sys.argv,
+        packages=[*runner_packages(), distribution],
+        package=package,
+        package_version=installed_version(distribution),
+    )

@@ -1,110 +1,142 @@
-"""Runs measured elsewhere and kept in ``data/measured``."""
+"""Runs measured elsewhere and committed in ``data/measured``, found by what they ran."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
+from i2v_lab.errors import I2VLabError, RecordError
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
-from i2v_lab.request import I2VRequest
-from i2v_lab.runs.implementations import Implementation
 from i2v_lab.runs.measure import is_result
-from i2v_lab.runs.spec import DEFAULT_STILL, Consumer, Experiment
+from i2v_lab.runs.spec import DEFAULT_STILL, RunSpec
 from i2v_lab.runs.store import METADATA, Run, read_run
 
+# Of format 1, whose diffusers records named LTX-2.3, fp8-cast and tiles: what ran was LTX-2 in bf16, untiled.
+_DIFFUSERS_MODELS = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
+_DIFFUSERS_OFFLOADS = {
+    "diffusers": [],
+    "diffusers, model offloading": ["model_offload"],
+    "diffusers, group offloading": ["group_offload"],
+}
 
-def recorded_runs(folder: Path | None = None) -> list[Run]:
-    """All runs below a folder, ``data/measured`` by default, in the order of their paths.
+
+def spec_of(run: Run) -> RunSpec:
+    """What a run did, of either format of its metadata; the still of the package stands in for its own.
+
+    Raises:
+        RecordError: The metadata describe no run of this package.
+    """
+    known = run.metadata
+    try:
+        values = dict(known["spec"]) if "spec" in known else _spec_of_format_1(known)
+        return RunSpec.from_json({**values, "request": {**values["request"], "image": DEFAULT_STILL}})
+    except (KeyError, TypeError, ValueError, AttributeError, I2VLabError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RecordError(
+            f"run '{run.folder}' does not say what it ran ({reason}); give a run that i2v-lab recorded",
+            folder=run.folder,
+        ) from error
+
+
+def _spec_of_format_1(known: Mapping[str, Any]) -> dict[str, Any]:
+    experiment = known.get("experiment", {})
+    values: dict[str, Any] = {
+        "request": dict(known["request"]),
+        "model": known["model"],
+        "techniques": experiment.get("techniques"),
+        "consumer": experiment.get("consumer", "plain"),
+        "generations": experiment.get("generations", 1),
+        "profiler": known.get("profiler", "full"),
+        "vram_cap_bytes": known.get("vram_cap_bytes"),
+        "write_video": known.get("video", True),
+    }
+    pipeline = known.get("pipeline", "i2v-lab")
+    if pipeline in _DIFFUSERS_OFFLOADS:
+        values["runner"], values["model"] = "diffusers", _DIFFUSERS_MODELS[known["model"]]
+        values["request"] |= {"quantization": "bf16", "tiling": None, "memory": "resident"}
+        values["techniques"] = _DIFFUSERS_OFFLOADS[pipeline]
+    elif pipeline == "ltx-pipelines":
+        values["runner"] = pipeline
+        values["request"] |= {"memory": "resident"}
+    return values
+
+
+@dataclass(frozen=True)
+class RecordedRuns:
+    """Recorded runs and what each of them did.
+
+    Attributes:
+        runs: In the order of their paths.
+    """
+
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def _results(self) -> list[tuple[RunSpec, Run]]:
+        """Runs that show something, the quickest first."""
+        return [(spec_of(run), run) for run in sorted(self.runs, key=seconds_of) if is_result(run)]
+
+    def find(self, spec: RunSpec, card: str | None = None) -> Run | None:
+        """The run of a spec, whatever its still, prompt and seed; of several, that with the median time.
+
+        Runs below a cap, or without the profiler's attribution, do not count.
+
+        Args:
+            spec: What is looked for.
+            card: Only on this one; by default on that which has the most runs.
+        """
+        return self.find_together([spec], card)[0]
+
+    def find_together(self, specs: Sequence[RunSpec], card: str | None = None) -> list[Run | None]:
+        """:meth:`find` for many that are compared: all from the card on which most of them were measured."""
+        found = [self._by_key.get(spec.memory_key(), []) for spec in specs]
+        if card is None:
+            own = Counter(name for runs in found for name in {card_of(run) for run in runs})
+            everything = Counter(card_of(run) for runs in self._by_key.values() for run in runs)
+            card = max(sorted(own), key=lambda name: (own[name], everything[name]), default=None)
+        return [_median([run for run in runs if card_of(run) == card]) for runs in found]
+
+    def find_capped(self, spec: RunSpec) -> list[Run]:
+        """All runs of a spec in which the allocator was capped, the highest cap first."""
+        key = spec.memory_key()
+        capped = [
+            (own.vram_cap_bytes, run)
+            for own, run in self._results
+            if own.vram_cap_bytes is not None and own.memory_key() == key
+        ]
+        return [run for _, run in sorted(capped, key=lambda pair: pair[0], reverse=True)]
+
+    @cached_property
+    def _by_key(self) -> dict[str, list[Run]]:
+        found: dict[str, list[Run]] = {}
+        for spec, run in self._results:
+            if spec.is_reference:
+                found.setdefault(spec.memory_key(), []).append(run)
+        return found
+
+
+def recorded_runs(folder: Path | None = None) -> RecordedRuns:
+    """All runs below a folder, ``data/measured`` by default.
 
     Raises:
         RecordError: One of them is damaged.
     """
-    return list(_read_all(folder or data_dir() / "measured"))
+    return _read_all(folder or data_dir() / "measured")
 
 
 @cache
-def _read_all(folder: Path) -> tuple[Run, ...]:
-    return tuple(read_run(metadata.parent) for metadata in sorted(folder.rglob(METADATA)))
+def _read_all(folder: Path) -> RecordedRuns:
+    return RecordedRuns(tuple(read_run(metadata.parent) for metadata in sorted(folder.rglob(METADATA))))
 
 
-def experiment_of(run: Run) -> Experiment:
-    """What a run did; a request's still may not be here, so that of the package stands in for it."""
-    kept = run.metadata.get("experiment", {})
-    return Experiment(
-        request=I2VRequest.from_json({**run.metadata["request"], "image": DEFAULT_STILL}),
-        model=run.metadata["model"],
-        generations=kept.get("generations", 1),
-        consumer=Consumer(kept.get("consumer", "plain")),
-        techniques=kept.get("techniques"),
-    )
-
-
-def find_recorded(experiment: Experiment, folder: Path | None = None) -> Run | None:
-    """The run of an experiment, whatever its still, prompt and seed; of several, that with the median time.
-
-    Runs of another pipeline, below a cap, or without the profiler's attribution do not count; of several cards, that
-    which has the most runs.
-    """
-    return find_together([experiment], folder)[0]
-
-
-def find_together(experiments: Sequence[Experiment], folder: Path | None = None) -> list[Run | None]:
-    """:func:`find_recorded` for many that are to be compared: all from the card on which most of them were measured."""
-    known = _by_likeness(folder or data_dir() / "measured")
-    found = [known.get(experiment.like(), []) for experiment in experiments]
-    own = Counter(card for runs in found for card in {_card(run) for run in runs})
-    everything = Counter(_card(run) for runs in known.values() for run in runs)
-    best = max(sorted(own), key=lambda card: (own[card], everything[card]), default=None)
-    return [_median([run for run in runs if _card(run) == best]) for runs in found]
-
-
-def find_of(implementation: str, experiment: Experiment, card: str, folder: Path | None = None) -> Run | None:
-    """The run in which somebody else's pipeline did an experiment's request, on a card; of several, the median one."""
-    runs = [
-        run
-        for run in _made_by(implementation, experiment, folder)
-        if run.metadata.get("vram_cap_bytes") is None and _card(run) == card
-    ]
-    return _median(sorted(runs, key=seconds_of))
-
-
-def find_capped(experiment: Experiment, folder: Path | None = None) -> list[Run]:
-    """All runs of an experiment in which the allocator was held to less than its card has, the highest cap first."""
-    runs = _made_by(Implementation.OURS, experiment, folder)
-    capped = [run for run in runs if run.metadata.get("vram_cap_bytes") is not None]
-    return sorted(capped, key=lambda run: int(run.metadata["vram_cap_bytes"]), reverse=True)
-
-
-def _made_by(implementation: str, experiment: Experiment, folder: Path | None) -> list[Run]:
-    """Every run that shows what an experiment takes of somebody's pipeline, under whatever conditions."""
-    return [
-        run
-        for run in recorded_runs(folder)
-        if run.metadata.get("pipeline", Implementation.OURS) == implementation
-        and is_result(run)
-        and experiment_of(run).like() == experiment.like()
-    ]
-
-
-def _median(runs: Sequence[Run]) -> Run | None:
-    return runs[len(runs) // 2] if runs else None
-
-
-def _card(run: Run) -> str:
+def card_of(run: Run) -> str:
+    """The card that a run was measured on; its device where there is no name."""
     return str(run.metadata.get("device_name") or run.metadata["device"])
-
-
-@cache
-def _by_likeness(folder: Path) -> dict[str, list[Run]]:
-    """The runs that count, the quickest first, by what :meth:`Experiment.like` says of them."""
-    found: dict[str, list[Run]] = {}
-    for run in sorted(_read_all(folder), key=seconds_of):
-        if not run.metadata.get("apart") and is_result(run):
-            found.setdefault(experiment_of(run).like(), []).append(run)
-    return found
 
 
 def by_generation(phases: Iterable[PhaseRecord]) -> list[tuple[int, PhaseRecord]]:
@@ -121,3 +153,7 @@ def seconds_of(run: Run) -> float:
     """All phases together; a stream's consumer included, while its phase was open."""
     phases = run.frame("phase")
     return float(phases[phases["parent"].isna()]["seconds"].sum())
+
+
+def _median(runs: Sequence[Run]) -> Run | None:
+    return runs[len(runs) // 2] if runs else None

@@ -1,4 +1,4 @@
-"""One question, three ways to an answer: forecast, measured here, or looked up; all give the same runs and tables."""
+"""One question, three sources of an answer: forecast, measured here, or recorded; all give the same runs and tables."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from i2v_lab.errors import InvalidRequest
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.forecast import forecast_experiments, hidden
+from i2v_lab.runs.forecast import forecast_specs, is_quiet
 from i2v_lab.runs.measure import measure, run_folder
-from i2v_lab.runs.recorded import by_generation, find_together, seconds_of
-from i2v_lab.runs.spec import FULL_SIZE_MODEL, SMALL_MODEL, Experiment
+from i2v_lab.runs.recorded import RecordedRuns, by_generation, recorded_runs, seconds_of
+from i2v_lab.runs.spec import FULL_SIZE_MODEL, SMALL_MODEL, RunSpec
 from i2v_lab.runs.store import COMPLETE, FORECAST, Run
 
 REQUEST_COLUMNS = ("width", "height", "frames", "variant", "quantization", "decode_scope")
@@ -49,17 +49,19 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Observation:
-    """An experiment and what is known of it.
+    """A run that was asked for and what is known of it.
 
     Attributes:
-        experiment: What was asked.
+        spec: What was asked.
         source: Where the run is from.
         run: ``None`` if there is no record of it.
+        recorded: The run of the same spec among the recorded ones, whatever the source; ``None`` if there is none.
     """
 
-    experiment: Experiment
+    spec: RunSpec
     source: Source
     run: Run | None
+    recorded: Run | None = None
 
 
 def to_source(name: str) -> Source:
@@ -96,15 +98,24 @@ def _has_cuda(device: str) -> bool:
 
 
 def observe(
-    experiments: Sequence[Experiment], source: str, runs_dir: Path, device: str = "auto", *, progress: bool = True
+    specs: Sequence[RunSpec],
+    source: str,
+    runs_dir: Path,
+    device: str = "auto",
+    *,
+    recorded: RecordedRuns | None = None,
+    card: str | None = None,
+    progress: bool = True,
 ) -> list[Observation]:
-    """Answer experiments from one source.
+    """Answer specs from one source, with the recorded runs of the same specs beside.
 
     Args:
-        experiments: In the order of the answer.
+        specs: In the order of the answer.
         source: A :class:`Source`.
-        runs_dir: Where measured runs are kept, so that no notebook repeats what another has done.
+        runs_dir: Where measured runs are stored, so that no notebook repeats what another has done.
         device: Of measured runs.
+        recorded: Recorded runs; by default those of ``data/measured``.
+        card: Only recorded runs of this card; by default of the one on which most of the specs were measured.
         progress: Show a bar on stderr.
 
     Raises:
@@ -112,28 +123,30 @@ def observe(
         I2VLabError: A forecast or a run failed.
     """
     kind = to_source(source)
+    beside = (recorded if recorded is not None else recorded_runs()).find_together(specs, card)
     runs: list[Run | None]
     if kind is Source.FORECAST:
-        forecasts = forecast_experiments(experiments, progress=progress)
-        runs = [as_run(experiment, found) for experiment, found in zip(experiments, forecasts, strict=True)]
+        forecasts = forecast_specs(specs, progress=progress)
+        runs = [as_run(spec, found) for spec, found in zip(specs, forecasts, strict=True)]
     elif kind is Source.MEASURE:
-        bar = tqdm(experiments, desc="runs", disable=hidden(progress))
-        runs = [measure(each, run_folder(runs_dir, each), device) for each in bar]
+        bar = tqdm(specs, desc="runs", disable=is_quiet(progress))
+        runs = [measure(spec, run_folder(runs_dir, spec), device) for spec in bar]
     else:
-        runs = find_together(experiments)
-    return [Observation(each, kind, run) for each, run in zip(experiments, runs, strict=True)]
+        runs = list(beside)
+    return [Observation(spec, kind, *found) for spec, *found in zip(specs, runs, beside, strict=True)]
 
 
-def as_run(experiment: Experiment, forecast: Forecast) -> Run:
+def as_run(spec: RunSpec, forecast: Forecast) -> Run:
     """A forecast in the form of a run that was never on disk."""
     metadata = {
         "device": FORECAST,
-        "model": experiment.model,
-        "request": experiment.request.to_json(),
-        "experiment": experiment.to_json(),
+        "model": spec.model,
+        "runner": spec.runner,
+        "request": spec.request.to_json(),
+        "spec": spec.to_json(),
         "context_bytes": forecast.context_bytes,
     }
-    return Run(Path(experiment.name), metadata, forecast.records, COMPLETE)
+    return Run(Path(spec.name), metadata, forecast.records, COMPLETE)
 
 
 def device_of(observations: Sequence[Observation]) -> str:
@@ -145,19 +158,19 @@ def device_of(observations: Sequence[Observation]) -> str:
 
 
 def missing(observations: Sequence[Observation]) -> list[str]:
-    """The names of experiments of which there is no record."""
-    return [each.experiment.name for each in observations if each.run is None]
+    """The names of runs of which there is no record."""
+    return [each.spec.name for each in observations if each.run is None]
 
 
 def phases_frame(observations: Sequence[Observation]) -> pd.DataFrame:
     """Every phase of every run.
 
     Returns:
-        One row for each experiment, generation and phase: ``name, source, device, model, width, height, frames,
+        One row for each spec, generation and phase: ``name, source, device, model, width, height, frames,
         variant, quantization, decode_scope, tile_px, tile_overlap_px, tile_frames, tile_overlap_frames, consumer,
         generation, phase, start_bytes, peak_bytes, end_bytes, peak_reserved_bytes, peak_so_far_bytes,
         saved_for_backward_bytes, seconds, completed``. Without tiling the tile columns are missing values; a forecast
-        has no seconds. Experiments without a run have no rows.
+        has no seconds. Specs without a run have no rows.
     """
     rows = [row for each in observations if each.run for row in _phase_rows(each, each.run)]
     columns = ["name", "source", "device", "model", *REQUEST_COLUMNS, *TILE_COLUMNS, "consumer", "generation", "phase"]
@@ -169,15 +182,16 @@ def runs_frame(observations: Sequence[Observation]) -> pd.DataFrame:
     """Every run as a whole.
 
     Returns:
-        One row for each experiment that has a run: the columns of :func:`phases_frame` up to ``consumer``, then
+        One row for each spec that has a run: the columns of :func:`phases_frame` up to ``consumer``, then
         ``peak_bytes, peak_phase, saved_for_backward_bytes, seconds, recorded_seconds, status``. ``seconds`` is missing
-        for a forecast; ``recorded_seconds`` is that of the same experiment in ``data/measured``, where there is one.
+        for a forecast; ``recorded_seconds`` is that of the same spec among the recorded runs, where there is one.
         ``peak_bytes`` of a run that failed is the most it reached.
     """
     rows = []
-    for each, recorded in zip(observations, find_together([each.experiment for each in observations]), strict=True):
+    for each in observations:
         if each.run is None:
             continue
+        recorded = each.recorded
         phases = each.run.frame("phase")
         top = max(phases.to_dict("records"), key=lambda phase: phase["peak_bytes"], default=None)
         rows.append(
@@ -215,8 +229,8 @@ def forecast_sweep(
         >>> frames = [I2VRequest(image="stills/lighthouse.png", frames=count) for count in (25, 97)]
         >>> forecast_sweep(frames).groupby("frames")["peak_bytes"].max()  # doctest: +SKIP
     """
-    asked = [Experiment(request=request, model=model) for request in requests]
-    found = forecast_experiments(asked, jobs=jobs, progress=progress)
+    asked = [RunSpec(request=request, model=model) for request in requests]
+    found = forecast_specs(asked, jobs=jobs, progress=progress)
     return phases_frame(
         [Observation(each, Source.FORECAST, as_run(each, one)) for each, one in zip(asked, found, strict=True)]
     )
@@ -234,15 +248,15 @@ def _phase_rows(observation: Observation, run: Run) -> list[dict[str, Any]]:
 
 
 def _asked(observation: Observation, run: Run) -> dict[str, Any]:
-    experiment = observation.experiment
-    request, tiling = experiment.request, experiment.request.tiling
+    spec = observation.spec
+    request, tiling = spec.request, spec.request.tiling
     return {
-        "name": experiment.name,
+        "name": spec.name,
         "source": observation.source.value,
         "device": run.metadata.get("device_name") or run.metadata["device"],
-        "model": experiment.model,
+        "model": spec.model,
         **{name: getattr(request, name) for name in ("width", "height", "frames")},
         **{name: getattr(request, name).value for name in ("variant", "quantization", "decode_scope")},
         **{name: getattr(tiling, name) if tiling else None for name in TILE_COLUMNS},
-        "consumer": experiment.consumer.value,
+        "consumer": spec.consumer.value,
     }

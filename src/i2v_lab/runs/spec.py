@@ -1,34 +1,35 @@
-"""What one process generates and how its video is consumed: the same experiment, forecast, measured or looked up."""
+"""One run, described once: what is generated, by which runner, under which techniques, consumed and metered how."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.memory_policy import MemoryPolicy, Technique, Techniques, to_techniques
-from i2v_lab.request import DecodeScope, I2VRequest, Tiling
-
-if TYPE_CHECKING:
-    from i2v_lab.pipeline.contract.generation import Generation
-    from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques, policy_of, to_techniques
+from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
+from i2v_lab.pipeline.contract.runner import RunnerSpec
+from i2v_lab.pipeline.registry import find_runner
+from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 FULL_SIZE_MODEL = "ltx-2.3-22b"
 SMALL_MODEL = "ltx-2.3-tiny"
 DEFAULT_STILL = "stills/lighthouse.png"
-# What a request has that no byte depends on: the still is scaled, the prompt filled up to 1,024 tokens.
-WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed", "pixel_multiple")
+# Fields of a request that no byte depends on: the still is scaled, the prompt padded to 1,024 tokens, and the policy is
+# resolved to techniques.
+WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed", "memory")
 
 
 class Consumer(StrEnum):
     """What is done with the lazy stream that a pipeline returns.
 
     ``plain`` takes every chunk in the grad mode that Python starts in, which is with grad enabled. ``guarded`` does the
-    same through :func:`~i2v_lab.profiling.autograd_graph.guard_stream`. ``left_open`` stops before the last chunk, or
-    after the only one, and keeps the stream, as a preview or an interrupted notebook cell does.
+    same through :func:`~i2v_lab.profiling.guard.guard_stream`. ``left_open`` stops before the last chunk, or after the
+    only one, and keeps the stream, as a preview or an interrupted notebook cell does.
     """
 
     PLAIN = "plain"
@@ -36,133 +37,228 @@ class Consumer(StrEnum):
     LEFT_OPEN = "left_open"
 
 
+class ProfilerMode(StrEnum):
+    """How closely a run is metered.
+
+    ``full``: modules and autograd graphs, and NVML's view of the card. ``boundaries``: phases alone. ``off``: no phase.
+    With the last two there is one phase around everything, so that times can be compared. ``none``: no meter at all,
+    for interleaved benchmarks.
+    """
+
+    FULL = "full"
+    BOUNDARIES = "boundaries"
+    OFF = "off"
+    NONE = "none"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """One process.
+class RunSpec:
+    """One run in one process.
 
     Attributes:
         request: What to generate.
         model: An architecture's name.
-        generations: How many times, one after another.
+        runner: Whose code runs it; by default the runner that the model names.
+        techniques: How its peak is lowered; by default those that the request's memory policy stands for. This set is
+            recorded and compared, not the policy's name.
         consumer: How each video is consumed.
-        techniques: What stands in for those of the request's memory policy, by name.
+        generations: How many, one after another.
+        profiler: How closely it is metered.
+        vram_cap_bytes: The most that the allocator may take; ``None`` leaves it the whole card.
+        write_video: Whether videos are written, which takes time while they are decoded.
 
     Raises:
-        InvalidRequest: ``generations`` is not above 0, or a technique is unknown or lacks what it needs.
-        ValueError: There is no such consumer.
+        UnknownModel: There is no such architecture.
+        InvalidRequest: A value that is unknown, or that the runner or the model does not support; with what to use.
 
     Example:
         >>> request = I2VRequest(image="still.png", width=1024, height=768, frames=97, decode_scope="escaped")
-        >>> Experiment(request=request, generations=3).name
-        '1024x768x97_escaped_3times'
+        >>> spec = RunSpec(request=request, generations=3)
+        >>> spec.name, spec.runner
+        ('1024x768x97_escaped_3times', 'ltx-2')
     """
 
     request: I2VRequest
     model: str = FULL_SIZE_MODEL
-    generations: int = 1
-    consumer: Consumer = Consumer.PLAIN
+    runner: str = ""
     techniques: Techniques | None = None
+    consumer: Consumer = Consumer.PLAIN
+    generations: int = 1
+    profiler: ProfilerMode = ProfilerMode.FULL
+    vram_cap_bytes: int | None = None
+    write_video: bool = True
 
     def __post_init__(self) -> None:
-        if self.techniques is not None:
-            object.__setattr__(self, "techniques", to_techniques(self.techniques))
-        object.__setattr__(self, "consumer", Consumer(self.consumer))
-        if self.generations < 1:
-            raise InvalidRequest(f"generations={self.generations} is not above 0; use 1 or more")
+        architecture = load_architecture(self.model)
+        runner = find_runner(self.runner or architecture.runner)
+        object.__setattr__(self, "runner", runner.name)
+        object.__setattr__(self, "consumer", _choice(Consumer, "consumer", self.consumer))
+        object.__setattr__(self, "profiler", _choice(ProfilerMode, "profiler", self.profiler))
+        if self.request.memory is MemoryPolicy.AUTO:
+            raise InvalidRequest(
+                "memory='auto' stands for other policies; resolve it first (i2v_lab.capacity.placement)", memory="auto"
+            )
+        runner.check_request(architecture, self.request)
+        techniques = TECHNIQUES[self.request.memory] if self.techniques is None else to_techniques(self.techniques)
+        object.__setattr__(self, "techniques", techniques)
+        runner.check_techniques(techniques)
+        self._check_conditions(runner)
+
+    def _check_conditions(self, runner: RunnerSpec) -> None:
+        if type(self.generations) is not int or self.generations < 1:
+            raise InvalidRequest(
+                f"generations={self.generations!r} is not a whole number above 0; use 1 or more",
+                generations=self.generations,
+            )
+        if self.generations > 1 and not runner.repeatable:
+            raise InvalidRequest(
+                f"generations={self.generations} is not for pipeline={runner.name!r}; use 1",
+                generations=self.generations,
+            )
+        if self.consumer is not Consumer.PLAIN and not runner.lazy_decode:
+            raise InvalidRequest(
+                f"consumer={self.consumer.value!r} is not for pipeline={runner.name!r}, which returns decoded video; "
+                "use plain",
+                consumer=self.consumer.value,
+            )
+        if self.profiler is not ProfilerMode.FULL and not runner.emits_events:
+            raise InvalidRequest(
+                f"profiler={self.profiler.value!r} is not for pipeline={runner.name!r}, whose phases are found from "
+                "the calls of its components; use full",
+                profiler=self.profiler.value,
+            )
+        if self.vram_cap_bytes is not None and self.vram_cap_bytes <= 0:
+            raise InvalidRequest(
+                f"vram_cap_bytes={self.vram_cap_bytes} is not above 0; use the card's bytes",
+                vram_cap_bytes=self.vram_cap_bytes,
+            )
+
+    # --- What follows from it ---
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's architecture."""
+        return load_architecture(self.model)
+
+    @property
+    def runner_spec(self) -> RunnerSpec:
+        """The runner itself."""
+        return find_runner(self.runner)
+
+    @property
+    def technique_set(self) -> Techniques:
+        """The techniques, which :attr:`techniques` always has after construction."""
+        assert self.techniques is not None
+        return self.techniques
+
+    @property
+    def policy(self) -> MemoryPolicy | None:
+        """The memory policy that stands for exactly its techniques; ``None`` if there is none."""
+        return policy_of(self.technique_set)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether its peaks answer what the request takes of this runner: fully metered, without a cap."""
+        return self.profiler is ProfilerMode.FULL and self.vram_cap_bytes is None
 
     @property
     def name(self) -> str:
-        """A short name for folders and axes: what differs from the defaults; not unique over models."""
-        request = self.request
+        """A short name for folders and axes: what differs from the model's defaults; not unique over models."""
+        request, defaults = self.request, self.architecture.request
         parts = [f"{request.width}x{request.height}x{request.frames}"]
-        if request.tiling != Tiling():
+        if request.tiling != defaults.get("tiling", Tiling()):
             parts += _tiling_name(request.tiling)
         if request.decode_scope is not DecodeScope.NO_GRAD:
             parts.append(request.decode_scope.value)
-        parts += [value for value in (request.variant.value, request.quantization.value) if value in ("dev", "bf16")]
-        if request.memory is not MemoryPolicy.RESIDENT:
-            parts.append(request.memory.value)
-        if self.techniques is not None:
-            parts += _techniques_name(self.techniques)
+        if request.variant is not Variant.DISTILLED:
+            parts.append(request.variant.value)
+        if request.quantization.value != defaults.get("quantization", Quantization.FP8_CAST.value):
+            parts.append(request.quantization.value)
+        parts += _techniques_name(self.technique_set)
         if self.consumer is not Consumer.PLAIN:
             parts.append(self.consumer.value)
         if self.generations > 1:
             parts.append(f"{self.generations}times")
         return "_".join(parts)
 
+    @property
+    def full_name(self) -> str:
+        """:attr:`name`, and what sets the run apart from a reference run of the model's own runner."""
+        marks = []
+        if self.runner_spec.third_party:
+            marks.append(self.runner.replace("-", "_"))
+        if self.profiler is not ProfilerMode.FULL:
+            marks.append(self.profiler.value)
+        if self.vram_cap_bytes is not None:
+            marks.append(f"cap{self.vram_cap_bytes / 2**30:g}")
+        return "_".join([self.name, *marks])
+
+    def memory_key(self) -> str:
+        """Equal for runs whose memory is equal, whatever their still, prompt and seed, and however they are metered."""
+        values = self.to_json()
+        for name in ("profiler", "vram_cap_bytes", "write_video"):
+            del values[name]
+        values["request"] = {key: value for key, value in values["request"].items() if key not in WITHOUT_BYTES}
+        return json.dumps(values, sort_keys=True)
+
+    def with_request(self, **changes: Any) -> RunSpec:
+        """The same with another request; a change of ``memory`` changes the techniques to that policy's."""
+        techniques = None if "memory" in changes else self.techniques
+        return replace(self, request=replace(self.request, **changes), techniques=techniques)
+
+    def with_still(self, image: Path) -> RunSpec:
+        """The same with its still found."""
+        return replace(self, request=replace(self.request, image=str(image)))
+
+    # --- As JSON ---
+
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; :meth:`from_json` reads them back."""
-        values = {**asdict(self), "request": self.request.to_json(), "consumer": self.consumer.value}
-        techniques = values.pop("techniques")
-        return values if techniques is None else {**values, "techniques": sorted(techniques)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            **values,
+            "request": self.request.to_json(),
+            "techniques": sorted(technique.value for technique in self.technique_set),
+            "consumer": self.consumer.value,
+            "profiler": self.profiler.value,
+        }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Experiment:
-        """Build an experiment from what :meth:`to_json` returned."""
-        request = I2VRequest.from_json(values["request"])
-        return cls(**{**values, "request": request, "consumer": Consumer(values["consumer"])})
+    def from_json(cls, values: Mapping[str, Any]) -> RunSpec:
+        """Build a spec from what :meth:`to_json` returned."""
+        return cls(**{**values, "request": I2VRequest.from_json(values["request"])})
 
-    def like(self) -> str:
-        """Equal for experiments whose memory is equal, whatever their still, prompt and seed."""
-        request = {name: value for name, value in self.request.to_json().items() if name not in WITHOUT_BYTES}
-        return repr(sorted({**self.to_json(), "request": sorted(request.items())}.items()))
 
-    def with_request(self, **changes: Any) -> Experiment:
-        """The same with another request."""
-        return replace(self, request=replace(self.request, **changes))
+def _choice(kind: type[StrEnum], name: str, value: Any) -> StrEnum:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
 
 
 def _techniques_name(techniques: Techniques) -> list[str]:
-    rest = frozenset(Technique) - techniques
-    few = min(techniques, rest, key=len)
-    names = [technique.value for technique in sorted(few)] or ["nothing"]
-    return ["all_but", *names] if few is rest else names
+    policy = policy_of(techniques)
+    if policy is not None:
+        return [] if policy is MemoryPolicy.RESIDENT else [policy.value]
+    rest = TECHNIQUES[MemoryPolicy.STREAMED] - techniques
+    if techniques <= TECHNIQUES[MemoryPolicy.STREAMED] and len(rest) < len(techniques):
+        return ["all_but", *sorted(technique.value for technique in rest)]
+    return sorted(technique.value for technique in techniques)
 
 
 def _tiling_name(tiling: Tiling | None) -> list[str]:
     if tiling is None:
         return ["untiled"]
-    usual = (tiling.tile_overlap_px, tiling.tile_overlap_frames) == (
-        Tiling().tile_overlap_px,
-        Tiling().tile_overlap_frames,
-    )
-    overlap = [] if usual else [f"overlap{tiling.tile_overlap_px}x{tiling.tile_overlap_frames}"]
-    return [f"tile{tiling.tile_px}x{tiling.tile_frames}", *overlap]
+    overlaps, default = (tiling.tile_overlap_px, tiling.tile_overlap_frames), Tiling()
+    usual = overlaps == (default.tile_overlap_px, default.tile_overlap_frames)
+    return [f"tile{tiling.tile_px}x{tiling.tile_frames}", *([] if usual else [f"overlap{overlaps[0]}x{overlaps[1]}"])]
 
 
-def perform(
-    experiment: Experiment,
-    pipeline: Callable[[I2VRequest], Generation],
-    profiler: PhaseProfiler,
-    consume: Callable[[Generation, Iterable[Any]], None],
-) -> None:
-    """Generate as often as asked for, and let ``consume`` have each video.
+def make_request(model: str, **given: Any) -> I2VRequest:
+    """A request with the model's own defaults where nothing is given.
 
-    Args:
-        experiment: What to do.
-        pipeline: With ``profiler`` among its sinks.
-        profiler: Already active.
-        consume: Given each generation and the chunks it may take; must take all of them.
+    Example:
+        >>> make_request("ltxv-tiny", frames=9).quantization.value
+        'bf16'
     """
-    left_open = []
-    try:
-        for number in range(1, experiment.generations + 1):
-            generation = pipeline(experiment.request)
-            if experiment.consumer is Consumer.LEFT_OPEN:
-                left_open.append(generation.video)
-                consume(generation, islice(generation.video, max(1, generation.video.chunks - 1)))
-            else:
-                with generation.video as stream:
-                    consume(generation, _guarded(stream) if experiment.consumer is Consumer.GUARDED else stream)
-                    del stream
-            del generation
-            profiler.generation_ended(number)
-    finally:
-        for stream in reversed(left_open):  # the last to open a phase is the first to end it
-            stream.close()
-
-
-def _guarded(stream: Iterator[Any]) -> Iterator[Any]:
-    from i2v_lab.profiling.autograd_graph import guard_stream
-
-    return guard_stream(stream)
+    return I2VRequest(**{"image": DEFAULT_STILL, **load_architecture(model).request, **given})

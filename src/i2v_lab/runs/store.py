@@ -10,22 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import shutil
-import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from i2v_lab.display import phases_html
 from i2v_lab.errors import OutputError, RecordError
-from i2v_lab.paths import checkout_dir
 from i2v_lab.profiling.records import KINDS, PhaseRecord, Record, record_from_json, record_to_json
 
 if TYPE_CHECKING:
@@ -34,11 +28,11 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 FORMAT = "i2v-lab run"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 was written by i2v-lab 0.1; see i2v_lab.runs.recorded.spec_of
 METADATA = "metadata.json"
 RECORDS = "records.jsonl"
 PART = f"{METADATA}.part"
-PACKAGES = ("i2v-lab", "torch", "ltx-core", "ltx-pipelines", "transformers")
 RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
 FORECAST = "forecast"  # in the place of a device
 WRITER = "`i2v-lab generate --profile DIR`"
@@ -53,8 +47,8 @@ class RunWriter:
 
     Args:
         folder: Made with its parents; may exist if it is empty.
-        metadata: JSON values, such as :func:`run_metadata` collects. The format, the status, the number of records and
-            their hash are added.
+        metadata: JSON values, such as :func:`i2v_lab.runs.provenance.run_metadata` collects. The format, the status,
+            the number of records and their hash are added.
 
     Raises:
         OutputError: The folder is not empty or cannot be written.
@@ -276,43 +270,6 @@ def _read(folder: Path) -> Run:
     return Run(folder, metadata, records, status)
 
 
-def run_metadata(
-    request: Mapping[str, Any], device: str, seed: int, argv: Sequence[str], model: str, **extra: Any
-) -> dict[str, Any]:
-    """What it takes to tell later where a run's numbers came from.
-
-    Nothing here fails: what cannot be found out is ``None``.
-
-    Args:
-        request: As :meth:`i2v_lab.request.I2VRequest.to_json` returns it.
-        device: Such as ``cpu`` or ``cuda:0``.
-        seed: Of the noise.
-        argv: The command line.
-        model: An architecture's name.
-        **extra: More JSON values.
-    """
-    commit, modified = _git_commit()
-    name, driver = _nvidia_device(device)
-    return {
-        "format_version": FORMAT_VERSION,
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": model,
-        "device": str(device),
-        "device_name": name,
-        "driver_version": driver,
-        "seed": seed,
-        "argv": [Path(word).name if index == 0 else word for index, word in enumerate(argv)],
-        "request": dict(request),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git_commit": commit,
-        "git_modified": modified,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": usable_cores(),
-        **extra,
-    }
-
-
 # --- Reading ---
 
 
@@ -336,7 +293,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             path=path,
             format_version=number,
         )
-    expected: dict[str, Any] = {"format_version": number == FORMAT_VERSION and type(number) is int}
+    expected: dict[str, Any] = {"format_version": type(number) is int and number in READABLE_VERSIONS}
     expected["status"] = metadata.get("status") in (RUNNING, COMPLETE, FAILED)
     if expected["status"] and metadata["status"] != RUNNING:
         expected["records"] = type(metadata.get("records")) is int
@@ -424,71 +381,3 @@ def _digest_lines(descriptor: int) -> tuple[str, int, int]:
 def _one_line(error: BaseException) -> str:
     words = str(error).splitlines()
     return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
-
-
-# --- Where a run happens ---
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def usable_cores() -> int:
-    """The cores that this process may use; all of them where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _git_commit(top: Path | None = None) -> tuple[str | None, bool | None]:
-    """The commit of the checkout that this package runs from, and whether tracked files differ from it."""
-    top = checkout_dir() if top is None else top
-    git = shutil.which("git")
-    if git is None or top is None or not (top / ".git").exists():
-        return None, None
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    try:
-        described = subprocess.run(  # noqa: S603
-            [git, "-C", str(top), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-            env=environment,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return described.removesuffix("-dirty"), described.endswith("-dirty")
-
-
-def _processor() -> str | None:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None
-
-
-def _nvidia_device(device: str) -> tuple[str | None, str | None]:
-    """Name and driver of a CUDA device, by NVML, so that torch need not be imported."""
-    kind, _, number = str(device).partition(":")
-    if kind != "cuda":
-        return None, None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            driver = str(pynvml.nvmlSystemGetDriverVersion())
-            visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-            entry = visible[int(number or 0)].strip() if visible else number or "0"
-            by_index = entry.isdigit()
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(entry)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(entry)
-            )
-            return str(pynvml.nvmlDeviceGetName(handle)), driver
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # no package, no driver, no such device: a run must not fail for its description
-        return None, None

@@ -1,7 +1,7 @@
-"""Processes of one's own that start quickly: the libraries are imported once, the code of this package in each.
+"""Worker processes that start quickly: the libraries are imported once, the code of this package in each worker.
 
-A server process imports the libraries and nothing else; each process is forked from it, so it has whatever state a new
-interpreter has after those imports, and no CUDA context, which does not survive a fork.
+A fork server imports the libraries and nothing else; each worker is forked from it, so that it has the state of a new
+interpreter after those imports, and no CUDA context, which does not survive a fork.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Ended:
 
 
 @cache
-def process_context() -> BaseContext:
+def worker_context() -> BaseContext:
     """Where processes of this package come from, for :mod:`multiprocessing` and :mod:`concurrent.futures`.
 
     Where a process cannot be forked (Windows) each one imports everything itself.
@@ -60,7 +60,7 @@ def process_context() -> BaseContext:
     return context
 
 
-def run_apart(function: Callable[..., None], *args: Any) -> Ended:
+def run_in_child(function: Callable[..., None], *args: Any) -> Ended:
     """Call a function in a process of its own and wait for its end; what it prints is not shown.
 
     The process has the environment of the caller's at this moment. It ends with this one, and if the waiting is
@@ -71,13 +71,13 @@ def run_apart(function: Callable[..., None], *args: Any) -> Ended:
         args: For it; picklable.
 
     Example:
-        >>> from i2v_lab.runs.workers import run_apart
-        >>> run_apart(print, "hello").status  # doctest: +SKIP
+        >>> from i2v_lab.runs.workers import run_in_child
+        >>> run_in_child(print, "hello").status  # doctest: +SKIP
         0
     """
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "stderr"
-        process = process_context().Process(  # type: ignore[attr-defined]
+        process = worker_context().Process(  # type: ignore[attr-defined]
             target=_begin, args=(dict(os.environ), str(errors), function, args), daemon=True
         )
         process.start()
@@ -93,7 +93,7 @@ def run_apart(function: Callable[..., None], *args: Any) -> Ended:
 
 def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is for the one who waits; this process just ends
-    begin_as_child(environment)
+    start_child(environment)
     written = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(written, 1)
     os.dup2(written, 2)
@@ -102,15 +102,15 @@ def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., 
     function(*args)
 
 
-def begin_as_child(environment: Mapping[str, str]) -> None:
-    """In a process of :func:`process_context`: have the environment of who asked, and end with them, killed or not."""
+def start_child(environment: Mapping[str, str]) -> None:
+    """In a process of :func:`worker_context`: have the environment of who asked, and end with them, killed or not."""
     os.environ.clear()
     os.environ.update(environment)
-    same_bits_wherever_operands_lie()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    enable_mkl_cnr()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def same_bits_wherever_operands_lie() -> None:
+def enable_mkl_cnr() -> None:
     """Have MKL, which reads this at its first product, choose kernels that do not go by their operands' addresses.
 
     Else a product of float32 on a CPU differs in its last bits from process to process, and a seed's frames with it.
@@ -119,7 +119,7 @@ def same_bits_wherever_operands_lie() -> None:
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """A process whose parent was killed would go on, with a GPU's memory in its hands."""
     parent = multiprocessing.parent_process()
     if parent is not None:

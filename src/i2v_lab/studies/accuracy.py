@@ -11,8 +11,8 @@ import pandas as pd
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope
-from i2v_lab.runs.forecast import forecast_experiments
-from i2v_lab.runs.recorded import by_generation, experiment_of, recorded_runs
+from i2v_lab.runs.forecast import forecast_specs
+from i2v_lab.runs.recorded import by_generation, recorded_runs, spec_of
 from i2v_lab.runs.store import Run
 
 SUMMARY_COLUMNS = (
@@ -48,45 +48,46 @@ def measured_table(model: str | None = None, *, folder: Path | None = None, runs
 
     Returns:
         One row for each run, generation and phase that completed: ``gpu, run, model, generation, phase, peak_bytes,
-        peak_reserved_bytes``, and ``experiment``, an :class:`~i2v_lab.runs.spec.Experiment`.
+        peak_reserved_bytes``, and ``spec``, an :class:`~i2v_lab.runs.spec.RunSpec`.
     """
     rows: list[dict[str, Any]] = []
-    counted = [run for run in recorded_runs(folder) if _counts(run, model)]
+    counted = [run for run in recorded_runs(folder).runs if _counts(run, model)]
     for run in counted[:runs]:
-        experiment = experiment_of(run)
-        asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": experiment.model}
+        spec = spec_of(run)
+        asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": spec.model}
         for generation, phase in by_generation(run.of(PhaseRecord)):
             if phase.completed:
                 measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
                 place = {"generation": generation, "phase": phase.phase}
-                rows.append({**asked, **place, **measured, "experiment": experiment})
-    columns = ["gpu", "run", "model", "generation", "phase", "peak_bytes", "peak_reserved_bytes", "experiment"]
+                rows.append({**asked, **place, **measured, "spec": spec})
+    columns = ["gpu", "run", "model", "generation", "phase", "peak_bytes", "peak_reserved_bytes", "spec"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _counts(run: Run, model: str | None) -> bool:
-    experiment = experiment_of(run)
-    refused = experiment.request.decode_scope is DecodeScope.INFERENCE_MODE
+    spec = spec_of(run)
+    refused = spec.request.decode_scope is DecodeScope.INFERENCE_MODE
     on_gpu = str(run.metadata["device"]).startswith("cuda")
-    return on_gpu and not refused and not run.metadata.get("apart") and model in (None, experiment.model)
+    own = spec.is_reference and not spec.runner_spec.third_party
+    return on_gpu and own and not refused and model in (None, spec.model)
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Each measured phase beside its forecast.
 
     Returns:
-        ``measured`` with its experiments' names, and ``forecast_bytes, error, forecast_reserved_bytes,
+        ``measured`` with its specs' names, and ``forecast_bytes, error, forecast_reserved_bytes,
         reserved_error``; errors are relative, negative where the forecast is under the truth.
     """
-    likes = [experiment.like() for experiment in measured["experiment"]]
-    different = dict(zip(likes, measured["experiment"], strict=True))
-    found = forecast_experiments(list(different.values()))
+    likes = [spec.memory_key() for spec in measured["spec"]]
+    different = dict(zip(likes, measured["spec"], strict=True))
+    found = forecast_specs(list(different.values()))
     forecasts = {
         (like, generation, phase.phase): phase
         for like, forecast in zip(different, found, strict=True)
         for generation, phase in by_generation(forecast.phases)
     }
-    table = measured.assign(experiment=[experiment.name for experiment in measured["experiment"]])
+    table = measured.assign(spec=[spec.name for spec in measured["spec"]])
     phases = [forecasts[key] for key in zip(likes, table["generation"], table["phase"], strict=True)]
     table["forecast_bytes"] = [phase.peak_bytes for phase in phases]
     table["error"] = table["forecast_bytes"] / table["peak_bytes"] - 1
@@ -123,18 +124,18 @@ def summary_table(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 
 def halves_table(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Would a correction fitted to measured runs help? Fitted to one half of the experiments, judged on the other.
+    """Would a correction fitted to measured runs help? Fitted to one half of the specs, judged on the other.
 
     The correction is a factor for each phase, of the peak and of the reserved bytes: the median of measured over
     forecast. Experiments are halved by their names' order, every second one; repeats stay together.
 
     Returns:
-        For ``allocated`` and ``reserved`` bytes as ``counted``: ``fitted`` and ``judged``, the numbers of experiments,
+        For ``allocated`` and ``reserved`` bytes as ``counted``: ``fitted`` and ``judged``, the numbers of specs,
         then ``median_error, worst_error`` of the judged half as it is forecast, and ``corrected_median_error,
-        corrected_worst_error`` with the correction. Empty where there are fewer than two experiments.
+        corrected_worst_error`` with the correction. Empty where there are fewer than two specs.
     """
-    names = sorted(set(accuracy["experiment"]))
-    fitted, judged = (accuracy[accuracy["experiment"].isin(half)] for half in (names[::2], names[1::2]))
+    names = sorted(set(accuracy["spec"]))
+    fitted, judged = (accuracy[accuracy["spec"].isin(half)] for half in (names[::2], names[1::2]))
     if judged.empty:
         return pd.DataFrame(columns=HALVES_COLUMNS)
     rows = []

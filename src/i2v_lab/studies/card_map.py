@@ -11,23 +11,23 @@ from i2v_lab.capacity.cards import FITS, NO, context_bytes, gpu_memory_bytes, gp
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.sources import Observation
-from i2v_lab.runs.spec import Experiment
-from i2v_lab.studies.resolution import frames_experiments, resolution_experiments
+from i2v_lab.runs.spec import RunSpec
+from i2v_lab.studies.resolution import frames_specs, resolution_specs
 from i2v_lab.studies.verdicts import conclude, no_data
 from i2v_lab.units import format_bytes
 
 
-def map_experiments(request: I2VRequest, model: str, sizes: Sequence[str], frames: Sequence[int]) -> list[Experiment]:
+def map_specs(request: I2VRequest, model: str, sizes: Sequence[str], frames: Sequence[int]) -> list[RunSpec]:
     """Every size with every number of frames, without the graph."""
-    by_size = resolution_experiments(request, model, sizes)
-    return [each for size in by_size for each in frames_experiments(size.request, model, frames)]
+    by_size = resolution_specs(request, model, sizes)
+    return [each for size in by_size for each in frames_specs(size.request, model, frames)]
 
 
 def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) -> pd.DataFrame:
     """Every request on every card.
 
     Args:
-        observations: Of :func:`map_experiments`; those without a run are left out.
+        observations: Of :func:`map_specs`; those without a run are left out.
         gpus: Names of ``data/gpus.csv``; all of them if empty.
 
     Returns:
@@ -43,7 +43,7 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
             if each.run is None:
                 continue
             forecast = Forecast(each.run.records, context, 0.0)
-            request = each.experiment.request
+            request = each.spec.request
             rows.append(
                 {
                     "gpu": gpu,
@@ -91,7 +91,7 @@ def card_verdict(observations: Sequence[Observation], table: pd.DataFrame, summa
     the median is, but a phase is off by more. ``refuted``: the median is not.
 
     Args:
-        observations: Of :func:`map_experiments`.
+        observations: Of :func:`map_specs`.
         table: Of :func:`card_table`.
         summary: Of :func:`i2v_lab.studies.accuracy.summary_table`; its last row is of all phases.
     """

@@ -8,9 +8,10 @@ from typing import Any
 
 from i2v_lab.events import Phase
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.measure import VIDEO, measure, run_folder
+from i2v_lab.runs.execute import VIDEO
+from i2v_lab.runs.measure import measure, run_folder
 from i2v_lab.runs.sources import Observation, Source, phases_frame
-from i2v_lab.runs.spec import SMALL_MODEL, Experiment
+from i2v_lab.runs.spec import SMALL_MODEL, RunSpec
 from i2v_lab.studies.published import study_request
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
@@ -19,19 +20,19 @@ LITTLE = 0.05  # of the peak: what may be left between phases
 BETWEEN_STAGES = (Phase.UPSAMPLE_LATENT.value, Phase.DENOISE_STAGE_2.value)  # which may find the transformer there
 
 
-def first_look_experiments(request: I2VRequest, model: str) -> list[Experiment]:
+def first_look_specs(request: I2VRequest, model: str) -> list[RunSpec]:
     """The request as it is."""
-    return [Experiment(request=request, model=model)]
+    return [RunSpec(request=request, model=model)]
 
 
 def video_run(observation: Observation, runs_dir: Path, device: str = "auto") -> Path:
     """A video of the request: of the run itself if it was made here, of the tiny model at its own size otherwise."""
     if observation.source is Source.MEASURE and observation.run is not None:
         return observation.run.folder / VIDEO
-    asked = observation.experiment.request
+    asked = observation.spec.request
     small = study_request(SMALL_MODEL, image=asked.image, prompt=asked.prompt, seed=asked.seed, fps=asked.fps)
-    experiment = Experiment(request=small, model=SMALL_MODEL)
-    return measure(experiment, run_folder(runs_dir, experiment), device).folder / VIDEO
+    spec = RunSpec(request=small, model=SMALL_MODEL)
+    return measure(spec, run_folder(runs_dir, spec), device).folder / VIDEO
 
 
 def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:

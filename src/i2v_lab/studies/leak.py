@@ -11,7 +11,7 @@ import pandas as pd
 from i2v_lab.profiling.records import GenerationRecord, OutOfMemoryRecord
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.sources import Observation, phases_frame
-from i2v_lab.runs.spec import Consumer, Experiment
+from i2v_lab.runs.spec import Consumer, RunSpec
 from i2v_lab.studies.localization import AFTER_RETURN, SCOPES
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
@@ -20,12 +20,10 @@ NOTHING = 0.01  # of the retained graph: growth below this is none
 MORE = 1.25  # times what an open stream keeps without a graph, which is the decoder and its buffers
 
 
-def leak_experiments(request: I2VRequest, model: str, generations: int) -> list[Experiment]:
+def leak_specs(request: I2VRequest, model: str, generations: int) -> list[RunSpec]:
     """Both scopes, with every stream consumed to its end and with every stream left open."""
     return [
-        Experiment(
-            request=replace(request, decode_scope=scope), model=model, generations=generations, consumer=consumer
-        )
+        RunSpec(request=replace(request, decode_scope=scope), model=model, generations=generations, consumer=consumer)
         for consumer in (Consumer.PLAIN, Consumer.LEFT_OPEN)
         for scope in SCOPES
     ]
@@ -44,8 +42,8 @@ def leak_table(observations: Sequence[Observation]) -> pd.DataFrame:
         for record in each.run.of(GenerationRecord) if each.run else []:
             rows.append(
                 {
-                    "decode_scope": each.experiment.request.decode_scope.value,
-                    "consumer": each.experiment.consumer.value,
+                    "decode_scope": each.spec.request.decode_scope.value,
+                    "consumer": each.spec.consumer.value,
                     "generation": record.generation,
                     "allocated_bytes": record.allocated_bytes,
                     "growth_bytes": record.allocated_bytes - before,
@@ -87,8 +85,7 @@ def leak_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     if any(each.run is None for each in observations):
         return no_data(observations)
     growth = {
-        (each.experiment.consumer.value, each.experiment.request.decode_scope.value): _last_growth(each)
-        for each in observations
+        (each.spec.consumer.value, each.spec.request.decode_scope.value): _last_growth(each) for each in observations
     }
     consumed, fixed = growth["plain", "escaped"], growth["plain", "no_grad"]
     open_graph, open_fixed = growth["left_open", "escaped"], growth["left_open", "no_grad"]
@@ -107,11 +104,11 @@ def leak_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     for each in observations:
         if each.run is not None and each.run.of(OutOfMemoryRecord):
             reached = len(each.run.of(GenerationRecord)) + 1
-            defect = each.experiment.request.decode_scope is DecodeScope.ESCAPED
-            kept = each.experiment.consumer is Consumer.LEFT_OPEN
+            defect = each.spec.request.decode_scope is DecodeScope.ESCAPED
+            kept = each.spec.consumer is Consumer.LEFT_OPEN
             finding += (
                 f" {'With' if defect else 'Without'} the defect and streams {'kept' if kept else 'consumed'}, "
-                f"generation {reached} of {each.experiment.generations} ran out of memory."
+                f"generation {reached} of {each.spec.generations} ran out of memory."
             )
     return conclude(
         observations,

@@ -11,7 +11,7 @@ import pandas as pd
 from i2v_lab.events import Phase
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.sources import Observation, phases_frame
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.studies.published import published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import GIB, format_bytes
@@ -20,9 +20,9 @@ AFTER_RETURN = Phase.DECODE_VIDEO.value  # the one phase that runs when the stre
 SCOPES = (DecodeScope.ESCAPED, DecodeScope.NO_GRAD)
 
 
-def scope_experiments(request: I2VRequest, model: str) -> list[Experiment]:
+def scope_specs(request: I2VRequest, model: str) -> list[RunSpec]:
     """The same request with the graph retained, and without."""
-    return [Experiment(request=replace(request, decode_scope=scope), model=model) for scope in SCOPES]
+    return [RunSpec(request=replace(request, decode_scope=scope), model=model) for scope in SCOPES]
 
 
 def boundaries_table(observations: Sequence[Observation]) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def floor_table(observations: Sequence[Observation]) -> pd.DataFrame:
     Returns:
         ``phase, peak_bytes, share`` of the highest.
     """
-    table = phases_frame([each for each in observations if each.experiment.request.decode_scope is SCOPES[1]])
+    table = phases_frame([each for each in observations if each.spec.request.decode_scope is SCOPES[1]])
     table = table.sort_values("peak_bytes", ascending=False, kind="stable")[["phase", "peak_bytes"]]
     return table.assign(share=table["peak_bytes"] / table["peak_bytes"].max()).reset_index(drop=True)
 

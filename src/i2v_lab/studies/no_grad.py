@@ -13,11 +13,11 @@ import pandas as pd
 
 from i2v_lab.profiling.records import GraphRecord
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.runs.measure import VIDEO
+from i2v_lab.runs.execute import VIDEO
 from i2v_lab.runs.sources import Observation, Source, observe, phases_frame, runs_frame
-from i2v_lab.runs.spec import Consumer, Experiment
+from i2v_lab.runs.spec import Consumer, RunSpec
 from i2v_lab.runs.store import FAILED
-from i2v_lab.studies.localization import AFTER_RETURN, scope_experiments
+from i2v_lab.studies.localization import AFTER_RETURN, scope_specs
 from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
@@ -25,9 +25,9 @@ from i2v_lab.units import format_bytes
 DEPTH = 3  # parts of a module's path that a table of the graph keeps
 
 
-def fix_experiments(request: I2VRequest, model: str) -> list[Experiment]:
+def fix_specs(request: I2VRequest, model: str) -> list[RunSpec]:
     """With the defect; with the fix; with the defect, but the stream consumed through ``guard_stream``."""
-    before, after = scope_experiments(request, model)
+    before, after = scope_specs(request, model)
     return [before, after, replace(before, consumer=Consumer.GUARDED)]
 
 
@@ -80,8 +80,8 @@ def small_runs(request: I2VRequest, model: str, runs_dir: Path, device: str = "a
     Returns:
         With the defect, with the fix, and with the pipeline inside ``inference_mode``.
     """
-    refused = Experiment(request=replace(request, decode_scope=DecodeScope.INFERENCE_MODE), model=model)
-    return observe([*scope_experiments(request, model), refused], Source.MEASURE, runs_dir, device)
+    refused = RunSpec(request=replace(request, decode_scope=DecodeScope.INFERENCE_MODE), model=model)
+    return observe([*scope_specs(request, model), refused], Source.MEASURE, runs_dir, device)
 
 
 def video_of(observation: Observation) -> Path:
@@ -121,7 +121,7 @@ def fix_verdict(observations: Sequence[Observation], identical: bool, refused: s
     halved, or something else changes too. ``refuted``: decoding takes no less, or the video changes.
 
     Args:
-        observations: Of :func:`fix_experiments`; the third may have no run.
+        observations: Of :func:`fix_specs`; the third may have no run.
         identical: Of :func:`frames_identical`.
         refused: Of :func:`refusal`.
     """

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ import pandas as pd
 from i2v_lab.files import write_text
 from i2v_lab.paths import cache_dir, find_still
 from i2v_lab.request import I2VRequest, Variant
-from i2v_lab.runs.forecast import code_digest
+from i2v_lab.runs.provenance import code_digest, normalized_code, runner_packages, versions
 from i2v_lab.runs.spec import SMALL_MODEL
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from i2v_lab.pipeline.ltx2.weights import Weights
 
 CALLERS = "the caller's"
-PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "diffusers", "transformers")
 COLUMNS = ["pipeline", "lazy", "own_scope", "grad_bytes", "no_grad_bytes", "guarded_bytes"]
 
 
@@ -63,8 +61,8 @@ def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -
         retains while the frames are made: ``grad_bytes`` with grad enabled, ``no_grad_bytes`` inside ``no_grad``,
         ``guarded_bytes`` with grad enabled but through ``guard_stream``, missing where there is no stream to guard.
     """
-    path = _kept_at(image, model)
-    rows = _kept(path)
+    path = _cache_path(image, model)
+    rows = _cached(path)
     if rows is None:
         rows = _leak_rows(image, model)
         write_text(path, json.dumps(rows))
@@ -82,12 +80,14 @@ def leak_summary(table: pd.DataFrame) -> dict[str, int]:
     }
 
 
-def _kept_at(image: str, model: str) -> Path:
-    parts = [str(find_still(image)), model, code_digest(), Path(__file__).read_text(), *map(version, PACKAGES)]
+def _cache_path(image: str, model: str) -> Path:
+    runners = ("ltx-pipelines", "diffusers")
+    code = [normalized_code(Path(__file__)), *map(code_digest, runners)]
+    parts = [str(find_still(image)), model, *code, json.dumps(versions(runner_packages(runners)))]
     return cache_dir() / "leaks" / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.json"
 
 
-def _kept(path: Path) -> list[Any] | None:
+def _cached(path: Path) -> list[Any] | None:
     with suppress(OSError, ValueError):
         rows: list[Any] = json.loads(path.read_text())
         return rows
@@ -103,7 +103,7 @@ def _leak_rows(image: str, model: str) -> list[list[Any]]:
         image=str(find_still(image)), width=64, height=64, frames=9, fps=120.0
     )  # any size shows a graph
     with ExitStack() as scopes:
-        subjects = [*_upstream(weights, request, scopes), *_diffusers(weights, request)]
+        subjects = [*_upstream(weights, request, scopes), *_diffusers(request)]
         return [_row(subject) for subject in subjects]
 
 
@@ -117,17 +117,18 @@ def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Itera
         )
 
 
-def _diffusers(weights: Weights, request: I2VRequest) -> Iterator[Subject]:
+def _diffusers(request: I2VRequest) -> Iterator[Subject]:
     import torch
 
-    from i2v_lab.pipeline.diffusers.ltx2 import TINY, diffusers_ltx2
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2, resolve_weights
 
-    pipeline = diffusers_ltx2(weights, TINY, dtype=torch.float32)
+    pipeline = DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), dtype=torch.float32)
     name = f"diffusers {type(pipeline.generate).__name__}"
     decode = pipeline.generate.vae.decode
-    yield Subject(name, partial(pipeline, request), None)
+    yield Subject(name, partial(pipeline.run, request), None)
     yield Subject(
-        f"{name}, output_type='latent'", partial(pipeline, request, "latent"), lambda made: map(decode, [made[0]])
+        f"{name}, output_type='latent'", partial(pipeline.run, request, "latent"), lambda made: map(decode, [made[0]])
     )
 
 

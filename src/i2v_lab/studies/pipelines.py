@@ -1,30 +1,34 @@
-"""Memory policies and others' pipelines side by side: what each takes of a card, and which cards that opens."""
+"""Memory policies and third-party pipelines side by side: what each takes of a card, and which cards that opens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
-from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_policy import MemoryPolicy, Technique
 from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.implementations import OTHERS, Implementation, forecast_others, to_other
-from i2v_lab.runs.recorded import find_capped, find_of, find_together, seconds_of
-from i2v_lab.runs.sources import Observation, as_run
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.recorded import RecordedRuns, card_of, seconds_of, spec_of
+from i2v_lab.runs.sources import Observation, Source, observe
+from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import Run
 from i2v_lab.studies.published import to_size
 from i2v_lab.studies.techniques import has_techniques, phase_peaks, under
 
+# Models of diffusers of the same generation as LTX-2.3, by its size here.
+BESIDE = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
+THIRD_PARTY = ("ltx-pipelines", "diffusers", "diffusers, model offloading", "diffusers, group offloading")
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
-def policy_experiments(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[Experiment]:
+def policy_specs(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[RunSpec]:
     """The request at each size under each policy."""
     policies = POLICIES if has_techniques(model) else POLICIES[:1]
     resized = [replace(request, width=width, height=height) for width, height in map(to_size, sizes)]
@@ -35,21 +39,21 @@ def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """Every phase's peak under each policy.
 
     Args:
-        observations: Of :func:`policy_experiments`.
+        observations: Of :func:`policy_specs`.
 
     Returns:
-        One row for each size, policy and phase: ``size, policy, phase, peak_bytes``, and from ``data/measured``, where
-        there is such a run, ``recorded_bytes`` and the ``error`` of the peak against it.
+        One row for each size, policy and phase: ``size, policy, phase, peak_bytes``, and of the recorded run, where
+        there is one, ``recorded_bytes`` and the ``error`` of the peak against it.
     """
     rows = []
-    for each, kept in zip(observations, find_together([each.experiment for each in observations]), strict=True):
-        request, measured = each.experiment.request, phase_peaks(kept)
+    for each in observations:
+        request, measured = each.spec.request, phase_peaks(each.recorded)
         for phase, peak_bytes in phase_peaks(each.run).items():
             there = measured.get(phase)
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
-                    "policy": request.memory.value,
+                    "policy": str(each.spec.policy),
                     "phase": phase,
                     "peak_bytes": peak_bytes,
                     "recorded_bytes": there,
@@ -75,7 +79,7 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """The cards that each policy opens.
 
     Args:
-        observations: Of :func:`policy_experiments`.
+        observations: Of :func:`policy_specs`.
 
     Returns:
         One row for each size and policy: ``size, policy, needed_bytes`` (reserved, with the CUDA context), ``cards``
@@ -90,11 +94,11 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
         fits = [judge(forecast, "", int(size)).verdict == FITS for size in cards["memory_bytes"]]
         taking = cards[fits]
         smallest = None if taking.empty else taking.iloc[0]
-        request = each.experiment.request
+        request = each.spec.request
         rows.append(
             {
                 "size": f"{request.width}x{request.height}",
-                "policy": request.memory.value,
+                "policy": str(each.spec.policy),
                 "needed_bytes": forecast.peak_reserved_bytes + context,
                 "cards": len(taking),
                 "of": len(cards),
@@ -106,27 +110,28 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"memory_bytes": "Int64"})
 
 
-def capped_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """What became of each policy where the allocator was held to as much as a small card has, as recorded.
+def capped_table(observations: Sequence[Observation], recorded: RecordedRuns) -> pd.DataFrame:
+    """The outcome of each policy where the allocator was capped to as much as a small card has, as recorded.
 
     Args:
-        observations: Of :func:`policy_experiments`.
+        observations: Of :func:`policy_specs`.
+        recorded: Where capped runs are looked up.
 
     Returns:
-        One row for each such run, of each experiment the highest cap first: ``size, policy, cap_bytes, status, phase``
-        (that which held the peak, or ran out of memory), ``peak_bytes, reserved_bytes, seconds``.
+        One row for each such run, of each spec the highest cap first: ``size, policy, cap_bytes, status, phase`` (that
+        with the highest peak, or that ran out of memory), ``peak_bytes, reserved_bytes, seconds``.
     """
     rows = []
     for each in observations:
-        request = each.experiment.request
-        for run in find_capped(each.experiment):
+        request = each.spec.request
+        for run in recorded.find_capped(each.spec):
             peaks, failures = phase_peaks(run), run.of(OutOfMemoryRecord)
             top = max(peaks, key=lambda phase: peaks[phase], default="")
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
-                    "policy": request.memory.value,
-                    "cap_bytes": int(run.metadata["vram_cap_bytes"]),
+                    "policy": str(each.spec.policy),
+                    "cap_bytes": spec_of(run).vram_cap_bytes,
                     "status": "out of memory" if failures else run.status,
                     "phase": failures[0].phase if failures else top,
                     "peak_bytes": peaks.get(top),
@@ -138,52 +143,104 @@ def capped_table(observations: Sequence[Observation]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def pipelines_table(observations: Sequence[Observation], size: str, others: Sequence[str] = ()) -> pd.DataFrame:
-    """Our policies and others' pipelines for the same request: what each takes, by forecast and measured.
+def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequence[str] = ()) -> dict[str, RunSpec]:
+    """The same generation by third-party pipelines: ltx-pipelines as it is, and diffusers at each of its offloadings.
 
-    Others' are always forecast, and looked up on the card that ours were measured on. diffusers' is LTX-2 in bfloat16,
-    not LTX-2.3, and its decoder does not tile.
+    diffusers runs LTX-2 in bfloat16, not LTX-2.3, and its decoder does not tile.
 
     Args:
-        observations: Of :func:`policy_experiments`.
-        size: The one to compare at, such as ``1024x768``.
-        others: Which of :class:`~i2v_lab.runs.implementations.Implementation` beside ours; all of them if empty.
+        request: What to generate.
+        model: Beside which of this package's models they stand.
+        size: Such as ``1024x768``.
+        names: Which of :data:`THIRD_PARTY`; all of them if empty.
 
     Returns:
-        One row for each: ``pipeline, peak_bytes, peak_phase, denoise_bytes`` (of stage 2), ``decode_bytes``, then
-        ``measured_bytes, measured_reserved_bytes, measured_seconds`` from ``data/measured`` and the ``error`` of the
-        forecast; missing where there is no such run.
+        By name; empty for a model that has none beside it.
+
+    Raises:
+        InvalidRequest: There is no such pipeline.
+    """
+    for name in names:
+        if name not in THIRD_PARTY:
+            known = " or ".join(map(repr, THIRD_PARTY))
+            raise InvalidRequest(f"pipeline={name!r} is not a third-party pipeline; use {known}", pipeline=name)
+    if model not in BESIDE:
+        return {}
+    width, height = to_size(size)
+    plain = under(replace(request, width=width, height=height), model, MemoryPolicy.RESIDENT)
+    theirs = make_request(
+        BESIDE[model],
+        **{
+            name: getattr(plain.request, name)
+            for name in ("image", "prompt", "seed", "fps", "width", "height", "frames")
+        },
+    )
+    diffusers = RunSpec(request=theirs, model=BESIDE[model])
+    specs = {
+        "ltx-pipelines": replace(plain, runner="ltx-pipelines"),
+        "diffusers": diffusers,
+        "diffusers, model offloading": replace(diffusers, techniques=frozenset({Technique.MODEL_OFFLOAD})),
+        "diffusers, group offloading": replace(diffusers, techniques=frozenset({Technique.GROUP_OFFLOAD})),
+    }
+    return {name: spec for name, spec in specs.items() if not names or name in names}
+
+
+def observe_third_party(
+    policies: Sequence[Observation], size: str, names: Sequence[str], runs_dir: Path
+) -> dict[str, Observation]:
+    """Third-party pipelines for the same request, forecast, with their runs on the card that ours were measured on.
+
+    Args:
+        policies: Of :func:`policy_specs`.
+        size: Such as ``1024x768``.
+        names: As in :func:`third_party_specs`.
+        runs_dir: As in :func:`~i2v_lab.runs.sources.observe`.
+    """
+    first = policies[0].spec
+    specs = third_party_specs(first.request, first.model, size, names)
+    card = next((card_of(each.recorded) for each in policies if each.recorded), None)
+    found = observe(list(specs.values()), Source.FORECAST, runs_dir, card=card)
+    return dict(zip(specs, found, strict=True))
+
+
+def pipelines_table(
+    observations: Sequence[Observation], size: str, third_party: Mapping[str, Observation]
+) -> pd.DataFrame:
+    """Our policies and third-party pipelines for the same request: what each takes, by forecast and measured.
+
+    Args:
+        observations: Of :func:`policy_specs`.
+        size: The one to compare at, such as ``1024x768``.
+        third_party: Of :func:`observe_third_party`.
+
+    Returns:
+        One row for each: ``pipeline``; ``model, quantization, tiling`` as the spec has them; ``peak_bytes, peak_phase,
+        denoise_bytes`` (of stage 2), ``decode_bytes``; then ``measured_bytes, measured_reserved_bytes,
+        measured_seconds`` of the recorded run and the ``error`` of the forecast; missing where there is no such run.
     """
     width, height = to_size(size)
-    observations = [
-        each
+    ours = {
+        f"{each.spec.runner_spec.label}, {each.spec.policy}": each
         for each in observations
-        if (each.experiment.request.width, each.experiment.request.height) == (width, height)
-    ]
-    resident = observations[0].experiment
-    kept = find_together([each.experiment for each in observations])
-    card = next((str(run.metadata["device_name"]) for run in kept if run), "")
-    rows = [
-        _pipeline_row(f"{Implementation.OURS}, {each.experiment.request.memory}", each.run, run)
-        for each, run in zip(observations, kept, strict=True)
-    ]
-    if has_techniques(resident.model):  # the others are pipelines of the same generation
-        beside = [to_other(name) for name in others or OTHERS]
-        found = forecast_others([(each, resident) for each in beside])
-        for each, forecast in zip(beside, found, strict=True):
-            rows.append(_pipeline_row(each.value, as_run(resident, forecast), find_of(each, resident, card)))
+        if (each.spec.request.width, each.spec.request.height) == (width, height)
+    }
+    rows = [_pipeline_row(name, each) for name, each in [*ours.items(), *third_party.items()]]
     whole = dict.fromkeys(["peak_bytes", "denoise_bytes", "decode_bytes", "measured_bytes"], "Int64")
     return pd.DataFrame(rows).astype(
         {**whole, "measured_reserved_bytes": "Int64", "measured_seconds": "Float64", "error": "Float64"}
     )
 
 
-def _pipeline_row(name: str, run: Run | None, measured: Run | None) -> dict[str, Any]:
-    peaks, there = phase_peaks(run), max(phase_peaks(measured).values(), default=None)
+def _pipeline_row(name: str, observation: Observation) -> dict[str, Any]:
+    measured, request = observation.recorded, observation.spec.request
+    peaks, there = phase_peaks(observation.run), max(phase_peaks(measured).values(), default=None)
     top = max(peaks, key=lambda phase: peaks[phase], default="")
     whole = [phase for phase in measured.of(PhaseRecord) if phase.parent is None] if measured else []
     return {
         "pipeline": name,
+        "model": observation.spec.model,
+        "quantization": request.quantization.value,
+        "tiling": "untiled" if request.tiling is None else f"{request.tiling.tile_px} px",
         "peak_bytes": peaks.get(top),
         "peak_phase": top,
         "denoise_bytes": peaks.get(Phase.DENOISE_STAGE_2),

@@ -12,9 +12,9 @@ import pandas as pd
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.contract.runner import check_request
+from i2v_lab.pipeline.registry import check_request
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.runs.spec import DEFAULT_STILL
+from i2v_lab.runs.spec import make_request
 from i2v_lab.units import GIB
 
 KEYS = ["model", "width", "height", "frames", "decode_scope", "tile_px", "tile_frames", "consumer"]
@@ -120,9 +120,7 @@ def study_request(model: str, width: int = 0, height: int = 0, frames: int = 0, 
     Raises:
         InvalidRequest: A rule is broken.
     """
-    architecture = load_architecture(model)
     asked = {"width": width, "height": height, "frames": frames}
-    sizes = {name: value for name, value in asked.items() if value}
-    request = I2VRequest(**{"image": DEFAULT_STILL, **architecture.request, **sizes, **rest})
-    check_request(architecture, request)
+    request = make_request(model, **{name: value for name, value in asked.items() if value}, **rest)
+    check_request(load_architecture(model), request)
     return request

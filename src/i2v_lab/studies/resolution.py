@@ -10,7 +10,7 @@ import pandas as pd
 
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.sources import Observation, phases_frame, runs_frame
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.studies.localization import AFTER_RETURN
 from i2v_lab.studies.published import beside_published, to_size
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
@@ -19,17 +19,17 @@ from i2v_lab.units import format_bytes
 FLAT = 1.15  # the published 33.55 GiB to 29.51, and a little more
 
 
-def resolution_experiments(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[Experiment]:
+def resolution_specs(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[RunSpec]:
     """The request at each size, without the graph."""
     fixed = replace(request, decode_scope=DecodeScope.NO_GRAD)
     pairs = [to_size(size) for size in sizes]
-    return [Experiment(request=replace(fixed, width=w, height=h), model=model) for w, h in pairs]
+    return [RunSpec(request=replace(fixed, width=w, height=h), model=model) for w, h in pairs]
 
 
-def frames_experiments(request: I2VRequest, model: str, frames: Sequence[int]) -> list[Experiment]:
+def frames_specs(request: I2VRequest, model: str, frames: Sequence[int]) -> list[RunSpec]:
     """The request with each number of frames, without the graph."""
     fixed = replace(request, decode_scope=DecodeScope.NO_GRAD)
-    return [Experiment(request=replace(fixed, frames=count), model=model) for count in frames]
+    return [RunSpec(request=replace(fixed, frames=count), model=model) for count in frames]
 
 
 def flatness_table(observations: Sequence[Observation]) -> pd.DataFrame:

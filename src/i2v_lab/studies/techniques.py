@@ -9,15 +9,14 @@ from typing import Any
 import pandas as pd
 
 from i2v_lab.events import Phase
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, Techniques, to_techniques
+from i2v_lab.memory_policy import MemoryPolicy, Technique, to_techniques
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.contract.runner import backend_of
+from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.runs.measure import WHOLE
-from i2v_lab.runs.recorded import find_together
+from i2v_lab.runs.execute import WHOLE
 from i2v_lab.runs.sources import Observation, Source, runs_frame
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import Run
 from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, NO_DATA, REFINED, REFUTED, conclude, no_data
@@ -25,17 +24,17 @@ from i2v_lab.units import format_bytes
 
 # Each where it lowers the peak of the whole run, or of its own phase below what holds that.
 ORDER: dict[Technique, tuple[str, Phase]] = {
-    Technique.SHARED_MODULATIONS: ("modulations once a timestep", Phase.DENOISE_STAGE_2),
-    Technique.TOKEN_CHUNKS: ("tokens by chunks", Phase.DENOISE_STAGE_2),
-    Technique.TEXT_ONLY: ("Gemma without its eyes", Phase.ENCODE_PROMPT),
-    Technique.STREAMED_TEXT: ("Gemma's weights streamed", Phase.ENCODE_PROMPT),
-    Technique.FEATURE_CHUNKS: ("text features by chunks", Phase.ENCODE_PROMPT),
-    Technique.STREAMED_TRANSFORMER: ("transformer's weights streamed", Phase.DENOISE_STAGE_2),
+    Technique.SHARED_MODULATIONS: ("modulations shared by timestep", Phase.DENOISE_STAGE_2),
+    Technique.TOKEN_CHUNKS: ("tokens in chunks", Phase.DENOISE_STAGE_2),
+    Technique.TEXT_ONLY: ("vision tower not loaded", Phase.ENCODE_PROMPT),
+    Technique.STREAMED_TEXT: ("text encoder streamed", Phase.ENCODE_PROMPT),
+    Technique.FEATURE_CHUNKS: ("text features in chunks", Phase.ENCODE_PROMPT),
+    Technique.STREAMED_TRANSFORMER: ("transformer streamed", Phase.DENOISE_STAGE_2),
     Technique.BLEND_IN_PLACE: ("tiles blended in place", Phase.DECODE_VIDEO),
-    Technique.ROW_BANDS: ("decoder by bands of rows", Phase.DECODE_VIDEO),
-    Technique.STREAMED_VAE: ("decoder's weights streamed", Phase.DECODE_VIDEO),
+    Technique.ROW_BANDS: ("decoder in bands of rows", Phase.DECODE_VIDEO),
+    Technique.STREAMED_VAE: ("decoder streamed", Phase.DECODE_VIDEO),
 }
-FIRST = "as upstream does it"
+FIRST = "as upstream runs it"
 EIGHTH = 1 / 8  # 4 GiB of the published 33.55, with something to spare
 STEP_COLUMNS = {
     "step": "int64",
@@ -53,11 +52,11 @@ STEP_COLUMNS = {
 
 def has_techniques(model: str) -> bool:
     """Whether a model's backend has memory policies."""
-    return MemoryPolicy.STREAMED in backend_of(load_architecture(model)).memory
+    return bool(runner_of(load_architecture(model)).techniques)
 
 
-def step_experiments(request: I2VRequest, model: str, techniques: Sequence[str] = ()) -> list[Experiment]:
-    """The request with no technique, then with one more each time; the last of all is the policy ``streamed``.
+def step_specs(request: I2VRequest, model: str, techniques: Sequence[str] = ()) -> list[RunSpec]:
+    """The request with no technique, then with one more each time.
 
     Args:
         request: What to generate.
@@ -72,21 +71,19 @@ def step_experiments(request: I2VRequest, model: str, techniques: Sequence[str] 
         return [plain]
     names = list(dict.fromkeys(techniques)) or list(ORDER)
     steps = [replace(plain, techniques=to_techniques(names[:count])) for count in range(1, len(names) + 1)]
-    if steps[-1].techniques == TECHNIQUES[MemoryPolicy.STREAMED]:
-        steps[-1] = under(request, model, MemoryPolicy.STREAMED)
     return [plain, *steps]
 
 
-def under(request: I2VRequest, model: str, policy: MemoryPolicy) -> Experiment:
+def under(request: I2VRequest, model: str, policy: MemoryPolicy) -> RunSpec:
     """The request under a policy, without the graph."""
-    return Experiment(request=replace(request, decode_scope=DecodeScope.NO_GRAD, memory=policy), model=model)
+    return RunSpec(request=replace(request, decode_scope=DecodeScope.NO_GRAD, memory=policy), model=model)
 
 
 def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """What each technique takes away, and from which phase.
 
     Args:
-        observations: Of :func:`step_experiments`.
+        observations: Of :func:`step_specs`.
 
     Returns:
         One row for each step, the first with no technique: ``step, technique, words``, the whole run's ``peak_bytes``
@@ -94,14 +91,11 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
         ``after_bytes``, and its seconds before and after as they were measured, or recorded where this is a forecast.
         What is of a step without a run is missing.
     """
-    recorded = find_together([each.experiment for each in observations])
-    timed = [
-        kept if each.source is Source.FORECAST else each.run for each, kept in zip(observations, recorded, strict=True)
-    ]
+    timed = [each.recorded if each.source is Source.FORECAST else each.run for each in observations]
     peaks = [phase_peaks(each.run) for each in observations]
     seconds = [phase_seconds(run) for run in timed]
     rows: list[list[Any]] = []
-    sets = [_techniques(each.experiment) for each in observations]
+    sets = [each.spec.technique_set for each in observations]
     for step, own_set in enumerate(sets):
         technique = next(iter(own_set - sets[step - 1]), None) if step else None
         words, own = (FIRST, "") if technique is None else ORDER[technique]
@@ -115,11 +109,6 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
             ]
         )
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS)
-
-
-def _techniques(experiment: Experiment) -> Techniques:
-    own = experiment.techniques
-    return TECHNIQUES[experiment.request.memory] if own is None else own
 
 
 def phase_peaks(run: Run | None) -> dict[str, int]:
@@ -150,12 +139,12 @@ def techniques_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     it is lower, but not by that much. ``refuted``: it is not lower. ``no data`` for a model without techniques.
 
     Args:
-        observations: Of :func:`step_experiments`.
+        observations: Of :func:`step_specs`.
     """
     if any(each.run is None for each in observations):
         return no_data(observations)
     if len(observations) == 1:
-        model = observations[0].experiment.model
+        model = observations[0].spec.model
         return conclude(observations, NO_DATA, f"{model} has no memory policy but resident.", techniques=0)
     steps = steps_table(observations)
     first, last = steps.iloc[0], steps.iloc[-1]
@@ -164,7 +153,7 @@ def techniques_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     theirs = beside_published(runs_frame(observations[:1]))["published_bytes"].iloc[0]
     published = f"{format_bytes(int(theirs))} as published, " if pd.notna(theirs) else ""
     finding = (
-        f"{observations[0].experiment.name}: {published}{format_bytes(int(first['peak_bytes']))} with every component "
+        f"{observations[0].spec.name}: {published}{format_bytes(int(first['peak_bytes']))} with every component "
         f"resident (in {first['peak_phase']}), {format_bytes(int(last['peak_bytes']))} (in {last['peak_phase']}) with "
         f"{len(steps) - 1} techniques and the same model, {1 / ratio:.1f} times less."
     )

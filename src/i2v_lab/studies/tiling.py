@@ -3,103 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from i2v_lab.pipeline.ltx2.tiles import TileGrid, tile_grid
 from i2v_lab.profiling.records import TimelineRecord
-from i2v_lab.request import SPATIAL_SCALE, TEMPORAL_SCALE, DecodeScope, I2VRequest, Tiling
-from i2v_lab.runs.recorded import find_recorded
+from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 from i2v_lab.runs.sources import Observation, Source, runs_frame
-from i2v_lab.runs.spec import Experiment
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE
 from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
 HARDLY = 0.10  # a change of the peak below this is "hardly"
-Interval = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class TileGrid:
-    """Where a decoder's tiles lie in the video.
-
-    Attributes:
-        rows: ``(start, stop)`` of each row of tiles, in pixels.
-        columns: The same of each column.
-        groups: The same of each temporal group, in frames; groups are decoded one after another.
-    """
-
-    rows: tuple[Interval, ...]
-    columns: tuple[Interval, ...]
-    groups: tuple[Interval, ...]
-
-    @property
-    def tiles(self) -> int:
-        """How many there are."""
-        return len(self.rows) * len(self.columns) * len(self.groups)
-
-    @property
-    def voxels(self) -> int:
-        """Pixels times frames decoded, overlaps counted as often as they are decoded."""
-        lengths = [sum(stop - start for start, stop in axis) for axis in (self.rows, self.columns, self.groups)]
-        return lengths[0] * lengths[1] * lengths[2]
-
-
-def tile_grid(request: I2VRequest) -> TileGrid:
-    """Where the decoder's tiles lie.
-
-    The arithmetic is that of ltx-core 1.0.0 (``VideoDecoder._prepare_tiles``): the tile's longer side is scaled along
-    the shorter axis, the last tile takes the rest, and temporal tiles but the first start one latent frame earlier,
-    since the first latent frame of a tile decodes to one frame only.
-
-    Example:
-        >>> request = I2VRequest(image="still.png", width=1024, height=768, frames=97)
-        >>> grid = tile_grid(request)
-        >>> grid.columns, grid.groups
-        (((0, 768), (704, 1024)), ((0, 73), (48, 97)))
-    """
-    latent, tiling = request.shape.latent(), request.tiling
-    if tiling is None:
-        return TileGrid(((0, request.height),), ((0, request.width),), ((0, request.frames),))
-    size, overlap = tiling.tile_px // SPATIAL_SCALE, tiling.tile_overlap_px // SPATIAL_SCALE
-    axes = []
-    for length in (latent.height, latent.width):
-        scaled = max(2, overlap + 1, round(size * length / max(latent.height, latent.width)))
-        tiles = _split(length, scaled, overlap)
-        axes.append(tuple((start * SPATIAL_SCALE, stop * SPATIAL_SCALE) for start, stop in tiles))
-    size, overlap = tiling.tile_frames // TEMPORAL_SCALE, tiling.tile_overlap_frames // TEMPORAL_SCALE
-    latent_groups = _split(latent.frames, size, overlap)
-    groups = tuple(
-        (max(0, start - 1) * TEMPORAL_SCALE, 1 + (stop - 1) * TEMPORAL_SCALE) for start, stop in latent_groups
-    )
-    return TileGrid(axes[0], axes[1], groups)
-
-
-def _split(length: int, size: int, overlap: int) -> list[Interval]:
-    if length <= size:
-        return [(0, length)]
-    count = (length + size - 2 * overlap - 1) // (size - overlap)
-    starts = [index * (size - overlap) for index in range(count)]
-    return [(start, start + size) for start in starts[:-1]] + [(starts[-1], length)]
-
-
-def tiling_experiments(request: I2VRequest, model: str, tilings: Sequence[Tiling | None]) -> list[Experiment]:
+def tiling_specs(request: I2VRequest, model: str, tilings: Sequence[Tiling | None]) -> list[RunSpec]:
     """Each tiling with the graph retained, then without, the coarsest first."""
     asked = [replace(request, tiling=tiling) for tiling in tilings]
     return [
-        Experiment(request=replace(each, decode_scope=scope), model=model)
+        RunSpec(request=replace(each, decode_scope=scope), model=model)
         for each in asked
         for scope in (DecodeScope.ESCAPED, DecodeScope.NO_GRAD)
     ]
 
 
-def tile_layouts(experiments: Sequence[Experiment]) -> list[tuple[str, tuple[int, int, int], TileGrid]]:
+def tile_layouts(specs: Sequence[RunSpec]) -> list[tuple[str, tuple[int, int, int], TileGrid]]:
     """Each tiling once: its name, the video's ``(width, height, frames)``, and where its tiles lie."""
     layouts = {}
-    for each in experiments:
+    for each in specs:
         shape = each.request.shape
         name = tiling_name(each.request.tiling)
         layouts[name] = (name, (shape.width, shape.height, shape.frames), tile_grid(each.request))
@@ -115,10 +50,10 @@ def tiling_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """
     found = [each for each in observations if each.run is not None]
     table = beside_published(runs_frame(observations))
-    grids = [tile_grid(each.experiment.request) for each in found]
-    table["tiling"] = [tiling_name(each.experiment.request.tiling) for each in found]
+    grids = [tile_grid(each.spec.request) for each in found]
+    table["tiling"] = [tiling_name(each.spec.request.tiling) for each in found]
     table["tiles"] = pd.Series([grid.tiles for grid in grids], dtype="int64")
-    sizes = [each.experiment.request.shape for each in found]
+    sizes = [each.spec.request.shape for each in found]
     voxels = [grid.voxels / (s.width * s.height * s.frames) for grid, s in zip(grids, sizes, strict=True)]
     table["voxel_ratio"] = pd.Series(voxels, dtype="float64")
     table["decode_peak_bytes"] = pd.Series([_decode(each, "peak_bytes") for each in found], dtype="Int64")
@@ -142,13 +77,13 @@ def _decode(observation: Observation, column: str) -> Any:
 
 
 def _decode_seconds(observation: Observation) -> Any:
-    """Of this run, or of the one in ``data/measured`` where this is a forecast."""
+    """Of this run, or of the recorded one where this is a forecast."""
     if observation.source is not Source.FORECAST:
         return _decode(observation, "seconds")
-    recorded = find_recorded(observation.experiment)
+    recorded = observation.recorded
     if recorded is None or recorded.status != COMPLETE:
         return None
-    return _decode(Observation(observation.experiment, Source.RECORDED, recorded), "seconds")
+    return _decode(Observation(observation.spec, Source.RECORDED, recorded), "seconds")
 
 
 def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.DataFrame:
@@ -158,7 +93,7 @@ def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.Da
     not the request's. Reads the timeline of live storages, which forecasts and runs on a CPU have.
 
     Args:
-        observations: Of :func:`tiling_experiments`.
+        observations: Of :func:`tiling_specs`.
         room_bytes: What the card has for this process.
 
     Returns:
@@ -167,7 +102,7 @@ def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.Da
     """
     rows = []
     for each in observations:
-        if each.run is None or each.experiment.request.decode_scope is not DecodeScope.ESCAPED:
+        if each.run is None or each.spec.request.decode_scope is not DecodeScope.ESCAPED:
             continue
         moments = each.run.of(TimelineRecord)
         if not moments:
@@ -179,7 +114,7 @@ def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.Da
         fails = beyond < len(totals)
         rows.append(
             {
-                "tiling": tiling_name(each.experiment.request.tiling),
+                "tiling": tiling_name(each.spec.request.tiling),
                 "demanded_bytes": int(demanded),
                 "reached_bytes": reached if fails else int(demanded),
                 "hidden_bytes": int(demanded) - reached if fails else 0,

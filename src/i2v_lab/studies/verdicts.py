@@ -24,7 +24,7 @@ def conclude(observations: Sequence[Observation], verdict: str, finding: str, **
         "verdict": verdict,
         "finding": finding,
         "source": first.source.value,
-        "model": first.experiment.model,
+        "model": first.spec.model,
         "device": device_of(observations),
         **named,
     }
@@ -32,5 +32,5 @@ def conclude(observations: Sequence[Observation], verdict: str, finding: str, **
 
 def no_data(observations: Sequence[Observation], **named: Any) -> dict[str, Any]:
     """The results where a run that the claim is about is not recorded."""
-    absent = ", ".join(each.experiment.name for each in observations if each.run is None)
+    absent = ", ".join(each.spec.name for each in observations if each.run is None)
     return conclude(observations, NO_DATA, f"data/measured has no record of {absent}.", **named)

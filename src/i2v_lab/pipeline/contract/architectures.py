@@ -13,14 +13,15 @@ from i2v_lab.paths import data_dir
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """One model, in the form in which its backend reads it from a checkpoint's safetensors metadata.
+    """One model, in the form in which its runner reads it from a checkpoint's safetensors metadata.
 
     Compares and hashes by identity: :func:`load_architecture` makes one object a name.
 
     Attributes:
         name: ``ltx-2.3-22b``, ``ltxv-2b-0.9.8-distilled``, ...
         model_version: As in the checkpoint's metadata; ltx-pipelines picks its sampling defaults by it.
-        config: ``transformer`` and ``vae`` sections; ``audio_vae`` and ``vocoder``, or ``scheduler``.
+        config: ``transformer`` and ``vae`` sections; ``audio_vae`` and ``vocoder``, or ``scheduler``. For diffusers,
+            what differs from the defaults of each component's class.
         upsampler: The spatial latent upsampler's configuration.
         gemma: What differs from ltx-core's built-in Gemma 3 12B: ``text_config``, ``vision_config``, top-level keys.
         sampling: What differs from ltx-pipelines' defaults for this version: ``num_inference_steps``, ``stg_blocks``;
@@ -35,10 +36,10 @@ class Architecture:
     name: str
     model_version: str
     config: dict[str, Any]
-    upsampler: dict[str, Any]
     request: dict[str, Any]
+    upsampler: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0
-    backend: str = "ltx-2"
+    runner: str = "ltx-2"
     variants: tuple[str, ...] = ("distilled", "dev")
     text_encoder: dict[str, Any] = field(default_factory=dict)
     gemma: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""diffusers' own LTX-2 pipelines, at full size or tiny, with random weights; the only module that talks to diffusers.
+"""diffusers' LTX-2 pipelines, at full size or tiny, with random weights.
 
 Nothing of theirs is changed. Their two-stage generation is what their documentation describes: half the size to a
 latent, the latent upsampled, the same pipeline again from there, decoded by it or by the caller.
@@ -6,9 +6,10 @@ latent, the latent upsampled, the same pipeline again from there, decoded by it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,72 +28,117 @@ from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, STAGE_2_DISTI
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
-from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
+from i2v_lab.events import EventSink
+from i2v_lab.memory_policy import Technique, Techniques
+from i2v_lab.pipeline.contract.architectures import Architecture
+from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byte_tokenizer
+from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolve_device
 from i2v_lab.pipeline.contract.media import load_still
-from i2v_lab.pipeline.ltx2 import components as ltx2
-from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest
-
-Sizes = Mapping[str, Mapping[str, Any]]
-# The defaults of diffusers are the size of LTX-2, but for these, which the class derives wrongly from its blocks.
-COMPRESSION = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
-FULL: Sizes = {"vae": COMPRESSION}
-TINY: Sizes = {  # every dimension small; 32 pixels and 8 frames of a latent's position are kept
-    "transformer": {
-        "num_attention_heads": 2,
-        "attention_head_dim": 32,
-        "cross_attention_dim": 64,
-        "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 16,
-        "audio_cross_attention_dim": 32,
-        "num_layers": 2,
-        "caption_channels": 64,
-    },
-    "vae": {
-        **COMPRESSION,
-        "block_out_channels": (8, 16, 32, 64),
-        "decoder_block_out_channels": (8, 16, 32),
-        "layers_per_block": (1, 1, 1, 1, 1),
-        "decoder_layers_per_block": (3, 3, 3, 3),
-    },
-    "audio_vae": {"ch_mult": (1, 1, 1), "num_res_blocks": 0},  # its 128 base channels are fixed elsewhere
-    "connectors": {
-        "caption_channels": 64,
-        "text_proj_in_factor": 3,
-        "video_connector_num_attention_heads": 2,
-        "video_connector_attention_head_dim": 32,
-        "video_connector_num_layers": 1,
-        "audio_connector_num_attention_heads": 2,
-        "audio_connector_attention_head_dim": 32,
-        "audio_connector_num_layers": 1,
-    },
-    "vocoder": {"hidden_channels": 64},
-    "latent_upsampler": {"mid_channels": 32, "num_blocks_per_stage": 1},
-}
-
-
-class Offload(StrEnum):
-    """Where the weights wait: on the device, or on the CPU, and from there by whole components or by single layers."""
-
-    NONE = "none"
-    MODEL = "model"
-    GROUP = "group"
 
 
 @dataclass(frozen=True)
+class DiffusersWeights:
+    """Random weights of an architecture, drawn when the components are built.
+
+    Attributes:
+        architecture: Whose; ``config`` is what differs from diffusers' defaults, by component, ``gemma`` Gemma's whole
+            configuration.
+    """
+
+    architecture: Architecture
+
+
+def resolve_weights(architecture: Architecture, progress: Callable[..., None] = lambda *_: None) -> DiffusersWeights:
+    """The weights of a model: always random here."""
+    return DiffusersWeights(architecture)
+
+
+def skeleton_weights(architecture: Architecture) -> DiffusersWeights:
+    """The same: under fake tensors nothing is drawn."""
+    return DiffusersWeights(architecture)
+
+
+def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+    """The transformer's blocks: without guidance all of their calls run the same operators."""
+    return {LTX2VideoTransformerBlock: lambda *args, **kwargs: ()}
+
+
 class DiffusersLTX2:
-    """diffusers' ``LTX2ImageToVideoPipeline`` and ``LTX2LatentUpsamplePipeline``, called like our pipelines.
+    """diffusers' ``LTX2ImageToVideoPipeline`` and ``LTX2LatentUpsamplePipeline``, called like this package's pipelines.
+
+    Args:
+        weights: Of the model.
+        device: Where the components are, or where diffusers moves them.
+        sinks: Of no use: these pipelines report no phases.
+        techniques: ``model_offload`` or ``group_offload``: components stay on the CPU and diffusers moves them.
+        dtype: Of all weights.
 
     Attributes:
         generate: Both stages.
-        upsample: What lies between them; shares the autoencoder.
+        upsample: Between them; shares the autoencoder.
+
+    Raises:
+        DeviceUnavailable: The device does not exist here.
     """
 
-    generate: Any
-    upsample: Any
+    def __init__(
+        self,
+        weights: DiffusersWeights,
+        device: str | torch.device = "cpu",
+        sinks: Sequence[EventSink] = (),
+        techniques: Techniques = frozenset(),
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        device = resolve_device(device)
+        architecture = weights.architecture
+        offloaded = techniques & {Technique.MODEL_OFFLOAD, Technique.GROUP_OFFLOAD}
+        where = "cpu" if offloaded else device
 
-    def __call__(self, request: I2VRequest, output_type: str = "pt") -> tuple[torch.Tensor, torch.Tensor]:
+        def moved(module: torch.nn.Module) -> Any:
+            return module.to(where).eval()
+
+        def build(kind: Any, name: str) -> Any:
+            return moved(kind(**architecture.config.get(name, {})))
+
+        # On the device even where they do not stay there: on a CPU, to draw the numbers of 31 B weights takes minutes.
+        with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
+            torch.manual_seed(0)
+            vae = build(AutoencoderKLLTX2Video, "vae")
+            self.generate: Any = LTX2ImageToVideoPipeline(
+                scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                vae=vae,
+                audio_vae=build(AutoencoderKLLTX2Audio, "audio_vae"),
+                # Its vision tower is float32 otherwise.
+                text_encoder=moved(Gemma3ForConditionalGeneration(Gemma3Config(**architecture.gemma)).to(dtype)),
+                tokenizer=_tokenizer(),
+                connectors=build(LTX2TextConnectors, "connectors"),
+                transformer=build(LTX2VideoTransformer3DModel, "transformer"),
+                vocoder=build(LTX2Vocoder, "vocoder"),
+            )
+            with torch.device("cpu"):  # its constructor multiplies integer matrices, which CUDA cannot
+                upsampler = build(LTX2LatentUpsamplerModel, "latent_upsampler")
+            self.upsample: Any = LTX2LatentUpsamplePipeline(vae, upsampler)
+        if Technique.MODEL_OFFLOAD in techniques:
+            for pipeline in (self.generate, self.upsample):
+                pipeline.enable_model_cpu_offload(device=device)
+        elif Technique.GROUP_OFFLOAD in techniques:  # by blocks its autoencoder fails: it is encoded with, not called
+            self.generate.enable_group_offload(onload_device=device, offload_type="leaf_level")
+            self.upsample.latent_upsampler.to(device)
+        if torch._guards.active_fake_mode() is not None:
+            ratio = self.generate.vae_spatial_compression_ratio
+            self.generate.video_processor = ForecastProcessor(ratio, resample="bilinear")
+        self.generate.set_progress_bar_config(disable=True)
+
+    def __call__(self, request: I2VRequest) -> Generation:
+        """Both stages and the decoding, which diffusers does before it returns."""
+        video, audio = self.run(request)
+        source = _as_chunk(video)
+        return Generation(VideoStream(source, request.shape, 1), self._sound(audio))
+
+    def run(self, request: I2VRequest, output_type: str = "pt") -> tuple[torch.Tensor, torch.Tensor]:
         """Two stages, without guidance, with the distilled steps.
 
         Args:
@@ -100,7 +146,8 @@ class DiffusersLTX2:
             output_type: diffusers' own: ``pt``, ``np``, ``pil``, or ``latent``, which leaves decoding to the caller.
 
         Returns:
-            Video and audio as ``output_type`` has them.
+            Video and audio as ``output_type`` has them; for ``pt`` ``(1, F, 3, H, W)`` in [0, 1] and
+            ``(1, 2, samples)``.
         """
         common: dict[str, Any] = {
             "prompt": request.prompt,
@@ -115,7 +162,7 @@ class DiffusersLTX2:
         half: dict[str, Any] = {"width": request.width // 2, "height": request.height // 2}
         video, audio = self.generate(**common, **half, sigmas=DISTILLED_SIGMA_VALUES, output_type="latent")
         (video,) = self.upsample(latents=video, **half, output_type="latent", return_dict=False)
-        return self.generate(
+        made: tuple[torch.Tensor, torch.Tensor] = self.generate(
             **common,
             width=request.width,
             height=request.height,
@@ -125,77 +172,31 @@ class DiffusersLTX2:
             noise_scale=STAGE_2_DISTILLED_SIGMA_VALUES[0],
             output_type=output_type,
         )
+        return made
+
+    def _sound(self, audio: torch.Tensor) -> Any:
+        rate = int(self.generate.vocoder.config.output_sampling_rate)
+        return SimpleNamespace(waveform=audio[0], sampling_rate=rate)
 
 
-def diffusers_ltx2(
-    weights: Weights,
-    sizes: Sizes = FULL,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    offload: Offload = Offload.NONE,
-    forecast: bool = False,
-) -> DiffusersLTX2:
-    """Build diffusers' pipelines with random weights.
-
-    Args:
-        weights: Whose Gemma is taken: its dimensions and its tokenizer, not its weights.
-        sizes: What differs from diffusers' default configuration, by component: :data:`FULL` or :data:`TINY`.
-        device: Where the components are built.
-        dtype: Of all weights.
-        offload: With ``model`` and ``group`` the components wait on the CPU and diffusers moves them to ``device``.
-        forecast: For a run under :func:`~i2v_lab.profiling.fake.forecast.forecasting`.
-    """
-    with ltx2.gemma_dimensions(weights.architecture.gemma):
-        gemma = Gemma3Config(**ltx2.gemma_config())
-
-    where = device if offload is Offload.NONE else "cpu"
-
-    def moved(module: torch.nn.Module) -> Any:
-        return module.to(where).eval()
-
-    def build(kind: Any, name: str) -> Any:
-        return moved(kind(**sizes.get(name, {})))
-
-    # On the device even where they do not stay there: on a CPU, to draw the numbers of 31 B weights takes minutes.
-    with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
-        torch.manual_seed(0)
-        vae = build(AutoencoderKLLTX2Video, "vae")
-        generate = LTX2ImageToVideoPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=vae,
-            audio_vae=build(AutoencoderKLLTX2Audio, "audio_vae"),
-            text_encoder=moved(Gemma3ForConditionalGeneration(gemma).to(dtype)),  # its vision part is float32 else
-            tokenizer=AutoTokenizer.from_pretrained(weights.gemma_root),
-            connectors=build(LTX2TextConnectors, "connectors"),
-            transformer=build(LTX2VideoTransformer3DModel, "transformer"),
-            vocoder=build(LTX2Vocoder, "vocoder"),
-        )
-        with torch.device("cpu"):  # its constructor multiplies integers, for which CUDA has no matrix product
-            upsampler = build(LTX2LatentUpsamplerModel, "latent_upsampler")
-        upsample = LTX2LatentUpsamplePipeline(vae, upsampler)
-    if offload is Offload.MODEL:
-        for pipeline in (generate, upsample):
-            pipeline.enable_model_cpu_offload(device=device)
-    elif offload is Offload.GROUP:  # by blocks the autoencoder fails: it is encoded with, not called
-        onload = torch.device(device)
-        generate.enable_group_offload(onload_device=onload, offload_type="leaf_level")
-        upsample.latent_upsampler.to(onload)
-    if forecast:
-        generate.video_processor = ForecastProcessor(generate.vae_spatial_compression_ratio, resample="bilinear")
-    generate.set_progress_bar_config(disable=True)
-    return DiffusersLTX2(generate, upsample)
+def _as_chunk(video: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A decoded video ``(1, F, 3, H, W)`` in [0, 1] as one chunk ``(F, H, W, 3)`` uint8, converted on the CPU."""
+    frames = video[0].float().cpu()
+    yield (frames.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
-    """The modules that run many times alike without guidance; see :func:`i2v_lab.pipeline.ltx2.components.repeats`."""
-    return {LTX2VideoTransformerBlock: lambda *args, **kwargs: ()}
+def _tokenizer() -> PreTrainedTokenizerFast:
+    named = {name: token for name, token in SPECIALS.items() if name not in IMAGE_TOKENS}
+    extra = {name: SPECIALS[name] for name in IMAGE_TOKENS}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer(), clean_up_tokenization_spaces=False, extra_special_tokens=extra, **named
+    )
 
 
 class ForecastProcessor(VideoProcessor):
-    """Reads a still as diffusers does, but for asking whether it has negative values: a forecast does not know.
+    """Reads a still as diffusers does, without testing it for negative values, which a forecast does not know.
 
-    Only a warning follows from the answer, and nothing that is on the device.
+    Only a warning depends on the test, and nothing that is on the device.
     """
 
     def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
@@ -204,13 +205,11 @@ class ForecastProcessor(VideoProcessor):
         return self.normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
 
 
-class _default_dtype:  # noqa: N801 - a context manager
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._before)
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,1 +1,39 @@
-"""LTX-2.3 through ltx-core and ltx-pipelines; the only package that imports them."""
+"""LTX-2.3 through ltx-core and ltx-pipelines; the only package that imports them.
+
+``RUNNER`` is this package's own pipeline, ``UPSTREAM`` that of ltx-pipelines as it is.
+"""
+
+from dataclasses import replace
+
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.contract.runner import RunnerSpec
+from i2v_lab.pipeline.ltx2.tiles import SIZES
+from i2v_lab.request import Quantization
+
+RUNNER = RunnerSpec(
+    name="ltx-2",
+    label="i2v-lab",
+    models="ltx-2",
+    module="ltx_pipelines",
+    install="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0",
+    packages=("torch", "ltx-core", "ltx-pipelines", "transformers"),
+    sizes=SIZES,
+    parts={
+        "resolve_weights": "ltx2.weights:resolve_weights",
+        "skeleton_weights": "ltx2.weights:skeleton_weights",
+        "pipeline": "ltx2.pipeline:TwoStagePipeline",
+        "memoizable_modules": "ltx2.components:memoizable_modules",
+    },
+    weight_options=("checkpoint", "gemma", "upsampler", "lora"),
+    quantizations=(Quantization.FP8_CAST, Quantization.BF16),
+    techniques=TECHNIQUES[MemoryPolicy.STREAMED],
+    tiled=True,
+)
+UPSTREAM = replace(
+    RUNNER,
+    name="ltx-pipelines",
+    label="ltx-pipelines",
+    parts={**RUNNER.parts, "pipeline": "ltx2.upstream:UpstreamPipeline"},
+    techniques=frozenset(),
+    third_party=True,
+)

@@ -312,7 +312,7 @@ def quantization_policy(quantization: Quantization) -> QuantizationPolicy | None
     return QuantizationPolicy.fp8_cast() if quantization is Quantization.FP8_CAST else None
 
 
-def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
     """The modules that run many times alike, each with what besides shapes decides which operators a call runs.
 
     For forecasts, which need not run such a call twice: the blocks of the transformer, where guidance switches off

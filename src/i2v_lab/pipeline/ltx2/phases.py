@@ -13,6 +13,7 @@ import torch
 from i2v_lab.memory_policy import Techniques
 from i2v_lab.pipeline.contract.lifecycle import PhaseScope
 from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.tiles import stage_shape
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Variant
 
@@ -59,7 +60,7 @@ def encode_image(run: Run, scope: PhaseScope, pixels: np.ndarray) -> tuple[torch
     """The still's latent at the size of each stage, both ``(1, 128, 1, H', W')``."""
     with scope.component("video_encoder", run.ledger().video_encoder) as encoder:
         first, second = (
-            ltx2.encode_still(encoder, pixels, run.request.stage_shape(stage), run.device) for stage in (1, 2)
+            ltx2.encode_still(encoder, pixels, stage_shape(run.request, stage), run.device) for stage in (1, 2)
         )
     return first, second
 
@@ -84,7 +85,7 @@ def denoise_stage_1(
         denoise_fn = ltx2.unguided(transformer, contexts[0])
     return ltx2.denoise_stage(
         run.request,
-        run.request.stage_shape(1),
+        stage_shape(run.request, 1),
         still,
         ltx2.GaussianNoiser(generator=run.generator),
         sigmas,
@@ -116,7 +117,7 @@ def denoise_stage_2(
     ltx2.expect_still(transformer, still)
     return ltx2.denoise_stage(
         run.request,
-        run.request.stage_shape(2),
+        stage_shape(run.request, 2),
         still,
         ltx2.GaussianNoiser(generator=run.generator),
         ltx2.stage_2_sigmas(run.device),

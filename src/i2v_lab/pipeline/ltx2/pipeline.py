@@ -25,6 +25,7 @@ from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.ltx2 import components as ltx2
 from i2v_lab.pipeline.ltx2 import phases
+from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Quantization
 
@@ -104,7 +105,7 @@ class TwoStagePipeline:
             with self._phase(Phase.DECODE_AUDIO) as scope:
                 audio = phases.decode_audio(run, scope, latents.audio)
         source = self._decode_lazily(run, scopes, latents.video)
-        return Generation(VideoStream(source, request.shape, request.chunks()), audio)
+        return Generation(VideoStream(source, request.shape, chunk_count(request)), audio)
 
     def _decode_lazily(self, run: phases.Run, scopes: GradScopes, latent: torch.Tensor) -> Iterator[torch.Tensor]:
         def build() -> torch.nn.Module:
@@ -116,7 +117,7 @@ class TwoStagePipeline:
             scope.component("video_decoder", build) as decoder,
         ):
             chunks = phases.decode_video(run, decoder, latent)
-            yield from decode_chunks(chunks, run.request.chunks(), scopes, scope)
+            yield from decode_chunks(chunks, chunk_count(run.request), scopes, scope)
 
     def _phase(self, phase: Phase) -> AbstractContextManager[Any]:
         return phase_scope(phase, self.device, self._emit)

@@ -33,6 +33,7 @@ from i2v_lab.pipeline.contract.generation import (
 )
 from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.ltx2 import components as ltx2
+from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Variant
 
@@ -72,7 +73,7 @@ class UpstreamPipeline:
                 _read_through(self.weights, ledger)
             with _on_any_device(self.device), self._told(MODULES[request.variant], ledgers), scopes.body():
                 video, audio = pipeline(**self._arguments(request))
-        return Generation(VideoStream(self._decode(request, scopes, video), request.shape, request.chunks()), audio)
+        return Generation(VideoStream(self._decode(request, scopes, video), request.shape, chunk_count(request)), audio)
 
     @contextmanager
     def untouched(self, request: I2VRequest) -> Iterator[partial[Any]]:
@@ -119,7 +120,7 @@ class UpstreamPipeline:
 
     def _decode(self, request: I2VRequest, scopes: GradScopes, video: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         with phase_scope(Phase.DECODE_VIDEO, self.device, self._emit) as scope:
-            yield from decode_chunks(video, request.chunks(), scopes, scope)
+            yield from decode_chunks(video, chunk_count(request), scopes, scope)
 
     @contextmanager
     def _told(self, module: Any, ledgers: Sequence[Any]) -> Iterator[None]:

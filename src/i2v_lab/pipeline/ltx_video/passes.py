@@ -37,8 +37,8 @@ from PIL import Image
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from i2v_lab.pipeline.contract.runner import stage_shape
-from i2v_lab.request import SPATIAL_SCALE, I2VRequest, VideoShape
+from i2v_lab.pipeline.ltx_video.sizes import SIZES, stage_shape
+from i2v_lab.request import I2VRequest, VideoShape
 
 if TYPE_CHECKING:
     from i2v_lab.pipeline.contract.architectures import Architecture
@@ -139,7 +139,7 @@ def _assigning(module: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def repeats() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
     """The modules that run many times alike: the transformer's blocks, some of which guidance perturbs."""
     return {BasicTransformerBlock: _skipped}
 
@@ -315,7 +315,7 @@ def decode_video(
     """The whole video as one chunk ``(F, H, W, 3)`` uint8, decoded when it is asked for."""
     timestep = torch.tensor([weights.architecture.sampling["decode_timestep"]]).to(latents.device)
     decoded = vae_decode(latents, vae, True, vae_per_channel_normalize=True, timestep=timestep)
-    images = VaeImageProcessor(vae_scale_factor=SPATIAL_SCALE).postprocess(decoded, output_type="pt")
+    images = VaeImageProcessor(vae_scale_factor=SIZES.spatial_scale).postprocess(decoded, output_type="pt")
     del decoded
     frames = torch.nn.functional.interpolate(
         rearrange(images, "b c f h w -> (b f) c h w"),

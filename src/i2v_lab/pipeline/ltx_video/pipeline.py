@@ -23,9 +23,10 @@ from i2v_lab.pipeline.contract.generation import (
 from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
-from i2v_lab.pipeline.contract.runner import check_request, stage_shape
 from i2v_lab.pipeline.contract.weight_files import elements
+from i2v_lab.pipeline.ltx_video import RUNNER
 from i2v_lab.pipeline.ltx_video import passes as ltx_video
+from i2v_lab.pipeline.ltx_video.sizes import stage_shape
 from i2v_lab.pipeline.ltx_video.weights import LtxVideoWeights, file_layout
 from i2v_lab.request import I2VRequest
 
@@ -59,7 +60,8 @@ class LtxVideoPipeline:
 
     Example:
         >>> from i2v_lab.pipeline.contract.architectures import load_architecture
-        >>> from i2v_lab.pipeline.ltx_video.weights import resolve_weights
+        >>> from i2v_lab.pipeline.ltx_video.sizes import stage_shape
+    from i2v_lab.pipeline.ltx_video.weights import resolve_weights
         >>> pipeline = LtxVideoPipeline(resolve_weights(load_architecture("ltxv-tiny")))  # doctest: +SKIP
         >>> size = {"width": 192, "height": 128, "frames": 25}
         >>> request = I2VRequest(image="still.png", **size, quantization="bf16", tiling=None)
@@ -82,7 +84,7 @@ class LtxVideoPipeline:
             DeviceUnavailable: The largest component does not fit the machine's free memory (CPU only).
         """
         weights, device = self.weights, self.device
-        check_request(weights.architecture, request)
+        RUNNER.check_request(weights.architecture, request)
         pixels = ltx_video.still_pixels(load_still(request.image), request)
         self._require_memory()
         noise = _Noise(*(torch.Generator(device).manual_seed(request.seed) for _ in range(2)))
@@ -119,7 +121,7 @@ class LtxVideoPipeline:
                     latents = ltx_video.latent_to_decode(weights, request, latents, noise.of_torch)
             del contexts, stills, vae
         source = self._decode_lazily(request, scopes, latents)
-        return Generation(VideoStream(source, request.shape, request.chunks()), None)
+        return Generation(VideoStream(source, request.shape, 1), None)
 
     def _decode_lazily(self, request: I2VRequest, scopes: GradScopes, latents: torch.Tensor) -> Iterator[torch.Tensor]:
         def build() -> torch.nn.Module:
@@ -128,7 +130,7 @@ class LtxVideoPipeline:
 
         with self._phase(Phase.DECODE_VIDEO) as scope, scope.component("video_decoder", build) as decoder:
             chunks = ltx_video.decode_video(self.weights, request, decoder, latents)
-            yield from decode_chunks(chunks, request.chunks(), scopes, scope)
+            yield from decode_chunks(chunks, 1, scopes, scope)
 
     def _require_memory(self) -> None:
         architecture = self.weights.architecture

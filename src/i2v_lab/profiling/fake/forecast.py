@@ -57,14 +57,14 @@ class _WatchingMeter(LiveStorageMeter):
 def forecasting(
     device: str | torch.device = "cuda",
     *,
-    repeats: Mapping[type[torch.nn.Module], Likeness] | None = None,
+    memoize: Mapping[type[torch.nn.Module], Likeness] | None = None,
     workspaces: Workspaces | None = None,
 ) -> Iterator[PhaseProfiler]:
     """Within this scope tensors are fake, ``device`` exists, and a profiler watches it.
 
     Args:
         device: ``cuda``, which needs none, or ``cpu``.
-        repeats: Module classes whose calls need not be run twice (see :mod:`i2v_lab.profiling.fake.memoization`).
+        memoize: Module classes whose identical calls are run once (see :mod:`i2v_lab.profiling.fake.memoization`).
         workspaces: What libraries allocate on the device besides tensors, and with it the caching allocator's rounding;
             without, bytes are those of tensors alone.
 
@@ -91,7 +91,7 @@ def forecasting(
         no_cached_tensors(),
         patch.dict(os.environ, {VRAM_VARIABLE: "0"}),  # whose profiler would ask the real allocator
         fake_device(device, where=lambda: paths.current, watch=meter.watch, on_empty_cache=on_empty_cache),
-        Replay(meter, paths, repeats or {}).active(),
+        Replay(meter, paths, memoize or {}).active(),
         profiler,
     ):
         yield profiler

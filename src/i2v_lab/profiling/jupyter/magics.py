@@ -12,7 +12,7 @@ from IPython.display import display
 
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import PhaseRecord
-from i2v_lab.units import format_bytes
+from i2v_lab.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CellMemory:
             ("peak", format_bytes(record.peak_bytes)),
             ("left", format_bytes(record.end_bytes)),
             ("saved for backward", format_bytes(record.saved_for_backward_bytes)),
-            ("time", f"{record.seconds:.3f} s"),
+            ("time", format_seconds(record.seconds)),
         ]
 
     def __repr__(self) -> str:

@@ -1,1 +1,1 @@
-"""Figures."""
+"""Figures: matplotlib's for files, SVG text for JupyterLab's views; one palette for both."""

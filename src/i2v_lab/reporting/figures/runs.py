@@ -9,31 +9,24 @@ from matplotlib.figure import Figure
 
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import TimelineRecord
-from i2v_lab.reporting.figures.style import STYLE, phase_label
+from i2v_lab.reporting.figures.style import CATEGORIES, STYLE, byte_scale, phase_label
 from i2v_lab.runs.store import Run
-from i2v_lab.units import GIB, MIB
 
-# Okabe and Ito's palette, light to dark, so that the order also shows in grey.
-CATEGORIES = {
-    "saved_bytes": ("saved for backward", "#D55E00"),
-    "activation_bytes": ("activations", "#56B4E9"),
-    "weight_bytes": ("weights", "#0072B2"),
-    "other_bytes": ("other", "#999999"),
-}
+NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs on a CPU."
 
 
 def timeline_figure(run: Run, other: Run | None = None) -> Figure:
-    """Live bytes by category over a run, with its phases; a second run's total is laid over it as a line.
+    """Live tensor storages by category over a run, with its phases.
 
     Args:
         run: Drawn as stacked areas.
-        other: Drawn as one dashed line, each of its phases stretched to the length that it has in ``run``.
+        other: Its total is a dashed line; each of its phases is stretched to the length that it has in ``run``.
 
     Raises:
-        RecordError: A run has no timeline: it was profiled on CUDA, or without attribution.
+        RecordError: A run has no timeline: it ran on CUDA, or without attribution.
     """
     table = _timeline(run)
-    scale, unit = (GIB, "GiB") if _total(table).max() >= GIB else (MIB, "MiB")
+    scale, unit = byte_scale(float(_total(table).max()))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
         axes = figure.add_subplot()
@@ -61,11 +54,11 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         _mark_phases(axes, table, top / scale)
         axes.set_ylim(0, top / scale * 1.32)
         axes.set_xlim(0, float(table["time_s"].max()))
-        axes.set_xlabel("progress of the run; a forecast has no clock" if run.is_forecast else "time (s)")
+        axes.set_xlabel("progress of the run (a forecast has no clock)" if run.is_forecast else "time (s)")
         if run.is_forecast:
             axes.set_xticks([])
         axes.set_ylabel(f"live tensor storages ({unit})")
-        axes.set_title(f"What was alive, and what for: {run.folder.name}", loc="left", fontsize=11)
+        axes.set_title(f"Live tensor storages by category: {run.folder.name}", loc="left", fontsize=11)
         axes.legend(loc="upper left", frameon=False, ncols=5, fontsize=8, bbox_to_anchor=(0, 1.0))
     return figure
 
@@ -74,7 +67,8 @@ def _timeline(run: Run) -> pd.DataFrame:
     table = run.frame("timeline")
     if table.empty:
         raise RecordError(
-            f"run '{run.folder}' has no timeline; profile it on a CPU, where every storage is counted, with --profile"
+            f"run '{run.folder}' has no timeline; profile it on a CPU, where live storages are tracked, with --profile",
+            run=str(run.folder),
         )
     if run.is_forecast:
         table["time_s"] = [float(moment) for moment in range(len(table))]
@@ -82,7 +76,7 @@ def _timeline(run: Run) -> pd.DataFrame:
 
 
 def has_timeline(run: Run) -> bool:
-    """Whether live storages were followed, so that :func:`timeline_figure` has something to draw."""
+    """Whether live storages were tracked, so that :func:`timeline_figure` has something to draw."""
     return bool(run.of(TimelineRecord))
 
 
@@ -91,7 +85,7 @@ def _total(table: pd.DataFrame) -> pd.Series:
 
 
 def _stretched(table: pd.DataFrame, onto: pd.DataFrame) -> pd.Series:
-    """The times of ``table``, phase by phase, as fractions of the same phase in ``onto``."""
+    """The times of ``table``, each phase stretched to the span that it has in ``onto``."""
     times = table["time_s"].astype(float).copy()
     for phase, rows in table.groupby("phase", sort=False):
         target = onto[onto["phase"] == phase]["time_s"]
@@ -104,11 +98,11 @@ def _stretched(table: pd.DataFrame, onto: pd.DataFrame) -> pd.Series:
 
 def _mark_phases(axes: Axes, table: pd.DataFrame, top: float) -> None:
     """A line at the start of each phase; its name above it where there is room."""
-    whole = float(table["time_s"].max())
+    end_s = float(table["time_s"].max())
     for phase, rows in table.groupby("phase", sort=False):
         start, end = float(rows["time_s"].min()), float(rows["time_s"].max())
         axes.axvline(start, color="#666666", linewidth=0.7, linestyle=":")
-        if (end - start) / whole > 0.09:
+        if (end - start) / end_s > 0.09:
             axes.text(
                 (start + end) / 2,
                 top * 1.03,

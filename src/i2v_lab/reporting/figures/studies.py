@@ -1,4 +1,4 @@
-"""The figures of the studies, each from a tidy table with whole bytes."""
+"""Figures of the studies, each drawn from a tidy table with whole bytes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VERDICTS = {"fits": (GREEN, "fits"), "tight": (YELLOW, "tight"), "no": ("#DDDDDD
 
 
 def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
-    """How tiles lie over one frame, and over time; where they overlap, pixels are decoded more than once.
+    """The tiles of one frame, and their groups over the frames; overlapping pixels are decoded more than once.
 
     Args:
         layouts: ``(name, (width, height, frames), grid)``; the grid's ``rows``, ``columns`` and ``groups`` are
@@ -73,12 +73,12 @@ def _tile(left: float, top: float, width: float, height: float) -> Rectangle:
 
 
 def tiling_figure(table: pd.DataFrame, room_bytes: int | None = None, room_name: str = "") -> Figure:
-    """The decoder's peak by tiling, with the graph retained and without.
+    """The decoder's peak by tiling, inside and outside ``no_grad``.
 
     Args:
         table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome``.
-        room_bytes: Where to draw the end of a card.
-        room_name: Its name.
+        room_bytes: Memory of a card, drawn as a line; none by default.
+        room_name: The card.
     """
     names = list(dict.fromkeys(table["tiling"]))
     scale, unit = byte_scale(float(table["decode_peak_bytes"].max()))
@@ -116,13 +116,13 @@ def _published_legend(axes: Axes, table: pd.DataFrame, failed: bool = False, pla
     if (known["published_outcome"] == "complete").any():
         handles.append(Line2D([], [], **PUBLISHED, label="published, whole run"))
     if failed and (known["published_outcome"] == "out of memory").any():
-        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label="published, ran out of memory there"))
+        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label="published, out of memory at that size"))
     if handles:
         axes.legend(handles=handles, frameon=False, fontsize=8.5, loc=cast(Any, place))
 
 
 def boundaries_figure(phases: pd.DataFrame) -> Figure:
-    """Peak so far at each phase boundary, one line a scope: where a run's memory was needed.
+    """Peak so far at each phase boundary, one line for each decode scope.
 
     Args:
         phases: Rows with ``decode_scope, phase, peak_so_far_bytes``, in the order of the phases; and, if there is a
@@ -135,7 +135,7 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         top = float(phases["peak_so_far_bytes"].max())
-        apart = last.max() - last.min() > 0.12 * top  # else the labels would lie on one another
+        apart = last.max() - last.min() > 0.12 * top  # else the labels would overlap
         for scope in phases["decode_scope"].unique():
             shift = 0 if apart else 16 if scope == last.index[0] else -16
             values = phases[phases["decode_scope"] == scope]["peak_so_far_bytes"].astype(float) / scale
@@ -166,11 +166,11 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
 
 
 def modules_figure(table: pd.DataFrame, top: int = 10) -> Figure:
-    """Who holds the graph: bytes saved for backward by module, the largest above.
+    """Bytes saved for backward by module, the largest at the top.
 
     Args:
         table: ``module, saved_bytes, share``.
-        top: How many; the rest is one bar.
+        top: Bars; the other modules share one more.
     """
     rows: list[dict[Any, Any]] = table.head(top).to_dict("records")
     rest = table.iloc[top:]
@@ -193,13 +193,13 @@ def modules_figure(table: pd.DataFrame, top: int = 10) -> Figure:
 
 
 def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: str) -> Figure:
-    """Peak of each phase over one quantity; the highest decides.
+    """Peak of each phase over one quantity; a ring marks the phase with the highest.
 
     Args:
         phases: ``phase, peak_bytes, decides`` and the quantity.
         runs: ``published_bytes, published_outcome`` and the quantity.
-        over: The column to go over, such as ``megapixels``.
-        label: Of that axis.
+        over: The quantity's column, such as ``megapixels``.
+        label: Of its axis.
     """
     scale, unit = byte_scale(float(phases["peak_bytes"].max()))
     tall = phases.groupby("phase")["peak_bytes"].max()
@@ -246,7 +246,7 @@ def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: 
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places for labels beside ``values``, in their order, none nearer to the next than ``gap``."""
+    """Positions of labels beside ascending ``values``, at least ``gap`` apart."""
     places: list[float] = []
     for value in values:
         places.append(max(value, places[-1] + gap) if places else value)
@@ -254,7 +254,7 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
 
 
 def leak_figure(table: pd.DataFrame) -> Figure:
-    """What is still allocated after each generation, with streams consumed to their end and with streams kept.
+    """Bytes still allocated after each generation in one process, one panel for each way of consuming the stream.
 
     Args:
         table: ``decode_scope, consumer, generation, allocated_bytes``.
@@ -292,7 +292,7 @@ def leak_figure(table: pd.DataFrame) -> Figure:
 
 
 def card_map_figure(table: pd.DataFrame) -> Figure:
-    """Which requests each card takes: one panel a card, sizes by frames.
+    """Which requests fit each card: one panel for each card, sizes over frames.
 
     Args:
         table: ``gpu, memory_bytes, width, height, frames, needed_bytes, verdict``; cards in the order of the panels.
@@ -330,12 +330,12 @@ def card_map_figure(table: pd.DataFrame) -> Figure:
                 spine.set_visible(False)
         handles = [Patch(facecolor=colour, label=label) for colour, label in VERDICTS.values()]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
-        figure.supxlabel("frames; in each cell the GiB that the process takes from the card", fontsize=8.5)
+        figure.supxlabel("frames (in each cell: device memory that the process needs, in GiB)", fontsize=8.5)
     return figure
 
 
 def accuracy_figure(table: pd.DataFrame) -> Figure:
-    """The error of every forecast phase, on a scale that shows 0.001 % and 3 % alike.
+    """The error of every phase's forecast, on a symmetric logarithmic scale: from 0.001 % to 3 %.
 
     Args:
         table: ``phase, error``, relative.
@@ -358,5 +358,5 @@ def accuracy_figure(table: pd.DataFrame) -> Figure:
         axes.axvspan(-1, 1, color=BLUE, alpha=0.07, linewidth=0)
         axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel("forecast's peak against the measured one (%; shaded: within 1 %)")
+        axes.set_xlabel("error of the forecast peak, relative to the measured one (%; shaded: within 1 %)")
     return figure

@@ -1,4 +1,4 @@
-"""Figures in one style: colour-blind safe, units on the axes, lines labelled where they end."""
+"""One style for all figures: colour-blind safe palette, units on the axes, lines labelled where they end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from i2v_lab.files import write_atomically
 from i2v_lab.units import GIB, MIB
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+# Okabe and Ito's palette, distinguishable with every common kind of colour blindness.
 ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
     "#D55E00",
     "#0072B2",
@@ -21,6 +21,14 @@ ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
     "#CC79A7",
     "#777777",
 )
+# Fields of a timeline's records: label and colour, light to dark, so that the order also shows in greyscale.
+CATEGORIES = {
+    "saved_bytes": ("saved for backward", ORANGE),
+    "activation_bytes": ("activations", SKY),
+    "weight_bytes": ("weights", BLUE),
+    "other_bytes": ("other", "#999999"),
+}
+VERDICT_COLOURS = {"fits": GREEN, "tight": YELLOW, "no": ORANGE}
 COLOURS = {"escaped": ORANGE, "no_grad": BLUE, "escaped, guarded": GREEN}
 PHASE_COLOURS = {
     "encode_prompt": BLUE,
@@ -32,7 +40,7 @@ PHASE_COLOURS = {
     "decode_video": GREEN,
 }
 PUBLISHED: Any = {"marker": "D", "color": "#000000", "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
-# A ring and a square that fits into it: where two lines coincide, both markers can be seen.
+# A ring and a square that fits into it: both are visible where two lines coincide.
 MARKERS: dict[str, Any] = {
     "escaped": {"marker": "o", "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2},
     "no_grad": {"marker": "s", "markersize": 5},
@@ -52,9 +60,13 @@ STYLE: Any = {
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as SVG and PNG; the same figure gives the same SVG, byte for byte."""
+    """Write a figure as ``<name>.svg`` and ``<name>.png``; equal figures give byte-identical SVG.
+
+    Returns:
+        The paths of both, SVG first.
+    """
     with mpl.rc_context(STYLE):
-        figure.draw_without_rendering()  # where axes keep their aspect, the layout is right from the second time on
+        figure.draw_without_rendering()  # with a fixed aspect the constrained layout converges on the second pass
         svg = write_atomically(folder / f"{name}.svg", lambda part: figure.savefig(part, metadata={"Date": None}))
     return [svg, save_png(figure, folder / f"{name}.png")]
 
@@ -66,7 +78,7 @@ def save_png(figure: Figure, path: Path) -> Path:
 
 
 def byte_scale(largest_bytes: float) -> tuple[int, str]:
-    """The unit for an axis: what to divide by, and its name.
+    """The divisor and the unit of an axis of bytes.
 
     Example:
         >>> byte_scale(3 * 2**30)
@@ -76,5 +88,5 @@ def byte_scale(largest_bytes: float) -> tuple[int, str]:
 
 
 def phase_label(phase: str) -> str:
-    """A phase's name in two short lines."""
+    """A phase's name in two short lines, for an axis."""
     return phase.replace("_", "\n", 1).replace("_", " ")

@@ -1,4 +1,4 @@
-"""The figures of what holds the peak: a waterfall of techniques, and phases under each policy."""
+"""Figures of memory techniques: the peak after each of them, and the peaks of phases under each policy."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from i2v_lab.reporting.figures.style import (
     byte_scale,
     phase_label,
 )
-from i2v_lab.units import format_bytes
+from i2v_lab.units import format_bytes, format_seconds
 
 POLICY_COLOURS = {"resident": ORANGE, "lean": BLUE, "streamed": GREEN}
-HATCHES = {"resident": "", "lean": "//", "streamed": ".."}  # to be told apart in black and white too
+HATCHES = {"resident": "", "lean": "//", "streamed": ".."}  # distinguishable in black and white too
 
 
 def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) -> Figure:
-    """The whole run's peak after each technique, in the colour of the phase that holds it.
+    """The run's peak after each technique, in the colour of the phase with the peak.
 
-    At the right, in grey, what the technique did to the phase that it is for, where that does not hold the peak, and
-    what it cost in time, where that is known.
+    At the right, in grey, the peak of the phase that the technique is for before and after it, where another phase has
+    the run's peak, and that phase's time, where it is known.
 
     Args:
         steps: The columns of :func:`~i2v_lab.studies.techniques.steps_table`, in the order of the steps.
-        published_bytes: The published study's peak, where the fall begins.
+        published_bytes: The published study's peak, the first bar; left out by default.
     """
     rows: list[dict[Any, Any]] = steps[steps["peak_bytes"].notna()].to_dict("records")
     if published_bytes is not None:
@@ -51,7 +51,7 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
             colour = PHASE_COLOURS.get(row["peak_phase"], GREY)
             style: Any = {"color": colour} if row["peak_phase"] else {"facecolor": "none", "edgecolor": "#000000"}
             axes.barh(place, value, height=0.66, **style)
-            if before > value:  # what the step took away
+            if before > value:  # saved by this step
                 axes.barh(place, before - value, left=value, height=0.66, color=colour, alpha=0.22)
             if place:
                 axes.plot([before, before], [place - 1 + 0.33, place - 0.33], color="#999999", linewidth=0.8)
@@ -62,7 +62,7 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
         axes.set_xlim(0, largest / scale * 1.24)
         axes.set_xlabel(f"peak of the whole run ({unit})")
         handles = [
-            Patch(facecolor=PHASE_COLOURS.get(phase, GREY), label=f"held by {phase.replace('_', ' ')}")
+            Patch(facecolor=PHASE_COLOURS.get(phase, GREY), label=f"peak in {phase.replace('_', ' ')}")
             for phase in dict.fromkeys(row["peak_phase"] for row in rows if row["peak_phase"])
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
@@ -75,7 +75,7 @@ def _label(axes: Axes, place: int, row: dict[Any, Any], right: float) -> None:
     if row["own_phase"] != row["peak_phase"] and not _absent(row, "before_bytes", "after_bytes"):
         changes.append(f"{format_bytes(int(row['before_bytes']))} to {format_bytes(int(row['after_bytes']))}")
     if not _absent(row, "before_seconds", "after_seconds"):
-        changes.append(f"{row['before_seconds']:.1f} s to {row['after_seconds']:.1f} s")
+        changes.append(f"{format_seconds(row['before_seconds'])} to {format_seconds(row['after_seconds'])}")
     if row["own_phase"] and changes:
         words = f"{row['own_phase'].replace('_', ' ')}: {', '.join(changes)}"
         beside = axes.get_yaxis_transform()
@@ -87,10 +87,10 @@ def _absent(row: dict[Any, Any], *names: str) -> bool:
 
 
 def policies_figure(table: pd.DataFrame) -> Figure:
-    """Every phase's peak under each policy, one panel for each size.
+    """The peak of every phase under each memory policy, one panel for each size.
 
     Args:
-        table: ``size, policy, phase, peak_bytes, recorded_bytes``; a recorded peak is a mark on its bar.
+        table: ``size, policy, phase, peak_bytes, recorded_bytes``; a measured peak is a mark on its bar.
     """
     sizes, policies = list(dict.fromkeys(table["size"])), list(dict.fromkeys(table["policy"]))
     phases = list(dict.fromkeys(table["phase"]))

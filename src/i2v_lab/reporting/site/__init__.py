@@ -1,1 +1,1 @@
-"""The rendered write-up."""
+"""The write-up as a site: one page for each executed notebook, and an index."""

@@ -1,4 +1,4 @@
-"""SVG figures inside an HTML page: their ids kept apart, described for people who do not see them."""
+"""SVG figures inside an HTML page, with unique ids and a label for screen readers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ REFERENCE = re.compile(r"#([\w.:-]+)")
 def inline_svg(svg: str, prefix: str, label: str) -> str:
     """An SVG document as an element of an HTML page.
 
-    Matplotlib names the clip paths and glyphs of every figure alike, and a page has one namespace for ids: without a
-    prefix a second figure would be drawn with the first one's. The figure's own style sheet is held to it, too.
+    Matplotlib gives the clip paths and glyphs of every figure the same ids, and a page has one namespace for them:
+    without a prefix a second figure would use the first one's. The figure's style sheet is scoped to the figure.
 
     Args:
         svg: A whole SVG document.
@@ -52,5 +52,5 @@ def inline_svg(svg: str, prefix: str, label: str) -> str:
 
 
 def _local(name: str) -> str:
-    """Without its namespace: an HTML parser knows the elements of SVG by their local names, and ``href`` as such."""
+    """The local name: an HTML parser expects SVG's elements, and ``href``, without a namespace."""
     return name.rpartition("}")[2]

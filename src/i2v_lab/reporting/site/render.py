@@ -1,4 +1,4 @@
-"""The write-up: every executed notebook as one self-contained page, and an index that tells the story."""
+"""The write-up as a site: every executed notebook as one self-contained page, and an index."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from i2v_lab.files import write_text
 from i2v_lab.reporting.results import MIME
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.story import Page, headline, read_page
-from i2v_lab.runs.store import run_metadata
+from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.units import format_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-BANNER = "papermill-error-cell-tag"  # papermill's own cells about an error; the page has its own words for it
+PAPERMILL_ERROR = "papermill-error-cell-tag"  # on cells that papermill adds; the page reports the error itself
 
 
 def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) -> Path:
@@ -32,10 +32,17 @@ def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) 
     Args:
         executed: Notebooks with outputs.
         failed: Those among them that did not run to the end.
-        folder: Gets ``index.html`` and one page a notebook.
+        folder: For ``index.html`` and one page for each notebook.
 
     Returns:
-        The index.
+        The path of the index.
+
+    Raises:
+        OSError: A notebook cannot be read, or a page cannot be written.
+
+    Example:
+        >>> render_site([Path("build/04_flat_across_resolution.ipynb")], [], Path("build/site"))  # doctest: +SKIP
+        PosixPath('build/site/index.html')
     """
     pages = [read_page(notebook, notebook in failed) for notebook in executed]
     environment = jinja2.Environment(
@@ -75,7 +82,7 @@ def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) 
 def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page]) -> str:
     """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages."""
     node = nbformat.read(notebook, as_version=4)
-    node.cells = [cell for cell in node.cells if BANNER not in cell.metadata.get("tags", [])]
+    node.cells = [cell for cell in node.cells if PAPERMILL_ERROR not in cell.metadata.get("tags", [])]
     _prepare_outputs(node.cells, page.title)
     first = next((cell for cell in node.cells if cell.cell_type == "markdown" and "# " in cell.source), None)
     if first is not None:
@@ -86,7 +93,7 @@ def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Pag
 
 
 def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
-    """Label what is shown with the heading above it, keep the ids of figures apart, and leave out pandas' own style."""
+    """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style."""
     heading, count, figures = plain_markdown(title), 0, 0
     errors = []
     for cell in cells:
@@ -102,7 +109,7 @@ def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
             if not data or MIME in data:
                 continue
             if "text/html" in data:
-                data.pop(WIDGET, None)  # widgets need a kernel; each says the same as HTML
+                data.pop(WIDGET, None)  # widgets need a kernel; the HTML beside it does not
             if "image/svg+xml" in data or "image/png" in data or "text/html" in data:
                 count += 1
             label = heading if count < 2 else f"{heading} ({count})"
@@ -114,7 +121,7 @@ def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
                 html = re.sub(r"<style scoped>.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
                 data["text/html"] = re.sub(r'<table border="1"', "<table", html)
     if errors:
-        errors[-1]["anchor"] = True  # the one that ended the notebook, if any did
+        errors[-1]["anchor"] = True  # the one that ended the notebook, if it failed
 
 
 def inline_markdown(text: str) -> Markup:
@@ -124,13 +131,13 @@ def inline_markdown(text: str) -> Markup:
 
 
 def plain_markdown(text: str) -> str:
-    """One line of Markdown as plain text: for titles and labels, where nothing can be emphasized."""
-    return str(Markup(inline_markdown(text)).striptags())  # noqa: S704 - only to take the tags out
+    """One line of Markdown as plain text, for titles and labels."""
+    return str(Markup(inline_markdown(text)).striptags())  # noqa: S704 - its tags are removed at once
 
 
 def provenance() -> dict[str, str]:
-    """On which machine, with which versions, from which commit, and when; what is not known is said to be so."""
-    found = run_metadata({}, "cuda:0", 0, [], "")
+    """Machine, versions, commit and time of this build, for the footer of every page."""
+    found = run_metadata("cuda:0")
     versions = {name: text for name, text in found["versions"].items() if text}
     commit = found["git_commit"]
     changed = ", with changes that are not committed" if found["git_modified"] else ""

@@ -1,4 +1,4 @@
-"""What the index says: each notebook in a few lines, and the peak before and after, drawn to scale."""
+"""The contents of the site's index: each notebook in a few lines, and the peak before and after the fix as bars."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 
+from i2v_lab.capacity.cards import gpu_memory_bytes
 from i2v_lab.paths import data_dir
 from i2v_lab.reporting.results import read_results
 from i2v_lab.reporting.tables import WORDS
 from i2v_lab.units import GIB, format_bytes
 
-CARD = "RTX PRO 6000 Blackwell"  # the published run's; how much CUDA can use of it is in data/gpus.csv
 FAILED, DONE = "failed", "done"
 SCOPES = ("escaped", "no_grad")
-SHORT = 180  # characters of a claim that the index has room for
+MAX_CLAIM = 180  # characters of a claim on the index
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class Page:
     Attributes:
         stem: Its file's name without a suffix.
         title: Its first heading, Markdown.
-        claim: The sentences of its claim that the index has room for, Markdown; empty if it states none.
+        claim: The first sentences of its claim, Markdown; empty if it states none.
         verdict: One or two words: that of its results, ``failed``, or ``done`` where there is none.
         finding: One sentence, plain; empty if there is none.
-        origin: How its figures came about; empty if they do not say.
+        origin: How its numbers were obtained; empty if its results do not say.
         error: The first line of the error that ended it; empty if it ran to the end.
-        results: As :func:`i2v_lab.reporting.results.record` kept them.
+        results: As :func:`i2v_lab.reporting.results.record` saved them.
     """
 
     stem: str
@@ -49,12 +48,20 @@ class Page:
 
     @property
     def href(self) -> str:
-        """Its page, from any other."""
+        """The file's name of its page."""
         return f"{self.stem}.html"
 
 
 def read_page(notebook: Path, failed: bool) -> Page:
-    """What the index and the head of its own page say of an executed notebook."""
+    """Read what the index and the head of its own page say about an executed notebook.
+
+    Args:
+        notebook: The executed file.
+        failed: Whether it ended by an error, which is then read from its outputs.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     cells = nbformat.read(notebook, as_version=4).cells
     results = read_results(notebook)
     error = ""
@@ -80,13 +87,13 @@ def _title(cells: Sequence[Any]) -> str:
 
 
 def _claim(cells: Sequence[Any]) -> str:
-    """Whole sentences of the paragraph that starts with ``**Claim.**``: the first, and more while there is room."""
+    """The first sentence of the paragraph that starts with ``**Claim.**``, and more up to ``MAX_CLAIM`` characters."""
     for cell in cells:
         found = re.search(r"^\*\*Claim\.\*\*\s+(.+?)(?:\n\s*\n|\Z)", cell.source, re.MULTILINE | re.DOTALL)
         if cell.cell_type == "markdown" and found:
             first, *more = re.split(r"(?<=[.?!])\s+(?=[A-Z`*])", " ".join(found[1].split()))
             for sentence in more:
-                if len(first) + len(sentence) >= SHORT:
+                if len(first) + len(sentence) >= MAX_CLAIM:
                     break
                 first += f" {sentence}"
             return first
@@ -94,26 +101,33 @@ def _claim(cells: Sequence[Any]) -> str:
 
 
 def origin(results: Mapping[str, Any]) -> str:
-    """How figures came about, in words, from ``source``, ``model`` and ``device``; empty if they do not say.
+    """How a notebook's numbers were obtained, from its ``source``, ``model`` and ``device``; empty without a source.
 
     Example:
         >>> origin({"source": "measure", "model": "ltx-2.3-tiny"})
         'measured on this machine with the tiny model (ltx-2.3-tiny)'
     """
-    model = str(results.get("model") or "")
+    model, device = str(results.get("model") or ""), str(results.get("device") or "a device that is not recorded")
     size = "the tiny model" if model.endswith("-tiny") else "the full-size model"
-    named = f"{size} ({model})" if model else size
-    ways = {
-        "forecast": f"forecast for {named}, without a GPU",
-        "measure": f"measured on this machine with {named}",
-        "recorded": f"measured on {results.get('device') or 'NVIDIA H200'} with {named}",
+    named = f"{size} ({model})" if model else ""
+    origins = {
+        "forecast": f"forecast{' for' * bool(named)} {named}".rstrip() + ", without a GPU",
+        "measure": f"measured on this machine{' with' * bool(named)} {named}".rstrip(),
+        "recorded": f"measured on {device}{' with' * bool(named)} {named}".rstrip(),
     }
-    return ways.get(str(results.get("source")), "")
+    return origins.get(str(results.get("source")), "")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One peak; ``percent`` of the width, ``words`` for what it is, ``scope`` for its colour."""
+    """One peak.
+
+    Attributes:
+        scope: ``escaped`` or ``no_grad``; the bar's colour.
+        words: The scope in words.
+        value: The peak, formatted.
+        percent: The bar's length, of the whole width.
+    """
 
     scope: str
     words: str
@@ -123,7 +137,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """A pair of peaks; ``card_percent`` is where the card ends, ``None`` where the scale is the pair's own."""
+    """The peaks of both scopes.
+
+    Attributes:
+        label: Which runs.
+        pair: One bar for each scope.
+        card_percent: Where the card's memory is on the scale; ``None`` if the pair has its own scale.
+    """
 
     label: str
     pair: Sequence[Bar]
@@ -138,13 +158,14 @@ class Headline:
         before: Outside ``no_grad``, formatted.
         after: Inside it.
         ratio: How many times as high the first is.
-        phase: Where the excess is; empty if only the published figures are known.
-        origin: How the figures came about.
-        too_much: Whether ``before`` is more than the card has.
-        card: Its name.
-        card_size: What CUDA can use of it, formatted.
-        groups: Ours, if there are any, and the published pair.
-        own_scale: How many times our larger bar the card is, where it would be off the paper; empty otherwise.
+        phase: The phase with the excess; empty if only the published numbers are known.
+        origin: How the numbers were obtained.
+        too_much: Whether ``before`` exceeds the card's memory.
+        card: The published study's GPU, as in ``data/gpus.csv``.
+        card_size: Its memory as CUDA reports it, formatted.
+        groups: The pair of this run, if there is one, and the published pair.
+        own_scale: The card's memory as a multiple of this run's larger peak, where the pair has its own scale; empty
+            otherwise.
     """
 
     before: str
@@ -160,40 +181,43 @@ class Headline:
 
 
 def headline(pages: Sequence[Page]) -> Headline:
-    """The before and after of the index: from the notebook that found them, or as published where none did."""
+    """The peak before and after the fix: of the first notebook with both peaks, as published if there is none.
+
+    Args:
+        pages: All notebooks; ``escaped_peak_bytes`` and ``no_grad_peak_bytes`` of their results are read.
+    """
     published = json.loads((data_dir() / "published" / "no_grad_study.json").read_text(encoding="utf-8"))
-    theirs = {row["decode_scope"]: round(row["peak_gib"] * GIB) for row in published["before_after"]}
+    published_bytes = {row["decode_scope"]: round(row["peak_gib"] * GIB) for row in published["before_after"]}
     first = published["before_after"][0]
     size = f"{first['width']}x{first['height']}, {first['frames']} frames"
-    their_label = f"Published study: {published['run']}, {size}"
-    cards = pd.read_csv(data_dir() / "gpus.csv").set_index("gpu")["memory_bytes"]
-    card_bytes = int(cards[CARD])
+    card_bytes = gpu_memory_bytes(published["gpu"])
     results = next((page.results for page in pages if page.results.get("escaped_peak_bytes") is not None), None)
-    ours = {scope: int(results[f"{scope}_peak_bytes"]) for scope in SCOPES} if results else {}
-    on_card = max(ours.values(), default=card_bytes) > card_bytes / 20  # else the bars could not be seen beside it
-    whole = 1.02 * max([card_bytes, *theirs.values(), *(ours.values() if on_card else ())])
-    groups = [_bars(their_label, theirs, whole, card_bytes)]
-    how = origin(results) if results else ""
-    if ours:
-        own = whole if on_card else 1.02 * max(ours.values())
-        groups.insert(0, _bars("Here", ours, own, card_bytes if on_card else None))
-    shown = ours or theirs
+    own_bytes = {scope: int(results[f"{scope}_peak_bytes"]) for scope in SCOPES} if results else {}
+    on_card = max(own_bytes.values(), default=card_bytes) > card_bytes / 20  # shorter bars are invisible on its scale
+    whole_bytes = 1.02 * max([card_bytes, *published_bytes.values(), *(own_bytes.values() if on_card else ())])
+    groups = [_bars(f"Published study: {published['run']}, {size}", published_bytes, whole_bytes, card_bytes)]
+    if own_bytes:
+        scale_bytes = whole_bytes if on_card else 1.02 * max(own_bytes.values())
+        groups.insert(0, _bars("This run", own_bytes, scale_bytes, card_bytes if on_card else None))
+    shown = own_bytes or published_bytes
+    known = origin(results) if results else ""
     return Headline(
         before=format_bytes(shown["escaped"]),
         after=format_bytes(shown["no_grad"]),
         ratio=f"{shown['escaped'] / shown['no_grad']:.2f}",
         phase=str(results.get("excess_phase") or "") if results else "",
-        origin=how or ("found by this run" if ours else "as published; this run has no figures of its own"),
+        origin=known or ("found by this run" if own_bytes else "as published; this run has no figures of its own"),
         too_much=shown["escaped"] > card_bytes,
-        card=CARD,
+        card=published["gpu"],
         card_size=format_bytes(card_bytes),
         groups=groups,
-        own_scale="" if on_card else f"{card_bytes / max(ours.values()):,.0f}",
+        own_scale="" if on_card else f"{card_bytes / max(own_bytes.values()):,.0f}",
     )
 
 
-def _bars(label: str, peaks: Mapping[str, int], whole: float, card_bytes: int | None) -> Bars:
+def _bars(label: str, peaks: Mapping[str, int], whole_bytes: float, card_bytes: int | None) -> Bars:
     pair = [
-        Bar(scope, WORDS[scope], format_bytes(peaks[scope]), round(100 * peaks[scope] / whole, 2)) for scope in SCOPES
+        Bar(scope, WORDS[scope], format_bytes(peaks[scope]), round(100 * peaks[scope] / whole_bytes, 2))
+        for scope in SCOPES
     ]
-    return Bars(label, pair, None if card_bytes is None else round(100 * card_bytes / whole, 2))
+    return Bars(label, pair, None if card_bytes is None else round(100 * card_bytes / whole_bytes, 2))

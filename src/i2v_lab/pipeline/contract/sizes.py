@@ -1,0 +1,97 @@
+"""Which video sizes a model takes, and the latent grid that follows from one: data of its runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from i2v_lab.errors import InvalidRequest
+from i2v_lab.request import I2VRequest, VideoShape, neighbours
+
+
+class LatentShape(NamedTuple):
+    """A video latent's grid.
+
+    Attributes:
+        frames: Latent frames.
+        height: Latent rows.
+        width: Latent columns.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions, which is the transformer's sequence length at patch size 1."""
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRule:
+    """The sizes that a runner's models take.
+
+    Attributes:
+        pixel_multiple: Width and height are multiples of this.
+        min_pixels: The smallest width and height.
+        frame_step: The number of frames is ``frame_step * k + 1``.
+        spatial_scale: Pixels for one latent row or column.
+        temporal_scale: Frames for one latent frame after the first, which the autoencoder treats causally.
+
+    Example:
+        >>> rule = SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8)
+        >>> rule.latent(VideoShape(97, 384, 512)).tokens
+        2496
+        >>> rule.check(I2VRequest(image="still.png", height=500))
+        Traceback (most recent call last):
+        ...
+        i2v_lab.errors.InvalidRequest: height=500 is not a multiple of 64; use 448 or 512
+    """
+
+    pixel_multiple: int
+    min_pixels: int
+    frame_step: int
+    spatial_scale: int
+    temporal_scale: int
+
+    def check(self, request: I2VRequest) -> None:
+        """Refuse a size that is not allowed.
+
+        Raises:
+            InvalidRequest: With the value and its nearest neighbours that are allowed.
+        """
+        for name in ("width", "height"):
+            value, multiple = getattr(request, name), self.pixel_multiple
+            if value % multiple:
+                remedy = neighbours(value, multiple, self.min_pixels) or self.min_pixels
+                raise InvalidRequest(f"{name}={value} is not a multiple of {multiple}; use {remedy}", **{name: value})
+            if value < self.min_pixels:
+                raise InvalidRequest(f"{name}={value} is below {self.min_pixels}; use that or more", **{name: value})
+        if (request.frames - 1) % self.frame_step:
+            remedy = neighbours(request.frames, self.frame_step, 1, offset=1)
+            raise InvalidRequest(
+                f"frames={request.frames} is not {self.frame_step}k+1; use {remedy}", frames=request.frames
+            )
+
+    def latent(self, shape: VideoShape) -> LatentShape:
+        """The latent grid: a causal first frame, then one position for each ``temporal_scale`` frames.
+
+        Source: ``VideoLatentShape.from_pixel_shape`` in ltx-core.
+        """
+        return LatentShape(
+            frames=(shape.frames - 1) // self.temporal_scale + 1,
+            height=shape.height // self.spatial_scale,
+            width=shape.width // self.spatial_scale,
+        )
+
+    def sizes(self, aspect: tuple[int, int], max_height: int) -> Iterator[tuple[int, int]]:
+        """Every allowed height up to a limit with its width at an aspect ratio, as ``(width, height)``."""
+        for height in range(self.min_pixels, max_height + 1, self.pixel_multiple):
+            steps = round(height * aspect[0] / aspect[1] / self.pixel_multiple)
+            yield max(self.min_pixels, steps * self.pixel_multiple), height
+
+    def frame_counts(self, max_frames: int) -> range:
+        """Every allowed number of frames up to a limit."""
+        return range(1, max_frames + 1, self.frame_step)
