@@ -19,8 +19,8 @@ from typing import Any
 import nbformat
 import psutil
 
-from i2v_lab.cli.lab import NOTEBOOKS, START, lab_command, lab_environment
-from i2v_lab.paths import CACHE_VARIABLE, cache_dir
+from i2v_lab.cli.lab import START, lab_command, lab_environment
+from i2v_lab.paths import CACHE_VARIABLE, cache_dir, notebooks_dir
 
 
 @dataclass
@@ -50,7 +50,7 @@ def lab_server(
 ) -> Iterator[LabServer]:
     """JupyterLab as ``i2v-lab lab`` starts it, on copies of the notebooks with other parameters."""
     notebooks = folder / "notebooks"
-    shutil.copytree(NOTEBOOKS, notebooks, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(notebooks_dir(), notebooks, ignore=shutil.ignore_patterns(".*"))
     for name, values in parameters.items():
         set_parameters(notebooks / f"{name}.ipynb", values)
     environment = lab_environment(folder / "jupyter", os.environ)

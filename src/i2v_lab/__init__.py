@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from i2v_lab.runs.profile_call import ProfiledCall, profile_call
     from i2v_lab.runs.sources import forecast_sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "Compare": "i2v_lab.lab.compare",

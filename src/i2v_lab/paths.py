@@ -1,4 +1,4 @@
-"""Where the package finds its data and keeps what it may throw away."""
+"""Paths of the package, its data, its notebooks and its cache."""
 
 from __future__ import annotations
 
@@ -11,35 +11,41 @@ CACHE_VARIABLE = "I2V_LAB_CACHE"
 
 
 def package_dir() -> Path:
-    """The package's own folder."""
+    """Return the folder of the package."""
     return Path(__file__).parent
 
 
 def data_dir() -> Path:
-    """The ``data`` folder: inside an installed package, at the top of a checkout otherwise."""
-    installed = Path(__file__).parent / "data"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "data"
+    """Return the ``data`` folder: inside an installed package, at the top of a checkout otherwise."""
+    return _packaged("data")
 
 
 def checkout_dir() -> Path | None:
-    """The top of the checkout that the package runs from; ``None`` for an installed copy."""
+    """Return the top of the checkout that the package runs from; ``None`` for an installed package."""
     top = Path(__file__).parents[2]
     return top if (top / "pyproject.toml").is_file() and (top / "src" / "i2v_lab").is_dir() else None
 
 
 def notebooks_dir() -> Path:
-    """The folder of notebooks: inside an installed package, at the top of a checkout otherwise."""
-    installed = Path(__file__).parent / "notebooks"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "notebooks"
+    """Return the folder of notebooks: inside an installed package, at the top of a checkout otherwise."""
+    return _packaged("notebooks")
+
+
+def _packaged(name: str) -> Path:
+    installed = package_dir() / name
+    return installed if installed.is_dir() else package_dir().parents[1] / name
 
 
 def cache_dir() -> Path:
-    """Where synthetic weights and verification stamps are kept; ``I2V_LAB_CACHE`` moves it. Safe to delete."""
+    """Return the folder of synthetic weights, forecasts and verification stamps, which ``I2V_LAB_CACHE`` sets.
+
+    It is safe to delete.
+    """
     return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("i2v-lab", appauthor=False))
 
 
 def find_still(image: str | Path) -> Path:
-    """A still by its path, or by its path below the package's ``data`` folder, such as ``stills/lighthouse.png``."""
+    """Return an image file by its path, or by its path below ``data``, such as ``stills/lighthouse.png``."""
     path = Path(image)
     below = data_dir() / path
     return below if not path.exists() and below.exists() else path

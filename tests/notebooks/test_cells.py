@@ -9,19 +9,19 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from i2v_lab.profiling.jupyter.cell_meter import MIME
-from i2v_lab.reproduce.execution import own_kernel
+from i2v_lab.reproduce.kernel import InterpreterKernelManager
 
+KERNEL = {"kernel_name": "python3", "kernel_manager_class": InterpreterKernelManager}
 SETUP = "%load_ext i2v_lab\nimport torch\nlayer = torch.nn.Linear(100, 50)"
 
 
 def _run(*sources: str) -> nbformat.NotebookNode:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    with own_kernel() as kernel:
-        client = NotebookClient(notebook, kernel_name=kernel, timeout=120)
-        try:
-            client.execute()
-        except CellExecutionError as error:
-            notebook.metadata["failed"] = str(error)
+    client = NotebookClient(notebook, kernel_manager_class=InterpreterKernelManager, timeout=120)
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        notebook.metadata["failed"] = str(error)
     return notebook
 
 
@@ -67,8 +67,7 @@ def test_the_engine_keeps_and_shows_what_every_cell_took(tmp_path):
         "from i2v_lab import PhaseProfiler\nwith PhaseProfiler() as p, p.phase('own'):\n    b = torch.ones(512)\n"
         "print(p.peak.peak_bytes)",
     )
-    with own_kernel() as kernel:
-        papermill.execute_notebook(source, str(tmp_path / "out.ipynb"), {"n": 5}, "vram", kernel_name=kernel)
+    papermill.execute_notebook(source, str(tmp_path / "out.ipynb"), {"n": 5}, "vram", **KERNEL)
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     assert cells[1].metadata.tags == ["injected-parameters"]
     figures = [cell.metadata["i2v_lab"]["vram"] for cell in cells]
@@ -83,8 +82,8 @@ def test_the_engine_keeps_and_shows_what_every_cell_took(tmp_path):
 
 def test_a_failing_cell_keeps_its_figures(tmp_path):
     source = _notebook(tmp_path / "in.ipynb", "import torch\na = torch.ones(1024)\n1 / 0", "never = 1")
-    with own_kernel() as kernel, pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
-        papermill.execute_notebook(source, str(tmp_path / "out.ipynb"), {}, "vram", kernel_name=kernel)
+    with pytest.raises(papermill.PapermillExecutionError, match="ZeroDivisionError"):
+        papermill.execute_notebook(source, str(tmp_path / "out.ipynb"), {}, "vram", **KERNEL)
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     failed = next(cell for cell in cells if "1 / 0" in cell.source)
     assert failed.metadata["i2v_lab"]["vram"]["peak_bytes"] == 4096

@@ -20,7 +20,7 @@ from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.reporting.results import read_results
 from i2v_lab.reporting.site.render import render_site
-from i2v_lab.reproduce.execution import own_kernel
+from i2v_lab.reproduce.kernel import InterpreterKernelManager
 from i2v_lab.reproduce.run import NOTEBOOKS
 from i2v_lab.runs.store import Run, RunWriter, read_run
 
@@ -64,14 +64,13 @@ def one_core() -> Iterator[None]:
 def _execute(name: str, out: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     executed = out / f"{name}.ipynb"
-    with own_kernel() as kernel:
-        papermill.execute_notebook(
-            str(NOTEBOOKS / executed.name),
-            str(executed),
-            {**parameters, "out_dir": str(out)},
-            kernel_name=kernel,
-            progress_bar=False,
-        )
+    papermill.execute_notebook(
+        str(NOTEBOOKS / executed.name),
+        str(executed),
+        {**parameters, "out_dir": str(out)},
+        kernel_manager_class=InterpreterKernelManager,
+        progress_bar=False,
+    )
     return read_results(executed)
 
 

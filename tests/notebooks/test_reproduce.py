@@ -1,4 +1,4 @@
-"""The runner: parameters, what is up to date, what is left after a failure or a signal. With real kernels."""
+"""The notebook runner: parameters, up-to-date checks, files and processes after failures and signals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import pytest
 from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
-from i2v_lab.errors import I2VLabError, InvalidRequest, ReproduceError
+from i2v_lab.errors import InvalidRequest, ReproduceError
 from i2v_lab.paths import package_dir
-from i2v_lab.reproduce.execution import Executor, Stopped, own_kernel
-from i2v_lab.reproduce.parameters import Typed, declared_parameters, plan_parameters
+from i2v_lab.reproduce.execution import Executor, Stopped
+from i2v_lab.reproduce.kernel import InterpreterKernelSpecs
+from i2v_lab.reproduce.parameters import Text, declared_parameters, plan_parameters
 from i2v_lab.reproduce.run import find_notebooks, reproduce
 from i2v_lab.reproduce.stamps import PACKAGES, code_digests, input_digests, read_stamp, stamp_path
 
@@ -105,8 +106,8 @@ def test_declared_parameters_are_read_as_python_reads_them(two):
         ("free", "word", "word"),
     ],
 )
-def test_a_typed_value_is_read_for_the_type_that_is_declared(two, name, text, value):
-    plan = plan_parameters(two[:1], two, {name: Typed(text)})[0]
+def test_text_is_parsed_for_the_declared_type(two, name, text, value):
+    plan = plan_parameters(two[:1], two, {name: Text(text)})[0]
     assert plan == {name: value}
     assert type(plan[name]) is type(value)
 
@@ -114,35 +115,36 @@ def test_a_typed_value_is_read_for_the_type_that_is_declared(two, name, text, va
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("frames", Typed("wide")),
-        ("frames", Typed("64.0")),
-        ("frames", Typed("True")),
+        ("frames", Text("wide")),
+        ("frames", Text("64.0")),
+        ("frames", Text("True")),
         ("frames", None),
-        ("fps", Typed("fast")),
+        ("fps", Text("fast")),
         ("prompt", 5),
         ("still", 5),
-        ("sizes", Typed("64")),
-        ("escaped", Typed("1")),
+        ("sizes", Text("64")),
+        ("escaped", Text("1")),
     ],
 )
 def test_a_value_of_another_type_is_refused(two, name, given):
-    declared = str(declared_parameters(two[0])[name])
-    with pytest.raises(InvalidRequest, match=re.escape(f"many.ipynb declares; give it one as in {declared}")):
+    with pytest.raises(InvalidRequest) as refused:
         plan_parameters(two[:1], two, {name: given})
+    assert list(refused.value.fields) == [name]
+    assert str(declared_parameters(two[0])[name]) in str(refused.value)
 
 
-def test_a_parameter_goes_where_it_is_declared_and_is_refused_where_that_would_surprise(two):
+def test_a_parameter_goes_to_notebooks_that_declare_it_and_is_refused_otherwise(two):
     assert plan_parameters(two, two, {"frames": 9, "seed": 3}) == [{"frames": 9}, {"seed": 3}]
     assert plan_parameters(two[1:], two, {"seed": 3}, named=True) == [{"seed": 3}]
     with pytest.raises(InvalidRequest, match="^no notebook declares a parameter 'widht'; use one of: frames, .* seed"):
         plan_parameters(two, two, {"widht": 9})
     with pytest.raises(InvalidRequest, match="^few.ipynb declares no parameter 'frames'; use one of: seed$"):
         plan_parameters(two, two, {"frames": 9}, named=True)
-    with pytest.raises(InvalidRequest, match="'out_dir' follows from --out; use --out FOLDER"):
+    with pytest.raises(InvalidRequest, match="'out_dir' is set by --out; use --out FOLDER"):
         plan_parameters(two, two, {"out_dir": "elsewhere"})
 
 
-def test_files_give_values_to_all_or_to_one_and_the_command_line_wins(two, tmp_path):
+def test_files_give_values_to_all_or_to_one_and_the_command_line_takes_precedence(two, tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("seed: 1\nprompt: 2026-11-24\nfps: 30\nmany:\n  fps: 60\n  frames: 9\nfew:\n")
     second.write_text("few: {seed: 2}\nframes: 17\n")
@@ -150,7 +152,7 @@ def test_files_give_values_to_all_or_to_one_and_the_command_line_wins(two, tmp_p
         {"prompt": "2026-11-24", "fps": 60, "frames": 9},
         {"seed": 1},
     ]
-    assert plan_parameters(two, two, {"fps": Typed("5")}, [first, second]) == [
+    assert plan_parameters(two, two, {"fps": Text("5")}, [first, second]) == [
         {"prompt": "2026-11-24", "fps": 5, "frames": 17},
         {"seed": 2},
     ]
@@ -163,8 +165,8 @@ def test_files_give_values_to_all_or_to_one_and_the_command_line_wins(two, tmp_p
         ("widht: 3", "no notebook declares a parameter 'widht'; use one of"),
         ("few:\n  frames: 3", "few.ipynb declares no parameter 'frames'; use one of: seed"),
         ("few: 3", "few=3 is no mapping; write lines NAME: VALUE below few:"),
-        ("frames: wide", "frames='wide' is not of the type that many.ipynb declares"),
-        ("out_dir: x", "'out_dir' follows from --out"),
+        ("frames: wide", "frames='wide' does not have the type that many.ipynb declares"),
+        ("out_dir: x", "'out_dir' is set by --out"),
         ("- frames", "is no mapping; write a line NAME: VALUE"),
         ("frames: [", "cannot be read as YAML"),
         (None, "cannot be read as YAML .*No such file"),
@@ -180,22 +182,25 @@ def test_a_file_with_a_mistake_is_refused(two, tmp_path, text, message):
 
 def test_a_folder_without_notebooks_broken_ones_and_unknown_ones_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("i2v_lab.reproduce.run.NOTEBOOKS", tmp_path)
-    with pytest.raises(InvalidRequest, match="there are no notebooks in .*; they come with a checkout"):
+    with pytest.raises(InvalidRequest) as refused:
         reproduce(out=tmp_path / "out")
+    assert refused.value.fields == {"folder": tmp_path}
     for broken in ("{not json", "{}", "[]", '{"cells": [{"metadata": {"tags": ["parameters"]}, "source": ["x ="]}]}'):
         (tmp_path / "a.ipynb").write_text(broken)
-        with pytest.raises(InvalidRequest, match=r"a.ipynb cannot be read as a notebook \(.*\); restore it"):
+        with pytest.raises(InvalidRequest) as refused:
             reproduce(out=tmp_path / "out")
-    with pytest.raises(InvalidRequest, match="notebook='nothing' does not exist; use one of: a"):
+        assert refused.value.fields == {"notebook": "a.ipynb"}
+    with pytest.raises(InvalidRequest) as refused:
         find_notebooks(["nothing"])
+    assert refused.value.fields == {"notebook": "nothing"}
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["-p", "frames=49"], ["-p", "frames"], ["-p", "frames=49", "-p", "seed=3"]])
 def test_a_parameter_that_is_not_two_words_is_refused(words):
     result = CliRunner().invoke(app, ["reproduce", *words])
-    assert isinstance(result.exception, I2VLabError)
-    assert re.search(r"parameter='frames.*' is not a name with a value; .* -p NAME VALUE", str(result.exception))
+    assert type(result.exception) is InvalidRequest
+    assert str(result.exception.fields["parameter"]).startswith("frames")
 
 
 def test_help_shows_the_options_and_examples():
@@ -211,7 +216,7 @@ GIVEN = ["-f", "params.yaml", "-p", "frames", "49"]
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory):
-    """Notebooks that work, fail and die, run three at a time: their folder, the build folder, what was said."""
+    """Notebooks that succeed, fail and kill their kernel, executed three at a time: their folder, and the process."""
     top = tmp_path_factory.mktemp("first_run")
     (top / "still.txt").write_text("rocks")
     _write(top / "nb", "drawn", DRAW)
@@ -234,14 +239,14 @@ def build(first_run, tmp_path, monkeypatch) -> Path:
     return top / "out"
 
 
-def test_all_notebooks_run_whatever_fails_and_a_table_says_what_became_of_them(first_run):
+def test_all_notebooks_are_executed_although_some_fail_and_a_table_shows_the_outcomes(first_run):
     top, child = first_run
     assert child.returncode == 1
     lines = child.stderr.splitlines()
-    assert sorted(line for line in lines if line.endswith(": runs")) == [
-        f"[{number}/4] {name}: runs" for number, name in enumerate(("dies", "drawn", "drawn_too", "fails"), start=1)
+    assert sorted(line for line in lines if line.endswith(": started")) == [
+        f"[{number}/4] {name}: started" for number, name in enumerate(("dies", "drawn", "drawn_too", "fails"), start=1)
     ]
-    ends = [re.sub(r" \(\d+ s\)$", "", line) for line in lines if not line.endswith(": runs")]
+    ends = [re.sub(r" \(\d+ s\)$", "", line) for line in lines if not line.endswith(": started")]
     assert sorted(ends[:-1]) == [
         "[1/4] dies: failed: DeadKernelError: Kernel died",
         "[2/4] drawn: done",
@@ -256,7 +261,7 @@ def test_all_notebooks_run_whatever_fails_and_a_table_says_what_became_of_them(f
         ["drawn_too", "done"],
         ["fails", "failed: ZeroDivisionError: division by zero"],
     ]
-    assert all(0.1 < float(row[2]) < 120 for row in rows)
+    assert all(float(row[2]) > 0 for row in rows)
     assert (top / "out/figures/drawn_a.svg").read_text() == "49 rain still.txt"
     made = {path.name for path in (top / "out" / "notebooks").iterdir()}
     assert made == {f"{name}.ipynb" for name in ("dies", "drawn", "drawn_too", "fails")}
@@ -267,7 +272,7 @@ def test_all_notebooks_run_whatever_fails_and_a_table_says_what_became_of_them(f
     assert pages["index"].count("failed") >= 2
 
 
-def test_a_stamp_names_what_a_notebook_made_and_all_that_it_depends_on(build):
+def test_a_stamp_lists_the_inputs_and_the_output_files_of_a_notebook(build):
     stamp = read_stamp(stamp_path(build, "drawn"))
     # drawn_too_c.svg has the name of another notebook in front
     assert list(stamp.files) == ["figures/drawn_a.svg", "figures/drawn_b/deep.svg", "notebooks/drawn.ipynb"]
@@ -341,7 +346,7 @@ def _times(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_up_to_date_is_not_run_even_elsewhere_and_costs_no_import(build):
+def test_notebooks_that_are_up_to_date_are_not_executed_even_if_moved_and_import_nothing_large(build):
     before, moved = _times(build), build.with_name("moved")
     build.rename(moved)
     heavy = "import sys; print([name for name in ('papermill', 'nbformat', 'torch') if name in sys.modules])"
@@ -353,17 +358,17 @@ def test_what_is_up_to_date_is_not_run_even_elsewhere_and_costs_no_import(build)
     assert _times(moved) == before
 
 
-def test_what_is_stale_or_failed_runs_again_and_the_site_keeps_the_rest(build, capfd):
+def test_stale_and_failed_notebooks_are_executed_and_the_site_keeps_the_others(build, capfd):
     (build / "figures" / "drawn_a.svg").unlink()
     before = _times(build)
     outcomes = reproduce(["drawn", "drawn_too"], {"frames": 49}, build, files=[Path("params.yaml")])
     assert [str(outcome) for outcome in outcomes] == ["done", "up to date"]
-    assert outcomes[0].seconds > 0.1
+    assert outcomes[0].seconds is not None
     assert outcomes[1].seconds is None
-    said = capfd.readouterr().err.splitlines()
-    assert said[:2] == [
+    printed = capfd.readouterr().err.splitlines()
+    assert printed[:2] == [
         "[2/2] drawn_too: up to date",
-        "[1/2] drawn: runs again, since figures/drawn_a.svg is missing",
+        "[1/2] drawn: started, since figures/drawn_a.svg is missing",
     ]
     after = _times(build)
     assert after["notebooks/drawn_too.ipynb"] == before["notebooks/drawn_too.ipynb"]
@@ -372,14 +377,14 @@ def test_what_is_stale_or_failed_runs_again_and_the_site_keeps_the_rest(build, c
     assert all(f"{name}.html" in index for name in ("dies", "drawn", "drawn_too", "fails"))
     with pytest.raises(ReproduceError, match="^1 of 1 notebooks failed: fails.ipynb: ZeroDivisionError: division by"):
         reproduce(["fails"], out=build)
-    assert "fails: runs again, since it failed before" in capfd.readouterr().err
+    assert "fails: started, since it failed" in capfd.readouterr().err
     (build / "site" / "fails.html").unlink()
     forced = reproduce(["drawn_too"], {"frames": 49}, build, force=True)
     assert [str(outcome) for outcome in forced] == ["done"]
     assert "so far" in (build / "site" / "fails.html").read_text()
 
 
-def test_a_missing_page_is_rendered_although_nothing_runs(build):
+def test_a_missing_page_is_rendered_although_no_notebook_is_executed(build):
     (build / "site" / "drawn.html").unlink()
     assert reproduce(["drawn_too"], {"frames": 49}, build)[0].seconds is None
     assert "drawn" in (build / "site" / "drawn.html").read_text()
@@ -413,7 +418,7 @@ while True:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_stopped_leaves_no_process_and_no_half_file(tmp_path, number, status):
+def test_a_stopped_run_leaves_no_process_and_no_partial_file(tmp_path, number, status):
     for name, source in {"a_patient": PATIENT, "b_parent": PARENT, "c_stubborn": STUBBORN, "d_waits": "1"}.items():
         _write(tmp_path / "nb", name, source, parameters="out_dir: str = 'build'")
     child = subprocess.Popen(
@@ -430,54 +435,54 @@ def test_a_run_that_is_stopped_leaves_no_process_and_no_half_file(tmp_path, numb
     started = psutil.Process(child.pid).children(recursive=True)
     assert len(started) >= 5  # three kernels and two programs
     child.send_signal(number)
-    said = child.communicate(timeout=60)[1]
+    printed = child.communicate(timeout=60)[1]
     assert child.returncode == status
     assert psutil.wait_procs(started, timeout=5)[1] == []
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"parent.ready", "stubborn.ready"}
-    assert "d_waits" not in said
-    assert "i2v_lab" not in said  # no traceback of ours
+    assert "d_waits" not in printed
+    assert "i2v_lab" not in printed  # no traceback of this package
 
 
 def test_a_terminal_shows_bars_and_whole_lines(tmp_path):
     _write(tmp_path / "nb", "a", "1", "2", "import time; time.sleep(0.3)", parameters="x = 1")
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     command = _cli(tmp_path / "nb", "--out", tmp_path / "out")
-    terminal = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=terminal) as child:
-        os.close(theirs)
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "90"}
+    with subprocess.Popen(command, stderr=terminal, stdout=subprocess.DEVNULL, env=environment) as child:
+        os.close(terminal)
         shown = b""
         try:
-            while some := os.read(ours, 65536):
-                shown += some
+            while chunk := os.read(controller, 65536):
+                shown += chunk
         except OSError:  # the terminal's other end has closed
             pass
-    os.close(ours)
+    os.close(controller)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert child.returncode == 0
     assert re.search(r"all +━+ 0/1 notebooks", text)
     assert re.search(r"  a +━+.* [1-4]/5 cells", text)
     assert re.search(r"all +━+ 1/1 notebooks", text)
-    assert "[1/1] a: runs" in text
+    assert "[1/1] a: started" in text
     assert re.search(r"\[1/1\] a: done \(\d+ s\)", text)
 
 
 def test_the_kernel_is_of_this_interpreter_and_runs_nothing_once_it_is_stopped(tmp_path, monkeypatch):
-    spec = tmp_path / "jupyter" / "kernels" / "python3"
-    spec.mkdir(parents=True)
-    (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
+    for name in ("python3", "other"):
+        spec = tmp_path / "jupyter" / "kernels" / name
+        spec.mkdir(parents=True)
+        (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     notebook = _write(tmp_path, "a", "import sys\nprint(sys.executable)", parameters="x = 1")
     cells: list[tuple[int, int]] = []
-    with own_kernel() as kernel:
-        executor = Executor(kernel)
-        error = executor.execute(notebook, {}, tmp_path / "out" / "a.ipynb", lambda *at: cells.append(at))
-        executor.interrupt()
-        with pytest.raises(Stopped):  # a kernel that was starting gets no cell to run
-            executor.execute(notebook, {}, tmp_path / "out" / "b.ipynb", lambda *at: cells.append(at))
+    executor = Executor()
+    error = executor.execute(notebook, {}, tmp_path / "out" / "a.ipynb", lambda *at: cells.append(at))
+    executor.interrupt()
+    with pytest.raises(Stopped):  # a kernel that was starting gets no cell to run
+        executor.execute(notebook, {}, tmp_path / "out" / "b.ipynb", lambda *at: cells.append(at))
     assert error is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.ipynb"]
     executed = nbformat.read(tmp_path / "out" / "a.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text.strip() == sys.executable
     assert cells == [(0, 3), (1, 3), (2, 3)]
-    assert os.environ["JUPYTER_PATH"] == str(tmp_path / "jupyter")
+    assert InterpreterKernelSpecs().get_kernel_spec("other").argv == ["/bin/false"]

@@ -1,4 +1,4 @@
-"""The doctor names what is broken, by whom and what to do, and nothing that is not."""
+"""The doctor reports what is broken, which package requires it, and what to do; and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from i2v_lab.units import GIB, MIB
 
 HEALTHY = {
     "i2v-lab": (
-        "0.1.0",
+        "0.2.0",
         ["torch==2.11.*", "torchaudio==2.11.*", "torchvision==0.26.*", "ltx-core==1.0.0", "tokenizers>=0.22"],
     ),
     "torch": ("2.11.0", ["sympy"]),
@@ -58,26 +58,26 @@ def made(tmp_path):
     return make
 
 
-def _ill(packages: Packages) -> dict[str, Check]:
+def _failing(packages: Packages) -> dict[str, Check]:
     return {check.name: check for check in examine(packages) if check.state is not State.OK}
 
 
-def test_a_healthy_environment_has_one_complaint_which_is_explained(made):
+def test_the_one_unmet_requirement_of_a_healthy_environment_is_explained(made):
     packages = made()
     assert [str(each) for each in packages.unmet] == [
         "ltx-video needs transformers<4.52.0,>=4.47.2; 4.57.6 is installed"
     ]
-    assert _ill(packages) == {}
+    assert _failing(packages) == {}
     (ltx_video,) = doctor.check_packages(packages, ("ltx-video",))
     assert ltx_video.advice == doctor.WHY_EXPECTED
     (transformers,) = doctor.check_packages(packages, ("transformers",))
     assert (transformers.state, transformers.advice) == (State.OK, "")
 
 
-def test_it_says_of_this_environment_what_pip_check_says():
-    said = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False).stdout
-    told = {line.split()[0] for line in said.splitlines() if " has requirement " in line or " requires " in line}
-    assert {each.package for each in Packages().unmet} == told
+def test_unmet_requirements_of_this_environment_are_those_of_pip_check():
+    output = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False).stdout
+    packages = {line.split()[0] for line in output.splitlines() if " has requirement " in line or " requires " in line}
+    assert {each.package for each in Packages().unmet} == packages
 
 
 @pytest.mark.parametrize(
@@ -86,25 +86,25 @@ def test_it_says_of_this_environment_what_pip_check_says():
         ({"tokenizers": ("0.21.0", [])}, "tokenizers", "broken", "0.21.0", "i2v-lab needs tokenizers>=0.22; 0.21.0 is"),
         ({"tokenizers": None}, "tokenizers", "broken", "missing", "pip install 'tokenizers<=0.23,>=0.22'."),
         ({"huggingface_hub": ("1.2.0", [])}, "huggingface-hub", "broken", "1.2.0", "needs huggingface-hub<1.0,>=0.34"),
-        ({"torchvision": ("0.25.0", [])}, "torch family", "broken", "torchvision 0.25.0", "not one family"),
+        ({"torchvision": ("0.25.0", [])}, "torch family", "broken", "torchvision 0.25.0", "versions do not match"),
         ({"torchaudio": ("2.11.0+cpu", [])}, "torch family", "broken", "torchaudio 2.11.0+cpu", "all from one index"),
         ({"torchaudio": None}, "torch family", "broken", "torchaudio missing", "pip install 'torch==2.11.*'"),
         ({"torch": ("2.11.1", [])}, "torch family", "broken", "torch 2.11.1", "torchvision needs torch==2.11.0"),
         ({"sympy": None}, "other requirements", "broken", "torch needs sympy; none", "pip install 'sympy'."),
-        ({"rival": ("1", ["av<5"])}, "other requirements", "warning", "rival needs av<5; 18.1.0", "does not need who"),
+        ({"rival": ("1", ["av<5"])}, "other requirements", "warning", "rival needs av<5; 18.1.0", "does not need"),
         ({"ltx_video": None}, "ltx-video", "warning", "missing", "pip install --no-deps ltx-video==0.1.2. Until then"),
-        ({"jupyterlab": None}, "jupyterlab", "warning", "missing", "there is no `i2v-lab lab`; everything else runs."),
+        ({"jupyterlab": None}, "jupyterlab", "warning", "missing", "`i2v-lab lab` cannot be used"),
         ({"i2v_lab": None}, "other requirements", "broken", "i2v-lab itself is not installed", "pip install -e ."),
     ],
 )  # fmt: skip
-def test_what_is_broken_is_named_with_what_to_do(made, changes, name, state, found, advice):
-    ill = _ill(made(**changes))
-    assert ill[name].state == state
-    assert found in ill[name].found
-    assert advice in ill[name].advice
+def test_a_broken_package_is_reported_with_advice(made, changes, name, state, found, advice):
+    failing = _failing(made(**changes))
+    assert failing[name].state == state
+    assert found in failing[name].found
+    assert advice in failing[name].advice
 
 
-def test_a_machine_without_a_gpu_is_healthy_and_one_whose_card_torch_misses_is_warned(monkeypatch):
+def test_a_machine_without_a_gpu_is_ok_and_a_gpu_that_torch_does_not_see_is_a_warning(monkeypatch):
     import pynvml
     import torch
 
@@ -130,7 +130,7 @@ def test_a_machine_without_a_gpu_is_healthy_and_one_whose_card_torch_misses_is_w
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     check = doctor.check_cuda()
     assert check.state is State.WARNING
-    assert "The driver knows CUDA 12 at most: install a newer driver" in check.advice
+    assert "The driver supports CUDA 12 at most: install a newer one" in check.advice
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "Install torch with CUDA" in doctor.check_cuda().advice
 
@@ -150,11 +150,11 @@ def test_encoders_disk_memory_and_shared_memory(monkeypatch, tmp_path):
     usage.free = GIB
     check = doctor.check_disk("cache folder", tmp_path, "set X to a folder")
     assert check.state is State.WARNING
-    assert check.advice == "Free some space, or set X to a folder with 2.00 GiB and more"
+    assert check.advice == "Free some space, or set X to a folder with at least 2.00 GiB"
     (tmp_path / "file").touch()
     check = doctor.check_disk("cache folder", tmp_path / "file" / "below", "set X to a folder")
     assert check.state is State.BROKEN
-    assert check.advice.startswith("It cannot be written")
+    assert check.advice.startswith("It is not writable")
 
     assert [doctor.check_memory(free).state for free in (GIB // 2, GIB, 3 * GIB)] == ["broken", "warning", "ok"]
     assert doctor.check_shared_memory(tmp_path, free=MIB).state is State.WARNING
@@ -168,9 +168,9 @@ def test_encoders_disk_memory_and_shared_memory(monkeypatch, tmp_path):
 
 
 def test_the_command_prints_a_row_for_each_check_and_json_for_programs():
-    told = CliRunner().invoke(app, ["doctor", "--json"])
-    report = json.loads(told.output)
-    assert (told.exit_code, report["ok"]) == (0, True)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    report = json.loads(result.output)
+    assert (result.exit_code, report["ok"]) == (0, True)
     checks = [Check(**each) for each in report["checks"]]
     assert {"Python", "torch family", "ltx-video", "encoders of av", "memory"} <= {check.name for check in checks}
     console = Console(width=150)
@@ -180,19 +180,19 @@ def test_the_command_prints_a_row_for_each_check_and_json_for_programs():
 
 
 def test_the_exit_status_is_1_only_where_a_run_would_fail(monkeypatch):
-    for state, status, said in [
+    for state, status, text in [
         (State.BROKEN, 1, "A run would fail. broken: av; warning: disk."),
-        (State.WARNING, 0, "Everything that a run needs is here; warning: av, disk."),
-        (State.OK, 0, "Everything that a run needs is here; warning: disk."),
+        (State.WARNING, 0, "A run has everything that it needs; warning: av, disk."),
+        (State.OK, 0, "A run has everything that it needs; warning: disk."),
     ]:
         checks = [Check("av", state, "18"), Check("disk", State.WARNING, "[full]", "free [some]")]
         monkeypatch.setattr(doctor, "examine", lambda checks=checks: checks)
-        told = CliRunner().invoke(app, ["doctor"])
-        assert (told.exit_code, verdict(checks)) == (status, said)
-        assert said in told.output
-        assert "[full]" in told.output
+        result = CliRunner().invoke(app, ["doctor"])
+        assert (result.exit_code, verdict(checks)) == (status, text)
+        assert text in result.output
+        assert "[full]" in result.output
 
 
-def test_the_doctor_needs_no_torch_to_be_asked_for_help():
+def test_importing_the_checks_does_not_import_torch():
     code = "import sys, i2v_lab.doctor.checks, i2v_lab.cli.doctor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

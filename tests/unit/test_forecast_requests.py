@@ -355,7 +355,7 @@ def test_forecast_as_text_names_the_peak_its_holders_and_the_cards():
         (["forecast", "--width", "500"], "width=500 is not a multiple of 64; use 448 or 512"),
         (["forecast", "--frames", "24"], "frames=24 is not 8k+1; use 17 or 25"),
         (["forecast", "--vram-cap-gib", "0"], "vram_cap_gib=0.0 is not above 0; use the card's GiB"),
-        (["fit", "--gpu", "24GiB", "--width", "64"], "width=64 and height=None come together; give both, or neither"),
+        (["fit", "--gpu", "24GiB", "--width", "64"], "width=64 and height=None belong together; give both or neither"),
         (["fit", "--gpu", "24GiB", "--aspect", "wide"], "aspect='wide' is not two numbers; write it as 4:3"),
     ],
 )
@@ -370,11 +370,11 @@ def test_fit_says_what_fits_and_what_does_not(simple_law):
     assert (answer["sought"], answer["request"]["width"], answer["request"]["height"]) == ("size", 832, 640)
     text = _run("fit", "--gpu", "0.01 GiB", "--width", "640", "--height", "448")
     assert text.startswith("640x448, 33 frames, tiles of 768 px x 80 frames fits 0.01 GiB (10.2 MiB): ")
-    assert _run("fit", "--gpu", "0.00001GiB", "--frames", "17").startswith("nothing fits 0.00001GiB (10.5 KiB): even ")
+    assert _run("fit", "--gpu", "0.00001GiB", "--frames", "17").startswith("nothing fits 0.00001GiB (10.5 KiB): the ")
 
 
 def test_accuracy_says_so_where_nothing_was_measured(tmp_path):
-    assert _run("accuracy", str(tmp_path)).startswith("no runs measured on a GPU there; make some with")
+    assert _run("accuracy", str(tmp_path)).startswith("no runs measured on a GPU here; record one with")
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------

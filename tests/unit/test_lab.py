@@ -335,10 +335,10 @@ def test_jupyterlab_is_told_to_listen_here_and_to_ask_nobody(tmp_path):
     assert "--ip=127.0.0.1" in command
     assert not any("token" in word or "password" in word for word in command)
     assert command[-1] == "--port=1234"
-    environment = lab_environment(tmp_path / "jupyter", {"JUPYTER_PATH": "/elsewhere"})
-    assert environment["JUPYTER_PATH"] == f"{tmp_path / 'jupyter'}:/elsewhere"
-    spec = json.loads((tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json").read_text())
-    assert spec["argv"][0] == sys.executable
+    assert "--ServerApp.kernel_spec_manager_class=i2v_lab.reproduce.kernel.InterpreterKernelSpecs" in command
+    environment = lab_environment(tmp_path / "jupyter", {"JUPYTER_CONFIG_PATH": "/elsewhere", "TQDM_DISABLE": "1"})
+    assert environment["JUPYTER_CONFIG_PATH"] == f"{tmp_path / 'jupyter'}:/elsewhere"
+    assert environment["TQDM_DISABLE"] == "0"
     page = json.loads((tmp_path / "jupyter" / "labconfig" / "page_config.json").read_text())
     assert page["disabledExtensions"] == {"@jupyterlab/apputils-extension:announcements": True}
 

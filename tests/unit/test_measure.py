@@ -207,7 +207,7 @@ def test_the_same_command_again_runs_nothing_and_no_machines_path_is_kept(measur
     plan, out = measured_once
     monkeypatch.setattr(measured, "run_in_child", no_process)
     measure(plan, out, "cpu")
-    assert "4 runs, 4 of them kept from before; 0 to make" in capsys.readouterr().out
+    assert "4 runs, 4 reused; 0 to run" in capsys.readouterr().out
     for metadata in out.rglob("metadata.json"):
         assert str(Path(measured.__file__).parents[3]) not in metadata.read_text()
         assert str(out) not in metadata.read_text()
@@ -237,11 +237,12 @@ def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
         tmp_path,
         {"runs": [{"vram_cap_gib": 0.001}, {"profiler": "off"}, {"decode_scope": "escaped"}, {"frames": 17}]},
     )
-    with pytest.raises(MeasureError, match="1 of 4 runs failed: 64x64x9_off; run the same command again"):
+    with pytest.raises(MeasureError) as failure:
         measure(plan, out, "cpu")
+    assert failure.value.fields["failed"] == ["64x64x9_off"]
     assert made == ["64x64x9_off", "64x64x9_escaped", "64x64x17"]
     said = capsys.readouterr()
-    assert "4 runs, 1 of them kept from before; 3 to make, in about 90 s" in said.out
+    assert "4 runs, 1 reused; 3 to run, in about 90 s" in said.out
     assert "no such luck; try again" in said.err
     assert "[2/3] 64x64x9_escaped, about 60 s left" in said.err
     outcomes = {words[0]: " ".join(words[1:4]) for words in map(str.split, said.out.splitlines()) if len(words) > 1}
@@ -253,7 +254,7 @@ def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
 def test_a_dry_run_says_what_would_run(tmp_path, capsys):
     measure(_plan(tmp_path, {"runs": [{}]}, process_seconds=5), tmp_path / "runs", "cpu", dry_run=True)
     assert capsys.readouterr().out.splitlines() == [
-        "1 runs, 0 of them kept from before; 1 to make, in about 35 s",
+        "1 runs, 0 reused; 1 to run, in about 35 s",
         f"{'64x64x9':<60}    35 s",
     ]
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""``i2v-lab doctor``: is everything here that a run needs, and if not, what to do."""
+"""``i2v-lab doctor``: check the machine and its packages, and say how to repair what is broken."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING
 import typer
 
 from i2v_lab.cli import options
+from i2v_lab.cli.output import plain_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from i2v_lab.doctor.checks import Check
 
+EXAMPLES = """
+**Examples**
+
+A table for people, and JSON for a script or a bug report:
+
+    i2v-lab doctor
+    i2v-lab doctor --json
+"""
 STYLES = {"ok": "green", "warning": "yellow", "broken": "bold red"}
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Check Python, GPU, packages, encoders, disk and memory, and say what to do about each.
+    """Check Python, GPU, packages, encoders, disk and memory, with advice for each.
 
-    Ends with status 1 if something is broken that stops a run. A machine without a GPU is not broken.
+    The exit status is 1 if a check is broken, so that a run would fail. A machine without a GPU is not broken.
     """
     from i2v_lab.doctor.checks import State, examine
 
@@ -31,9 +40,7 @@ def doctor(as_json: options.AsJson = False) -> None:
     if as_json:
         print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in checks]}))
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
+        console = plain_console()
         console.print(doctor_table(checks))
         console.print(verdict(checks))
     if broken:
@@ -41,11 +48,11 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 
 def doctor_table(checks: Sequence[Check]) -> RenderableType:
-    """The checks as a table for a terminal."""
+    """Return the checks as a table for a terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("check", "state", "found", "what to do", header_style="bold")
+    table = Table("check", "state", "found", "advice", header_style="bold")
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for check in checks:
         state = Text(check.state.value, style=STYLES[check.state.value])
@@ -54,9 +61,9 @@ def doctor_table(checks: Sequence[Check]) -> RenderableType:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """One sentence over all checks."""
+    """Return one sentence over all checks."""
     by_state = {state: [check.name for check in checks if check.state == state] for state in STYLES}
     words = [f"{state}: {', '.join(by_state[state])}" for state in ("broken", "warning") if by_state[state]]
     if by_state["broken"]:
         return f"A run would fail. {'; '.join(words)}."
-    return f"Everything that a run needs is here{'; ' + words[0] if words else ''}."
+    return f"A run has everything that it needs{'; ' + words[0] if words else ''}."

@@ -1,24 +1,27 @@
-"""``i2v-lab lab``: JupyterLab with this package's kernel and a start page, for this machine alone."""
+"""``i2v-lab lab``: JupyterLab on the notebooks, with the kernel of this interpreter, for this machine only."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import typer
 
+from i2v_lab.cli.output import log
 from i2v_lab.errors import OutputError
 from i2v_lab.files import write_text
-from i2v_lab.paths import cache_dir, notebooks_dir
-from i2v_lab.reproduce.kernel import write_kernel_spec
+from i2v_lab.paths import cache_dir, checkout_dir, notebooks_dir
 
-NOTEBOOKS = notebooks_dir()
 START = "README.md"
-LAB_CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-LAB_EXAMPLES = """
+"""The notebook folder's page that JupyterLab opens first."""
+COPY = "i2v-lab-notebooks"
+"""Folder below the current one that gets the notebooks of an installed package."""
+CONTEXT_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+EXAMPLES = """
 **Examples**
 
 On this machine, in a browser that it opens:
@@ -34,25 +37,66 @@ Over SSH: forward the port, then open the printed address on your own machine:
 
 
 def lab(context: typer.Context) -> None:
-    """Open JupyterLab on the notebooks; every other option is JupyterLab's own, such as --no-browser or --port.
+    """Open JupyterLab on the notebooks; every other option is one of JupyterLab, such as --no-browser or --port.
 
-    It listens on this machine only, asks for its token, and looks for neither news nor updates.
+    It listens on this machine only, requires its token, and fetches neither news nor updates. The notebooks of an
+    installed package are copied to ./i2v-lab-notebooks first; files that are there already stay as they are.
     """
-    remote = "SSH_CONNECTION" in os.environ  # the browser would be on the wrong machine
+    notebooks = editable_notebooks(Path.cwd())
+    remote = "SSH_CONNECTION" in os.environ  # the browser would open on the wrong machine
     options = [*(["--no-browser"] if remote and "--no-browser" not in context.args else []), *context.args]
     environment = lab_environment(cache_dir() / "jupyter", os.environ)
-    command = lab_command(options)
-    os.execve(command[0], command, environment)  # noqa: S606 - so that signals and Ctrl-C are JupyterLab's
+    command = lab_command(options, notebooks)
+    os.execve(command[0], command, environment)  # noqa: S606 - replaces this process: JupyterLab gets the signals
 
 
-def lab_command(options: Sequence[str] = (), notebooks: Path = NOTEBOOKS) -> list[str]:
-    """The command line of JupyterLab on a folder of notebooks, with more of its own options."""
+def editable_notebooks(folder: Path) -> Path:
+    """Return the notebooks where changes to them can be saved and survive an upgrade.
+
+    Args:
+        folder: Gets the copy, ``COPY``, if the package is installed rather than run from a checkout.
+
+    Returns:
+        The folder of the checkout, or the copy.
+
+    Raises:
+        OutputError: There are no notebooks, or they cannot be copied.
+    """
+    source = notebooks_dir()
+    if not source.is_dir():
+        raise OutputError(f"the notebook folder '{source}' does not exist; reinstall i2v-lab", folder=source)
+    if checkout_dir() is not None:
+        return source
+    copy = folder / COPY
+    try:
+        for path in sorted(source.glob("[!.]*")):
+            target = copy / path.name
+            if path.is_file() and not target.exists():
+                copy.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+    except OSError as error:
+        raise OutputError(
+            f"the notebooks cannot be copied to '{copy}' ({error.strerror}); start in a folder that is writable",
+            folder=copy,
+        ) from error
+    log(f"i2v-lab: the notebooks are in {copy}; changes are saved there")
+    return copy
+
+
+def lab_command(options: Sequence[str] = (), notebooks: Path | None = None) -> list[str]:
+    """Return the command line of JupyterLab.
+
+    Args:
+        options: Further options of JupyterLab.
+        notebooks: Folder to serve; that of the package by default.
+    """
     return [
         sys.executable,
         "-m",
         "jupyterlab",
         "--ip=127.0.0.1",
-        f"--ServerApp.root_dir={notebooks}",
+        f"--ServerApp.root_dir={notebooks or notebooks_dir()}",
+        "--ServerApp.kernel_spec_manager_class=i2v_lab.reproduce.kernel.InterpreterKernelSpecs",
         f"--LabApp.default_url=/lab/tree/{START}",
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate",
@@ -62,11 +106,11 @@ def lab_command(options: Sequence[str] = (), notebooks: Path = NOTEBOOKS) -> lis
 
 
 def lab_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of JupyterLab: ``python3`` is this interpreter, and nobody is asked about news.
+    """Return the environment of JupyterLab: with progress bars, and without a question about news.
 
     Args:
-        folder: Gets the kernel's spec and JupyterLab's settings.
-        environment: The caller's, which is left as it is.
+        folder: Gets the settings of JupyterLab.
+        environment: Environment of the caller, which is not changed.
 
     Raises:
         OutputError: ``folder`` cannot be written.
@@ -78,12 +122,14 @@ def lab_environment(folder: Path, environment: Mapping[str, str]) -> dict[str, s
         },
     }
     try:
-        write_kernel_spec(folder, "python3", {"TQDM_DISABLE": "0", "TRANSFORMERS_VERBOSITY": "error"})
         for name, values in settings.items():
             write_text(folder / "labconfig" / name, json.dumps(values))
     except OSError as error:
-        raise OutputError(f"the cache folder '{folder}' cannot be written ({error.strerror})") from error
-    found = dict(environment)
-    for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"):
-        found[name] = os.pathsep.join(filter(None, [str(folder), environment.get(name)]))
-    return found
+        raise OutputError(f"the cache folder '{folder}' cannot be written ({error.strerror})", folder=folder) from error
+    config_path = os.pathsep.join(filter(None, [str(folder), environment.get("JUPYTER_CONFIG_PATH")]))
+    return {
+        **environment,
+        "JUPYTER_CONFIG_PATH": config_path,
+        "TQDM_DISABLE": "0",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }

@@ -1,8 +1,7 @@
-"""``i2v-lab measure``: a plan of runs, each in a process of its own, kept as run directories."""
+"""``i2v-lab measure``: run a plan, one process per run, and record each run in a directory."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from i2v_lab.cli.output import log, wide_console
 from i2v_lab.errors import I2VLabError, MeasureError
 
 if TYPE_CHECKING:
     from i2v_lab.runs.plans import PlannedRun
     from i2v_lab.runs.store import Run
 
-MEASURE_EXAMPLES = """
+EXAMPLES = """
 **Examples**
 
-The study at full size, on the GPU of this machine; the same command again goes on where it was stopped:
+The full-size study on the GPU of this machine; the same command resumes after an interruption:
 
     i2v-lab measure --plan data/plans/h200.yaml --out runs/h200
 
-What is ahead, without running anything:
+List the runs that are left, without running them:
 
     i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --dry-run
 """
@@ -32,24 +32,24 @@ What is ahead, without running anything:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How one planned run ended: with a run, or with an error of ours."""
+    """The result of one planned run: a recorded run, or the message of an I2VLabError."""
 
     name: str
     run: Run | None
     message: str
-    kept: bool
+    reused: bool
 
 
 def measure(
-    plan: Annotated[Path, typer.Option(help="A YAML file: see data/plans.")],
-    out: Annotated[Path, typer.Option(help="Gets one run directory for each run.")],
+    plan: Annotated[Path, typer.Option(help="YAML file; for its format see data/plans.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run directories.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run, and for how long.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs that are left.")] = False,
 ) -> None:
-    """Measure the runs of a plan, one process each, and keep their records.
+    """Measure the runs of a plan, one process per run, and record them.
 
-    A run that runs out of memory, or whose grad mode torch refuses, is a result like any other. One that fails in
-    another way does not stop the rest. What is in the folder already is not run again.
+    Out of memory, and a grad mode that torch refuses, are recorded as results. Any other failure does not stop the
+    remaining runs. Runs that the folder already holds with the same settings are reused.
     """
     from i2v_lab.runs.measure import reusable_run, run_identity
     from i2v_lab.runs.plans import load_plan
@@ -58,8 +58,7 @@ def measure(
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     seconds = sum(each.expected_seconds for each in todo)
     print(
-        f"{len(planned)} runs, {len(planned) - len(todo)} of them kept from before; {len(todo)} to make, in about "
-        f"{_duration(seconds)}",
+        f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {_duration(seconds)}",
         flush=True,
     )
     if dry_run:
@@ -71,7 +70,7 @@ def measure(
     failed = [outcome.name for outcome in outcomes if outcome.run is None]
     if failed:
         raise MeasureError(
-            f"{len(failed)} of {len(outcomes)} runs failed: {', '.join(failed)}; run the same command again for these",
+            f"{len(failed)} of {len(outcomes)} runs failed: {', '.join(failed)}; repeat the command to retry them",
             failed=failed,
         )
 
@@ -81,11 +80,11 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
 
     outcomes: list[_Outcome] = []
     left_s = sum(each.expected_seconds for each in planned if each.name in todo)
-    begun = 0
+    started = 0
     for each in planned:
         if each.name in todo:
-            begun += 1
-            _tell(f"[{begun}/{len(todo)}] {each.name}, about {_duration(left_s)} left")
+            started += 1
+            log(f"[{started}/{len(todo)}] {each.name}, about {_duration(left_s)} left")
             left_s -= each.expected_seconds
         start_s = time.perf_counter()
         run, message = None, ""
@@ -94,15 +93,14 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
             message = str(run.metadata.get("error", ""))
         except I2VLabError as error:
             message = str(error)
-        outcomes.append(_Outcome(each.name, run, message, kept=each.name not in todo))
+        outcomes.append(_Outcome(each.name, run, message, reused=each.name not in todo))
         if each.name in todo:
             took = f"{time.perf_counter() - start_s:.0f} s (expected {each.expected_seconds:.0f})"
-            _tell(f"    {'failed' if run is None else run.status}, {took}{': ' if message else ''}{message[:160]}")
+            log(f"    {'failed' if run is None else run.status}, {took}{': ' if message else ''}{message[:160]}")
     return outcomes
 
 
 def _print_summary(outcomes: Sequence[_Outcome]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord, peak_phase
@@ -120,16 +118,12 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
         status = "out of memory" if outcome.run.of(OutOfMemoryRecord) else outcome.run.status
         table.add_row(
             outcome.name,
-            f"{status}, kept" if outcome.kept else status,
+            f"{status}, reused" if outcome.reused else status,
             format_bytes(top.peak_bytes) if top else "",
             top.phase if top else "",
             f"{max((phase.start_s + phase.seconds for phase in phases), default=0):.1f}",
         )
-    Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    wide_console().print(table)
 
 
 def _duration(seconds: float) -> str:

@@ -1,82 +1,88 @@
-"""The options of a request, as every command that takes one spells them."""
+"""Options that several commands share, and the request that they make up."""
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
 
+from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
-Prompt = Annotated[str, typer.Option(help="What should happen.")]
-NegativePrompt = Annotated[str, typer.Option(help="What should not (dev variant).")]
-Width = Annotated[
-    int | None, typer.Option(help="Pixels, a multiple of 64; of 32 for LTX-Video. [default: the model's]")
-]
-Height = Annotated[int | None, typer.Option(help="Pixels, likewise. [default: the model's]")]
-Frames = Annotated[int | None, typer.Option(help="8k+1. [default: the model's]")]
+Prompt = Annotated[str, typer.Option(help="Description of the video.")]
+NegativePrompt = Annotated[str, typer.Option(help="Description of what to avoid (dev variant).")]
+Width = Annotated[int | None, typer.Option(help="Pixels, by the model's size rule. [default: the model's]")]
+Height = Annotated[int | None, typer.Option(help="Pixels, by the model's size rule. [default: the model's]")]
+Frames = Annotated[int | None, typer.Option(help="Frames, by the model's size rule. [default: the model's]")]
 Fps = Annotated[float, typer.Option(help="Frames per second.")]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
-Model = Annotated[str, typer.Option(help="An architecture of data/architectures.")]
-VariantOption = Annotated[Variant, typer.Option(help="Sampler: 8+3 steps, or guided then 3.")]
-QuantizationOption = Annotated[Quantization | None, typer.Option(help="Of the transformer. [default: the model's]")]
-TilePx = Annotated[int | None, typer.Option(help="Decoder tile, longer side. [default: 768]")]
-TileOverlapPx = Annotated[int | None, typer.Option(help="Overlap of tiles, pixels. [default: 64]")]
-TileFrames = Annotated[int | None, typer.Option(help="Decoder tile, frames. [default: 80]")]
-TileOverlapFrames = Annotated[int | None, typer.Option(help="Overlap of tiles, frames. [default: 24]")]
-NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode in one piece.")]
-DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode of the decoding.")]
-MemoryOption = Annotated[
-    MemoryPolicy, typer.Option(help="What is held at a time; auto: the fastest that fits by the forecast.")
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Model = Annotated[str, typer.Option(help="Name of an architecture in data/architectures.")]
+VariantOption = Annotated[Variant, typer.Option(help="Sampler of the model.")]
+QuantizationOption = Annotated[
+    Quantization | None, typer.Option(help="Quantization of the transformer. [default: the model's]")
 ]
-VramCapGib = Annotated[float | None, typer.Option(help="Pretend to a card of this size, in GiB.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+TilePx = Annotated[int | None, typer.Option(help="Longer side of a VAE decoder tile, pixels. [default: 768]")]
+TileOverlapPx = Annotated[int | None, typer.Option(help="Spatial overlap of tiles, pixels. [default: 64]")]
+TileFrames = Annotated[int | None, typer.Option(help="Length of a VAE decoder tile, frames. [default: 80]")]
+TileOverlapFrames = Annotated[int | None, typer.Option(help="Temporal overlap of tiles, frames. [default: 24]")]
+NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode without tiles.")]
+DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode while the video is decoded.")]
+MemoryOption = Annotated[MemoryPolicy, typer.Option(help="Memory policy; auto: the fastest whose forecast fits.")]
+VramCapGib = Annotated[float | None, typer.Option(help="Limit memory to that of a card of this size, GiB.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 
 def check_cap(vram_cap_gib: float | None) -> None:
-    """Refuse a cap that no card can have.
+    """Check a memory limit.
 
     Raises:
-        InvalidRequest: It is not above 0.
+        InvalidRequest: It is not positive.
     """
     if vram_cap_gib is not None and not vram_cap_gib > 0:
         raise InvalidRequest(
-            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB", vram_cap_gib=vram_cap_gib
+            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB",
+            vram_cap_gib=vram_cap_gib,
         )
 
 
 def resolved(request: I2VRequest, model: str, memory_bytes: int, device: str = "cuda") -> I2VRequest:
-    """A request with ``memory=auto`` as the fastest policy that fits; the choice and its reason go to stderr."""
+    """Replace ``memory=auto`` by the fastest policy whose forecast fits; the choice and its reason go to stderr.
+
+    Args:
+        request: Returned as it is with any other policy.
+        model: Name of the architecture.
+        memory_bytes: Memory available on the device.
+        device: ``cuda`` or ``cpu``.
+    """
     if request.memory is not MemoryPolicy.AUTO:
         return request
     from i2v_lab.capacity.placement import resolve_memory
 
     resolution = resolve_memory(request, memory_bytes, model, device)
-    print(f"i2v-lab: {resolution.reason}", file=sys.stderr)
+    log(f"i2v-lab: {resolution.reason}")
     return resolution.request
 
 
 def build_request(
-    architecture: Architecture, tile: tuple[int | None, ...], no_tiling: bool, **asked: Any
+    architecture: Architecture, tile: tuple[int | None, ...], no_tiling: bool, **values: Any
 ) -> I2VRequest:
-    """The request of a command line.
+    """Build the request of a command line from options and the defaults of the architecture.
 
     Args:
-        architecture: Has what to use where nothing is asked for, and a backend, which must be there.
+        architecture: Gives the default of every option that is ``None``, and the runner, whose package is checked.
         tile: ``tile_px, tile_overlap_px, tile_frames, tile_overlap_frames``.
-        no_tiling: Disregard ``tile``.
-        **asked: Everything else, ``None`` where nothing is asked for.
+        no_tiling: Ignore ``tile`` and decode without tiles.
+        **values: Other fields of the request; ``None`` stands for the default.
 
     Raises:
-        InvalidRequest: A rule is broken.
+        InvalidRequest: A rule of the model is broken.
         RunnerUnavailable: The model's package is not installed.
     """
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
     tiles = {name: value for name, value in zip(names, tile, strict=True) if value is not None}
     untiled = no_tiling or (not tiles and "tiling" in architecture.request)

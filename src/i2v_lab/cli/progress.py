@@ -1,4 +1,4 @@
-"""Progress on stderr: bars in a terminal, one line a phase elsewhere."""
+"""Progress of a generation on stderr: bars in a terminal, one line per phase otherwise."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from i2v_lab.events import Event, Phase, PhaseEnded, PhaseStarted, StepEnded
 
 
 class ProgressReport:
-    """An event sink that shows how far a generation is; also counts the frames written to the file.
+    """An event sink that shows the progress of a generation and of writing its frames.
 
     Args:
-        frames: How many frames the file will have.
+        frames: Number of frames of the video.
     """
 
     def __init__(self, frames: int) -> None:
         console = Console(stderr=True)
         self._plain = not sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR in a notebook makes true
         self._bars = Progress(
-            TextColumn("{task.description:<16}"),
+            TextColumn("{task.description:<16}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -34,7 +34,7 @@ class ProgressReport:
         self._frames = frames
 
     def __call__(self, event: Event) -> None:
-        """Take note of an event."""
+        """Handle an event."""
         match event:
             case PhaseStarted(phase=phase):
                 self._tasks[phase] = self._bars.add_task(phase.value, total=None)
@@ -49,14 +49,14 @@ class ProgressReport:
                     print(f"{phase.value:<16} {seconds:7.1f} s", file=sys.stderr, flush=True)
 
     def checked(self, name: str, tensors: int, total: int) -> None:
-        """Progress of reading a weight file for verification."""
+        """Show the progress of verifying a weight file, in tensors."""
         key = f"check {name}"
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(key, total=total)
         self._bars.update(self._tasks[key], completed=tensors)
 
     def frame_written(self) -> None:
-        """One more frame is in the file."""
+        """Count a frame that was written to the file."""
         if "file" not in self._tasks:
             self._tasks["file"] = self._bars.add_task("write file", total=self._frames)
         self._bars.advance(self._tasks["file"])

@@ -1,4 +1,4 @@
-"""``i2v-lab reproduce``: the notebooks, headlessly."""
+"""``i2v-lab reproduce``: execute the notebooks headlessly and render the site."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typer.core import TyperCommand
 
 from i2v_lab.errors import InvalidRequest, ReproduceError
 
-REPRODUCE_EXAMPLES = """
+EXAMPLES = """
 **Examples**
 
-All notebooks; what has not changed since the last time is not run again:
+All notebooks that are not up to date:
 
     i2v-lab reproduce
 
-One of them with other values, then all with values from a file, two at a time:
+One notebook with other values; all of them with values from a file, two at a time:
 
     i2v-lab reproduce 03_no_grad_fix -p frames 49 -p prompt "rain on a lake"
     i2v-lab reproduce -f params.yaml --jobs 2
 
-In params.yaml, a value for every notebook that declares it, and one for a single notebook:
+params.yaml, with a value for every notebook that declares it, and one for a single notebook:
 
     seed: 3
     03_no_grad_fix:
@@ -33,10 +33,10 @@ PAIR = "\0"
 
 
 class ReproduceCommand(TyperCommand):
-    """Typer has no option that takes two words and may be repeated: the two words of ``-p`` reach it as one."""
+    """Joins the two words of ``-p NAME VALUE``: typer has no option that takes two words and may be repeated."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Join the words of each ``-p``, up to ``--``, then parse as usual."""
+        """Join the two words of each ``-p`` before ``--``, then parse as usual."""
         words, joined = iter(args), []
         for word in words:
             joined.append(word)
@@ -52,40 +52,45 @@ def _pair(text: str) -> tuple[str, str]:
     name, separator, value = text.partition(PAIR)
     if not separator or not name.isidentifier():
         raise InvalidRequest(
-            f"parameter={name!r} is not a name with a value; write them as two words, -p NAME VALUE", parameter=name
+            f"parameter={name!r} is not a name and a value; give two words, -p NAME VALUE", parameter=name
         )
     return name, value
 
 
 def reproduce(
-    notebooks: Annotated[list[str] | None, typer.Argument(help="Which, by name. [default: all]")] = None,
+    notebooks: Annotated[list[str] | None, typer.Argument(help="Names or numbers, such as 03. [default: all]")] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option(
             "--parameter",
             "-p",
             metavar="NAME VALUE",
-            help="Two words; may be repeated. For every notebook that declares it; wins over files.",
+            help="Two words; may be repeated. For every notebook that declares it; takes precedence over files.",
         ),
     ] = None,
     parameters_file: Annotated[
         list[Path] | None,
-        typer.Option("--parameters-file", "-f", metavar="YAML", help="Values by name; may be repeated, the last wins."),
+        typer.Option(
+            "--parameters-file",
+            "-f",
+            metavar="YAML",
+            help="Values by name; may be repeated, the last takes precedence.",
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many notebooks at a time.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Run those too that are up to date.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of notebooks to execute at a time.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Execute also the notebooks that are up to date.")] = False,
     out: Annotated[Path, typer.Option(help="Build folder.")] = Path("build"),
 ) -> None:
     """Execute the notebooks headlessly and render figures, tables, videos and a site.
 
-    A notebook is up to date, and not run again, if its source, its parameters, the package, its data, the versions of
-    what it stands on, and the files that it made are all as they were. One that fails does not stop the others.
+    A notebook is up to date if its source, its parameters, the package, its data, the versions of its dependencies and
+    its output files have not changed since it was executed. A notebook that fails does not stop the others.
     """
-    from i2v_lab.reproduce.parameters import Typed
+    from i2v_lab.reproduce.parameters import Text
     from i2v_lab.reproduce.report import print_summary
     from i2v_lab.reproduce.run import reproduce as run
 
-    given = {name: Typed(value) for name, value in map(_pair, parameter or [])}
+    given = {name: Text(value) for name, value in map(_pair, parameter or [])}
     try:
         outcomes = run(notebooks or [], given, out, files=parameters_file or [], jobs=jobs, force=force)
     except ReproduceError as error:

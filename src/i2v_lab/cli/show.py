@@ -1,4 +1,4 @@
-"""``i2v-lab show``: what a recorded run says, or how two of them differ."""
+"""``i2v-lab show``: the phases and the peak of a recorded run, or the difference of two."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from i2v_lab.cli.output import plain_console
+
 if TYPE_CHECKING:
     from i2v_lab.runs.store import Run
 
+EXAMPLES = """
+**Examples**
+
+The phases of a run, and the modules and tensors that hold its peak:
+
+    i2v-lab generate --image stills/lighthouse.png --out video.mp4 --profile runs/escaped --decode-scope escaped
+    i2v-lab show runs/escaped
+
+Two runs phase by phase, with their live bytes over time as a figure:
+
+    i2v-lab show runs/escaped runs/no_grad --timeline figures
+"""
+
 
 def show(
-    run: Annotated[Path, typer.Argument(help="A folder that `generate --profile` wrote.")],
-    other: Annotated[Path | None, typer.Argument(help="A second one, to compare with the first.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many holders of the peak.")] = 10,
+    run: Annotated[
+        Path, typer.Argument(help="Run directory, from `generate --profile`, `forecast --profile` or `measure`.")
+    ],
+    other: Annotated[Path | None, typer.Argument(help="Second run directory, to compare with the first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of modules and of tensors to list.")] = 10,
     timeline: Annotated[
-        Path | None, typer.Option(help="Folder for timeline.svg and .png: live bytes over time.")
+        Path | None, typer.Option(help="Folder for timeline.svg and timeline.png: live bytes over time.")
     ] = None,
 ) -> None:
-    """Show the phases of a recorded run and what held its peak, or how a second run differs from it."""
-    from rich.console import Console
-
+    """Show the phases of a recorded run and what was live at its peak, or the difference to a second run."""
     from i2v_lab.profiling.records import PhaseRecord, peak_phase
     from i2v_lab.reporting import run_tables
     from i2v_lab.reporting.headlines import difference_headline, headline
     from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.runs.store import read_run
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = plain_console()
     first = read_run(run)
     if timeline is not None:
         from i2v_lab.reporting.figures.runs import timeline_figure

@@ -1,1 +1,1 @@
-"""What a machine and its packages lack for i2v-lab."""
+"""Checks of the machine and of the installed packages."""

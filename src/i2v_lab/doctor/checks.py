@@ -1,4 +1,4 @@
-"""What a machine and its packages lack for i2v-lab, and what to do about it; torch is asked last, and only here."""
+"""Checks of the machine and its packages, each with its finding and advice; only :func:`check_cuda` imports torch."""
 
 from __future__ import annotations
 
@@ -17,30 +17,39 @@ from i2v_lab.profiling.meters.nvml import NO_ANSWER, NO_PACKAGE, NvmlUnavailable
 from i2v_lab.units import GIB, MIB, format_bytes
 
 PROJECT = "i2v-lab"
-SHOWN = ("ltx-core", "ltx-pipelines", "ltx-video", "transformers", "diffusers", "huggingface-hub", "tokenizers")
-SHOWN_LAST = ("av", "jupyterlab")
-OPTIONAL = {  # without which a generation of LTX-2.3 runs all the same, and what does not
+SHOWN = (
+    "ltx-core",
+    "ltx-pipelines",
+    "ltx-video",
+    "transformers",
+    "diffusers",
+    "huggingface-hub",
+    "tokenizers",
+    "av",
+    "jupyterlab",
+)
+OPTIONAL = {  # not needed for a generation with LTX-2.3, but for this
     "ltx-video": "the ltx-video backend",
     "diffusers": "pipelines of diffusers",
     "jupyterlab": "`i2v-lab lab`",
 }
 LTX_VIDEO = "pip install --no-deps ltx-video==0.1.2"
-EXPECTED = ("ltx-video", "transformers")  # the one unmet requirement that is meant to be: who declares it, about whom
+EXPECTED = ("ltx-video", "transformers")  # the one requirement that is unmet on purpose: declared by, for
 WHY_EXPECTED = (
-    "As expected, the one complaint of `pip check`: ltx-video 0.1.2 declares transformers<4.52, ltx-core needs >=4.52. "
-    f"Both run on 4.57, so ltx-video comes after everything else: `{LTX_VIDEO}`. Nothing to do."
+    "`pip check` reports this one as expected: ltx-video 0.1.2 declares transformers<4.52, ltx-core needs >=4.52. "
+    f"Both work with 4.57, so ltx-video is installed last: `{LTX_VIDEO}`. Nothing to do."
 )
 ENCODERS = ("libx264", "aac")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-# Measured: a tiny generation and a forecast of the 22B take some 1.0 GB each, the tiny weights and a full reproduction
-# less than 0.5 GB of disk; torch's shared libraries aside, nothing here wants more than semaphores of /dev/shm.
+# Measured: a generation with the tiny model and a forecast of the 22B take about 1.0 GB of memory each, the tiny
+# weights and a full reproduction less than 0.5 GB of disk; of /dev/shm, only semaphores are used.
 LEAST_MEMORY, GOOD_MEMORY = 1 * GIB, 2 * GIB
 LEAST_DISK, GOOD_DISK = 256 * MIB, 2 * GIB
 GOOD_SHARED = 64 * MIB
 
 
 class State(StrEnum):
-    """``broken`` stops a run, ``warning`` takes something away, ``ok`` needs nothing."""
+    """``broken``: a run would fail; ``warning``: something optional is missing or scarce; ``ok``."""
 
     OK = "ok"
     WARNING = "warning"
@@ -49,13 +58,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        state: How it is.
-        found: What was found, in words.
-        advice: What to do; empty where there is nothing to say.
+        name: What was checked.
+        state: The result.
+        found: What was found: versions, sizes, paths.
+        advice: What to do; empty if there is nothing to do.
     """
 
     name: str
@@ -65,10 +74,10 @@ class Check:
 
 
 def examine(packages: Packages | None = None) -> list[Check]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
-        packages: Of another environment than this one.
+        packages: Those to check; by default of this environment.
 
     Example:
         >>> [check.name for check in examine()][:2]
@@ -82,9 +91,7 @@ def examine(packages: Packages | None = None) -> list[Check]:
         check_torch_family(packages),
         *check_packages(packages, SHOWN),
         check_other_requirements(packages),
-        *check_packages(packages, SHOWN_LAST[:1]),
         check_encoders(),
-        *check_packages(packages, SHOWN_LAST[1:]),
         check_chromium(),
         check_disk("cache folder", cache_dir(), f"set {CACHE_VARIABLE} to a folder"),
         check_disk("temporary folder", Path(tempfile.gettempdir()), "set TMPDIR to a folder"),
@@ -94,14 +101,14 @@ def examine(packages: Packages | None = None) -> list[Check]:
 
 
 def check_python(version: str = platform.python_version()) -> Check:
-    """Whether this interpreter is new enough."""
+    """Check that this interpreter is new enough."""
     found = f"{version}, {platform.system()} {platform.machine()}"
     if (release(version) or (0, 0)) < (3, 11):
         return Check("Python", State.BROKEN, found, "Use Python 3.11 or newer: make PYTHON=python3.12 setup")
     return Check("Python", State.OK, found)
 
 
-# --- The card ---
+# --- The GPU ---
 
 
 def check_driver() -> Check:
@@ -129,11 +136,11 @@ def check_driver() -> Check:
 
 
 def check_cuda() -> Check:
-    """Whether torch can use the card that the driver has."""
+    """Check that torch sees a GPU if the driver has one."""
     name = "CUDA in torch"
     try:
         import torch
-    except (ImportError, OSError) as error:  # not there, or a shared library that does not load
+    except (ImportError, OSError) as error:  # not installed, or a shared library does not load
         return Check(name, State.BROKEN, f"torch cannot be loaded ({error})", "make setup, in a fresh .venv")
     built = f"torch {torch.__version__}, built for " + (
         f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
@@ -147,17 +154,19 @@ def check_cuda() -> Check:
     if torch.version.cuda is None:
         advice = "Install torch with CUDA: pip install --force-reinstall 'torch==2.11.*' from the index of pytorch.org"
     elif driver < int(torch.version.cuda.partition(".")[0]):
-        advice = f"The driver knows CUDA {driver} at most: install a newer driver, or a torch built for CUDA {driver}"
+        advice = f"The driver supports CUDA {driver} at most: install a newer one, or a torch built for CUDA {driver}"
     else:
         advice = f"Look at CUDA_VISIBLE_DEVICES (now {os.environ.get('CUDA_VISIBLE_DEVICES')!r}) and nvidia-smi"
-    return Check(name, State.WARNING, f"{built}; it sees no card, the driver is there", f"{advice}. Runs use the CPU.")
+    return Check(
+        name, State.WARNING, f"{built}; it sees no GPU, although there is a driver", f"{advice}. Runs use the CPU."
+    )
 
 
 # --- Packages ---
 
 
 def check_torch_family(packages: Packages) -> Check:
-    """Whether torch, torchaudio and torchvision were made for each other: 2.n, 2.n and 0.(n + 15), built alike."""
+    """Check that torch, torchaudio and torchvision match: versions 2.n, 2.n and 0.(n + 15) of the same build."""
     name = "torch family"
     versions = {each: packages.version(each) for each in ("torch", "torchaudio", "torchvision")}
     found = ", ".join(f"{each} {version or 'missing'}" for each, version in versions.items())
@@ -169,7 +178,7 @@ def check_torch_family(packages: Packages) -> Check:
     builds = {version.partition("+")[2] for version in versions.values() if version}
     alike = releases["torchaudio"] == (major, minor) and releases["torchvision"] == (0, minor + 15)
     if not alike or len(builds) > 1:
-        return Check(name, State.BROKEN, found, f"They are not one family, and ltx-core imports torchaudio: {remedy}")
+        return Check(name, State.BROKEN, found, f"The versions do not match, and ltx-core imports torchaudio: {remedy}")
     wrong = [each for each in _unmet(packages) if each.name in versions]
     if wrong:
         return Check(name, State.BROKEN, found, f"{'; '.join(map(str, wrong))}: {remedy}")
@@ -177,40 +186,40 @@ def check_torch_family(packages: Packages) -> Check:
 
 
 def check_packages(packages: Packages, names: tuple[str, ...]) -> Iterator[Check]:
-    """The version of each package, and whether everybody who needs it is content with it."""
+    """Check that each package is installed, in a version that every package that requires it accepts."""
     for name in names:
         version = packages.version(name)
         optional = OPTIONAL.get(name)
         bad = State.WARNING if optional else State.BROKEN
-        lost = f" Until then there is no {optional}; everything else runs." if optional else ""
+        effect = f" Until then, {optional} cannot be used; everything else works." if optional else ""
         unmet = [each for each in _unmet(packages) if each.name == name]
         if version is None:
             remedy = LTX_VIDEO if name == "ltx-video" else f"pip install '{_wanted(unmet) or name}'"
-            yield Check(name, bad, "missing", f"{remedy}.{lost}")
+            yield Check(name, bad, "missing", f"{remedy}.{effect}")
         elif unmet:
             remedy = f"pip install '{_wanted(unmet)}'"
-            yield Check(name, bad, version, f"{'; '.join(map(str, unmet))}: {remedy}.{lost}")
+            yield Check(name, bad, version, f"{'; '.join(map(str, unmet))}: {remedy}.{effect}")
         else:
-            complaint = [each for each in packages.unmet if (each.package, each.name) == EXPECTED]
-            yield Check(name, State.OK, version, WHY_EXPECTED if complaint and name == EXPECTED[0] else "")
+            expected = [each for each in packages.unmet if (each.package, each.name) == EXPECTED]
+            yield Check(name, State.OK, version, WHY_EXPECTED if expected and name == EXPECTED[0] else "")
 
 
 def check_other_requirements(packages: Packages) -> Check:
-    """Every other requirement that is not met, as ``pip check`` would name it."""
+    """Check all other requirements, as ``pip check`` does."""
     name = "other requirements"
     if packages.version(PROJECT) is None:
         found = f"{PROJECT} itself is not installed"
         return Check(name, State.BROKEN, found, "make setup, or `pip install -e .`, so that its requirements are known")
-    told = {"torch", "torchaudio", "torchvision", *SHOWN, *SHOWN_LAST}
+    checked = {"torch", "torchaudio", "torchvision", *SHOWN}
     needed = packages.needed_by(PROJECT)
-    others = [each for each in _unmet(packages) if each.name not in told or each.package not in needed]
+    others = [each for each in _unmet(packages) if each.name not in checked or each.package not in needed]
     if not others:
         return Check(name, State.OK, "all met")
-    ours = [each for each in others if each.package in needed]
-    wanted = " ".join(f"'{each.requirement.name}{each.requirement.specifier}'" for each in ours or others)
-    state = State.BROKEN if ours else State.WARNING
-    lost = "" if ours else " LTX-2.3 does not need who complains."
-    return Check(name, state, "; ".join(map(str, others)), f"pip install {wanted}.{lost}")
+    required = [each for each in others if each.package in needed]
+    remedy = " ".join(f"'{each.requirement.name}{each.requirement.specifier}'" for each in required or others)
+    state = State.BROKEN if required else State.WARNING
+    effect = "" if required else " LTX-2.3 does not need the package that declares it."
+    return Check(name, state, "; ".join(map(str, others)), f"pip install {remedy}.{effect}")
 
 
 def _unmet(packages: Packages) -> list[Unmet]:
@@ -218,7 +227,7 @@ def _unmet(packages: Packages) -> list[Unmet]:
 
 
 def _wanted(unmet: list[Unmet]) -> str:
-    """One requirement that says what all of these do, such as ``tokenizers<0.23,>=0.22``."""
+    """Return one requirement that combines all of these, such as ``tokenizers<0.23,>=0.22``."""
     if not unmet:
         return ""
     specifier = unmet[0].requirement.specifier
@@ -228,7 +237,7 @@ def _wanted(unmet: list[Unmet]) -> str:
 
 
 def check_encoders() -> Check:
-    """Whether PyAV can write what a generation writes: H.264 and AAC."""
+    """Check that PyAV can encode H.264 and AAC."""
     name = "encoders of av"
     try:
         import av.codec
@@ -241,7 +250,7 @@ def check_encoders() -> Check:
         except (av.codec.codec.UnknownCodecError, av.FFmpegError):
             missing.append(encoder)
     if missing:
-        advice = "pip install --force-reinstall --only-binary=:all: av, whose wheels carry FFmpeg with both"
+        advice = "pip install --force-reinstall --only-binary=:all: av, whose wheels contain FFmpeg with both"
         return Check(name, State.BROKEN, f"without {' and '.join(missing)}: no MP4 can be written", advice)
     return Check(name, State.OK, " and ".join(ENCODERS))
 
@@ -250,7 +259,7 @@ def check_encoders() -> Check:
 
 
 def check_chromium(which: Callable[[str], str | None] = shutil.which) -> Check:
-    """Only tests need a browser of the system's."""
+    """Check for a browser, which only tests need."""
     found = next(filter(None, map(which, CHROMIUM)), None)
     if found is None:
         return Check("Chromium", State.OK, "none", "Only tests of pages need it: apt-get install chromium")
@@ -258,32 +267,32 @@ def check_chromium(which: Callable[[str], str | None] = shutil.which) -> Check:
 
 
 def check_disk(name: str, folder: Path, elsewhere: str) -> Check:
-    """Whether a folder, or the one it will be made in, can be written and has room."""
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        advice = f"It cannot be written: give yourself the right to, or {elsewhere} that can be"
+    """Check that a folder, or its nearest existing parent, is writable and has free space."""
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        advice = f"It is not writable: change its permissions, or {elsewhere} that is"
         return Check(name, State.BROKEN, str(folder), advice)
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     found = f"{folder}: {format_bytes(free)} free"
-    advice = f"Free some space, or {elsewhere} with {format_bytes(GOOD_DISK)} and more"
+    advice = f"Free some space, or {elsewhere} with at least {format_bytes(GOOD_DISK)}"
     return Check(name, _enough(free, LEAST_DISK, GOOD_DISK), found, "" if free >= GOOD_DISK else advice)
 
 
 def check_memory(free: int | None = None) -> Check:
-    """Whether a tiny generation and a forecast have room: either takes some 1 GB."""
+    """Check the memory of the host: a generation with the tiny model or a forecast takes about 1 GB."""
     import psutil
 
     memory = psutil.virtual_memory()
     free = memory.available if free is None else free
     found = f"{format_bytes(free)} of {format_bytes(memory.total)} free"
-    advice = "A tiny generation or a forecast takes 1 GB: end other programs, and run one job at a time"
+    advice = "A generation with the tiny model or a forecast takes 1 GB: end other programs, and run one job at a time"
     return Check("memory", _enough(free, LEAST_MEMORY, GOOD_MEMORY), found, "" if free >= GOOD_MEMORY else advice)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), free: int | None = None) -> Check:  # noqa: S108
-    """Where the semaphores of processes and Chromium's pages lie; containers have little of it."""
+    """Check ``/dev/shm``, used for semaphores and by Chromium; containers have little of it."""
     if not folder.is_dir():
-        return Check("shared memory", State.OK, f"no {folder} on this system, nor need for it")
+        return Check("shared memory", State.OK, f"no {folder} on this system, which does not need it")
     free = shutil.disk_usage(folder).free if free is None else free
     found = f"{folder}: {format_bytes(free)} free"
     if free >= GOOD_SHARED:

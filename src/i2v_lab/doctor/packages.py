@@ -1,4 +1,8 @@
-"""What ``pip check`` does, without pip: which installed packages declare a requirement that is not met."""
+"""Requirements of installed packages that are not met, as ``pip check`` reports them.
+
+``pip check`` itself is not used: virtual environments of uv have no pip, it takes about a second, and it does not say
+whether a package is among the requirements of i2v-lab.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ from packaging.version import InvalidVersion, Version
 
 @dataclass(frozen=True)
 class Unmet:
-    """A requirement that is declared and not met.
+    """A requirement that is not met.
 
     Attributes:
-        package: Who declares it.
+        package: The package that declares it.
         requirement: Such as ``tokenizers>=0.22``.
-        found: The version that is installed; ``None`` if there is none.
+        found: The installed version; ``None`` if there is none.
     """
 
     package: str
@@ -28,7 +32,7 @@ class Unmet:
 
     @property
     def name(self) -> str:
-        """Whom it is about."""
+        """Canonical name of the required package."""
         return canonicalize_name(self.requirement.name)
 
     def __str__(self) -> str:
@@ -37,10 +41,10 @@ class Unmet:
 
 
 class Packages:
-    """The packages of an environment, by their canonical names.
+    """The packages of an environment, by canonical name.
 
     Args:
-        found: Their metadata; of two with the same name the first counts, as it does for ``import``.
+        found: Their metadata, by default of this environment; of two with the same name the first counts.
 
     Example:
         >>> packages = Packages()
@@ -53,13 +57,13 @@ class Packages:
     def __init__(self, found: Iterable[Distribution] | None = None) -> None:
         self._found: dict[str, Distribution] = {}
         for each in distributions() if found is None else found:
-            # A folder that a broken installation left behind has no name: it is no package.
+            # A folder that is left over from a broken installation has no name.
             name = each.metadata["Name"]
             if name:
                 self._found.setdefault(canonicalize_name(name), each)
 
     def version(self, name: str) -> str | None:
-        """The installed version; ``None`` if there is none."""
+        """Return the installed version; ``None`` if there is none."""
         each = self._found.get(canonicalize_name(name))
         return None if each is None else each.version
 
@@ -68,7 +72,7 @@ class Packages:
         return {name: list(_requirements(each)) for name, each in self._found.items()}
 
     def needed_by(self, *names: str) -> set[str]:
-        """These packages and all that they need, directly or not; by canonical names, installed or not."""
+        """Return the canonical names of these packages and their direct and indirect requirements, installed or not."""
         needed: set[str] = set()
         todo = [canonicalize_name(name) for name in names]
         while todo:
@@ -80,7 +84,7 @@ class Packages:
 
     @cached_property
     def unmet(self) -> list[Unmet]:
-        """Every requirement that is not met, by the package that declares it."""
+        """Requirements that are not met, in the order of the packages that declare them."""
         found = []
         for package, requirements in sorted(self._declared.items()):
             for requirement in requirements:
@@ -91,7 +95,7 @@ class Packages:
 
 
 def _requirements(package: Distribution) -> Iterable[Requirement]:
-    """What a package needs here, without extras; one that cannot be read is passed over, as pip does."""
+    """Yield the requirements of a package here, without extras; an invalid one is skipped, as by pip."""
     for text in package.requires or []:
         try:
             requirement = Requirement(text)
@@ -102,7 +106,7 @@ def _requirements(package: Distribution) -> Iterable[Requirement]:
 
 
 def release(version: str) -> tuple[int, int] | None:
-    """Major and minor number of a version; ``None`` if it is not one.
+    """Return the major and minor number of a version; ``None`` if it is invalid.
 
     Example:
         >>> release("2.11.0+cu130")

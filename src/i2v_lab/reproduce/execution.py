@@ -1,11 +1,10 @@
-"""Execute notebooks, several at a time if need be, in kernels of this interpreter that never outlive the run."""
+"""Execute notebooks, several at a time if asked, in kernels of this interpreter that never outlive the run."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,24 +17,25 @@ from jupyter_core.utils import ensure_event_loop
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
-from i2v_lab.reproduce.kernel import write_kernel_spec
+from i2v_lab.reproduce.kernel import InterpreterKernelManager
 
 ENGINE = "i2v-lab-executor"
-KERNEL = "i2v-lab-run"
+KERNEL_ENVIRONMENT = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Of a kernel whose output goes into a page, where progress bars would fill it."""
 
-_log = logging.getLogger(__name__)  # what kernels and clients have to say; a death is in the notebook's own error
+_log = logging.getLogger(__name__)  # messages of kernels and clients; a dead kernel is in the notebook's own error
 _log.addHandler(logging.NullHandler())
 _log.propagate = False
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_not_about_parameters(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(("Passed unknown parameter", "Unable to parse line"))
 
 
-# Papermill looks for parameters line by line, and says of `x: int | None = None` that nobody declares x. What is passed
-# from here has been checked against the cell itself.
+# Papermill parses the parameters cell line by line, and reports `x: int | None = None` as a parameter that does not
+# exist. Parameters that are passed from here have been checked against the parsed cell.
 for _name in ("papermill", "papermill.translators"):
-    logging.getLogger(_name).addFilter(_is_news)
+    logging.getLogger(_name).addFilter(_is_not_about_parameters)
 
 
 class Stopped(Exception):
@@ -45,16 +45,14 @@ class Stopped(Exception):
 class Executor:
     """Executes notebooks, in any number of threads, until it is stopped.
 
-    In the main thread, nbclient would take signals for itself, end the kernel, and let the next notebook begin. So
-    notebooks belong into other threads, and the main one calls :meth:`interrupt` and later :meth:`kill`.
+    In the main thread, nbclient handles signals itself: it shuts the kernel down, and the next notebook starts.
+    Therefore notebooks are executed in other threads, and the main thread calls :meth:`interrupt`, then :meth:`kill`.
 
     Example:
-        >>> with own_kernel() as kernel:
-        ...     Executor(kernel).execute(Path("in.ipynb"), {"seed": 3}, Path("out.ipynb"))  # doctest: +SKIP
+        >>> Executor().execute(Path("in.ipynb"), {"seed": 3}, Path("out.ipynb"))  # doctest: +SKIP
     """
 
-    def __init__(self, kernel: str) -> None:
-        self._kernel = kernel
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_a_cell: dict[PapermillNotebookClient, bool] = {}
         self._stopped = False
@@ -66,19 +64,19 @@ class Executor:
         executed: Path,
         on_cell: Callable[[int, int], None] = lambda index, cells: None,
     ) -> str | None:
-        """Execute one notebook; its working folder is the current one.
+        """Execute one notebook in the current folder.
 
         Args:
             notebook: The source.
-            parameters: Values that the notebook declares.
-            executed: The copy with outputs, partial if a cell fails; appears when the notebook has ended.
-            on_cell: Called before each cell, with its index and how many there are.
+            parameters: Values by name, for parameters that the notebook declares.
+            executed: The copy with outputs, partial if a cell fails; replaced when the notebook has ended.
+            on_cell: Called before each cell, with its index and the number of cells.
 
         Returns:
-            One line on what failed, or ``None``.
+            The error in one line; ``None`` if there was none.
 
         Raises:
-            Stopped: There is no new copy then.
+            Stopped: The executor was stopped; ``executed`` is not replaced.
         """
         executed.parent.mkdir(parents=True, exist_ok=True)
         part = executed.with_name(f".{executed.name}.part.ipynb").resolve()
@@ -89,17 +87,17 @@ class Executor:
                 str(part),
                 dict(parameters),
                 ENGINE,
-                kernel_name=self._kernel,
+                kernel_name="python3",
                 progress_bar=False,
                 executor=self,
                 on_cell=on_cell,
             )
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {str(failure.evalue).strip().splitlines()[0] if failure.evalue else ''}"
-        except Exception as failure:  # not the notebook's own error: its kernel died, or did not start
+        except Exception as failure:  # not raised by a cell: the kernel died, or did not start
             error = f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
         finally:
-            ensure_event_loop().close()  # nbclient leaves each thread's open
+            ensure_event_loop().close()  # nbclient leaves one open in every thread
             if self._stopped:
                 part.unlink(missing_ok=True)
         if self._stopped:
@@ -108,11 +106,11 @@ class Executor:
         return error
 
     @contextmanager
-    def follow(self, client: PapermillNotebookClient) -> Iterator[Callable[[], None]]:
-        """Within this scope a client's kernel is one to interrupt or to kill.
+    def track(self, client: PapermillNotebookClient) -> Iterator[Callable[[], None]]:
+        """Interrupt or kill the kernel of this client when the executor is stopped within this scope.
 
         Yields:
-            To be called before every cell.
+            A function to call before every cell.
         """
 
         def cell_starts() -> None:
@@ -130,10 +128,10 @@ class Executor:
                 del self._in_a_cell[client]
 
     def interrupt(self) -> None:
-        """Start no cell any more, and interrupt those that run, with the programs that they have started.
+        """Start no further cell, and interrupt the running ones together with the processes that they started.
 
-        They get the chance to remove their half-written files. A kernel that only starts is not interrupted: it would
-        die with a traceback on stderr, and its first cell is refused anyway.
+        The cells can then remove partial files. A kernel that is still starting is not interrupted: it would die with a
+        traceback on stderr, and its first cell is refused in any case.
         """
         with self._lock:
             self._stopped = True
@@ -141,10 +139,10 @@ class Executor:
         for process_id in kernels:
             if process_id is not None:
                 with suppress(ProcessLookupError):
-                    os.killpg(process_id, signal.SIGINT)  # a kernel leads a group of its own
+                    os.killpg(process_id, signal.SIGINT)  # each kernel leads its own process group
 
     def kill(self) -> None:
-        """Kill every kernel that is left, with all that it has started."""
+        """Kill the remaining kernels and all their descendants."""
         with self._lock:
             kernels = [_process_id(client) for client in self._in_a_cell]
         for process_id in kernels:
@@ -157,49 +155,33 @@ class Executor:
 
 
 def _process_id(client: PapermillNotebookClient) -> int | None:
-    provisioner = getattr(client.km, "provisioner", None)  # neither is there before the start and after the end
+    provisioner = getattr(client.km, "provisioner", None)  # neither exists before the start and after the end
     return getattr(provisioner, "pid", None)
 
 
 class _Engine(NBClientEngine):
-    """The stock engine with a client that the executor knows of."""
+    """Papermill's engine with a client that the executor tracks, as papermill returns no client or kernel."""
 
     @classmethod
     def execute_managed_notebook(
         cls, nb_man: Any, kernel_name: str, *, executor: Executor, on_cell: Callable[[int, int], None], **_: Any
     ) -> None:
-        client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=60, log=_log)
-        with executor.follow(client) as cell_starts:
+        client = PapermillNotebookClient(
+            nb_man,
+            kernel_name=kernel_name,
+            kernel_manager_class=InterpreterKernelManager,
+            extra_arguments=["--log-level=CRITICAL"],
+            startup_timeout=60,
+            log=_log,
+        )
+        with executor.track(client) as cell_starts:
 
             def on_cell_start(cell: Any, cell_index: int) -> None:
                 cell_starts()
                 on_cell(cell_index, len(nb_man.nb.cells))
 
             client.on_cell_start = on_cell_start
-            client.execute()
+            client.execute(env={**os.environ, **KERNEL_ENVIRONMENT})
 
 
 papermill_engines.register(ENGINE, _Engine)
-
-
-@contextmanager
-def own_kernel() -> Iterator[str]:
-    """Within this scope Jupyter knows a kernel of this very interpreter: one named python3 may be another's.
-
-    The scope changes the environment of the process, so enter it once, around all that runs at the same time.
-
-    Yields:
-        Its name.
-    """
-    previous = os.environ.get("JUPYTER_PATH")
-    with tempfile.TemporaryDirectory(prefix="i2v-lab-kernel-") as folder:
-        env = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # nobody watches; bars would fill the pages
-        write_kernel_spec(Path(folder), KERNEL, env, ("--log-level=CRITICAL",))
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, previous]))
-        try:
-            yield KERNEL
-        finally:
-            if previous is None:
-                del os.environ["JUPYTER_PATH"]
-            else:
-                os.environ["JUPYTER_PATH"] = previous

@@ -1,28 +1,42 @@
-"""A Jupyter kernel of this very interpreter: one that is named python3 already may be another's."""
+"""Jupyter kernels of this interpreter, whatever kernel specs are installed: another ``python3`` may be found first."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
-from i2v_lab.files import write_text
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 
 
-def write_kernel_spec(folder: Path, name: str, env: Mapping[str, str], options: tuple[str, ...] = ()) -> Path:
-    """Write a kernel spec that Jupyter finds once ``folder`` is on ``JUPYTER_PATH``.
-
-    Args:
-        folder: Gets ``kernels/NAME/kernel.json``.
-        name: What notebooks call it.
-        env: Added to the kernel's environment.
-        options: Of ``ipykernel_launcher``.
+class InterpreterKernelSpecs(KernelSpecManager):
+    """Kernel specs in which ``python3`` is the interpreter of this process; all others are those installed.
 
     Example:
-        >>> write_kernel_spec(Path("jupyter"), "python3", {}).as_posix()
-        'jupyter/kernels/python3/kernel.json'
+        >>> InterpreterKernelSpecs().get_kernel_spec("python3").argv[0] == sys.executable
+        True
     """
-    argv = [sys.executable, "-m", "ipykernel_launcher", *options, "-f", "{connection_file}"]
-    values = {"argv": argv, "display_name": "i2v-lab", "language": "python", "env": dict(env)}
-    return write_text(folder / "kernels" / name / "kernel.json", json.dumps(values))
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        """Return the spec of a kernel.
+
+        Raises:
+            NoSuchKernel: There is no kernel of that name.
+        """
+        if kernel_name != NATIVE_KERNEL_NAME:
+            return super().get_kernel_spec(kernel_name)
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="i2v-lab", language="python")
+
+
+class InterpreterKernelManager(AsyncKernelManager):
+    """Starts kernels of this interpreter; for the ``kernel_manager_class`` of an nbclient ``NotebookClient``.
+
+    Example:
+        >>> import nbformat
+        >>> from nbclient import NotebookClient
+        >>> client = NotebookClient(nbformat.v4.new_notebook(), kernel_manager_class=InterpreterKernelManager)
+    """
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(kernel_spec_manager=InterpreterKernelSpecs(), **traits)

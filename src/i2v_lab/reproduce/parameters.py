@@ -1,4 +1,4 @@
-"""What the parameters cell of a notebook declares, and which values may be given for it."""
+"""Parameters that a notebook declares, and the values that are given for them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-class Typed(str):
-    """A value as somebody typed it: which type it has depends on the parameter that it is for."""
+class Text(str):
+    """A value from the command line, to be parsed by the declared type of its parameter."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Parameter:
     """One assignment of a notebook's ``parameters`` cell.
 
     Attributes:
-        name: Its target.
-        annotation: Its type, as it is written; ``None`` without one.
-        default: The value it assigns; as it is written if that is no literal.
-        types: What a value must be an instance of; ``None`` if the annotation does not say.
+        name: Target of the assignment.
+        annotation: Source of the type annotation; ``None`` without one.
+        default: The assigned value; its source if that is no literal.
+        types: Types that a value may have; ``None`` if the annotation does not restrict them.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Parameter:
     types: tuple[type, ...] | None
 
     def value(self, given: Any) -> Any:
-        """What to pass for a given value: text that was typed is read, anything else is left as it is.
+        """Parse a given value if it is :class:`Text`; return any other unchanged.
 
-        A parameter declared as ``str`` takes text verbatim. For others it is read as papermill does (``True``,
-        ``False``, ``None``, integers, floats), then as JSON, and stays text if it is neither.
+        A parameter declared as ``str`` takes text verbatim. For others it is parsed as by papermill (``True``,
+        ``False``, ``None``, integers, floats), then as JSON, and is text if it is neither.
         """
-        if not isinstance(given, Typed):
+        if not isinstance(given, Text):
             return given
         if self.types and str in self.types and not (given == "None" and type(None) in self.types):
             return str(given)
@@ -68,7 +68,7 @@ class Parameter:
         return str(given)
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value is of the declared type; a truth value is not a number, an integer is a float."""
+        """Return whether a value has the declared type; an integer is a float, but a bool is not an integer."""
         if self.types is None:
             return True
         return isinstance(value, self.types) and (not isinstance(value, bool) or bool in self.types)
@@ -78,10 +78,10 @@ class Parameter:
 
 
 def declared_parameters(notebook: Path) -> dict[str, Parameter]:
-    """What a notebook's ``parameters`` cell assigns, by name and in its order.
+    """Return the parameters that the ``parameters`` cell of a notebook assigns, by name and in its order.
 
-    Python's own parser reads the cell. Papermill's inspection goes line by line, does not see ``x: int | None = None``,
-    and takes seconds to import.
+    The cell is parsed by :mod:`ast`: ``papermill.inspect_notebook`` (2.7) parses it line by line, and finds neither
+    ``x: int | None = None`` nor ``x: str = "a = b"``.
 
     Raises:
         InvalidRequest: The file cannot be read as a notebook, or the cell not as Python.
@@ -92,7 +92,9 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
         body = ast.parse("".join(tagged[0]["source"])).body if tagged else []
     except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InvalidRequest(f"{notebook.name} cannot be read as a notebook ({reason}); restore it") from error
+        raise InvalidRequest(
+            f"{notebook.name} cannot be read as a notebook ({reason}); restore it", notebook=notebook.name
+        ) from error
     found = {}
     for line in body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
@@ -132,21 +134,21 @@ def plan_parameters(
     *,
     named: bool = False,
 ) -> list[dict[str, Any]]:
-    """Which values each notebook is to run with; a notebook gets only what it declares.
+    """Return the values that each notebook is executed with: those for parameters that it declares.
 
     Args:
-        notebooks: Those that are to run.
-        known: All there are; a file may have values for those that do not run.
-        given: From the command line; wins over the files.
+        notebooks: The selected notebooks.
+        known: All notebooks; a file may have values for notebooks that are not selected.
+        given: Values from the command line, which take precedence over files.
         files: YAML mappings from parameters to values, or from the name of a notebook to such a mapping for it alone.
-            A later file wins over an earlier one, and within one the notebook's own mapping over what is for all.
-        named: Whether the notebooks were chosen by name: then each of them must declare each of ``given``.
+            A later file takes precedence over an earlier one, and the mapping of a notebook over values for all.
+        named: Whether the notebooks were selected by name; each must then declare each of ``given``.
 
     Returns:
-        For each of ``notebooks`` its values by name.
+        The values by name, for each of ``notebooks``.
 
     Raises:
-        InvalidRequest: No notebook declares a parameter, one that was named does not, or a value is of another type.
+        InvalidRequest: No notebook declares a parameter, a named notebook does not, or a value has another type.
     """
     declared = {path.stem: declared_parameters(path) for path in dict.fromkeys([*known, *notebooks])}
     stems = [path.stem for path in notebooks]
@@ -163,8 +165,8 @@ def plan_parameters(
         for name, value in plan.items():
             if not declared[stem][name].accepts(value):
                 raise InvalidRequest(
-                    f"{name}={value!r} is not of the type that {stem}.ipynb declares; "
-                    f"give it one as in {declared[stem][name]}",
+                    f"{name}={value!r} does not have the type that {stem}.ipynb declares: "
+                    f"{declared[stem][name]}; give one that does",
                     **{name: value},
                 )
     return [plans[stem] for stem in stems]
@@ -172,13 +174,15 @@ def plan_parameters(
 
 def _check_name(name: str, declared: Mapping[str, Mapping[str, Parameter]], *, in_each: bool, where: str = "") -> None:
     if name == OUT_DIR:
-        raise InvalidRequest(f"{where}parameter {name!r} follows from --out; use --out FOLDER", parameter=name)
+        raise InvalidRequest(f"{where}parameter {name!r} is set by --out; use --out FOLDER", parameter=name)
     lacking = [stem for stem, parameters in declared.items() if name not in parameters]
     if not lacking or (len(lacking) < len(declared) and not in_each):
         return
-    who = f"{lacking[0]}.ipynb declares no" if in_each or len(declared) == 1 else "no notebook declares a"
+    subject = f"{lacking[0]}.ipynb declares no" if in_each or len(declared) == 1 else "no notebook declares a"
     there = dict.fromkeys(each for stem in lacking for each in declared[stem] if each != OUT_DIR)
-    raise InvalidRequest(f"{where}{who} parameter {name!r}; use one of: {', '.join(there) or 'none'}", parameter=name)
+    raise InvalidRequest(
+        f"{where}{subject} parameter {name!r}; use one of: {', '.join(there) or 'none'}", parameter=name
+    )
 
 
 def _read_file(
@@ -191,21 +195,25 @@ def _read_file(
         raise InvalidRequest(f"{str(file)!r} cannot be read as YAML ({reason}); correct it", file=str(file)) from error
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise InvalidRequest(f"{str(file)!r} is no mapping; write a line NAME: VALUE for each parameter")
+        raise InvalidRequest(
+            f"{str(file)!r} is no mapping; write a line NAME: VALUE for each parameter", file=str(file)
+        )
     alone = {stem: {} if values is None else values for stem, values in content.items() if stem in declared}
     everywhere = {name: value for name, value in content.items() if name not in alone}
     for name in everywhere:
         _check_name(name, declared, in_each=False, where=f"{file}: ")
     for stem, values in alone.items():
         if not isinstance(values, dict):
-            raise InvalidRequest(f"{file}: {stem}={values!r} is no mapping; write lines NAME: VALUE below {stem}:")
+            raise InvalidRequest(
+                f"{file}: {stem}={values!r} is no mapping; write lines NAME: VALUE below {stem}:", file=str(file)
+            )
         for name in values:
             _check_name(name, {stem: declared[stem]}, in_each=True, where=f"{file}: ")
     return everywhere, alone
 
 
 class _NoDates(yaml.SafeLoader):
-    """Leaves dates as text: YAML 1.1 would make objects of them that no parameters cell can hold."""
+    """Loads dates as text: a date object of YAML 1.1 cannot be written into a parameters cell."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as in its base
         first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]

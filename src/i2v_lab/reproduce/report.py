@@ -1,4 +1,4 @@
-"""How far a reproduction is: bars in a terminal, whole lines elsewhere, and a table at the end."""
+"""Progress of a reproduction, as bars in a terminal and as lines otherwise, and a table of its outcomes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one notebook.
+    """The outcome of one notebook.
 
     Attributes:
-        notebook: The executed copy, with whatever outputs it got.
-        error: One line, if it failed.
-        seconds: How long it took; ``None`` if it was up to date and did not run.
+        notebook: The executed copy, partial if a cell failed.
+        error: The error in one line; ``None`` if there was none.
+        seconds: Duration; ``None`` if the notebook was up to date.
     """
 
     notebook: Path
@@ -36,10 +36,10 @@ class Outcome:
 
 
 class RunReport:
-    """Shows on stderr what happens to each notebook; may be told so from any thread.
+    """Shows the progress of each notebook on stderr; may be called from any thread.
 
     Args:
-        names: All notebooks of the run, in their order.
+        names: Names of all notebooks of the run, in their order.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -53,22 +53,22 @@ class RunReport:
             TimeElapsedColumn(),
             console=Console(stderr=True, highlight=False, markup=False, emoji=False),
             disable=self._plain,
-            transient=True,  # what stays are the lines, and the table
+            transient=True,  # the lines and the table remain
         )
         self._all = self._bars.add_task("all", total=len(names), unit="notebooks")
         self._tasks: dict[str, TaskID] = {}
 
     def started(self, name: str, why: str | None) -> None:
-        """A notebook starts; ``why`` says what is wrong with its last run, if there was one."""
-        self._line(name, f"runs again, since {why}" if why else "runs")
+        """Report that a notebook starts; ``why`` is the reason why its last run is stale, if there was one."""
+        self._line(name, f"started, since {why}" if why else "started")
         self._tasks[name] = self._bars.add_task(f"  {name}", total=None, unit="cells")
 
     def cell(self, name: str, index: int, cells: int) -> None:
-        """A notebook has so many of its cells behind it."""
+        """Report the number of cells of a notebook that have ended."""
         self._bars.update(self._tasks[name], completed=index, total=cells)
 
     def ended(self, name: str, outcome: Outcome) -> None:
-        """A notebook has ended, or does not have to run."""
+        """Report that a notebook has ended or is up to date."""
         if name in self._tasks:
             self._bars.remove_task(self._tasks.pop(name))
         self._bars.advance(self._all)
@@ -78,7 +78,7 @@ class RunReport:
     def _line(self, name: str, text: str) -> None:
         line = f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}"
         if self._plain:
-            sys.stderr.write(f"{line}\n")  # in one piece, so that lines of several threads do not mix
+            sys.stderr.write(f"{line}\n")  # one call, so that lines of several threads do not mix
             sys.stderr.flush()
         else:
             self._bars.console.print(line, soft_wrap=True)
@@ -94,7 +94,7 @@ class RunReport:
 
 
 def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
-    """Print what became of every notebook, as a table, and where the site is below the build folder."""
+    """Print the outcome of every notebook as a table, and the path of the site below the build folder."""
     table = Table("notebook", "outcome", "seconds", header_style="bold")
     table.columns[-1].justify = "right"
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""Run the notebooks headlessly, those that are not up to date, and render what they show."""
+"""Execute the notebooks that are not up to date headlessly, and render the site."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from i2v_lab.reproduce.stamps import (
 )
 
 if TYPE_CHECKING:
-    from i2v_lab.reproduce.execution import Executor  # papermill takes seconds to import: not if all is up to date
+    from i2v_lab.reproduce.execution import Executor  # imports papermill: not needed if all notebooks are up to date
 
 NOTEBOOKS = notebooks_dir()
 GRACE_S = 10.0
-"""How long interrupted cells have to clean up, before their kernels are killed."""
+"""Seconds that interrupted cells have to clean up before their kernels are killed."""
 SITE = "index"
-"""Name of the site's own stamp; a notebook of this name would already clash with the index."""
+"""Name of the stamp of the site; no notebook has it, since its page would replace the index."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A notebook, the values it gets, what it depends on, and why it has to run."""
+    """A notebook, its parameters, its input digests, whether it has to run, and why its last run is stale."""
 
     notebook: Path
     parameters: dict[str, Any]
@@ -57,27 +57,28 @@ def reproduce(
 ) -> list[Outcome]:
     """Execute notebooks into ``out/notebooks`` and render them into ``out/site``.
 
-    Figures, tables and videos go where the notebooks put them: below ``out``, with the notebook's name in front. A
-    notebook that ran with the same code, data, parameters and versions, and whose files are as it left them, is up to
-    date and not run again. One that fails keeps its partial output and does not stop the others. The site shows every
-    notebook that has been executed into ``out``, in this run or before.
+    Figures, tables and videos go where the notebooks write them: below ``out``, prefixed with the notebook's name. A
+    notebook that ran with the same code, data, parameters and versions, and whose output files are unchanged, is up to
+    date and is not executed. A notebook that fails keeps its partial output and does not stop the others. The site
+    shows every notebook that has been executed into ``out``, in this run or an earlier one.
 
     Args:
-        names: Which notebooks, with or without ``.ipynb``; all if empty.
-        parameters: Each goes to every selected notebook that declares it; those named must all declare it.
+        names: Names of the notebooks, with or without ``.ipynb``, or their numbers; all if empty.
+        parameters: Values by name, each for all selected notebooks that declare it; if ``names`` are given, all of them
+            must declare it.
         out: The build folder.
         files: YAML files of parameters, which ``parameters`` overrides; see
             :func:`~i2v_lab.reproduce.parameters.plan_parameters`.
-        jobs: How many notebooks at a time.
-        force: Run those too that are up to date.
+        jobs: Number of notebooks to execute at a time.
+        force: Execute also the notebooks that are up to date.
 
     Returns:
-        What became of each notebook, in their order.
+        The outcome of each notebook, in their order.
 
     Raises:
         InvalidRequest: There is no such notebook, no notebook declares a parameter, or a value has the wrong type;
-            raised before anything runs.
-        ReproduceError: At least one notebook failed; raised after everything else is done.
+            raised before anything is executed.
+        ReproduceError: At least one notebook failed; raised after all the others have ended.
 
     Example:
         >>> reproduce(["03_no_grad_fix"], {"frames": 49, "seed": 3})  # doctest: +SKIP
@@ -102,14 +103,14 @@ def reproduce(
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
-    """The notebooks of these names, or numbers such as ``03``, in their own order; all of them if there are none.
+    """Return the notebooks of these names, or numbers such as ``03``, in their own order; all if none is given.
 
     Raises:
-        InvalidRequest: There is no notebook of that name, or none at all.
+        InvalidRequest: There is no notebook of that name, or no notebook at all.
     """
     known = {path.stem: path for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     if not known:
-        raise InvalidRequest(f"there are no notebooks in {NOTEBOOKS}; they come with a checkout of the repository")
+        raise InvalidRequest(f"there are no notebooks in '{NOTEBOOKS}'; reinstall i2v-lab", folder=NOTEBOOKS)
     wanted = set()
     for name in names:
         stem = name.removesuffix(".ipynb")
@@ -122,7 +123,7 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
 
 def _job(notebook: Path, given: dict[str, Any], code: dict[str, str], out: Path, force: bool) -> _Job:
     declared = declared_parameters(notebook)
-    # Where the build folder is does not matter to what is in it: a folder that was moved stays up to date.
+    # Outputs do not depend on the path of the build folder: one that was moved stays up to date.
     defaults = {name: parameter.default for name, parameter in declared.items() if name != OUT_DIR}
     inputs = input_digests(notebook, defaults | given, code)
     stamp = read_stamp(stamp_path(out, notebook.stem))
@@ -139,26 +140,25 @@ def _run_all(planned: Sequence[_Job], out: Path, stems: Sequence[str], jobs: int
             report.ended(job.notebook.stem, outcomes[job.notebook])
     stale = [job for job in planned if job.stale]
     if stale:
-        from i2v_lab.reproduce.execution import Executor, own_kernel
+        from i2v_lab.reproduce.execution import Executor
 
-        with own_kernel() as kernel:
-            executor, pool = Executor(kernel), ThreadPoolExecutor(jobs)
-            futures: dict[Path, Future[Outcome]] = {}
+        executor, pool = Executor(), ThreadPoolExecutor(jobs)
+        futures: dict[Path, Future[Outcome]] = {}
+        try:
+            for job in stale:
+                futures[job.notebook] = pool.submit(_run, executor, job, out, stems, report)
+            for future in as_completed(futures.values()):
+                future.result()
+        except BaseException:  # including Ctrl-C and SIGTERM
+            pool.shutdown(wait=False, cancel_futures=True)
+            executor.interrupt()
             try:
-                for job in stale:
-                    futures[job.notebook] = pool.submit(_run, executor, job, out, stems, report)
-                for future in as_completed(futures.values()):
-                    future.result()
-            except BaseException:  # Ctrl-C and SIGTERM among them
-                pool.shutdown(wait=False, cancel_futures=True)
-                executor.interrupt()
-                try:
-                    wait([future for future in futures.values() if not future.cancelled()], timeout=GRACE_S)
-                finally:
-                    executor.kill()
-                raise
+                wait([future for future in futures.values() if not future.cancelled()], timeout=GRACE_S)
             finally:
-                pool.shutdown()
+                executor.kill()
+            raise
+        finally:
+            pool.shutdown()
         outcomes |= {notebook: future.result() for notebook, future in futures.items()}
     return [outcomes[job.notebook] for job in planned]
 
@@ -175,7 +175,7 @@ def _run(executor: Executor, job: _Job, out: Path, stems: Sequence[str], report:
 
 
 def _render(out: Path, known: Sequence[Path], code: Mapping[str, str]) -> None:
-    """Render the site anew, unless it shows what there is already."""
+    """Render the site unless it is up to date."""
     stamps = {out / "notebooks" / path.name: read_stamp(stamp_path(out, path.stem)) for path in known}
     executed = {copy: stamp for copy, stamp in stamps.items() if stamp is not None and copy.is_file()}
     failed = [copy for copy, stamp in executed.items() if stamp.error is not None]

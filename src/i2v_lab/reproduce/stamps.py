@@ -1,4 +1,4 @@
-"""What a notebook was made from and what it made: whether it has to run again is read from that, not from clocks."""
+"""Digests of the inputs and outputs of a notebook, which decide whether it is up to date; times of files do not."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "transformers", "matplotlib", 
 
 @dataclass(frozen=True)
 class Stamp:
-    """How a notebook, or the site, came about.
+    """The provenance of an executed notebook, or of the site.
 
     Attributes:
-        inputs: A digest, a version or a value for everything that it depends on, by name.
-        files: SHA-256 of every file that it made, by path below the build folder.
-        error: One line, if it failed; then it is never up to date.
+        inputs: Digest, version or value of everything that it depends on, by name.
+        files: SHA-256 of every output file, by path below the build folder.
+        error: The error in one line, if it failed; it is not up to date then.
     """
 
     inputs: dict[str, str]
@@ -32,9 +32,9 @@ class Stamp:
     error: str | None = None
 
     def why_stale(self, inputs: Mapping[str, str], out: Path) -> str | None:
-        """Why it has to be made again, in a few words; ``None`` if it is up to date."""
+        """Return the first difference to these inputs or to the output files; ``None`` if it is up to date."""
         if self.error is not None:
-            return "it failed before"
+            return "it failed"
         for name in [*inputs, *self.inputs]:
             if inputs.get(name) != self.inputs.get(name):
                 return f"{name} changed"
@@ -48,12 +48,12 @@ class Stamp:
 
 
 def stamp_path(out: Path, name: str) -> Path:
-    """Where a stamp is kept below a build folder."""
+    """Return the path of a stamp below a build folder."""
     return out / "stamps" / f"{name}.json"
 
 
 def read_stamp(path: Path) -> Stamp | None:
-    """A stamp; ``None`` if there is none that can be read, as after a change of its format."""
+    """Return a stamp; ``None`` if it does not exist or cannot be read, as after a change of its format."""
     try:
         return Stamp(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -66,13 +66,12 @@ def write_stamp(path: Path, stamp: Stamp) -> None:
 
 
 def input_digests(notebook: Path, parameters: Mapping[str, Any], code: Mapping[str, str]) -> dict[str, str]:
-    """Everything that a run of a notebook depends on.
+    """Return the inputs of a notebook by name: digests, versions and values.
 
     Args:
-        notebook: Its source.
-        parameters: The value of every parameter, defaults included. A value that is the path of a file counts with its
-            content.
-        code: As :func:`code_digests` gives it.
+        notebook: The source.
+        parameters: Value of every parameter, including defaults. For the path of a file, the content counts as well.
+        code: From :func:`code_digests`.
     """
     inputs = {"the notebook": file_digest(notebook), **code}
     for name, value in parameters.items():
@@ -83,7 +82,7 @@ def input_digests(notebook: Path, parameters: Mapping[str, Any], code: Mapping[s
 
 
 def code_digests() -> dict[str, str]:
-    """The package's files, its data, and the versions of what it stands on."""
+    """Return digests of the package and its data, and the versions of its dependencies."""
     digests = {
         "the code of i2v_lab": _tree_digest(package_dir()),
         "the data of i2v_lab": _tree_digest(data_dir()),
@@ -98,12 +97,12 @@ def code_digests() -> dict[str, str]:
 
 
 def made_files(out: Path, stem: str, stems: Sequence[str]) -> dict[str, str]:
-    """Digests of what a notebook made: all below ``out`` that has its name in front, as ``figures/NAME_peaks.svg``.
+    """Return the digests of a notebook's outputs: all below ``out`` prefixed with its name, as ``figures/NAME_a.svg``.
 
     Args:
         out: The build folder.
-        stem: The notebook's name.
-        stems: All notebooks' names: one may begin with another, and a file belongs to the longest that fits.
+        stem: Name of the notebook.
+        stems: Names of all notebooks: a file belongs to the longest one that is a prefix of its name.
     """
     made = {}
     for folder in sorted(out.iterdir()):
@@ -117,7 +116,7 @@ def made_files(out: Path, stem: str, stems: Sequence[str]) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

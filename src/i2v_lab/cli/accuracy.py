@@ -1,0 +1,45 @@
+"""``i2v-lab accuracy``: the error of forecasts against measured runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from i2v_lab.cli.output import plain_console
+
+EXAMPLES = """
+**Examples**
+
+The measured runs that come with the package; then your own, with every phase as CSV:
+
+    i2v-lab accuracy
+    i2v-lab accuracy runs/h200 --csv accuracy.csv
+"""
+
+
+def accuracy(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of recorded runs. [default: those of the package]")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write every phase of every run to this file.")] = None,
+) -> None:
+    """Compare forecasts with every run that was measured on a GPU."""
+    from i2v_lab.reporting.tables import save_table
+    from i2v_lab.reporting.terminal import rich_table
+    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
+
+    measured = measured_table(folder=folder)
+    if measured.empty:
+        print("no runs measured on a GPU here; record one with `i2v-lab generate --device cuda --profile DIR`")
+        return
+    table = accuracy_table(measured)
+    if csv is not None:
+        save_table(table, csv.parent, csv.stem)
+    console = plain_console()
+    worst = table.reindex(table["error"].abs().sort_values(ascending=False).index).head(10)
+    columns = ["run", "phase", "peak_bytes", "forecast_bytes", "error"]
+    console.print(rich_table(worst[columns], "The ten largest errors"))
+    console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
+    console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the specs"))

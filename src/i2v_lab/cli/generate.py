@@ -1,0 +1,190 @@
+"""``i2v-lab generate``: generate a video from a still and report the peak memory of every phase."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from i2v_lab.cli import options
+from i2v_lab.cli.output import plain_console
+from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.paths import find_still
+from i2v_lab.request import DecodeScope, I2VRequest, Variant
+from i2v_lab.runs.spec import SMALL_MODEL
+from i2v_lab.units import GIB
+
+if TYPE_CHECKING:
+    from i2v_lab.profiling.phase_profiler import PhaseProfiler
+
+EXAMPLES = """
+**Examples**
+
+A complete generation in seconds on a CPU, with a tiny model and random weights:
+
+    i2v-lab generate --image stills/lighthouse.png --prompt "waves roll in" --out video.mp4
+
+The published defect, its cost, and the modules whose tensors hold the memory:
+
+    i2v-lab generate --image stills/lighthouse.png --decode-scope escaped --out video.mp4 --profile runs/escaped
+    i2v-lab show runs/escaped
+
+Real weights on a GPU:
+
+    i2v-lab generate --model ltx-2.3-22b --device cuda --image still.png --prompt "..." --out video.mp4
+    --checkpoint ltx-2.3-22b-distilled.safetensors --gemma gemma-3-12b --upsampler spatial-upscaler.safetensors
+"""
+
+
+def generate(
+    image: Annotated[
+        Path,
+        typer.Option(help="Image of the first frame; stills/lighthouse.png is one of the package."),
+    ],
+    out: Annotated[Path, typer.Option(help="MP4 file to write.")] = Path("video.mp4"),
+    prompt: options.Prompt = "",
+    negative_prompt: options.NegativePrompt = "",
+    width: options.Width = None,
+    height: options.Height = None,
+    frames: options.Frames = None,
+    fps: options.Fps = 24.0,
+    seed: options.Seed = 10,
+    model: options.Model = SMALL_MODEL,
+    variant: options.VariantOption = Variant.DISTILLED,
+    quantization: options.QuantizationOption = None,
+    tile_px: options.TilePx = None,
+    tile_overlap_px: options.TileOverlapPx = None,
+    tile_frames: options.TileFrames = None,
+    tile_overlap_frames: options.TileOverlapFrames = None,
+    no_tiling: options.NoTiling = False,
+    decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
+    memory: options.MemoryOption = MemoryPolicy.RESIDENT,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights, safetensors. [default: synthetic]")] = None,
+    gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder (LTX-2).")] = None,
+    text_encoder: Annotated[Path | None, typer.Option(help="T5 folder (LTX-Video).")] = None,
+    upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (LTX-2, dev variant).")] = None,
+    vram_cap_gib: options.VramCapGib = None,
+    profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Generate a video from a still, and report the peak memory of every phase."""
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+
+    image = find_still(image)
+    architecture = load_architecture(model)
+    runner = runner_of(architecture)
+    paths = {
+        "checkpoint": checkpoint,
+        "gemma": gemma,
+        "text_encoder": text_encoder,
+        "upsampler": upsampler,
+        "lora": lora,
+    }
+    runner.check_weight_options(paths, model)
+    request = options.build_request(
+        architecture,
+        (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
+        no_tiling,
+        image=str(image),
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
+        seed=seed,
+        variant=variant,
+        quantization=quantization,
+        decode_scope=decode_scope,
+        memory=memory,
+    )
+    options.check_cap(vram_cap_gib)
+    from i2v_lab.pipeline.contract import media  # imports torch, so only once the options are valid
+
+    media.check_output(out)
+    media.load_still(image)
+
+    from i2v_lab.capacity.this_machine import room_within
+    from i2v_lab.cli.progress import ProgressReport
+    from i2v_lab.pipeline.contract.generation import resolve_device
+    from i2v_lab.runs.execute import Hooks, Mode, execute
+    from i2v_lab.runs.spec import ProfilerMode, RunSpec
+
+    target = resolve_device(device)
+    if memory is MemoryPolicy.AUTO:
+        request = options.resolved(request, model, room_within(device, vram_cap_gib), target.type)
+    spec = RunSpec(
+        request=request,
+        model=model,
+        # Attribution to modules and autograd graphs is only recorded with --profile; peaks need neither.
+        profiler=ProfilerMode.BOUNDARIES if profile is None and runner.emits_events else ProfilerMode.FULL,
+        vram_cap_bytes=None if vram_cap_gib is None else int(vram_cap_gib * GIB),
+    )
+    with ProgressReport(request.frames) as progress:
+        weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
+        profiler = execute(
+            spec,
+            Mode.REAL,
+            str(target),
+            weights=weights,
+            run_dir=profile,
+            metadata={"argv": sys.argv},
+            video_path=lambda _: out,
+            hooks=Hooks(sinks=[progress], on_frame=progress.frame_written),
+        )
+    assert profiler is not None
+    report = _report(request, model, out, profiler)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
+
+
+def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler) -> dict[str, Any]:
+    from i2v_lab.profiling.records import peak_phase
+    from i2v_lab.runs.execute import WHOLE
+
+    phases = [record for record in profiler.phases if record.phase != WHOLE]
+    peak = peak_phase(phases)
+    assert peak is not None
+    return {
+        "output": str(out),
+        "model": model,
+        "width": request.width,
+        "height": request.height,
+        "frames": request.frames,
+        "fps": request.fps,
+        "seed": request.seed,
+        "decode_scope": request.decode_scope.value,
+        "memory": request.memory.value,
+        "peak_bytes": peak.peak_bytes,
+        "peak_phase": peak.phase,
+        "phases": [{key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in phases],
+    }
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from i2v_lab.units import format_bytes
+
+    table = Table("phase", "seconds", "peak", title=None, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for phase in report["phases"]:
+        style = "bold" if phase["phase"] == report["peak_phase"] else ""
+        table.add_row(phase["phase"], f"{phase['seconds']:.2f}", format_bytes(phase["peak_bytes"]), style=style)
+    console = plain_console()
+    console.print(table)
+    console.print(
+        f"{report['output']}: {report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps; "
+        f"peak {format_bytes(report['peak_bytes'])} in {report['peak_phase']}",
+        soft_wrap=True,
+    )
