@@ -24,7 +24,8 @@ from i2v_lab.reproduce.execution import Executor, Stopped
 from i2v_lab.reproduce.kernel import InterpreterKernelSpecs
 from i2v_lab.reproduce.parameters import Text, declared_parameters, plan_parameters
 from i2v_lab.reproduce.run import find_notebooks, reproduce
-from i2v_lab.reproduce.stamps import PACKAGES, code_digests, input_digests, read_stamp, stamp_path
+from i2v_lab.reproduce.stamps import code_digests, input_digests, read_stamp, stamp_path
+from i2v_lab.runs.provenance import RENDERING, runner_packages
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 DECLARED = """
@@ -276,7 +277,8 @@ def test_a_stamp_lists_the_inputs_and_the_output_files_of_a_notebook(build):
     stamp = read_stamp(stamp_path(build, "drawn"))
     # drawn_too_c.svg has the name of another notebook in front
     assert list(stamp.files) == ["figures/drawn_a.svg", "figures/drawn_b/deep.svg", "notebooks/drawn.ipynb"]
-    assert {"the notebook", "the code of i2v_lab", "the data of i2v_lab", *PACKAGES} < set(stamp.inputs)
+    packages = {*runner_packages(), *RENDERING}
+    assert {"the notebook", "the code of i2v_lab", "the data of i2v_lab", *packages} < set(stamp.inputs)
     assert stamp.inputs["parameter frames"] == "49"
     assert stamp.inputs["parameter fps"] == "24.0"
     assert "parameter out_dir" not in stamp.inputs

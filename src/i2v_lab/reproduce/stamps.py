@@ -7,14 +7,12 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from i2v_lab.files import write_text
 from i2v_lab.paths import data_dir, package_dir
-
-PACKAGES = ("torch", "ltx-core", "ltx-pipelines", "transformers", "matplotlib", "pandas", "nbconvert", "papermill")
+from i2v_lab.runs.provenance import RENDERING, installed_version, normalized_code, runner_packages
 
 
 @dataclass(frozen=True)
@@ -82,17 +80,17 @@ def input_digests(notebook: Path, parameters: Mapping[str, Any], code: Mapping[s
 
 
 def code_digests() -> dict[str, str]:
-    """Return digests of the package and its data, and the versions of its dependencies."""
+    """Return digests of the package and its data, and the versions of what runs and renders notebooks.
+
+    Python files count by :func:`~i2v_lab.runs.provenance.normalized_code`: comments, docstrings and formatting do not.
+    """
     digests = {
         "the code of i2v_lab": _tree_digest(package_dir()),
         "the data of i2v_lab": _tree_digest(data_dir()),
         "Python": platform.python_version(),
     }
-    for package in PACKAGES:
-        try:
-            digests[package] = version(package)
-        except PackageNotFoundError:
-            digests[package] = "not installed"
+    for package in (*runner_packages(), *RENDERING):
+        digests[package] = installed_version(package) or "not installed"
     return digests
 
 
@@ -124,7 +122,8 @@ def file_digest(path: Path) -> str:
 def _tree_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in _files(folder):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\n".encode())
+        content = normalized_code(path) if path.suffix == ".py" else file_digest(path)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
     return digest.hexdigest()
 
 
