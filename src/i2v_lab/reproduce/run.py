@@ -186,7 +186,8 @@ def _render(out: Path, known: Sequence[Path], code: Mapping[str, str]) -> None:
     if previous is not None and previous.why_stale(inputs, out) is None:
         return
     from i2v_lab.reporting.site.render import render_site
+    from i2v_lab.reproduce.provenance import site_provenance
 
-    render_site(list(executed), failed, site)
+    render_site(list(executed), failed, site, site_provenance())
     pages = {path.relative_to(out).as_posix(): file_digest(path) for path in site.rglob("*") if path.is_file()}
     write_stamp(rendered, Stamp(inputs, pages))

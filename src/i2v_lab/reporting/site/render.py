@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import nbformat
-import psutil
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
@@ -18,21 +17,23 @@ from i2v_lab.files import write_text
 from i2v_lab.reporting.results import MIME
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.story import Page, headline, read_page
-from i2v_lab.runs.provenance import run_metadata
-from i2v_lab.units import format_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PAPERMILL_ERROR = "papermill-error-cell-tag"  # on cells that papermill adds; the page reports the error itself
+NO_PROVENANCE: Mapping[str, str] = {}
 
 
-def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) -> Path:
+def render_site(
+    executed: Sequence[Path], failed: Sequence[Path], folder: Path, provenance: Mapping[str, str] = NO_PROVENANCE
+) -> Path:
     """Render executed notebooks and their index.
 
     Args:
         executed: Notebooks with outputs.
         failed: Those among them that did not run to the end.
         folder: For ``index.html`` and one page for each notebook.
+        provenance: Facts about this build for the footer of every page, by name.
 
     Returns:
         The path of the index.
@@ -57,7 +58,7 @@ def render_site(executed: Sequence[Path], failed: Sequence[Path], folder: Path) 
     environment.globals.update(
         css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        provenance=provenance(),
+        provenance=dict(provenance),
         pages=pages,
     )
     exporter: Any = HTMLExporter(
@@ -133,21 +134,3 @@ def inline_markdown(text: str) -> Markup:
 def plain_markdown(text: str) -> str:
     """One line of Markdown as plain text, for titles and labels."""
     return str(Markup(inline_markdown(text)).striptags())  # noqa: S704 - its tags are removed at once
-
-
-def provenance() -> dict[str, str]:
-    """Machine, versions, commit and time of this build, for the footer of every page."""
-    found = run_metadata("cuda:0")
-    versions = {name: text for name, text in found["versions"].items() if text}
-    commit = found["git_commit"]
-    changed = ", with changes that are not committed" if found["git_modified"] else ""
-    card = found["device_name"]
-    memory = format_bytes(psutil.virtual_memory().total)
-    return {
-        "Made": found["started_at"].replace("T", " ").replace("+00:00", " UTC"),
-        "Machine": f"{found['processor'] or 'unknown processor'}, {found['cores']} cores, {memory} of memory, "
-        + (f"{card}, driver {found['driver_version']}" if card else "no NVIDIA GPU"),
-        "System": found["platform"],
-        "Versions": ", ".join(f"{name} {text}" for name, text in versions.items()),
-        "Commit": f"{commit[:12]}{changed}" if commit else "not a checkout",
-    }
