@@ -11,6 +11,7 @@ from made_notebooks import FAILED, make_notebooks
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from i2v_lab.reporting.site.render import render_site
+from i2v_lab.reproduce.provenance import site_provenance
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
@@ -77,7 +78,9 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def made_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     notebooks = make_notebooks(folder / "notebooks")
-    return render_site(notebooks, [path for path in notebooks if path.stem == FAILED], folder / "site").parent
+    return render_site(
+        notebooks, [path for path in notebooks if path.stem == FAILED], folder / "site", site_provenance()
+    ).parent
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,16 @@ from i2v_lab.paths import data_dir
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.render import render_site
 from i2v_lab.reporting.site.story import origin
+from i2v_lab.reproduce.provenance import site_provenance
 
 PUBLISHED = json.loads((data_dir() / "published" / "no_grad_study.json").read_text())
 
 
 def _render(folder: Path, **results_of_03) -> dict[str, str]:
     notebooks = make_notebooks(folder / "notebooks", **results_of_03)
-    index = render_site(notebooks, [path for path in notebooks if path.stem == FAILED], folder / "site")
+    index = render_site(
+        notebooks, [path for path in notebooks if path.stem == FAILED], folder / "site", site_provenance()
+    )
     assert index == folder / "site" / "index.html"
     return {path.stem: path.read_text() for path in index.parent.iterdir()}
 
@@ -185,6 +188,7 @@ from i2v_lab import reporting
 for module in pkgutil.walk_packages(reporting.__path__, "i2v_lab.reporting."):
     importlib.import_module(module.name)
 from i2v_lab.reporting.site.render import render_site
+from i2v_lab.reproduce.provenance import site_provenance
 from pathlib import Path
 render_site([], [], Path(sys.argv[1]))
 sys.exit("torch" in sys.modules)
