@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,17 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from shared_fixtures import made_once
 
 from i2v_lab.paths import CACHE_VARIABLE
 
+pytest_plugins = ["scheduling"]
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of the session's own, for this process and its children; one that is set already is kept."""
+def _cache(session_folder: Path) -> Iterator[None]:
+    """The session's own cache, for its processes and their children: weights and forecasts are made once.
+
+    One that is set already stays.
+    """
     if CACHE_VARIABLE in os.environ:
         yield
         return
-    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
+    cache = session_folder / "cache"
+    cache.mkdir(exist_ok=True)
+    os.environ[CACHE_VARIABLE] = str(cache)
     yield
     del os.environ[CACHE_VARIABLE]
 
@@ -65,7 +79,7 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reproduced(session_folder: Path) -> Path:
     """The build folder of one small reproduction of every notebook: made once, however many processes test it.
 
     Everything in it was measured here, with the tiny model.
@@ -74,16 +88,10 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from i2v_lab.reproduce.run import reproduce
 
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    out = shared / "reproduced"
-    with (shared / "reproduced.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "reproduced.done").exists():
-            parameters = shared / "parameters.yaml"
-            everywhere = {"source": "measure", "model": "ltx-2.3-tiny", "device": "cpu"}
-            parameters.write_text(json.dumps({**everywhere, **SMALL}))
-            reproduce(files=[parameters], out=out)
-            (shared / "reproduced.done").touch()
-    return out
+    def make(out: Path) -> None:
+        parameters = session_folder / "parameters.yaml"
+        everywhere = {"source": "measure", "model": "ltx-2.3-tiny", "device": "cpu"}
+        parameters.write_text(json.dumps({**everywhere, **SMALL}))
+        reproduce(files=[parameters], out=out)
+
+    return made_once(session_folder / "reproduced", make)
