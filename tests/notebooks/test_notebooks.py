@@ -193,7 +193,7 @@ def recorded(session_folder, reproduced, kernel) -> tuple[Path, dict[str, dict[s
     return out, {name: read_results(out / f"{name}.ipynb") for name in NAMES}
 
 
-def test_the_recorded_study_says_what_it_says_at_full_size(recorded):
+def test_from_the_committed_records_the_notebooks_say_this_of_full_size(recorded):
     _, results = recorded
     assert {each["source"] for each in results.values()} == {"recorded"}
     assert {each["model"] for each in results.values()} == {"ltx-2.3-22b"}
