@@ -2,7 +2,7 @@
 
     python benchmarks/interleaved.py
     python benchmarks/interleaved.py --ways policies
-    python benchmarks/interleaved.py --model ltx-2.3-22b --device cuda --width 1024 --height 768 --frames 97 --out a.json
+    python benchmarks/interleaved.py --model ltx-2.3-22b --device cuda --width 1024 --height 768 --frames 97 --rounds 8
 
 Works for every model; ways that a model's runner does not have are left out, with the reason. After the first
 generation it says how long the others take. With --out, the file is whole after every generation, so that an

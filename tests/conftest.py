@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from forked_python import fork_the_fork_server, start_server
+from forked_python import forked_python as forked_command
 from PIL import Image
 from shared_fixtures import made_once
 
@@ -38,6 +43,47 @@ def _cache(session_folder: Path) -> Iterator[None]:
     os.environ[CACHE_VARIABLE] = str(cache)
     yield
     del os.environ[CACHE_VARIABLE]
+
+
+@pytest.fixture(scope="session")
+def _forks(session_folder: Path) -> Callable[[], str] | None:
+    """The socket of the server of forked processes, one for the whole session, started when it is asked for."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    session = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    return cache(lambda: start_server(session, str(session_folder / "forked_python.log")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_fork_server(_cache: None, _forks: Callable[[], str] | None) -> Iterator[None]:
+    """The library's own worker processes come from that server too: torch is imported once a session."""
+    if _forks is None:
+        yield
+        return
+    undo = fork_the_fork_server(_forks)
+    yield
+    undo()
+
+
+@pytest.fixture(scope="session")
+def forked_python(_forks: Callable[[], str] | None) -> list[str]:
+    """Stands in for ``[sys.executable]`` in a command, and has torch and transformers imported already."""
+    return [sys.executable] if _forks is None else forked_command(_forks())
+
+
+@pytest.fixture(scope="session")
+def forked_kernels(forked_python: list[str]) -> Iterator[None]:
+    """Within this scope kernels are forked, whoever starts them."""
+    from jupyter_client.provisioning import local_provisioner
+
+    launch = local_provisioner.launch_kernel
+
+    def launch_forked(command: list[str], **options: Any) -> Any:
+        return launch([*forked_python, *command[1:]] if command[0] == sys.executable else command, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_provisioner, "launch_kernel", launch_forked)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +125,7 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reproduced(session_folder: Path) -> Path:
+def reproduced(session_folder: Path, forked_kernels: None) -> Path:
     """The build folder of one small reproduction of every notebook: made once, however many processes test it.
 
     Everything in it was measured here, with the tiny model.

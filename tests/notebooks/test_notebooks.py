@@ -57,7 +57,7 @@ def test_a_committed_notebook_is_thin_has_no_outputs_and_no_measured_figure(name
 
 
 @pytest.fixture(scope="module")
-def kernel(_cache) -> Iterator[SharedKernel]:
+def kernel(_cache, forked_kernels) -> Iterator[SharedKernel]:
     """A kernel for many notebooks; ``reproduced`` executes each in one of its own.
 
     Its forecasts run in itself, as on a machine with one core: their processes' imports cost more here.
