@@ -18,7 +18,7 @@ from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.store import read_run
 
 SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
-LARGER = ["--width", "192", "--height", "128", "--frames", "9", "--fps", "120"]  # the graph is part of the peak
+LARGER = ["--width", "192", "--height", "64", "--frames", "9", "--fps", "120"]  # the graph is part of the peak
 CLI = [sys.executable, "-m", "i2v_lab.cli"]
 
 
