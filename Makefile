@@ -34,6 +34,7 @@ test-quick: lint
 	$(PYTEST) -m "not slow" --durations=5
 
 coverage: setup
+	mkdir -p build
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 lint: setup

@@ -157,16 +157,9 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(tmp_path, still, number, st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_importing_the_package_is_quick_and_brings_no_torch():
+def test_importing_the_package_brings_no_torch():
     code = "import sys, i2v_lab; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    seconds = []
-    for _ in range(3):
-        child = subprocess.run(
-            [sys.executable, "-X", "importtime", "-c", "import i2v_lab"], capture_output=True, text=True, check=True
-        )
-        seconds.append(int(child.stderr.splitlines()[-1].split("|")[1]) / 1e6)
-    assert min(seconds) < 0.3
 
 
 def _environment(**extra: str) -> dict[str, str]:
