@@ -1,7 +1,7 @@
 """Which tests are slow, and in which order they run: by their durations in an earlier run.
 
 ``tests/durations.json`` holds the seconds of every test, set-up included, that takes 0.3 s or more. Tests that take
-:data:`SLOW_S` or more, and all tests of a folder in :data:`SLOW_FOLDERS`, whose fixtures are what takes their time, get
+:data:`SLOW_S` or more, and all that use a fixture in :data:`SLOW_FIXTURES` or are in a folder in :data:`SLOW_FOLDERS`, get
 the marker ``slow``, which ``make test-quick`` deselects; a test not in the file counts as quick.
 
 With pytest-xdist each worker starts with its share of the long modules, the longest first, and ends with quick tests,
@@ -21,6 +21,8 @@ import pytest
 
 DURATIONS = Path(__file__).with_name("durations.json")
 SLOW_FOLDERS = ("tests/browser/", "tests/notebooks/", "tests/conformance/", "tests/gpu/")
+SLOW_FIXTURES = {"full_size", "measured_once", "forecasts"}
+"""Made once a module in some ten seconds, which the first test that needs one would pay for."""
 SLOW_S = 1.5
 RECORDED_S = 0.3
 LONG_MODULE_S = 3.0
@@ -40,7 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     known_s = read_durations()
     for item in items:
-        if item.nodeid.startswith(SLOW_FOLDERS) or known_s.get(item.nodeid, 0.0) >= SLOW_S:
+        slow_fixture = SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))
+        if slow_fixture or item.nodeid.startswith(SLOW_FOLDERS) or known_s.get(item.nodeid, 0.0) >= SLOW_S:
             item.add_marker(pytest.mark.slow)
 
 
