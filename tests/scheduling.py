@@ -1,8 +1,8 @@
 """Which tests are slow, and in which order they run: by their durations in an earlier run.
 
 ``tests/durations.json`` holds the seconds of every test, set-up included, that takes 0.3 s or more. Tests that take
-:data:`SLOW_S` or more, and all that use a fixture in :data:`SLOW_FIXTURES` or are in a folder in :data:`SLOW_FOLDERS`, get
-the marker ``slow``, which ``make test-quick`` deselects; a test not in the file counts as quick.
+:data:`SLOW_S` or more, use a fixture in :data:`SLOW_FIXTURES` or are in a folder in :data:`SLOW_FOLDERS` get the marker
+``slow``, which ``make test-quick`` deselects; a test not in the file counts as quick.
 
 With pytest-xdist each worker starts with its share of the long modules, the longest first, and ends with quick tests,
 which the workers take from each other. A module stays in one piece, so that its fixtures are made once; so do
