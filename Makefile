@@ -1,8 +1,19 @@
-# make setup | reproduce | test | endurance | figures | pictures | bench | measure-gpu | lab | clean. Every target sets up what it needs.
+# make setup | reproduce | test | test-quick | coverage | lint | docs | bench | endurance | figures | pictures |
+#      measure-gpu | lab | clean. Every target sets up what it needs. On two cores:
+#
+#   lint        20 s   ruff, mypy, and the import contracts of pyproject.toml; nothing is run
+#   test-quick  90 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
+#                      figures, a generation and forecasts of the tiny model. For every change, before a commit
+#   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
+#   coverage     6 min every test again, and which lines of src/i2v_lab they ran, child processes included
+#   bench        2 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
+#
+# A test is `slow` by the durations in tests/durations.json, not by hand: tests/scheduling.py says how.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup reproduce test endurance figures pictures bench measure-gpu lab clean
+.PHONY: setup reproduce test test-quick coverage lint docs bench endurance figures pictures measure-gpu lab clean
 
 setup: .venv/.stamp
 
@@ -16,11 +27,28 @@ setup: .venv/.stamp
 reproduce: setup
 	$(BIN)/i2v-lab reproduce
 
-test: setup
+test: lint
+	$(PYTEST) --durations=10
+
+test-quick: lint
+	$(PYTEST) -m "not slow" --durations=5
+
+coverage: setup
+	mkdir -p build
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+bench: setup
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/interleaved.py
 
 endurance: setup
 	$(BIN)/python tests/endurance.py
@@ -31,9 +59,6 @@ figures: setup
 pictures: setup
 	$(BIN)/python docs/draw_jupyterlab.py
 
-bench: setup
-	$(BIN)/python benchmarks/turns.py
-
 measure-gpu: setup
 	$(BIN)/i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --device cuda
 
@@ -41,4 +66,4 @@ lab: setup
 	$(BIN)/i2v-lab lab $(LAB)
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,28 +2,88 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from forked_python import fork_the_fork_server, start_server
+from forked_python import forked_python as forked_command
 from PIL import Image
+from shared_fixtures import made_once
 
 from i2v_lab.paths import CACHE_VARIABLE
 
+pytest_plugins = ["scheduling"]
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of the session's own, for this process and its children; one that is set already is kept."""
+def _cache(session_folder: Path) -> Iterator[None]:
+    """The session's own cache, for its processes and their children: weights and forecasts are made once.
+
+    One that is set already stays.
+    """
     if CACHE_VARIABLE in os.environ:
         yield
         return
-    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
+    cache = session_folder / "cache"
+    cache.mkdir(exist_ok=True)
+    os.environ[CACHE_VARIABLE] = str(cache)
     yield
     del os.environ[CACHE_VARIABLE]
+
+
+@pytest.fixture(scope="session")
+def _forks(session_folder: Path) -> Callable[[], str] | None:
+    """The socket of the server of forked processes, one for the whole session, started when it is asked for."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    session = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    return cache(lambda: start_server(session, str(session_folder / "forked_python.log")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_fork_server(_cache: None, _forks: Callable[[], str] | None) -> Iterator[None]:
+    """The library's own worker processes come from that server too: torch is imported once a session."""
+    if _forks is None:
+        yield
+        return
+    undo = fork_the_fork_server(_forks)
+    yield
+    undo()
+
+
+@pytest.fixture(scope="session")
+def forked_python(_forks: Callable[[], str] | None) -> list[str]:
+    """Stands in for ``[sys.executable]`` in a command, and has torch and transformers imported already."""
+    return [sys.executable] if _forks is None else forked_command(_forks())
+
+
+@pytest.fixture(scope="session")
+def forked_kernels(forked_python: list[str]) -> Iterator[None]:
+    """Within this scope kernels are forked, whoever starts them."""
+    from jupyter_client.provisioning import local_provisioner
+
+    launch = local_provisioner.launch_kernel
+
+    def launch_forked(command: list[str], **options: Any) -> Any:
+        return launch([*forked_python, *command[1:]] if command[0] == sys.executable else command, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_provisioner, "launch_kernel", launch_forked)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +125,7 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reproduced(session_folder: Path, forked_kernels: None) -> Path:
     """The build folder of one small reproduction of every notebook: made once, however many processes test it.
 
     Everything in it was measured here, with the tiny model.
@@ -74,16 +134,10 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from i2v_lab.reproduce.run import reproduce
 
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    out = shared / "reproduced"
-    with (shared / "reproduced.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "reproduced.done").exists():
-            parameters = shared / "parameters.yaml"
-            everywhere = {"source": "measure", "model": "ltx-2.3-tiny", "device": "cpu"}
-            parameters.write_text(json.dumps({**everywhere, **SMALL}))
-            reproduce(files=[parameters], out=out)
-            (shared / "reproduced.done").touch()
-    return out
+    def make(out: Path) -> None:
+        parameters = session_folder / "parameters.yaml"
+        everywhere = {"source": "measure", "model": "ltx-2.3-tiny", "device": "cpu"}
+        parameters.write_text(json.dumps({**everywhere, **SMALL}))
+        reproduce(files=[parameters], out=out)
+
+    return made_once(session_folder / "reproduced", make)

@@ -13,6 +13,8 @@ from playwright.sync_api import Browser, BrowserContext, Page
 from i2v_lab.reporting.site.render import render_site
 from i2v_lab.reproduce.provenance import site_provenance
 
+pytestmark = pytest.mark.xdist_group("reproduced")
+
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
 

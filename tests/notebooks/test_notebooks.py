@@ -13,6 +13,8 @@ from typing import Any
 import nbformat
 import papermill
 import pytest
+from shared_fixtures import made_once
+from shared_kernel import SharedKernel, shared_kernel
 from small_notebooks import NAMES, SIZES, SMALL
 
 import i2v_lab
@@ -20,9 +22,10 @@ from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.reporting.results import read_results
 from i2v_lab.reporting.site.render import render_site
-from i2v_lab.reproduce.kernel import InterpreterKernelManager
 from i2v_lab.reproduce.run import NOTEBOOKS
 from i2v_lab.runs.store import Run, RunWriter, read_run
+
+pytestmark = pytest.mark.xdist_group("reproduced")
 
 GIB = 2**30
 
@@ -53,25 +56,32 @@ def test_a_committed_notebook_is_thin_has_no_outputs_and_no_measured_figure(name
 
 
 @pytest.fixture(scope="module")
-def one_core() -> Iterator[None]:
-    """Forecasts of a kernel run in itself, as on a machine with one core: their processes' imports cost more here."""
+def kernel(_cache, forked_kernels) -> Iterator[SharedKernel]:
+    """A kernel for many notebooks; ``reproduced`` executes each in one of its own.
+
+    Its forecasts run in itself, as on a machine with one core: their processes' imports cost more here.
+    """
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    yield
-    os.sched_setaffinity(0, before)
+    os.sched_setaffinity(0, {min(before)})  # the kernel inherits it
+    try:
+        with shared_kernel() as kernel:
+            os.sched_setaffinity(0, before)
+            yield kernel
+    finally:
+        os.sched_setaffinity(0, before)
 
 
-def _execute(name: str, out: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _execute(name: str, out: Path, parameters: Mapping[str, Any], kernel: SharedKernel) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     executed = out / f"{name}.ipynb"
-    papermill.execute_notebook(
-        str(NOTEBOOKS / executed.name),
-        str(executed),
-        {**parameters, "out_dir": str(out)},
-        kernel_manager_class=InterpreterKernelManager,
-        progress_bar=False,
-    )
+    kernel.execute(NOTEBOOKS / executed.name, executed, {**parameters, "out_dir": str(out)})
     return read_results(executed)
+
+
+def _execute_alone(name: str, out: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """In a kernel that has imported nothing."""
+    with shared_kernel() as kernel:
+        return _execute(name, out, parameters, kernel)
 
 
 CHECKS: dict[str, dict[str, Any]] = {  # what the last cell says of the tiny model, measured or forecast
@@ -152,11 +162,10 @@ def test_headless_every_widget_is_a_static_page(name, reproduced):
     assert "vnd.jupyter.widget" not in page
 
 
-@pytest.mark.usefixtures("one_core")
 @pytest.mark.parametrize("name", NAMES)
-def test_forecast_for_the_tiny_model_the_named_results_are_there(name, reproduced):
+def test_forecast_for_the_tiny_model_the_named_results_are_there(name, reproduced, kernel):
     asked = {**SMALL[name], **SIZES, "source": "forecast", "model": "ltx-2.3-tiny", "device": "cpu"}
-    results = _execute(name, reproduced, asked)  # beside the measured runs, which need not be made again
+    results = _execute(name, reproduced, asked, kernel)  # beside the measured runs, which need not be made again
     assert (results["source"], results["device"]) == ("forecast", "forecast")
     assert results["finding"]
     if name in ("02_peak_localization", "03_no_grad_fix"):  # on a card the decoder's peak is its convolutions' too
@@ -165,22 +174,25 @@ def test_forecast_for_the_tiny_model_the_named_results_are_there(name, reproduce
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory, reproduced) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Every notebook from the records of the package, and their results."""
-    out = tmp_path_factory.mktemp("recorded")
-    shutil.copytree(reproduced / "runs", out / "runs")
+def recorded(session_folder, reproduced, kernel) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Every notebook from the records of the package, and their results: made once, whichever processes ask."""
     small = {key: value for key, value in SMALL["03_no_grad_fix"].items() if key.startswith("small_")}
     extra: dict[str, dict[str, Any]] = {
         "03_no_grad_fix": small,
         "06_will_it_fit": {"judged": 1},
         "07_what_holds_the_peak": {"others": ["ltx-pipelines"]},
     }
-    return out, {
-        name: _execute(name, out, {"source": "recorded", "device": "cpu", **extra.get(name, {})}) for name in NAMES
-    }
+
+    def make(out: Path) -> None:
+        shutil.copytree(reproduced / "runs", out / "runs")
+        for name in NAMES:
+            _execute(name, out, {"source": "recorded", "device": "cpu", **extra.get(name, {})}, kernel)
+
+    out = made_once(session_folder / "recorded", make)
+    return out, {name: read_results(out / f"{name}.ipynb") for name in NAMES}
 
 
-def test_the_recorded_study_says_what_it_says_at_full_size(recorded):
+def test_from_the_committed_records_the_notebooks_say_this_of_full_size(recorded):
     _, results = recorded
     assert {each["source"] for each in results.values()} == {"recorded"}
     assert {each["model"] for each in results.values()} == {"ltx-2.3-22b"}
@@ -239,7 +251,7 @@ def test_other_records_make_another_page(package, recorded):
     for folder in (package / "data" / "measured" / "nvidia-h200").glob("1024x768x97_escaped*"):  # repeats among them
         _rewrite(read_run(folder), 1.5)
     name = "02_peak_localization"
-    after = _execute(name, package / "out", {"source": "recorded"})
+    after = _execute_alone(name, package / "out", {"source": "recorded"})
     assert after["whole_peak_bytes"] == round(1.5 * before[name]["whole_peak_bytes"])
     old, new = (_page(folder / f"{name}.ipynb", folder / "site") for folder in (out, package / "out"))
     figure = f"{before[name]['whole_peak_bytes'] / GIB:.2f} GiB"
@@ -251,7 +263,7 @@ def test_other_records_make_another_page(package, recorded):
 def test_without_records_a_notebook_says_so_and_does_not_fail(package):
     for card in ("nvidia-h200", "nvidia-h100"):
         shutil.rmtree(package / "data" / "measured" / card)
-    results = _execute("02_peak_localization", package / "out", {"source": "recorded"})
+    results = _execute_alone("02_peak_localization", package / "out", {"source": "recorded"})
     assert results["verdict"] == "no data"
     page = _page(package / "out" / "02_peak_localization.ipynb", package / "out" / "site")
     assert "has no record of 1024x768x97_escaped, 1024x768x97" in page
@@ -266,4 +278,4 @@ def test_a_notebook_whose_study_is_broken_fails(package):
     )
     assert study.read_text() != text
     with pytest.raises((papermill.PapermillExecutionError, AssertionError)):
-        check("02_peak_localization", _execute("02_peak_localization", package / "out", {"source": "recorded"}))
+        check("02_peak_localization", _execute_alone("02_peak_localization", package / "out", {"source": "recorded"}))

@@ -21,10 +21,17 @@ from i2v_lab.paths import notebooks_dir
 from i2v_lab.runs.store import read_run
 
 SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
+LARGER = ["--width", "192", "--height", "64", "--frames", "9", "--fps", "120"]  # the graph is part of the peak
 CLI = [sys.executable, "-m", "i2v_lab.cli"]
 
 
 COMMANDS = ["generate", "show", "forecast", "fit", "measure", "accuracy", "calibrate", "reproduce", "lab", "doctor"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forked_cli(forked_python):
+    """The commands of this module have torch imported already."""
+    CLI[:1] = forked_python
 
 
 def _refused(kind: type[I2VLabError], *arguments: str) -> dict[str, object]:
@@ -234,14 +241,14 @@ def test_the_command_is_installed():
 def test_a_profiled_run_is_recorded_whole_and_shown(tmp_path, still):
     for scope in ("escaped", "no_grad"):
         subprocess.run(
-            [*CLI, "generate", "--image", still, "--out", tmp_path / "video.mp4", *SMALL, "--decode-scope", scope]
+            [*CLI, "generate", "--image", still, "--out", tmp_path / "video.mp4", *LARGER, "--decode-scope", scope]
             + ["--profile", tmp_path / scope],
             check=True,
             capture_output=True,
         )
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "escaped")])
     assert shown.exit_code == 0
-    assert "it are an autograd graph" in shown.output or "no autograd graph" in shown.output
+    assert "it are an autograd graph" in shown.output
     assert all(phase in shown.output for phase in ("encode_prompt", "denoise_stage_2", "decode_video"))
     figures = tmp_path / "figures"
     both = ["show", str(tmp_path / "escaped"), str(tmp_path / "no_grad"), "--timeline", str(figures)]

@@ -56,7 +56,6 @@ def test_random_control_changes_leave_nothing_behind():
     assert (done.threads, done.processes) == (0, 0)
     assert done.grown_bytes < 20 * MIB
     assert len(done.known_ms) >= 10
-    assert min(done.known_ms) < 150
 
 
 @pytest.mark.usefixtures("tiny")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.registry import RUNNERS
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.execute import Hooks, Mode, execute
 from i2v_lab.runs.spec import ProfilerMode, RunSpec
@@ -36,7 +37,7 @@ POLICY_ROUNDS = ("interleaved-policies-1024x768.json", "interleaved-policies-204
 
 
 def profiler_arms(request: I2VRequest, model: str) -> dict[str, RunSpec]:
-    """What profiling costs, the defect, and upstream's own pipeline where there is one.
+    """What profiling costs, the defect, and third-party pipelines of the same model; what its runner lacks is left out.
 
     The first is the baseline; all decode to the last chunk, which stays on the device.
     """
@@ -46,15 +47,16 @@ def profiler_arms(request: I2VRequest, model: str) -> dict[str, RunSpec]:
         profiler=ProfilerMode.NONE,
         write_video=False,
     )
-    arms = {
-        BASELINE: plain,
-        "no profiler, again": plain,
-        "phase boundaries": replace(plain, profiler=ProfilerMode.BOUNDARIES),
-        "modules and graphs": replace(plain, profiler=ProfilerMode.FULL),
-        "decoded outside no_grad": plain.with_request(decode_scope=DecodeScope.ESCAPED),
-    }
-    if plain.runner == "ltx-2":
-        arms["ltx-pipelines"] = replace(plain, runner="ltx-pipelines")
+    runner = plain.runner_spec
+    arms = {BASELINE: plain, "no profiler, again": plain}
+    if runner.emits_events:
+        arms["phase boundaries"] = replace(plain, profiler=ProfilerMode.BOUNDARIES)
+    arms["modules and graphs"] = replace(plain, profiler=ProfilerMode.FULL)
+    if DecodeScope.ESCAPED in runner.decode_scopes:
+        arms["decoded outside no_grad"] = plain.with_request(decode_scope=DecodeScope.ESCAPED)
+    for other in RUNNERS.values():
+        if other.third_party and other.models == runner.name and other is not runner:
+            arms[other.label] = replace(plain, runner=other.name)
     return arms
 
 
