@@ -1,4 +1,4 @@
-"""What the records of full-size runs say: corrections, turns, and ours beside upstream's."""
+"""What the records of full-size runs say: corrections, interleaved rounds, and ours beside upstream's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.runs.interleaved import POLICY_ROUNDS, ratio_table, recorded_rounds
-from i2v_lab.runs.recorded import find_together
+from i2v_lab.runs.recorded import recorded_runs
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.runs.store import read_run
 from i2v_lab.studies.accuracy import halves_table
@@ -20,7 +20,7 @@ from i2v_lab.studies.techniques import phase_peaks
 GIB = 2**30
 
 
-def test_a_correction_is_fitted_to_every_second_experiment_and_judged_on_the_others():
+def test_a_correction_is_fitted_to_every_second_spec_and_judged_on_the_others():
     rows = [  # a forecast 2 % too low in the first phase of all, and one that is off in another half only
         ("a", "encode", 100, 98, 100, 100),
         ("a", "encode", 100, 98, 100, 100),
@@ -38,13 +38,19 @@ def test_a_correction_is_fitted_to_every_second_experiment_and_judged_on_the_oth
     assert halves_table(pd.DataFrame(rows[:2], columns=columns)).empty
 
 
-def test_turns_are_compared_within_their_round_and_a_round_cut_short_is_left_out():
+def test_arms_are_compared_within_their_round_and_a_round_cut_short_is_left_out():
     rows = [
-        {"round": number, "place": 1, "way": way, "seconds": number * seconds, "told_s": told and number * told}
+        {
+            "round": number,
+            "place": 1,
+            "arm": arm,
+            "seconds": number * seconds,
+            "event_seconds": events and number * events,
+        }
         for number in range(1, 9)
-        for way, seconds, told in (("no profiler", 2.0, None), ("phase boundaries", 2.2, 0.022))
+        for arm, seconds, events in (("no profiler", 2.0, None), ("phase boundaries", 2.2, 0.022))
     ]
-    table = ratio_table(pd.DataFrame([*rows, rows[0] | {"round": 9, "seconds": 99.0}])).set_index("way")
+    table = ratio_table(pd.DataFrame([*rows, rows[0] | {"round": 9, "seconds": 99.0}])).set_index("arm")
     assert table["rounds"].to_list() == [8, 8]
     measured = table.loc["phase boundaries", ["ratio", "low_ratio", "high_ratio"]].to_list()
     assert measured == pytest.approx([1.1, 1.1, 1.1])
@@ -63,15 +69,15 @@ def test_at_full_size_ours_takes_no_more_bytes_than_upstream_in_any_phase_and_no
         )
         phases = [phase.value for phase in Phase]
         assert (mine[phases] <= other[phases]).all()
-    turns = ratio_table(recorded_rounds()).set_index("way")
-    assert 1 / turns.loc["ltx-pipelines", "ratio"] <= 1.02
-    assert (turns.loc[["phase boundaries", "modules and graphs"], "event_share"] < 0.01).all()
+    ratios = ratio_table(recorded_rounds()).set_index("arm")
+    assert 1 / ratios.loc["ltx-pipelines", "ratio"] <= 1.02
+    assert (ratios.loc[["phase boundaries", "modules and graphs"], "event_share"] < 0.01).all()
 
 
 def test_measured_on_a_card_every_phase_of_streamed_takes_under_4_gib_and_lean_under_22_outside_the_text():
     sizes = varied(FULL_SIZE_MODEL, "policy_sizes")
     specs = policy_specs(study_request(FULL_SIZE_MODEL), FULL_SIZE_MODEL, sizes)
-    runs = find_together(specs)
+    runs = recorded_runs().find_together(specs)
     for spec, run in zip(specs, runs, strict=True):
         peaks = phase_peaks(run)
         assert set(peaks) == {phase.value for phase in Phase}
@@ -82,7 +88,7 @@ def test_measured_on_a_card_every_phase_of_streamed_takes_under_4_gib_and_lean_u
 
 
 def test_at_full_size_lean_is_no_slower_than_resident_and_streamed_at_most_half_as_slow_again():
-    table = ratio_table(recorded_rounds(POLICY_ROUNDS)).set_index(["size", "way"])["ratio"]
+    table = ratio_table(recorded_rounds(POLICY_ROUNDS)).set_index(["size", "arm"])["ratio"]
     assert list(dict.fromkeys(table.index.get_level_values("size"))) == ["1024x768", "2048x1536"]
-    assert table.xs("lean", level="way").max() <= 1.0
-    assert table.xs("streamed", level="way").max() <= 1.5
+    assert table.xs("lean", level="arm").max() <= 1.0
+    assert table.xs("streamed", level="arm").max() <= 1.5

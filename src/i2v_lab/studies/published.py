@@ -80,7 +80,9 @@ def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
         return list(given)
     known = json.loads((data_dir() / "studies.json").read_text())
     if model not in known:
-        raise InvalidRequest(f"data/studies.json says nothing of model={model!r}; give {what} as a parameter")
+        raise InvalidRequest(
+            f"model={model!r} has no entry in data/studies.json; give {what} as a parameter", model=model
+        )
     return list(known[model][what])
 
 
