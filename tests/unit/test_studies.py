@@ -272,7 +272,7 @@ def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
     assert results["verdict"] == "refined"
     assert results["open_escaped_growth_bytes"] == 100 * GIB
     assert results["open_no_grad_growth_bytes"] == 2 * GIB
-    ended = "With the defect and streams kept, generation 2 of 5 ran out of memory."
+    ended = "With the defect and with unfinished streams, generation 2 of 5 ran out of memory."
     assert results["finding"].endswith(ended)
     found[-1] = seen(order[-1], refused, status="failed", encode_prompt=1)
     assert leak.leak_verdict(found)["open_escaped_growth_bytes"] == 137 * GIB
@@ -319,7 +319,7 @@ def test_a_first_look_is_refined_where_the_transformer_alone_stays_between_the_s
     results = first_look_verdict([seen(RunSpec(request=REQUEST), *stays, encode_prompt=20, decode_video=5)])
     assert results["verdict"] == "refined"
     assert (results["largest_between_bytes"], results["largest_elsewhere_bytes"]) == (18 * GIB, 0)
-    assert "at most 18.00 GiB are left, and 0 B if the transformer is left out" in results["finding"]
+    assert "at most 18.00 GiB stay allocated (0 B without the transformer" in results["finding"]
 
 
 def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
@@ -341,7 +341,7 @@ def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
     assert no_grad.fix_verdict(fixes, True, "")["escaped_peak_bytes"] is None
     for table in (tiling.tiling_table(absent), resolution.flatness_table(absent), leak.leak_table(leaks)):
         assert table.empty
-    assert no_grad.phase_peaks(fixes).empty
+    assert no_grad.peaks_by_phase(fixes).empty
     assert no_grad.graph_table(fixes).empty
     assert localization.gap_table(fixes[:2]).empty
 

@@ -13,6 +13,7 @@ from i2v_lab import I2VRequest, forecasting
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import GraphRecord
 from i2v_lab.runs.forecast import forecast_specs
+from i2v_lab.runs.phases import phase_peaks
 from i2v_lab.runs.sources import observe
 from i2v_lab.runs.spec import SMALL_MODEL
 from i2v_lab.studies.pipelines import (
@@ -22,8 +23,7 @@ from i2v_lab.studies.pipelines import (
     policy_specs,
     third_party_specs,
 )
-from i2v_lab.studies.techniques import phase_peaks
-from i2v_lab.studies.third_party_leaks import again, leak_summary, own_scope
+from i2v_lab.studies.third_party_leaks import leak_summary, own_scope, restarted
 
 MIB = 2**20
 DIFFUSERS = ("diffusers", "diffusers, model offloading", "diffusers, group offloading")
@@ -124,9 +124,9 @@ def counted(start: int, items: list[int]):
     yield from (start + item for item in items)
 
 
-def test_a_stream_that_has_not_begun_can_be_begun_anew():
+def test_a_stream_that_has_not_started_can_be_restarted():
     stream = counted(1, [1, 2])
-    assert [list(again(stream)), list(again(stream)), list(stream)] == [[2, 3]] * 3
+    assert [list(restarted(stream)), list(restarted(stream)), list(stream)] == [[2, 3]] * 3
 
 
 def test_the_summary_counts_what_leaks():
