@@ -147,7 +147,7 @@ def generate(
     media.check_output(out)
     media.load_still(image)
 
-    from i2v_lab.capacity.this_machine import room_within
+    from i2v_lab.capacity.this_machine import memory_budget_bytes
     from i2v_lab.cli.progress import ProgressReport
     from i2v_lab.pipeline.contract.generation import resolve_device
     from i2v_lab.profiling.records import peak_phase
@@ -156,7 +156,7 @@ def generate(
 
     target = resolve_device(device)
     if memory is MemoryPolicy.AUTO:
-        request = options.resolved(request, model, room_within(device, vram_cap_gib), target.type)
+        request = options.resolved(request, model, memory_budget_bytes(device, vram_cap_gib), target.type)
     spec = RunSpec(
         request=request,
         model=model,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.capacity.cards import FITS
-from i2v_lab.capacity.this_machine import room_here
+from i2v_lab.capacity.this_machine import available_memory
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, two_columns, under_a_policy
 from i2v_lab.lab.exploration import Exploration, Question
@@ -68,7 +68,7 @@ class Generate(View):
         self.request = under_a_policy(asked, self.model)
         self.monitor = monitor or VramMonitor(device)
         self.generating = Generating(self.runs_dir, device, self.monitor.monitor, self._show)
-        self.room = room_here(device)
+        self.room = available_memory(device)
         self.exploration = Exploration(self._question(), self._show)
         self._drawing = threading.RLock()
         self._setting = False
