@@ -74,10 +74,10 @@ class GenerationJob:
         folder: Its run directory.
 
     Example:
-        >>> generating = Generating(Path("runs"))
-        >>> generating.start(request, "ltx-2.3-tiny")  # doctest: +SKIP
-        >>> generating.wait()  # doctest: +SKIP
-        >>> generating.video  # doctest: +SKIP
+        >>> job = GenerationJob(Path("runs"))
+        >>> job.start(request, "ltx-2.3-tiny")  # doctest: +SKIP
+        >>> job.wait()  # doctest: +SKIP
+        >>> job.video  # doctest: +SKIP
         PosixPath('runs/0001_192x128x25/video.mp4')
     """
 
