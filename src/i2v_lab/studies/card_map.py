@@ -13,7 +13,7 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.runs.sources import Observation
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.studies.resolution import frames_specs, resolution_specs
-from i2v_lab.studies.verdicts import conclude, no_data
+from i2v_lab.studies.verdicts import NO_DATA, conclude, no_data
 from i2v_lab.units import format_bytes
 
 
@@ -98,8 +98,11 @@ def card_verdict(observations: Sequence[Observation], table: pd.DataFrame, summa
         table: Of :func:`card_table`.
         summary: Of :func:`i2v_lab.studies.accuracy.summary_table`; its last row is of all phases.
     """
-    if table.empty or summary.empty:
+    if table.empty:
         return no_data(observations)
+    if summary.empty:
+        model = observations[0].spec.model
+        return conclude(observations, NO_DATA, f"data/measured has no GPU run of {model}.")
     errors = summary.iloc[-1]
     median, worst = float(errors["median_error"]), float(errors["worst_error"])
     verdict = "refuted" if median > 0.01 else "confirmed" if worst <= 0.03 else "refined"

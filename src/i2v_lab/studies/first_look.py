@@ -10,6 +10,7 @@ from i2v_lab.events import Phase
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import VIDEO
 from i2v_lab.runs.measure import measure, run_folder
+from i2v_lab.runs.phases import run_peak
 from i2v_lab.runs.sources import Observation, Source, phases_frame
 from i2v_lab.runs.spec import SMALL_MODEL, RunSpec
 from i2v_lab.studies.published import study_request
@@ -47,11 +48,10 @@ def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     ``confirmed``: between phases at most a twentieth of the peak stays allocated. ``refined``: more does, but only from
     one denoising stage to the next, where the distilled transformer stays loaded. ``refuted``: more does elsewhere.
     """
-    table = phases_frame(observations)
-    if table.empty:
+    table, top = phases_frame(observations), run_peak(observations[0].run)
+    if top is None:
         return no_data(observations)
-    peak, between = int(table["peak_bytes"].max()), int(table["start_bytes"].max())
-    top = str(table.loc[table["peak_bytes"].idxmax(), "phase"])
+    peak, between = top.peak_bytes, int(table["start_bytes"].max())
     elsewhere = int(table.loc[~table["phase"].isin(BETWEEN_STAGES), "start_bytes"].max())
     verdict, exception = CONFIRMED, ""
     if elsewhere > LEFT_SHARE * peak:
@@ -60,7 +60,7 @@ def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
         verdict = REFINED
         exception = f" ({format_bytes(elsewhere)} without the transformer, which stays loaded between the stages)"
     finding = (
-        f"The peak is {format_bytes(peak)}, in {top}; the sum of the phases' peaks is "
+        f"The peak is {format_bytes(peak)}, in {top.phase}; the sum of the phases' peaks is "
         f"{format_bytes(int(table['peak_bytes'].sum()))}. Between phases, at most {format_bytes(between)} stay "
         f"allocated{exception}."
     )
@@ -69,7 +69,7 @@ def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
         verdict,
         finding,
         peak_bytes=peak,
-        peak_phase=top,
+        peak_phase=top.phase,
         largest_between_bytes=between,
         largest_elsewhere_bytes=elsewhere,
     )
