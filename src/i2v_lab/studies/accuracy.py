@@ -73,7 +73,7 @@ def _is_comparable(run: Run, model: str | None) -> bool:
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
-    """Each measured phase beside its forecast.
+    """Each measured phase with its forecast.
 
     Returns:
         ``measured`` with ``spec`` as the spec's name, then ``forecast_bytes, error, forecast_reserved_bytes,
