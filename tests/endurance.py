@@ -159,7 +159,7 @@ def stop_at_random(count: int, folder: Path, seed: int = 0) -> list[Stop]:
     """Start and stop generations; at the end one that is not stopped has to give a video."""
     chance = random.Random(seed)
     generate = Generate(folder, I2VRequest(image=STILL, width=64, height=64, frames=9), MODEL, "cpu")
-    generating = generate.generating
+    generating = generate.job
     told = Told(generating)
     generate.start()
     generating.wait()

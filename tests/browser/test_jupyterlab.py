@@ -122,7 +122,7 @@ def test_a_moved_slider_is_answered_in_the_background_and_then_at_once(server, p
     explorer.get_by_text("Forecasting in the background").wait_for()
     assert explorer.locator(".answer.older").get_attribute("data-of") == "64x64x9"
     _kept(page, "explorer-working", explorer)
-    card = explorer.locator(".widget-dropdown", has_text="card").locator("select")
+    card = explorer.locator(".widget-dropdown", has_text="GPU").locator("select")
     for name in ("T4", "H200"):
         card.select_option(name)
         assert page.evaluate(ASKED_OF, name), "the page answers while a forecast is under way"
@@ -163,7 +163,7 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     content = base64.b64encode((data_dir() / "stills" / "tower.png").read_bytes()).decode()
     zone = generate.locator(".i2v-drop")
     zone.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILE, content)})
-    generate.get_by_text("my tower.png is the still now.").wait_for()
+    generate.get_by_text("my tower.png is selected.").wait_for()
     generate.locator("img.still[alt=my_tower]").wait_for()
     generate.locator(".widget-dropdown", has_text="size").locator("select").select_option("128x64")
     frames = generate.locator(".widget-slider", has_text="frames").locator(".noUi-handle")
@@ -180,14 +180,14 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     video.wait_for()
     assert video.evaluate("part => part.readyState > 1 || new Promise(done => part.onloadeddata = () => done(true))")
     assert video.evaluate("part => [part.videoWidth, part.videoHeight]") == [128, 64]
-    assert generate.locator("table", has_text="left behind").locator("tbody tr").count() == 7
+    assert generate.locator("table", has_text="allocated at end").locator("tbody tr").count() == 7
     assert generate.locator(".verdict").inner_text().startswith("It fits: this machine has")
     _kept(page, "generated", generate.locator(".verdict"))
     start.click()
     generate.locator("td", has_text="denoise stage 1").wait_for()
     _kept(page, "generating", generate.locator(".verdict"))
     stop.click()
-    generate.get_by_text("Stopped by hand").wait_for()
+    generate.get_by_text("Stopped by the user").wait_for()
     assert video.count() == 0
     assert start.is_enabled()
     _kept(page, "stopped", generate.locator(".verdict"))

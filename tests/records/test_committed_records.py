@@ -6,12 +6,12 @@ from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.runs.interleaved import POLICY_ROUNDS, ratio_table, recorded_rounds
+from i2v_lab.runs.phases import phase_peaks
 from i2v_lab.runs.recorded import recorded_runs
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.runs.store import read_run
 from i2v_lab.studies.pipelines import policy_specs
 from i2v_lab.studies.published import study_request, varied
-from i2v_lab.studies.techniques import phase_peaks
 
 GIB = 2**30
 

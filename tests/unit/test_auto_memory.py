@@ -1,4 +1,4 @@
-"""``--memory auto``: the fastest policy that a card takes by the forecast, or the largest request that fits."""
+"""``--memory auto``: the fastest policy whose forecast fits, or the largest request that does."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none
     below = min(f.peak.peak_bytes + f.context_bytes for f in forecasts.values())
     reason = resolve_memory(asked, below, SMALL_MODEL).reason
     assert reason.count("tightly") == reason.count("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True") == 1
-    with pytest.raises(DeviceUnavailable, match="even with memory=.*; no size does; use a larger card") as refused:
+    with pytest.raises(DeviceUnavailable) as refused:
         resolve_memory(asked, below - 1, SMALL_MODEL)
-    assert refused.value.fields["needed_bytes"] == below
+    assert refused.value.fields == {"needed_bytes": below, "memory_bytes": below - 1, "nearest": None}
 
 
 def test_auto_refuses_with_the_nearest_request_that_fits_and_means_the_same_by_it(still):
@@ -35,7 +35,7 @@ def test_auto_refuses_with_the_nearest_request_that_fits_and_means_the_same_by_i
     asked = I2VRequest(image=str(still), width=512, height=128, frames=9, fps=120, memory="auto", tiling=finest)
     smaller = replace(asked, width=256, height=64, memory="streamed")
     need = (forecast := forecast_request(smaller, SMALL_MODEL)).peak.peak_bytes + forecast.context_bytes
-    with pytest.raises(DeviceUnavailable, match="; 256x64 with 9 frames fits$") as refused:
+    with pytest.raises(DeviceUnavailable) as refused:
         resolve_memory(asked, need, SMALL_MODEL)  # where its allocator's reserve does not
     nearest = I2VRequest.from_json(refused.value.fields["nearest"])
     assert nearest == smaller

@@ -29,11 +29,17 @@ def test_a_correction_is_fitted_to_every_second_spec_and_judged_on_the_others():
     assert halves_table(pd.DataFrame(rows[:2], columns=columns)).empty
 
 
-def test_turns_are_compared_within_their_round_and_a_round_cut_short_is_left_out():
+def test_arms_are_compared_within_their_round_and_a_round_cut_short_is_left_out():
     rows = [
-        {"round": number, "place": 1, "arm": way, "seconds": number * seconds, "event_seconds": told and number * told}
+        {
+            "round": number,
+            "place": 1,
+            "arm": arm,
+            "seconds": number * seconds,
+            "event_seconds": events and number * events,
+        }
         for number in range(1, 9)
-        for way, seconds, told in (("no profiler", 2.0, None), ("phase boundaries", 2.2, 0.022))
+        for arm, seconds, events in (("no profiler", 2.0, None), ("phase boundaries", 2.2, 0.022))
     ]
     table = ratio_table(pd.DataFrame([*rows, rows[0] | {"round": 9, "seconds": 99.0}])).set_index("arm")
     assert table["rounds"].to_list() == [8, 8]

@@ -21,7 +21,7 @@ from i2v_lab.cli.lab import START, lab_command, lab_environment
 from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
 from i2v_lab.events import Phase, PhaseStarted
 from i2v_lab.lab import background_forecast as background
-from i2v_lab.lab.exploration import Exploration, Question, _thinned
+from i2v_lab.lab.exploration import Exploration, Question, _downsampled
 from i2v_lab.lab.generation_job import State
 from i2v_lab.lab.stills import add_still, list_stills
 from i2v_lab.memory_policy import MemoryPolicy
@@ -74,7 +74,7 @@ def test_a_generation_stopped_at_a_random_moment_ends_within_a_step_and_the_next
 def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(background, "LOOK_S", 0.01)
+    monkeypatch.setattr(background, "POLL_INTERVAL_S", 0.01)
     latest = background.LatestForecast(lambda spec, error: seen.append((spec, error)))
     first = RunSpec(request=_request(width=192, height=192, frames=17), model=TINY)
     unreadable = replace(first, request=_request(image="gone.png"))
@@ -87,7 +87,7 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monke
     assert [spec for spec, _ in seen] == [unreadable], "the first one was ended and says nothing"
     assert isinstance(seen[0][1], InvalidImage)
     assert not list(tmp_path.rglob("forecasts/*.json")), "it did not come to its end unheard, either"
-    latest.drop(wait_s=5)
+    latest.cancel(wait_s=5)
     assert latest._thread is None
 
 
@@ -112,7 +112,7 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     whole = i2v_lab.forecast_request(_request(), TINY)
     assert answer.needed_bytes == whole.peak_reserved_bytes + whole.context_bytes
     assert answer.fit.verdict == "fits"
-    assert answer.sentence.startswith("It fits: T4 has 14.56 GiB, this takes")
+    assert answer.sentence.startswith("It fits: T4 has 14.56 GiB, this needs")
     small = replace(exploration.question, memory_bytes=answer.needed_bytes - 1, gpu="a small card")
     exploration.ask(small)
     assert exploration.answer.fit.verdict == "tight"
@@ -121,7 +121,7 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     exploration.ask(replace(small, request=_request(image="gone.png")), wait=True)
     assert "gone.png" in exploration.problem
     # What is left out of a picture changes none of its sums.
-    thin = replace(whole, records=_thinned(whole))
+    thin = replace(whole, records=_downsampled(whole))
     assert thin.phases == whole.phases
     assert len(thin.records) < len(whole.records) / 5
     assert _by_category(thin) == _by_category(whole)
@@ -169,7 +169,7 @@ def test_a_memory_policy_is_chosen_where_the_model_has_it(tiny, tmp_path, kind):
     lead = [] if kind is Explorer else [tmp_path]
     view = kind(*lead, _request(memory="auto"), TINY)  # which no view can show before it is resolved
     assert view.widget is not None
-    controls = view.controls if kind is Explorer else view._controls
+    controls = view.controls
     assert [policy.value for policy in controls["memory"].options] == ["resident", "lean", "streamed"]
     assert controls["memory"].value == "resident"
     controls["memory"].value = MemoryPolicy.STREAMED
@@ -179,6 +179,18 @@ def test_a_memory_policy_is_chosen_where_the_model_has_it(tiny, tmp_path, kind):
     assert [policy.value for policy in controls["memory"].options] == ["resident"]
     assert view.exploration.question.request.memory is MemoryPolicy.RESIDENT
     view.close()
+
+
+def test_a_request_that_its_model_does_not_support_is_a_problem_and_not_an_error(tiny):
+    explorer = Explorer(_request(quantization="bf16", tiling=None), "ltxv-tiny")
+    explorer.controls["quantization"].value = "fp8-cast"
+    assert "quantization='fp8-cast'" in explorer.exploration.problem
+    assert not explorer.exploration.working
+    assert "quantization=" in explorer.html()
+    assert "fp8-cast" in repr(explorer)
+    explorer.controls["model"].value = TINY
+    assert explorer.exploration.problem is None
+    explorer.close()
 
 
 # --- Every view, with a front end and without ---
@@ -208,10 +220,10 @@ def test_a_view_is_widgets_for_those_who_watch_and_html_for_everybody(tiny, tmp_
 # --- VramMonitor ---
 
 
-def test_a_monitor_that_nobody_watched_shows_one_look_and_says_so():
+def test_a_monitor_that_was_not_started_shows_a_single_sample_and_says_so():
     html = VramMonitor("cpu").html()
     assert html.count("<circle") == 1
-    assert "Nobody has watched yet: this is one look" in html
+    assert "this is a single sample" in html
 
 
 def test_a_monitor_counts_tensors_marks_phases_and_says_what_it_shows():
@@ -256,7 +268,7 @@ def test_a_dropped_file_that_is_no_picture_is_refused_in_words(tmp_path):
     assert not list((tmp_path / "stills").glob("*"))
     generate.add_still("../../a b.png", Path(i2v_lab.paths.data_dir() / "stills" / "tower.png").read_bytes())
     assert generate.request.image == str(tmp_path / "stills" / "a_b.png")
-    assert generate._controls["image"].value == generate.request.image
+    assert generate.controls["image"].value == generate.request.image
     assert ("a_b.png", generate.request.image) in list_stills(tmp_path, "")
     with pytest.raises(InvalidImage):
         add_still(tmp_path, "x", b"")
@@ -265,9 +277,9 @@ def test_a_dropped_file_that_is_no_picture_is_refused_in_words(tmp_path):
 
 def test_a_request_that_will_not_fit_this_machine_gets_a_warning_before_it_runs(tiny, tmp_path):
     generate = Generate(tmp_path, _request(), TINY, "cpu")
-    generate.room = ("this card", 2**20, "cuda")
+    generate.device_memory = ("this GPU", 2**20, "cuda")
     generate.exploration.ask(generate._question(), wait=True)
-    assert "Warning. It does not fit: this card has 1.0 MiB" in generate.html()
+    assert "Warning. It does not fit: this GPU has 1.0 MiB" in generate.html()
 
 
 # --- Pictures and comparisons ---
@@ -319,7 +331,7 @@ def test_two_runs_are_compared_by_name(tmp_path):
     with RunWriter(tmp_path / "c", {"device": "cpu"}) as writer:
         writer.append(_phase("decode_video", 2**20))
     assert compare.widget is not None
-    compare.look_again()
+    compare.refresh()
     assert compare._choices[0].options == ("a", "b", "c")
     compare._choices[1].value = "c"
     assert "Peak 1.0 MiB instead of 400.0 MiB" in compare._picture.value

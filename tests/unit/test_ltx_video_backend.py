@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from i2v_lab.cli.app import app
 from i2v_lab.errors import CheckpointError, DeviceUnavailable, GradScopeError
 from i2v_lab.events import ComponentBuilt, ComponentReleased, PhaseEnded, StepEnded
-from i2v_lab.lab.generation_job import Generating, State
+from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.contract.runner import stage_shape
@@ -294,7 +294,7 @@ def test_a_measured_run_and_one_in_the_background(tmp_path):
     run = measure(RunSpec(request=SMALL, model="ltxv-tiny"), tmp_path / "measured", device="cpu")
     assert run.status == "complete"
     assert list(run.frame("phase")["phase"]) == PHASES
-    generating = Generating(tmp_path / "runs", device="cpu")
+    generating = GenerationJob(tmp_path / "runs", device="cpu")
     generating.start(SMALL, "ltxv-tiny")
     assert generating.wait(120)
     assert (generating.state, generating.message.split(" ")[0]) == (State.DONE, "Done")

@@ -16,6 +16,7 @@ from ltx_core.model.video_vae.video_vae import VideoDecoder
 
 from i2v_lab.capacity.cards import context_bytes
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.pipeline.ltx2.tiles import SIZES, tile_grid
 from i2v_lab.profiling.records import (
     GenerationRecord,
     GraphRecord,
@@ -76,20 +77,20 @@ def test_tiles_lie_where_the_decoder_of_ltx_core_puts_them(
     )
     decoder = object.__new__(VideoDecoder)
     torch.nn.Module.__init__(decoder)
-    latent = request.shape.latent()
+    latent = SIZES.latent(request.shape)
     empty = torch.empty(1, 128, latent.frames, latent.height, latent.width, device="meta")
     decoder.video_downscale_factors = VideoDecoder.__init__.__globals__["SpatioTemporalScaleFactors"](8, 32, 32)
     theirs = {
         tuple((axis.start, axis.stop) for axis in tile.out_coords[2:]) for tile in decoder._prepare_tiles(empty, config)
     }
-    grid = tiling.tile_grid(request)
+    grid = tile_grid(request)
     assert theirs == {(g, r, c) for g in grid.groups for r in grid.rows for c in grid.columns}
     assert grid.tiles == len(theirs)
     assert grid.voxels == sum((a[1] - a[0]) * (b[1] - b[0]) * (c[1] - c[0]) for a, b, c in theirs)
 
 
 def test_without_tiling_there_is_one_tile_and_every_voxel_is_decoded_once():
-    grid = tiling.tile_grid(I2VRequest(image="x", width=1024, height=768, frames=97, tiling=None))
+    grid = tile_grid(I2VRequest(image="x", width=1024, height=768, frames=97, tiling=None))
     assert (grid.tiles, grid.voxels) == (1, 1024 * 768 * 97)
 
 
@@ -271,7 +272,7 @@ def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
     assert results["verdict"] == "refined"
     assert results["open_escaped_growth_bytes"] == 100 * GIB
     assert results["open_no_grad_growth_bytes"] == 2 * GIB
-    ended = "With the defect and streams kept, generation 2 of 5 ran out of memory."
+    ended = "With the defect and with unfinished streams, generation 2 of 5 ran out of memory."
     assert results["finding"].endswith(ended)
     found[-1] = seen(order[-1], refused, status="failed", encode_prompt=1)
     assert leak.leak_verdict(found)["open_escaped_growth_bytes"] == 137 * GIB
@@ -318,7 +319,7 @@ def test_a_first_look_is_refined_where_the_transformer_alone_stays_between_the_s
     results = first_look_verdict([seen(RunSpec(request=REQUEST), *stays, encode_prompt=20, decode_video=5)])
     assert results["verdict"] == "refined"
     assert (results["largest_between_bytes"], results["largest_elsewhere_bytes"]) == (18 * GIB, 0)
-    assert "at most 18.00 GiB are left, and 0 B if the transformer is left out" in results["finding"]
+    assert "at most 18.00 GiB stay allocated (0 B without the transformer" in results["finding"]
 
 
 def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
@@ -340,7 +341,7 @@ def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
     assert no_grad.fix_verdict(fixes, True, "")["escaped_peak_bytes"] is None
     for table in (tiling.tiling_table(absent), resolution.flatness_table(absent), leak.leak_table(leaks)):
         assert table.empty
-    assert no_grad.phase_peaks(fixes).empty
+    assert no_grad.peaks_by_phase(fixes).empty
     assert no_grad.graph_table(fixes).empty
     assert localization.gap_table(fixes[:2]).empty
 
@@ -362,14 +363,17 @@ def test_published_runs_are_each_there_once_and_join_only_what_they_are_about():
 def test_what_is_varied_is_given_or_the_models_own():
     assert varied("ltx-2.3-22b", "frames") == [25, 49, 97, 121]
     assert varied("ltx-2.3-22b", "frames", [9]) == [9]
-    with pytest.raises(InvalidRequest, match="says nothing of model='other'; give frames as a parameter"):
+    with pytest.raises(InvalidRequest) as refused:
         varied("other", "frames")
+    assert refused.value.fields == {"model": "other"}
     assert to_size("1024x768") == (1024, 768)
     assert to_tiling("512/64/64/24") == Tiling(512, 64, 64, 24)
     assert to_tiling("none") is None
     for wrong in ("1024", "axb", "1x2x3"):
-        with pytest.raises(InvalidRequest, match=r"is not a size; write it as 1024x768"):
+        with pytest.raises(InvalidRequest) as refused:
             to_size(wrong)
+        assert refused.value.fields == {"size": wrong}
     for wrong in ("512", "a/b/c/d", "512/64/64"):
-        with pytest.raises(InvalidRequest, match="is not one; write it as 768/64/80/24, or none"):
+        with pytest.raises(InvalidRequest) as refused:
             to_tiling(wrong)
+        assert refused.value.fields == {"tiling": wrong}

@@ -1,4 +1,4 @@
-"""What holds the peak: steps, policies, cards and others' pipelines in tables, and a verdict that follows from them."""
+"""What the peak is made of: techniques, policies, cards, third-party pipelines in tables, and the verdict on them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ import pytest
 
 from i2v_lab.capacity.cards import context_bytes, gpu_table
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.registry import find_runner
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.interleaved import ratio_table, recorded_rounds
-from i2v_lab.runs.recorded import find_of, find_together
+from i2v_lab.runs.provenance import run_metadata
+from i2v_lab.runs.recorded import recorded_runs
 from i2v_lab.runs.sources import Observation, Source
-from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, RunSpec
-from i2v_lab.runs.store import Run, RunWriter, run_metadata
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, RunSpec, make_request
+from i2v_lab.runs.store import Run, RunWriter
 from i2v_lab.studies.pipelines import (
     capped_table,
     cards_table,
     phases_by_policy,
     policies_table,
     policy_specs,
+    third_party_specs,
 )
 from i2v_lab.studies.published import published_peak
 from i2v_lab.studies.techniques import (
@@ -52,16 +55,16 @@ def seen(spec: RunSpec, seconds: float = 1.0, **peaks: float) -> Observation:
 
 def test_each_step_has_one_technique_more_from_resident_to_streamed():
     steps = step_specs(replace(LARGE, memory="lean"), FULL_SIZE_MODEL)
-    assert steps[0].request.memory is MemoryPolicy.RESIDENT
-    assert steps[-1].request.memory is MemoryPolicy.STREAMED
-    assert steps[0].techniques is steps[-1].techniques is None
-    sets = [frozenset(), *(step.techniques for step in steps[1:-1]), TECHNIQUES[MemoryPolicy.STREAMED]]
+    assert steps[0].policy is MemoryPolicy.RESIDENT
+    assert steps[-1].policy is MemoryPolicy.STREAMED
+    sets = [step.technique_set for step in steps]
+    assert (sets[0], sets[-1]) == (frozenset(), TECHNIQUES[MemoryPolicy.STREAMED])
     assert [after - before for before, after in pairwise(sets)] == [{each} for each in ORDER]
-    assert set(ORDER) == set(Technique)
+    assert set(ORDER) == find_runner("ltx-2").techniques
     assert len({step.name for step in steps}) == len(steps)
     assert [RunSpec.from_json(json.loads(json.dumps(step.to_json()))) for step in steps] == steps
     assert len({step.memory_key() for step in steps}) == len(steps)
-    assert len(step_specs(I2VRequest(image=DEFAULT_STILL, tiling=None), "ltxv-tiny")) == 1
+    assert len(step_specs(make_request("ltxv-tiny"), "ltxv-tiny")) == 1
     assert not has_techniques("ltxv-tiny")
 
 
@@ -70,10 +73,12 @@ def test_chosen_techniques_come_in_the_order_asked_for_and_each_after_what_it_ne
     steps = step_specs(LARGE, SMALL_MODEL, chosen)
     table = steps_table([seen(each, decode_video=1.0) for each in steps])
     assert table["technique"].to_list() == ["", "row_bands", "text_only", "streamed_text"]
-    with pytest.raises(InvalidRequest, match="technique='streamed_text' needs text_only; name both"):
+    with pytest.raises(InvalidRequest) as refused:  # it needs text_only, which comes later
         step_specs(LARGE, SMALL_MODEL, ["streamed_text", "text_only"])
-    with pytest.raises(InvalidRequest, match="technique='magic' is unknown"):
+    assert refused.value.fields == {"technique": "streamed_text"}
+    with pytest.raises(InvalidRequest) as refused:
         step_specs(LARGE, SMALL_MODEL, ["magic"])
+    assert refused.value.fields == {"technique": "magic"}
 
 
 def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():
@@ -102,8 +107,10 @@ def test_the_verdict_follows_from_the_first_and_the_last_step(last, verdict):
     assert "33.55 GiB as published" in results["finding"]
     assert (results["first_peak_bytes"], results["last_peak_bytes"]) == (26 * GIB, round(last * GIB))
     assert techniques_verdict([Observation(specs[0], Source.RECORDED, None)])["verdict"] == "no data"
-    other = seen(replace(specs[0], model="ltxv-2b-0.9.8-distilled"), decode_video=19.0)
-    assert techniques_verdict([other])["finding"] == "ltxv-2b-0.9.8-distilled has no memory policy but resident."
+    model = "ltxv-2b-0.9.8-distilled"
+    other = seen(RunSpec(request=make_request(model), model=model), decode_video=19.0)
+    results = techniques_verdict([other])
+    assert (results["verdict"], results["model"], results["techniques"]) == ("no data", model, 0)
 
 
 def test_policies_phase_by_phase_and_the_cards_that_each_opens():
@@ -132,9 +139,8 @@ def test_policies_phase_by_phase_and_the_cards_that_each_opens():
 # --- Records of several cards -----------------------------------------------------------------------------------------
 
 
-def _write(folder, spec: RunSpec, card: str, seconds: float, **extra: object) -> None:
-    metadata = run_metadata(spec.request.to_json(), "cuda", 1, [], spec.model, **extra)
-    metadata |= {"spec": spec.to_json(), "device_name": card}
+def _write(folder: Path, spec: RunSpec, card: str, seconds: float) -> None:
+    metadata = run_metadata("cuda", spec=spec, device_name=card)
     with RunWriter(folder, metadata) as writer:
         writer.append(PhaseRecord("decode_video", None, 0, 100, 0, None, 100, 0, 0.0, seconds, True))
 
@@ -152,47 +158,50 @@ def test_what_is_compared_comes_from_the_card_that_has_most_of_it(tmp_path):
         ("e", replace(plain, generations=3), "H200"),
     ):
         _write(tmp_path / name, spec, card, 1.0)
-    assert [run.metadata["device_name"] for run in find_together([plain, lean], tmp_path)] == ["H100", "H100"]
-    (alone,) = find_together([plain], tmp_path)
+    recorded = recorded_runs(tmp_path)
+    found = recorded.find_together([plain, lean])
+    assert [run.metadata["device_name"] for run in found] == ["H100", "H100"]
+    (alone,) = recorded.find_together([plain])
     assert alone.metadata["device_name"] == "H200", "one that both have comes from the card with more runs"
-    assert find_together([replace(plain, generations=2)], tmp_path) == [None]
+    assert recorded.find_together([replace(plain, generations=2)]) == [None]
 
 
-def test_a_run_of_somebody_elses_pipeline_is_found_on_a_card(tmp_path):
-    asked = RunSpec(request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9), model=SMALL_MODEL)
+def test_a_run_of_a_third_party_pipeline_is_found_on_a_card(tmp_path):
+    ours = RunSpec(request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9), model=SMALL_MODEL)
+    upstream = replace(ours, runner="ltx-pipelines")
     for name, seconds in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
-        _write(tmp_path / name, asked, "H100", seconds, pipeline="ltx-pipelines", apart=True)
-    _write(tmp_path / "d", asked, "H100", 2.0, pipeline="ltx-pipelines", apart=True, vram_cap_bytes=1)
-    found = find_of("ltx-pipelines", asked, "H100", tmp_path)
-    assert found.folder.name == "c", "the median of three"
-    assert find_of("ltx-pipelines", asked, "H200", tmp_path) is None
-    assert find_of("diffusers", asked, "H100", tmp_path) is None
-    assert find_together([asked], tmp_path) == [None]
+        _write(tmp_path / name, upstream, "H100", seconds)
+    _write(tmp_path / "d", replace(upstream, vram_cap_bytes=1), "H100", 2.0)
+    recorded = recorded_runs(tmp_path)
+    assert recorded.find(upstream, "H100").folder.name == "c", "the median of three"
+    assert recorded.find(upstream, "H200") is None
+    assert recorded.find(third_party_specs(ours.request, SMALL_MODEL, "64x64")["diffusers"], "H100") is None
+    assert recorded.find(ours) is None
 
 
-def test_what_became_of_policies_below_a_cap():
+def test_the_outcome_of_policies_below_a_cap():
     request = I2VRequest(image=DEFAULT_STILL, width=2048, height=1536, frames=97)
     asked = policy_specs(request, FULL_SIZE_MODEL, ["1024x768", "2048x1536"])
-    table = capped_table([Observation(spec, Source.RECORDED, None) for spec in asked])
+    table = capped_table([Observation(spec, Source.RECORDED, None) for spec in asked], recorded_runs())
     assert (set(table["size"]), set(table["policy"])) == ({"2048x1536"}, {"streamed"})
     assert (table["cap_bytes"] / GIB).to_list() == [4, 3.5, 3.25]
     assert table["status"].to_list() == ["complete", "complete", "out of memory"]
     assert table["phase"].to_list() == ["decode_video", "decode_video", "encode_prompt"]
     assert (table["reserved_bytes"] <= table["cap_bytes"]).all()
-    assert capped_table([]).empty
+    assert capped_table([], recorded_runs()).empty
 
 
-def test_turns_of_several_sizes_are_compared_each_with_its_own(tmp_path):
+def test_rounds_of_several_sizes_are_compared_each_with_its_own(tmp_path):
     for width, factor in ((64, 1.5), (128, 1.1)):
-        turns = [
-            {"round": n, "place": p, "way": way, "seconds": n * s, "told_s": None}
+        rounds = [
+            {"round": n, "place": p, "arm": arm, "seconds": n * s, "event_seconds": None}
             for n in (1, 2)
-            for p, (way, s) in enumerate((("resident", 2.0), ("streamed", 2.0 * factor)), start=1)
+            for p, (arm, s) in enumerate((("resident", 2.0), ("streamed", 2.0 * factor)), start=1)
         ]
-        values = {"device": "a card", "request": {"width": width, "height": 64}, "turns": turns}
+        values = {"device": "a card", "request": {"width": width, "height": 64}, "rounds": rounds}
         (tmp_path / f"{width}.json").write_text(json.dumps(values))
     table = ratio_table(recorded_rounds(["64.json", "128.json", "not_there.json"], tmp_path))
-    assert table[["size", "way"]].to_numpy().tolist() == [
+    assert table[["size", "arm"]].to_numpy().tolist() == [
         ["64x64", "resident"],
         ["64x64", "streamed"],
         ["128x64", "resident"],

@@ -1,1 +1,1 @@
-"""What fits a card: cards, searches, placements, this machine."""
+"""Capacity planning: GPUs, searches for the largest request that fits, memory policies, this machine's memory."""

@@ -1,4 +1,4 @@
-"""The model of library workspaces, fitted to measurements."""
+"""Fits the model of cuDNN workspaces to measurements."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from i2v_lab.paths import data_dir
 
 MEASUREMENTS = "libraries-h100.json"
 COLUMNS = {"contiguous", "grouped", "input_bytes", "weight_bytes", "output_bytes", "workspace_bytes"}
-LARGE_BYTES = 8 * 2**20  # below, the allocator's rounding and the choice of kernel weigh more than the model
+LARGE_BYTES = 8 * 2**20  # below, the allocator's rounding and the choice of algorithm dominate
 
 
 def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iterator[str]:
     """Fit ``data/workspaces.json`` to what ``benchmarks/measure_libraries.py`` measured.
 
-    Least absolute relative error, over the convolutions whose channels come first and whose workspace is 8 MiB or more.
-    Some kernels take 16 MiB besides, to sum in parts, which least squares would spread over all.
+    Minimizes the absolute relative error over ungrouped channels-first convolutions with a workspace of 8 MiB or more.
+    Not least squares: some kernels take another 16 MiB for split-k sums, outliers that would bias all factors.
 
     Args:
-        measurements: Its JSON file; the convolutions are in a CSV file of the same name beside it.
-        out: Where the model goes.
+        measurements: The benchmark's JSON file; by default that in ``data/measured``. The convolutions are in the CSV
+            file of the same name beside it.
+        out: The model's file; ``data/workspaces.json`` by default.
 
     Yields:
-        Lines that say what came out.
+        Lines of a report: the factors, the error of the fit, the file written.
 
     Raises:
-        RecordError: The measurements cannot be read.
+        RecordError: The measurements cannot be read, or lack columns.
     """
     source = measurements or data_dir() / "measured" / MEASUREMENTS
     try:
@@ -66,7 +67,7 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
 
 
 def _least_absolute(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The solution with the least sum of absolute errors, by iteratively reweighted least squares."""
+    """Least absolute deviations by iteratively reweighted least squares."""
     weights = np.ones(len(target))
     for _ in range(100):
         root = np.sqrt(weights)

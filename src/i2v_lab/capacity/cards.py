@@ -1,4 +1,4 @@
-"""Which cards a forecast fits."""
+"""Which GPUs a forecast fits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ FITS, TIGHT, NO = "fits", "tight", "no"
 
 @dataclass(frozen=True)
 class Fit:
-    """One card's verdict.
+    """The verdict for one GPU.
 
     Attributes:
         gpu: Its name.
-        memory_bytes: What CUDA can use of its memory.
-        verdict: ``fits``: what the caching allocator would reserve, and the CUDA context, have room. ``tight``: only
-            what is allocated has room, so the allocator must return its cache on the way. ``no``: not even that.
+        memory_bytes: Its memory as CUDA reports it.
+        verdict: ``fits``: the caching allocator's peak reserved memory and the CUDA context fit. ``tight``: only peak
+            allocated memory and the context do, so the allocator has to release cached blocks during the run. ``no``:
+            neither.
     """
 
     gpu: str
@@ -34,15 +35,22 @@ class Fit:
 
 
 def judge(forecast: Forecast, gpu: str, memory_bytes: int) -> Fit:
-    """The verdict for a card of ``memory_bytes``, with nobody else on it."""
-    room_bytes = memory_bytes - forecast.context_bytes
-    if forecast.peak_reserved_bytes <= room_bytes:
+    """The verdict for a GPU with ``memory_bytes`` that no other process uses.
+
+    Example:
+        >>> from i2v_lab.profiling.records import Forecast, PhaseRecord
+        >>> phase = PhaseRecord("decode_video", None, 0, 3 * 2**30, 0, 5 * 2**30, 3 * 2**30, 0, 0.0, 0.1, True)
+        >>> judge(Forecast((phase,), context_bytes=2**29, seconds=0.1), "a GPU", 4 * 2**30).verdict
+        'tight'
+    """
+    available_bytes = memory_bytes - forecast.context_bytes
+    if forecast.peak_reserved_bytes <= available_bytes:
         return Fit(gpu, memory_bytes, FITS)
-    return Fit(gpu, memory_bytes, TIGHT if forecast.peak.peak_bytes <= room_bytes else NO)
+    return Fit(gpu, memory_bytes, TIGHT if forecast.peak.peak_bytes <= available_bytes else NO)
 
 
 def context_bytes() -> int:
-    """What the CUDA context and the libraries take from a card besides tensors, as in ``data/workspaces.json``."""
+    """Device memory of the CUDA context and loaded kernels, outside the allocator, from ``data/workspaces.json``."""
     return int(json.loads((data_dir() / "workspaces.json").read_text())["context_bytes"])
 
 
@@ -54,16 +62,16 @@ def gpu_table() -> pd.DataFrame:
 
 
 def judge_all(forecast: Forecast) -> list[Fit]:
-    """The verdict for every card in ``data/gpus.csv``, the smallest first."""
+    """The verdict for every GPU in ``data/gpus.csv``, in ascending order of memory."""
     rows = gpu_table().sort_values("memory_bytes", kind="stable")
     return [judge(forecast, gpu, int(size)) for gpu, size in zip(rows["gpu"], rows["memory_bytes"], strict=True)]
 
 
 def gpu_memory_bytes(name: str) -> int:
-    """What CUDA can use of a card, found by its name in any case.
+    """A GPU's memory as CUDA reports it, by its name in any case.
 
     Raises:
-        InvalidRequest: No such card; the message lists those there are.
+        InvalidRequest: It is not in ``data/gpus.csv``; the message lists the names.
     """
     table = gpu_table()
     found = table[table["gpu"].str.lower() == name.strip().lower()]

@@ -1,4 +1,4 @@
-"""The largest request that a card takes, found by searching forecasts."""
+"""Searches forecasts for the largest request that fits a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnForecast = Callable[[I2VRequest, Forecast, str], None]
 
 MAX_HEIGHT = 2176  # of the search, not of the model
 MAX_FRAMES = 257  # likewise
-# By how little of the video they decode twice, which is what makes decoding slow.
+# In ascending order of voxels decoded, and so of decoding time: overlaps are decoded more than once.
 TILINGS: tuple[Tiling | None, ...] = (
     None,
     Tiling(1024, 64, 96, 24),
@@ -31,12 +31,12 @@ TILINGS: tuple[Tiling | None, ...] = (
 
 @dataclass(frozen=True)
 class Largest:
-    """The end of a search.
+    """The result of a search.
 
     Attributes:
         request: The largest that fits; ``None`` if not even the smallest does.
         forecast: Of that request, or of the smallest.
-        at_the_bound: Whether the search ended at its own bound, so that more may fit.
+        at_the_bound: Whether it is the upper bound of the search, so that a larger one may fit.
     """
 
     request: I2VRequest | None
@@ -45,13 +45,18 @@ class Largest:
 
 
 class FitSearch:
-    """Searches for what fits ``memory_bytes``.
+    """Searches for requests that fit a GPU.
 
     Args:
-        memory_bytes: What CUDA can use of the card.
+        memory_bytes: The GPU's memory as CUDA reports it.
         model: An architecture's name.
-        on_forecast: Told of every request that was tried, with its forecast and verdict.
-        tightly: Whether a tight fit will do.
+        on_forecast: Called with every request that is tried, its forecast and its verdict.
+        tightly: Accept the verdict ``tight`` as well as ``fits``.
+
+    Example:
+        >>> search = FitSearch(24 * 2**30)
+        >>> search.largest_size(I2VRequest(image="stills/lighthouse.png")).request.width  # doctest: +SKIP
+        1024
     """
 
     def __init__(
@@ -66,28 +71,28 @@ class FitSearch:
         self._model = model
         self._runner = runner_of(load_architecture(model))
         self._on_forecast = on_forecast
-        self._good = (FITS, TIGHT) if tightly else (FITS,)
+        self._accepted = (FITS, TIGHT) if tightly else (FITS,)
 
     def largest_size(
         self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
     ) -> Largest:
-        """The most pixels at the request's number of frames.
+        """The largest size at the request's number of frames.
 
         Args:
             request: Everything but the size.
-            aspect: Width to height; sides are rounded to what the model takes.
-            max_height: Of the search.
+            aspect: Width to height; sides are rounded to the model's multiple of pixels.
+            max_height: Upper bound of the search, in pixels.
         """
         sizes = self._runner.sizes.sizes(aspect, max_height)
         return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
 
     def most_frames(self, request: I2VRequest) -> Largest:
-        """The most frames at the request's size."""
+        """The largest number of frames at the request's size."""
         counts = self._runner.sizes.frame_counts(MAX_FRAMES)
         return self._last_that_fits([replace(request, frames=count) for count in counts])
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
-        """The tiling that decodes least of the video twice, of those that fit the request's size and frames."""
+        """The tiling with the least redundant decoding that fits, at the request's size and number of frames."""
         tiled = self._runner.tiled
         for tiling in TILINGS if tiled else (None,):
             tried = replace(request, tiling=tiling)
@@ -97,7 +102,7 @@ class FitSearch:
         return Largest(None, forecast, at_the_bound=False)
 
     def _last_that_fits(self, requests: Sequence[I2VRequest]) -> Largest:
-        """Bisection: memory only grows along ``requests``."""
+        """Bisection; memory is monotonic along ``requests``."""
         forecast, fits = self._try(requests[0])
         if not fits:
             return Largest(None, forecast, at_the_bound=False)
@@ -115,4 +120,4 @@ class FitSearch:
         forecast = forecast_request(request, self._model)
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)
-        return forecast, verdict in self._good
+        return forecast, verdict in self._accepted

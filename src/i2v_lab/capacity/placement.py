@@ -1,4 +1,4 @@
-"""``--memory auto``: the fastest memory policy and tiling that a card takes, by the forecast, before anything runs."""
+"""``--memory auto``: chooses the fastest memory policy and tiling whose forecast fits, before anything runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from i2v_lab.units import format_bytes
 
 FASTEST_FIRST = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 DECODE = "decode_video"
-LESS_CACHE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment leaves it less to return"
+EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment reduces fragmentation"
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """What ``auto`` became.
+    """The outcome for a request with ``memory="auto"``.
 
     Attributes:
-        request: With a policy and a tiling; everything else is as asked for.
+        request: With the chosen policy and tiling; everything else is unchanged.
         forecast: Of that request.
-        reason: In words.
+        reason: One sentence on why it was chosen.
     """
 
     request: I2VRequest
@@ -42,20 +42,22 @@ def resolve_memory(
     device: str = "cuda",
     on_forecast: OnForecast = lambda *_: None,
 ) -> Resolution:
-    """Choose a policy, and where only the decode is too large a finer tiling.
+    """Choose a memory policy, and a finer tiling where only decoding does not fit.
 
-    Policies are tried from the fastest to the smallest; the first of which the allocator's reserve fits is taken. Where
-    there is none, it is the one that allocates least, if that fits: the allocator must return its cache on the way.
+    Policies are tried in descending order of speed; the first whose peak reserved memory fits is chosen. If there is
+    none, the one with the lowest peak allocated memory is, if that fits: the allocator then has to release cached
+    blocks during the run.
 
     Args:
         request: With ``memory="auto"``.
-        memory_bytes: What there is for the run, the CUDA context included.
+        memory_bytes: Available to the process, the CUDA context included.
         model: An architecture's name.
-        device: ``cuda`` (there need be none) or ``cpu``.
-        on_forecast: Told of every request that was tried, with its forecast and verdict.
+        device: ``cuda``, which need not exist, or ``cpu``.
+        on_forecast: Called with every request that is tried, its forecast and its verdict.
 
     Raises:
-        DeviceUnavailable: None fits; with the largest size of the same shape and frames that does.
+        DeviceUnavailable: None fits. Fields: ``needed_bytes``, ``memory_bytes``, and ``nearest``, the largest request
+            with the same aspect ratio and number of frames that fits.
 
     Example:
         >>> request = I2VRequest(image="stills/lighthouse.png", width=1024, height=768, memory="auto")
@@ -80,19 +82,19 @@ def resolve_memory(
 def _candidates(
     request: I2VRequest, tried: list[tuple[I2VRequest, Forecast, str]], memory_bytes: int
 ) -> Iterator[I2VRequest]:
-    """Requests to try, each after the forecast of the one before is in ``tried``."""
+    """Requests to try; the forecast of each is appended to ``tried`` before the next is generated."""
     for policy in FASTEST_FIRST:
         asked = replace(request, memory=policy)
         yield asked
         forecast, verdict = tried[-1][1:]
-        room_bytes = memory_bytes - forecast.context_bytes
+        available_bytes = memory_bytes - forecast.context_bytes
         rest = [phase for phase in forecast.phases if phase.phase != DECODE]
         finer = (replace(asked, tiling=tiling) for tiling in TILINGS if _is_finer(tiling, request.tiling))
-        if all((phase.peak_reserved_bytes or phase.peak_bytes) <= room_bytes for phase in rest):
+        if all((phase.peak_reserved_bytes or phase.peak_bytes) <= available_bytes for phase in rest):
             yield from finer
-        elif policy is FASTEST_FIRST[-1] and all(phase.peak_bytes <= room_bytes for phase in rest):
+        elif policy is FASTEST_FIRST[-1] and all(phase.peak_bytes <= available_bytes for phase in rest):
             while verdict == NO and (coarsest := next(finer, None)):
-                yield coarsest  # the first that fits tightly will do
+                yield coarsest  # until one fits tightly
                 verdict = tried[-1][2]
 
 
@@ -105,14 +107,16 @@ def _is_finer(tiling: Tiling | None, than: Tiling | None) -> bool:
 def _reason(tried: list[tuple[I2VRequest, Forecast, str]], memory_bytes: int) -> str:
     request, forecast, verdict = tried[-1]
     others = {
-        str(one.memory): f"{one.memory} takes {format_bytes(other.peak.peak_bytes)} in {other.peak.phase}"
+        str(one.memory): f"{one.memory} needs {format_bytes(other.peak.peak_bytes)} in {other.peak.phase}"
         for one, other, _ in tried[:-1]
         if one.memory is not request.memory
     }
     tiling = request.tiling
     tiles = f", tiles of {tiling.tile_px} px and {tiling.tile_frames} frames" if tiling else ""
     need = f"{format_bytes(forecast.peak.peak_bytes)} in {forecast.peak.phase}"
-    tight = "" if verdict == FITS else f", tightly: the allocator must return its cache on the way; {LESS_CACHE}"
+    tight = (
+        "" if verdict == FITS else f", tightly: the allocator has to release cached blocks during the run; {EXPANDABLE}"
+    )
     return "; ".join(
         [f"memory={request.memory}{tiles}: {need} of {format_bytes(memory_bytes)}{tight}", *others.values()]
     )
@@ -128,11 +132,11 @@ def _refusal(
     remedy = (
         f"{nearest.width}x{nearest.height} with {nearest.frames} frames fits"
         if nearest
-        else "no size does; use a larger card"
+        else "no size fits; use a larger GPU"
     )
     return DeviceUnavailable(
         f"{smallest.width}x{smallest.height} with {smallest.frames} frames needs {format_bytes(need_bytes)} in "
-        f"{peak.phase} even with memory={smallest.memory}, and there are {format_bytes(memory_bytes)}; {remedy}",
+        f"{peak.phase} even with memory={smallest.memory}; {format_bytes(memory_bytes)} are available; {remedy}",
         needed_bytes=need_bytes,
         memory_bytes=memory_bytes,
         nearest=nearest.to_json() if nearest else None,

@@ -1,22 +1,23 @@
-"""What the machine that this runs on has room for."""
+"""The memory that is available on this machine."""
 
 from __future__ import annotations
 
 
-def room_within(device: str, vram_cap_gib: float | None) -> int:
-    """The bytes that a run may take: a card's, or the machine's, and no more than the cap.
+def memory_budget_bytes(device: str, vram_cap_gib: float | None) -> int:
+    """The bytes that a run may use: what is available on the device, at most the cap.
 
     Raises:
         DeviceUnavailable: There is no such device.
     """
-    room_bytes = room_here(device)[1]
-    return room_bytes if vram_cap_gib is None else min(room_bytes, int(vram_cap_gib * 2**30))
+    available_bytes = available_memory(device)[1]
+    return available_bytes if vram_cap_gib is None else min(available_bytes, int(vram_cap_gib * 2**30))
 
 
-def room_here(device: str = "auto") -> tuple[str, int, str]:
-    """A name in words, the bytes there are, and the device that they are on: ``cuda`` or ``cpu``.
+def available_memory(device: str = "auto") -> tuple[str, int, str]:
+    """The device's name for a sentence, its available bytes, and its type: ``cuda`` or ``cpu``.
 
-    On CUDA it is the whole card, less what other processes have of it; elsewhere the memory that is free now.
+    On CUDA these are the GPU's total bytes without those that NVML attributes to other processes; on the CPU the
+    available host memory.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -25,7 +26,7 @@ def room_here(device: str = "auto") -> tuple[str, int, str]:
         DeviceUnavailable: There is no such device.
 
     Example:
-        >>> name, memory_bytes, device = room_here("cpu")
+        >>> name, memory_bytes, device = available_memory("cpu")
         >>> name, device
         ('this machine', 'cpu')
     """

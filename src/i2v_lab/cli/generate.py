@@ -111,7 +111,7 @@ def generate(
     media.check_output(out)
     media.load_still(image)
 
-    from i2v_lab.capacity.this_machine import room_within
+    from i2v_lab.capacity.this_machine import memory_budget_bytes
     from i2v_lab.cli.progress import ProgressReport
     from i2v_lab.pipeline.contract.generation import resolve_device
     from i2v_lab.runs.execute import Hooks, Mode, execute
@@ -119,7 +119,7 @@ def generate(
 
     target = resolve_device(device)
     if memory is MemoryPolicy.AUTO:
-        request = options.resolved(request, model, room_within(device, vram_cap_gib), target.type)
+        request = options.resolved(request, model, memory_budget_bytes(device, vram_cap_gib), target.type)
     spec = RunSpec(
         request=request,
         model=model,

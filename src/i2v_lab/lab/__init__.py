@@ -1,4 +1,4 @@
-"""What a person operates in JupyterLab: views over ``studies``, ``profiling`` and ``reporting``, without own logic.
+"""Interactive views for JupyterLab over ``studies``, ``profiling`` and ``reporting``.
 
-Every view shows itself as widgets where somebody may answer, and as a static page everywhere else.
+A view displays itself as widgets in a live kernel's front end, and as static HTML everywhere else.
 """

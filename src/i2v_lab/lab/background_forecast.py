@@ -1,4 +1,4 @@
-"""A forecast that nobody waits for: in a process of its own, and ended when another one is wanted instead."""
+"""Background forecasts, each in a process of its own that is killed when another forecast is requested."""
 
 from __future__ import annotations
 
@@ -14,83 +14,83 @@ from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.workers import start_child, worker_context
 
-LOOK_S = 0.05  # between two looks at whether something else is wanted
-Wanted = tuple[RunSpec, str]
+POLL_INTERVAL_S = 0.05  # how often a running forecast is checked for cancellation
+Job = tuple[RunSpec, str]
 OnEnd = Callable[[RunSpec, I2VLabError | None], None]
 
 
 class LatestForecast:
-    """Works out one forecast at a time, always the one that was asked for last.
+    """Computes one forecast at a time, always the one requested last.
 
-    Forecasts take seconds of Python under fake tensors, which would hold the interpreter and are no business for two
-    threads; so each runs in a process, and is in the cache when that has ended. A thread looks after it for as long as
-    something is wanted; between forecasts there is neither.
+    A forecast is seconds of Python under fake tensors. It would hold the interpreter lock, and fake tensor modes are
+    not safe in two threads at once; so it runs in a process, which leaves its result in the cache. A thread supervises
+    that process; both exist only while a forecast is requested.
 
     Args:
-        on_end: Called in that thread, with the spec and what went wrong, if anything; not for a forecast that
-            was overtaken.
+        on_end: Called in that thread with the spec and the error, ``None`` if there was none; not called for a forecast
+            that was cancelled or replaced.
 
     Example:
         >>> latest = LatestForecast(lambda spec, error: None)
         >>> latest.ask(RunSpec(request=request))  # doctest: +SKIP
-        >>> latest.drop()
+        >>> latest.cancel()
     """
 
     def __init__(self, on_end: OnEnd) -> None:
         self._on_end = on_end
         self._lock = threading.Lock()
-        self._wanted: Wanted | None = None
+        self._job: Job | None = None
         self._thread: threading.Thread | None = None
 
     def ask(self, spec: RunSpec, device: str = "cuda") -> None:
-        """Want this forecast instead of any other; returns at once."""
+        """Request a forecast in place of any other; returns immediately."""
         with self._lock:
-            self._wanted = (spec, device)
+            self._job = (spec, device)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="i2v-lab-forecast", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="i2v-lab-forecast", daemon=True)
                 self._thread.start()
 
-    def drop(self, wait_s: float = 0.0) -> None:
-        """Want nothing any more: the process that is at work ends.
+    def cancel(self, wait_s: float = 0.0) -> None:
+        """Kill the process of a forecast in progress.
 
         Args:
-            wait_s: How long to wait until it has.
+            wait_s: Seconds to wait for its end.
         """
         with self._lock:
-            self._wanted = None
+            self._job = None
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(wait_s)
 
-    def _serve(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._lock:
-                wanted = self._wanted
-                if wanted is None:
+                job = self._job
+                if job is None:
                     self._thread = None
                     return
             try:
-                ended, error = self._work_out(wanted)
+                ended, error = self._compute(job)
             except (OSError, RuntimeError) as problem:  # no process could be started
                 reason = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
                 ended, error = True, ForecastError(f"no process for the forecast ({reason}); use forecast_request()")
             with self._lock:
-                current = ended and self._wanted is wanted
+                current = ended and self._job is job
                 if current:
-                    self._wanted = None
+                    self._job = None
             if current:
-                self._on_end(wanted[0], error)
+                self._on_end(job[0], error)
 
-    def _work_out(self, wanted: Wanted) -> tuple[bool, I2VLabError | None]:
-        """Whether the forecast came to its end, and what went wrong."""
+    def _compute(self, job: Job) -> tuple[bool, I2VLabError | None]:
+        """Whether the process ended by itself, and its error."""
         context: Any = worker_context()
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_forecast, args=(sender, dict(os.environ), *wanted), daemon=True)
+        process = context.Process(target=_forecast, args=(sender, dict(os.environ), *job), daemon=True)
         with receiver:
             process.start()
             sender.close()
-            while not receiver.poll(LOOK_S):
-                if self._wanted is not wanted:
+            while not receiver.poll(POLL_INTERVAL_S):
+                if self._job is not job:
                     process.kill()
                     process.join()
                     return False, None
@@ -104,8 +104,8 @@ class LatestForecast:
 
 
 def _forecast(sender: Connection, environment: Mapping[str, str], spec: RunSpec, device: str) -> None:
-    """In a process of its own, which also ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted cell is no reason
+    """The child process; it ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # interrupting a cell does not cancel it
     start_child(environment)
     error: I2VLabError | None = None
     try:

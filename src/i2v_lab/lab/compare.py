@@ -9,15 +9,15 @@ from typing import Any
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.reporting.comparison import compare_html, find_runs
 
-TOO_FEW = "There is no pair of runs to compare yet: generate two, or give other folders."
+TOO_FEW = "There is no pair of runs to compare yet: record two, or give other folders."
 
 
 class Compare(View):
-    """Phase bars, timelines and differences of two runs, chosen among those below some folders.
+    """Phase bars, timelines and differences of two runs, selected from those below some folders.
 
     Args:
-        folders: Where to look; what appears there later is found by the button.
-        first: A run's name, such as it is in the list; by default the last but one.
+        folders: Searched for run directories; a button searches them again.
+        first: A run's name in the list; by default the last but one.
         second: Likewise; by default the last one.
 
     Example:
@@ -37,7 +37,7 @@ class Compare(View):
         return f"Compare({self.first}, {self.second})"
 
     def html(self) -> str:
-        """The comparison as a static page."""
+        """The comparison as static HTML."""
         if self.first is None or self.second is None or len(self.runs) < 2:
             return sentence(TOO_FEW)
         return compare_html(self.runs[self.first], self.runs[self.second])
@@ -47,18 +47,18 @@ class Compare(View):
 
         layout = widgets.Layout(width="420px")
         self._choices = [
-            widgets.Dropdown(description=words, options=list(self.runs), value=value, layout=layout)
-            for words, value in (("first", self.first), ("second", self.second))
+            widgets.Dropdown(description=label, options=list(self.runs), value=value, layout=layout)
+            for label, value in (("first", self.first), ("second", self.second))
         ]
-        again = widgets.Button(description="Look for new runs", icon="refresh")
-        again.on_click(lambda _: self.look_again())
+        refresh = widgets.Button(description="Look for new runs", icon="refresh")
+        refresh.on_click(lambda _: self.refresh())
         self._picture = widgets.HTML(page(self.html()))
         for choice in self._choices:
             choice.observe(self._chosen, "value")
-        return widgets.VBox([widgets.HBox([widgets.VBox(self._choices), again]), self._picture])
+        return widgets.VBox([widgets.HBox([widgets.VBox(self._choices), refresh]), self._picture])
 
-    def look_again(self) -> None:
-        """Find runs that have come since; what is chosen stays."""
+    def refresh(self) -> None:
+        """Search the folders again; the selection stays."""
         self.runs = find_runs(self.folders)
         chosen = [name if name in self.runs else None for name in (self.first, self.second)]
         if self._widget is not None:

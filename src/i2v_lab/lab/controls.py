@@ -1,8 +1,9 @@
-"""What the controls of the views offer, for a model and around a request."""
+"""The controls of the views: their options for a model and a request, and the request that they edit."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from i2v_lab.memory_policy import MemoryPolicy
@@ -12,35 +13,35 @@ from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.published import to_size, to_tiling, varied
 
 FRAMES = (9, 17, 25, 33, 49, 65, 81, 97, 121, 161, 201, 257)
-STAGE_MULTIPLE = 64  # of the sides that are offered; every runner takes it
-STEPS_TO_OWN = 6  # sizes of the model's own shape that are smaller than its own
+PIXEL_MULTIPLE = 64  # of width and height; valid for every runner
+SMALLER_SIZES = 6  # at the default aspect ratio, up to the default size
 
 
 def choose(kind: Any, description: str, options: Any) -> Any:
-    """A control with a name that leaves the page alone until it is released."""
-    more = {} if kind.__name__ != "SelectionSlider" else {"continuous_update": False}
-    control = kind(description=description, options=options, **more)
+    """A labelled selection widget; a slider reports a value when it is released, not while it is dragged."""
+    extra = {} if kind.__name__ != "SelectionSlider" else {"continuous_update": False}
+    control = kind(description=description, options=options, **extra)
     control.style.description_width = "70px"
     return control
 
 
 def two_columns(controls: list[Any]) -> Any:
-    """Controls beside one another, as many rows as they take."""
+    """Controls in a grid of two columns."""
     import ipywidgets as widgets
 
     return widgets.GridBox(controls, layout=widgets.Layout(grid_template_columns="repeat(2, 350px)"))
 
 
 def sizes(model: str, request: I2VRequest) -> list[str]:
-    """Sizes such as ``1024x768``, the smallest first: of the model's own shape, of its studies, and the request's own.
+    """Sizes such as ``1024x768``, ascending: at the model's aspect ratio, of its studies, and the request's own.
 
     Example:
         >>> sizes("ltx-2.3-tiny", I2VRequest(image="still.png", width=320, height=64))
         ['128x64', '320x64', '192x128', '256x192', '384x256', '512x320', '576x384', '640x448', '768x512']
     """
     own = load_architecture(model).request
-    multiple = STAGE_MULTIPLE
-    unit = max(multiple, own["height"] // STEPS_TO_OWN // multiple * multiple)
+    multiple = PIXEL_MULTIPLE
+    unit = max(multiple, own["height"] // SMALLER_SIZES // multiple * multiple)
     found = {(request.width, request.height)}
     for height in range(unit, 2 * max(own["height"], 4 * unit) + 1, unit):
         width = max(1, round(height * own["width"] / own["height"] / multiple)) * multiple
@@ -50,37 +51,106 @@ def sizes(model: str, request: I2VRequest) -> list[str]:
 
 
 def policies(model: str) -> list[MemoryPolicy]:
-    """Memory policies that a model has; ``auto`` asks a card first and is none of them."""
+    """Memory policies that a model supports, without ``auto``."""
     return [policy for policy in runner_of(load_architecture(model)).memory if policy is not MemoryPolicy.AUTO]
 
 
-def under_a_policy(request: I2VRequest, model: str) -> I2VRequest:
-    """The request, ``resident`` where it asks for what the model has not, or for ``auto``."""
+def with_supported_policy(request: I2VRequest, model: str) -> I2VRequest:
+    """The request, with ``resident`` in place of ``auto`` or of a memory policy that the model does not support."""
     return request if request.memory in policies(model) else replace(request, memory=MemoryPolicy.RESIDENT)
 
 
-def for_model(request: I2VRequest, model: str) -> I2VRequest:
-    """A request as another model has it, at that model's own size."""
-    own: dict[str, Any] = {**load_architecture(model).request}
-    return under_a_policy(replace(request, **own), model)
+def request_for_model(request: I2VRequest, model: str) -> I2VRequest:
+    """The request with another model's defaults, its size among them."""
+    defaults: dict[str, Any] = {**load_architecture(model).request}
+    return with_supported_policy(replace(request, **defaults), model)
 
 
 def frame_counts(request: I2VRequest) -> list[int]:
-    """Numbers of frames, the request's own among them."""
+    """Numbers of frames in ascending order, the request's own among them."""
     return sorted({*FRAMES, request.frames})
 
 
 def tilings(model: str, request: I2VRequest) -> list[tuple[str, Tiling | None]]:
-    """Tilings in words, the request's own among them."""
-    usual = [Tiling()] if runner_of(load_architecture(model)).tiled else []
-    found = dict.fromkeys([*usual, request.tiling, *(to_tiling(text) for text in varied(model, "tilings"))])
-    return [(_words(tiling), tiling) for tiling in found]
+    """Labels and tilings, the request's own among them."""
+    default = [Tiling()] if runner_of(load_architecture(model)).tiled else []
+    found = dict.fromkeys([*default, request.tiling, *(to_tiling(text) for text in varied(model, "tilings"))])
+    return [(_label(tiling), tiling) for tiling in found]
 
 
-def _words(tiling: Tiling | None) -> str:
+def _label(tiling: Tiling | None) -> str:
     if tiling is None:
-        return "in one piece"
+        return "untiled"
     return (
         f"{tiling.tile_px} px by {tiling.tile_frames} frames, "
         f"overlaps {tiling.tile_overlap_px} px, {tiling.tile_overlap_frames}"
     )
+
+
+class RequestForm:
+    """Widgets that edit a request of a model.
+
+    A change of the model resets the request to that model's defaults; any other change edits one field.
+
+    Args:
+        widgets: By name: ``model``, ``size``, ``frames``, ``memory``, and any other field of a request. Other names are
+            observed, but edit nothing.
+        model: An architecture's name.
+        request: Shown first.
+        on_change: Called after a change by the user, not after :meth:`show`.
+
+    Attributes:
+        widgets: As given.
+        model: As edited.
+        request: As edited.
+    """
+
+    def __init__(
+        self, widgets: Mapping[str, Any], model: str, request: I2VRequest, on_change: Callable[[], None]
+    ) -> None:
+        self.widgets = widgets
+        self._fields = [field.name for field in fields(I2VRequest) if field.name in widgets]
+        self._on_change = on_change
+        self._updating = False
+        self.show(model, request)
+        for widget in widgets.values():
+            widget.observe(self._changed, "value")
+
+    def show(self, model: str, request: I2VRequest, **options: Sequence[Any]) -> None:
+        """Set options and values of the widgets.
+
+        Args:
+            model: Decides which sizes, policies and tilings are offered.
+            request: Its values are among the options.
+            **options: Of further widgets, by name.
+        """
+        self.model, self.request = model, request
+        options |= {
+            "size": sizes(model, request),
+            "frames": frame_counts(request),
+            "memory": policies(model),
+        }
+        if "tiling" in self.widgets:
+            options["tiling"] = tilings(model, request)
+        values = {"model": model, "size": f"{request.width}x{request.height}"}
+        values |= {name: getattr(request, name) for name in self._fields}
+        self._updating = True
+        try:
+            for name, choices in options.items():
+                self.widgets[name].options = choices
+            for name, value in values.items():
+                self.widgets[name].value = value
+        finally:
+            self._updating = False
+
+    def _changed(self, _: Any) -> None:
+        if self._updating:
+            return
+        model = self.widgets["model"].value
+        if model != self.model:
+            self.show(model, request_for_model(self.request, model))
+        else:
+            width, height = to_size(self.widgets["size"].value)
+            edited = {name: self.widgets[name].value for name in self._fields}
+            self.request = replace(self.request, width=width, height=height, **edited)
+        self._on_change()

@@ -1,4 +1,4 @@
-"""Asking one forecast after another: a question, its answer from the cache or from the background, and its code."""
+"""The state behind the explorer: a question, its answer from the cache or from a background forecast, and its code."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from i2v_lab.runs.store import Run
 from i2v_lab.units import format_bytes
 
 DEFAULT_GPU = "RTX 4090"
-MOMENTS = 300  # of a timeline that is drawn small
-KEPT = 64  # answers; each takes some 100 kB
-MODULE_DEPTH = 2  # parts of a module's path that are told apart
+TIMELINE_POINTS = 300  # enough for a small figure
+CACHED = 64  # forecasts in this process, about 100 kB each
+MODULE_DEPTH = 2  # to which module paths are aggregated
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Does this request fit that card?
+    """Whether a request fits a GPU.
 
     Attributes:
         request: What would be generated.
         model: An architecture's name.
-        gpu: A card of ``data/gpus.csv``, or any name where ``memory_bytes`` is given.
-        memory_bytes: What that card has; by default as in ``data/gpus.csv``.
-        device: ``cuda``, or ``cpu`` for live storages beside a machine's memory.
+        gpu: A GPU in ``data/gpus.csv``, or any name together with ``memory_bytes``.
+        memory_bytes: The GPU's memory; by default that in ``data/gpus.csv``.
+        device: ``cuda``, or ``cpu`` for live storages against host memory.
 
     Example:
         >>> question = Question(request=I2VRequest(image="stills/lighthouse.png", frames=25), gpu="L4")
@@ -50,7 +50,7 @@ class Question:
 
     @property
     def spec(self) -> RunSpec:
-        """What is forecast: everything but the card.
+        """The run to forecast.
 
         Raises:
             InvalidRequest: The model does not support the request.
@@ -58,7 +58,7 @@ class Question:
         return RunSpec(request=self.request, model=self.model)
 
     def code(self) -> str:
-        """A cell that gives the same answer without any widget.
+        """The source of a notebook cell that gives the same answer without widgets.
 
         Example:
             >>> request = I2VRequest(image="stills/lighthouse.png", width=512, height=384, frames=25, tiling=None)
@@ -106,15 +106,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a forecast says to a question.
+    """A forecast's answer to a question.
 
     Attributes:
         question: The question.
-        run: The forecast as a run, with modules rolled up and the timeline thinned out.
-        needed_bytes: What the process would take from the card: what the allocator reserves, and the CUDA context.
-        context_bytes: The context alone.
-        fit: The card's verdict.
-        smallest: The smallest card that it fits, ``None`` if none does.
+        run: The forecast as a run, with modules aggregated and the timeline downsampled.
+        needed_bytes: Device memory of the process: peak reserved memory plus the CUDA context.
+        context_bytes: The CUDA context alone.
+        fit: The verdict for the question's GPU.
+        smallest: The smallest GPU in ``data/gpus.csv`` that it fits; ``None`` if there is none.
     """
 
     question: Question
@@ -128,40 +128,40 @@ class Answer:
     def sentence(self) -> str:
         """The verdict in words."""
         has = f"{self.fit.gpu} has {format_bytes(self.fit.memory_bytes)}"
-        needs = f"this takes {format_bytes(self.needed_bytes)}"
+        needs = f"this needs {format_bytes(self.needed_bytes)}"
         if self.fit.verdict == FITS:
             left = format_bytes(self.fit.memory_bytes - self.needed_bytes)
-            return f"It fits: {has}, {needs}, so {left} are left."
+            return f"It fits: {has}, {needs}; {left} remain free."
         if self.fit.verdict == TIGHT:
-            reserve = "unless the allocator gives back what it holds in reserve"
-            return f"It is tight: {has}, {needs} {reserve}. {self._others()}"
+            reserve = "unless the allocator releases cached blocks during the run"
+            return f"It is tight: {has}, {needs} {reserve}. {self._alternative()}"
         over = format_bytes(self.needed_bytes - self.fit.memory_bytes)
-        return f"It does not fit: {has}, {needs}, {over} too much. {self._others()}"
+        return f"It does not fit: {has}, {needs}, {over} too much. {self._alternative()}"
 
-    def _others(self) -> str:
+    def _alternative(self) -> str:
         if self.question.memory_bytes is not None:
-            return "A smaller size, fewer frames or smaller tiles take less."
+            return "A smaller size, fewer frames or smaller tiles need less."
         if self.smallest is None:
-            return "No card in the list takes it."
-        return f"The smallest card that takes it is the {self.smallest.gpu}."
+            return "It fits no GPU in the list."
+        return f"The smallest GPU that it fits is the {self.smallest.gpu}."
 
 
 class Exploration:
-    """The question that is asked now, and what is known of it.
+    """The current question and its answer.
 
-    What is in the cache is answered at once. Anything else is forecast in the background, which the next question ends
-    if it comes sooner; the last answer stays meanwhile.
+    A cached forecast is answered immediately. Any other one is computed in the background and cancelled by the next
+    question; until it ends, the previous answer is kept.
 
     Args:
-        question: The first one.
-        on_change: Called when question, answer or problem have changed: in the thread that asks, or in that of the
-            background forecast. Not before :meth:`ask` is called the first time.
+        question: The first one; call :meth:`ask` to have it answered.
+        on_change: Called when the question, the answer or the problem has changed, in the thread that called
+            :meth:`ask` or in that of the background forecast.
 
     Attributes:
-        question: What is asked.
-        answer: The last answer there was; of another question while ``working``.
-        problem: Why there is no answer to the question, in one line; ``None`` otherwise.
-        working: Whether a forecast is under way.
+        question: The current one.
+        answer: The latest; of a previous question while ``working`` or after a ``problem``.
+        problem: Why the question has no answer, in one line; ``None`` otherwise.
+        working: Whether a forecast is in progress.
 
     Example:
         >>> request = I2VRequest(image="stills/lighthouse.png", width=64, height=64, frames=9)
@@ -177,65 +177,70 @@ class Exploration:
         self.problem: str | None = None
         self.working = False
         self.on_change = on_change
-        self._known: OrderedDict[str, tuple[Run, Forecast]] = OrderedDict()
+        self._spec: RunSpec | None = None
+        self._cached: OrderedDict[str, tuple[Run, Forecast]] = OrderedDict()
         self._lock = threading.RLock()
         self._background = LatestForecast(self._ended)
 
     def ask(self, question: Question, *, wait: bool = False) -> None:
-        """Ask something else.
+        """Replace the question.
 
         Args:
-            question: What to ask.
-            wait: Work it out here and now, if it is not known.
+            question: The new one; a request that its model does not support becomes a ``problem``.
+            wait: Compute a forecast that is not cached in this thread, before returning.
         """
         with self._lock:
-            self.question, self.problem = question, None
-            known = self._find(question, wait)
-            self.working = known is None and self.problem is None
-            if known is not None:
-                self.answer = _answer(question, *known)
-            if self.working:
-                self._background.ask(question.spec, question.device)
-            else:
-                self._background.drop()
-        self.on_change()
-
-    def _find(self, question: Question, wait: bool) -> tuple[Run, Forecast] | None:
-        spec, device = question.spec, question.device
-        key = f"{spec.memory_key()} {spec.request.image} {device}"
-        known = self._known.get(key)
-        if known is None:
+            self.question, self.problem, self._spec = question, None, None
+            found = None
             try:
-                forecast = forecast_spec(spec, device) if wait else cached_forecast(spec, device)
+                self._spec = question.spec
+                found = self._find(self._spec, question.device, wait=wait)
             except I2VLabError as error:
                 self.problem = str(error)
-                return None
+            self.working = found is None and self.problem is None
+            if found is not None:
+                self.answer = _answer(question, *found)
+            if self.working and self._spec is not None:
+                self._background.ask(self._spec, question.device)
+            else:
+                self._background.cancel()
+        self.on_change()
+
+    def _find(self, spec: RunSpec, device: str, *, wait: bool) -> tuple[Run, Forecast] | None:
+        key = f"{spec.memory_key()} {spec.request.image} {device}"
+        found = self._cached.get(key)
+        if found is None:
+            forecast = forecast_spec(spec, device) if wait else cached_forecast(spec, device)
             if forecast is None:
                 return None
-            small = replace(forecast, records=_thinned(forecast))
-            known = as_run(spec, small), small
-        self._known[key] = known
-        self._known.move_to_end(key)
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
-        return known
+            small = replace(forecast, records=_downsampled(forecast))
+            found = as_run(spec, small), small
+        self._cached[key] = found
+        self._cached.move_to_end(key)
+        while len(self._cached) > CACHED:
+            self._cached.popitem(last=False)
+        return found
 
     def _ended(self, spec: RunSpec, error: I2VLabError | None) -> None:
         with self._lock:
-            if self.question.spec != spec:
-                return  # overtaken in this very moment
-            known = None if error is not None else self._find(self.question, wait=False)
-            if known is not None:
-                self.answer = _answer(self.question, *known)
+            if self._spec != spec:
+                return  # replaced in the meantime
+            found = None
+            try:
+                found = self._find(spec, self.question.device, wait=False) if error is None else None
+            except I2VLabError as damaged:
+                error = damaged
+            if found is not None:
+                self.answer = _answer(self.question, *found)
             else:
                 self.problem = str(error) if error is not None else "the forecast is not in the cache; ask again"
-            self.working = False  # only now: who sees it expects what came of it
+            self.working = False  # last: readers of it expect the answer or the problem to be set
         self.on_change()
 
     def close(self) -> None:
-        """End what is under way."""
+        """Cancel a forecast in progress."""
         self.working = False
-        self._background.drop(wait_s=5.0)
+        self._background.cancel(wait_s=5.0)
 
     def __enter__(self) -> Exploration:
         return self
@@ -256,23 +261,25 @@ def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
     return Answer(question, run, forecast.peak_reserved_bytes + context, context, fit, next(iter(fits), None))
 
 
-def _thinned(forecast: Forecast) -> tuple[Record, ...]:
-    """The records that are shown: phases, modules rolled up, some hundred moments, no peak left out."""
+def _downsampled(forecast: Forecast) -> tuple[Record, ...]:
+    """The records that the views show: phases, aggregated modules, and the maxima of intervals of the timeline."""
     by_module: Counter[tuple[str, str, str]] = Counter()
-    kept: list[Record] = []
+    records: list[Record] = []
     for record in forecast.records:
         match record:
             case PhaseRecord():
-                kept.append(record)
+                records.append(record)
             case ModuleRecord(phase=phase, module=module, category=category, nbytes=nbytes):
                 by_module[phase, ".".join(module.split(".")[:MODULE_DEPTH]), category] += nbytes
-    kept += [ModuleRecord(phase, module, category, nbytes) for (phase, module, category), nbytes in by_module.items()]
+    records += [
+        ModuleRecord(phase, module, category, nbytes) for (phase, module, category), nbytes in by_module.items()
+    ]
     moments = [record for record in forecast.records if isinstance(record, TimelineRecord)]
-    step = -(-len(moments) // MOMENTS) or 1
+    step = -(-len(moments) // TIMELINE_POINTS) or 1
     for start in range(0, len(moments), step):
-        kept.append(max(moments[start : start + step], key=_alive_bytes))
-    return tuple(kept)
+        records.append(max(moments[start : start + step], key=_live_bytes))
+    return tuple(records)
 
 
-def _alive_bytes(moment: TimelineRecord) -> int:
+def _live_bytes(moment: TimelineRecord) -> int:
     return moment.weight_bytes + moment.saved_bytes + moment.activation_bytes + moment.other_bytes

@@ -1,14 +1,13 @@
-"""``Explorer``: what a request would take, phase by phase, and which card has room for it."""
+"""``Explorer``: the forecast of a request, phase by phase, and whether it fits a GPU."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from html import escape
 from typing import Any
 
 from i2v_lab.capacity.cards import gpu_table
-from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, tilings, two_columns, under_a_policy
+from i2v_lab.lab.controls import RequestForm, choose, two_columns, with_supported_policy
 from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.pipeline.contract.architectures import architecture_names
@@ -23,7 +22,8 @@ from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.studies.published import study_request
 from i2v_lab.units import format_bytes
 
-HOLDERS = {"module": "held at the peak by", "category": "what for", "nbytes": "bytes"}
+HOLDERS = {"module": "live at the peak, by module", "category": "category", "nbytes": "bytes"}
+SCOPES = (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)
 COPY = """<button class="jupyter-button widget-button" style="width:11em" onclick="
   const area = this.closest('.i2v-explorer').querySelector('.i2v-code textarea');
   const done = () => { this.textContent = 'Copied'; setTimeout(() => { this.textContent = 'Copy as code'; }, 1500); };
@@ -33,18 +33,18 @@ COPY = """<button class="jupyter-button widget-button" style="width:11em" onclic
 
 
 class Explorer(View):
-    """Move a slider and see what the request would take, and whether the card has room; no GPU is needed.
+    """Controls for a request, and its forecast: memory by phase, and whether a GPU has enough; needs no GPU.
 
-    A forecast that is known is shown at once. Another one takes some seconds in the background; the page stays free,
-    and moving on ends it.
+    A cached forecast is shown immediately. Any other one is computed in a background process within seconds; the page
+    stays responsive, and another change cancels it.
 
     Args:
-        request: Where to begin; by default the model's own size, as in the published study.
+        request: The initial request; by default the model's defaults.
         model: An architecture's name.
-        gpu: A card of ``data/gpus.csv``.
+        gpu: A GPU in ``data/gpus.csv``.
 
     Attributes:
-        exploration: The question and what is known of it; works without any widget.
+        exploration: The current question and its answer; usable without widgets.
 
     Example:
         >>> from i2v_lab import Explorer
@@ -53,34 +53,34 @@ class Explorer(View):
 
     def __init__(self, request: I2VRequest | None = None, model: str = FULL_SIZE_MODEL, gpu: str = DEFAULT_GPU) -> None:
         super().__init__()
-        question = Question(request=under_a_policy(request or study_request(model), model), model=model, gpu=gpu)
+        question = Question(request=with_supported_policy(request or study_request(model), model), model=model, gpu=gpu)
         self.exploration = Exploration(question, self._show)
         self._drawing = threading.RLock()
-        self._setting = False
         self.exploration.ask(question, wait=is_quiet(progress=True))
 
     def __repr__(self) -> str:
         question, answer, problem = (getattr(self.exploration, name) for name in ("question", "answer", "problem"))
-        known = answer is not None and answer.question == question
-        said = answer.sentence if known else problem or "no forecast yet"
-        return f"Explorer({question.spec.name} on {question.gpu}: {said})"
+        current = answer is not None and answer.question == question
+        text = answer.sentence if current else problem or "no forecast yet"
+        size = f"{question.request.width}x{question.request.height}, {question.request.frames} frames"
+        return f"Explorer({question.model}, {size}, on {question.gpu}: {text})"
 
-    # --- What there is to see ---
+    # --- HTML ---
 
     def html(self) -> str:
-        """The answer as a static page: verdict, bars beside the card's line, timeline, holders."""
+        """The answer as static HTML: verdict, bars by phase against the GPU's memory, timeline, largest modules."""
         question = self.exploration.question
         request = question.request
-        asked = (
+        described = (
             f"{question.model}, {request.width}x{request.height}, {request.frames} frames, "
             f"{request.quantization.value}, {request.memory}, {WORDS[request.decode_scope.value]}, on {question.gpu}"
         )
-        return sentence(asked) + self._status() + self._picture()
+        return sentence(described) + self._status() + self._picture()
 
     def _status(self) -> str:
         exploration = self.exploration
         if exploration.working:
-            return sentence("Forecasting in the background, for some ten seconds. Move on if you like.", "working")
+            return sentence("Forecasting in the background; this takes about ten seconds.", "working")
         if exploration.problem:
             return sentence(exploration.problem, "problem")
         return ""
@@ -108,14 +108,15 @@ class Explorer(View):
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The control widgets by what they choose: ``model, size, frames, tiling, memory, ...``."""
-        assert self.widget is not None  # which makes them
-        return self._made_controls
+        """The control widgets by name: ``model, size, frames, tiling, memory, decode_scope, quantization, gpu``."""
+        assert self.widget is not None  # creates them
+        return dict(self._form.widgets)
 
     def _build(self) -> Any:
         import ipywidgets as widgets
 
-        self._made_controls: dict[str, Any] = {
+        question = self.exploration.question
+        controls: dict[str, Any] = {
             "model": choose(widgets.Dropdown, "model", architecture_names()),
             "size": choose(widgets.SelectionSlider, "size", ["1x1"]),
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
@@ -123,55 +124,25 @@ class Explorer(View):
             "memory": choose(widgets.Dropdown, "memory", [""]),
             "decode_scope": choose(widgets.Dropdown, "decoded", [(WORDS[s], s) for s in SCOPES]),
             "quantization": choose(widgets.Dropdown, "weights", [(q.value, q) for q in Quantization]),
-            "gpu": choose(widgets.Dropdown, "card", list(gpu_table().sort_values("memory_bytes")["gpu"])),
+            "gpu": choose(widgets.Dropdown, "GPU", list(gpu_table().sort_values("memory_bytes")["gpu"])),
         }
         self._status_box, self._picture_box = widgets.HTML(), widgets.HTML()
         self._code_box = widgets.Textarea(layout=widgets.Layout(width="100%", height="14em"))
         self._code_box.add_class("i2v-code")
-        self._set_controls(self.exploration.question)
-        for control in self._made_controls.values():
-            control.observe(self._moved, "value")
+        controls["gpu"].value = question.gpu
+        self._form = RequestForm(controls, question.model, question.request, self._ask)
         code = widgets.Accordion([self._code_box], titles=["The same as code"])
-        controls = two_columns([*self._made_controls.values(), widgets.HTML(COPY)])
-        whole = widgets.VBox([controls, self._status_box, self._picture_box, code])
+        grid = two_columns([*controls.values(), widgets.HTML(COPY)])
+        whole = widgets.VBox([grid, self._status_box, self._picture_box, code])
         whole.layout.max_width = "740px"
         whole.add_class("i2v-explorer")
         self._widget = whole
         self._show()
         return whole
 
-    def _set_controls(self, question: Question) -> None:
-        """Options and values for a question; the model decides which sizes and tiles there are."""
-        request, controls = question.request, self._made_controls
-        values: dict[str, Any] = {"model": question.model, "size": f"{request.width}x{request.height}"}
-        values |= {name: getattr(request, name) for name in CHOSEN}
-        values["gpu"] = question.gpu
-        self._setting = True
-        try:
-            controls["size"].options = sizes(question.model, request)
-            controls["frames"].options = frame_counts(request)
-            controls["tiling"].options = tilings(question.model, request)
-            controls["memory"].options = policies(question.model)
-            for name, value in values.items():
-                controls[name].value = value
-        finally:
-            self._setting = False
-
-    def _moved(self, change: Any) -> None:
-        if self._setting:
-            return
-        values = {name: control.value for name, control in self._made_controls.items()}
-        asked = self.exploration.question
-        if values["model"] != asked.model:
-            model = values["model"]
-            asked = Question(request=for_model(asked.request, model), model=model, gpu=values["gpu"])
-            self._set_controls(asked)
-        else:
-            width, height = map(int, values["size"].split("x"))
-            changes = {name: values[name] for name in CHOSEN}
-            request = replace(asked.request, width=width, height=height, **changes)
-            asked = Question(request=request, model=asked.model, gpu=values["gpu"])
-        self.exploration.ask(asked)
+    def _ask(self) -> None:
+        form = self._form
+        self.exploration.ask(Question(request=form.request, model=form.model, gpu=form.widgets["gpu"].value))
 
     def _show(self) -> None:
         with self._drawing:
@@ -182,10 +153,6 @@ class Explorer(View):
             self._picture_box.value = page(self._picture())
 
     def close(self) -> None:
-        """End a forecast that is under way, and take the widgets off the page."""
+        """Cancel a forecast in progress and close the widgets."""
         self.exploration.close()
         super().close()
-
-
-SCOPES = (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)
-CHOSEN = ("frames", "tiling", "memory", "decode_scope", "quantization")  # of a request, each by a control of its own

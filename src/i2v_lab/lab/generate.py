@@ -1,4 +1,4 @@
-"""``Generate``: a still and a prompt in, a video out, followed step by step."""
+"""``Generate``: controls for a generation, its progress by step, and its video."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.capacity.cards import FITS
-from i2v_lab.capacity.this_machine import room_here
+from i2v_lab.capacity.this_machine import available_memory
 from i2v_lab.errors import I2VLabError
-from i2v_lab.lab.controls import choose, for_model, frame_counts, policies, sizes, two_columns, under_a_policy
+from i2v_lab.lab.controls import RequestForm, choose, two_columns, with_supported_policy
 from i2v_lab.lab.exploration import Exploration, Question
-from i2v_lab.lab.generation_job import Generating, State
+from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
 from i2v_lab.lab.view import View, page, sentence
@@ -30,25 +30,25 @@ from i2v_lab.runs.sources import choose_model
 from i2v_lab.studies.published import study_request
 from i2v_lab.units import format_seconds
 
-PHASES = {"phase": "phase", "peak_bytes": "peak", "end_bytes": "left behind", "seconds": "time"}
+PHASES = {"phase": "phase", "peak_bytes": "peak", "end_bytes": "allocated at end", "seconds": "time"}
 
 
 class Generate(View):
-    """Choose or drop a still, say what should happen, and press Generate; Stop ends it within one step.
+    """Generates videos interactively: choose or drop a still, enter a prompt, start, and stop within one step.
 
-    Each generation leaves a run directory with its video below ``runs_dir``. Before it starts, a forecast for this very
-    machine says whether it will fit.
+    Each generation is recorded as a run directory with its video below ``runs_dir``. Before it starts, a forecast says
+    whether it fits this machine.
 
     Args:
-        runs_dir: Where generations and dropped stills are kept.
-        request: Where to begin; by default the model's own size.
-        model: An architecture's name; ``auto`` is the full size where there is a GPU, the tiny model elsewhere.
+        runs_dir: For run directories, and for dropped stills.
+        request: The initial request; by default the model's defaults.
+        model: An architecture's name; ``auto`` is the full size with a GPU, the tiny model without.
         device: ``auto``, ``cpu`` or ``cuda``.
-        monitor: Shown under the progress, and told of every phase; by default one of its own.
+        monitor: Displayed below the progress; receives every event. By default a new one.
 
     Attributes:
-        generating: The generation; works without any widget.
-        exploration: The forecast for what is chosen.
+        job: The generation; usable without widgets.
+        exploration: The forecast for the current request.
 
     Example:
         >>> from i2v_lab import Generate
@@ -66,42 +66,41 @@ class Generate(View):
         super().__init__()
         self.runs_dir = Path(runs_dir)
         self.model = choose_model(model, "measure", device)
-        asked = request or study_request(self.model, prompt="waves roll in below the lighthouse")
-        self.request = under_a_policy(asked, self.model)
+        initial = request or study_request(self.model, prompt="waves roll in below the lighthouse")
+        self.request = with_supported_policy(initial, self.model)
         self.monitor = monitor or VramMonitor(device)
-        self.generating = Generating(self.runs_dir, device, self.monitor.monitor, self._show)
-        self.room = room_here(device)
+        self.job = GenerationJob(self.runs_dir, device, self.monitor.monitor, self._show)
+        self.device_memory = available_memory(device)
         self.exploration = Exploration(self._question(), self._show)
         self._drawing = threading.RLock()
-        self._setting = False
         self._shown: Path | None = None
 
     def __repr__(self) -> str:
         request = self.request
         size = f"{request.width}x{request.height}, {request.frames} frames"
-        return f"Generate({self.model}, {size}: {self.generating.state})"
+        return f"Generate({self.model}, {size}: {self.job.state})"
 
     def _question(self) -> Question:
-        name, memory_bytes, device = self.room
+        name, memory_bytes, device = self.device_memory
         return Question(request=self.request, model=self.model, gpu=name, memory_bytes=memory_bytes, device=device)
 
-    # --- What there is to see ---
+    # --- HTML ---
 
     def html(self) -> str:
-        """What is chosen, what the forecast says of it, and the last generation, as a static page."""
+        """The request, its forecast and the latest generation as static HTML."""
         request = self.request
-        asked = (
+        described = (
             f"{self.model}, {request.width}x{request.height}, {request.frames} frames, seed {request.seed}, "
             f"{request.memory}, decoded {WORDS[request.decode_scope.value]}. {request.prompt}"
         )
-        return preview(request.image) + sentence(asked) + self._verdict() + self._progress() + self._result()
+        return preview(request.image) + sentence(described) + self._verdict() + self._progress() + self._result()
 
     def _verdict(self) -> str:
         exploration, answer = self.exploration, self.exploration.answer
         if exploration.problem:
             return sentence(f"No forecast: {exploration.problem}", "problem")
         if exploration.working:
-            return sentence("Forecasting whether it will fit; you need not wait.", "working")
+            return sentence("Forecasting whether it fits this machine; Generate does not wait for it.", "working")
         if answer is None or answer.question != exploration.question:
             return ""
         colour = VERDICT_COLOURS[answer.fit.verdict]
@@ -109,9 +108,9 @@ class Generate(View):
         return f'<p class="verdict" style="border-color:{colour}">{escape(words)}</p>'
 
     def _progress(self) -> str:
-        generating = self.generating
+        job = self.job
         rows = []
-        for phase in list(generating.progress):
+        for phase in list(job.progress):
             share = 100 if phase.seconds is not None else 100 * phase.step / phase.steps if phase.steps else 4
             count = f"{phase.step} of {phase.steps}" if phase.steps else ""
             time = format_seconds(phase.seconds) if phase.seconds is not None else "…"
@@ -120,24 +119,24 @@ class Generate(View):
                 f"</span></span></td><td>{count}</td><td>{time}</td></tr>"
             )
         table = f"<table>{''.join(rows)}</table>" if rows else ""
-        if generating.state is State.RUNNING and not rows:
-            return sentence("Preparing the weights; the first time this takes a while.", "state")
-        words = generating.message or ("Ready." if generating.state is State.IDLE else "Generating.")
+        if job.state is State.RUNNING and not rows:
+            return sentence("Preparing the weights; this takes longer the first time.", "state")
+        words = job.message or ("Ready." if job.state is State.IDLE else "Generating.")
         return sentence(words, "state") + table
 
     def _result(self) -> str:
-        """The phase table of a generation that has ended, and its video where no widget shows it."""
-        generating = self.generating
-        run = generating.run if generating.state not in (State.IDLE, State.RUNNING) else None
+        """The phases of a generation that has ended, and its video where no widget shows it."""
+        job = self.job
+        run = job.run if job.state not in (State.IDLE, State.RUNNING) else None
         if run is None:
             return ""
         phases = phase_table(run)
         table = html_table(readable(phases, PHASES)) if len(phases) else ""
-        words = as_sentence(headline(run)) if generating.state is State.DONE else ""
+        words = as_sentence(headline(run)) if job.state is State.DONE else ""
         return self._video_html() + sentence(words) + table
 
     def _video_html(self) -> str:
-        video = self.generating.video
+        video = self.job.video
         if video is None or self._widget is not None:
             return ""
         data = base64.b64encode(video.read_bytes()).decode()
@@ -149,7 +148,7 @@ class Generate(View):
         import ipywidgets as widgets
 
         wide = widgets.Layout(width="300px", height="4.5em")
-        self._controls: dict[str, Any] = {
+        controls: dict[str, Any] = {
             "image": choose(widgets.Dropdown, "still", list_stills(self.runs_dir, self.request.image)),
             "prompt": widgets.Textarea(description="prompt", continuous_update=False, layout=wide),
             "model": choose(widgets.Dropdown, "model", architecture_names()),
@@ -162,7 +161,7 @@ class Generate(View):
             ),
         }
         for name in ("prompt", "seed"):
-            self._controls[name].style.description_width = "70px"
+            controls[name].style.description_width = "70px"
         upload = widgets.FileUpload(accept="image/*", description="Choose a file")
         upload.observe(self._uploaded, "value")
         self._dropped = widgets.Textarea()
@@ -172,16 +171,14 @@ class Generate(View):
         self._start = widgets.Button(description="Generate", button_style="primary", icon="play")
         self._stop = widgets.Button(description="Stop", icon="stop", disabled=True)
         self._start.on_click(lambda _: self.start())
-        self._stop.on_click(lambda _: self.generating.stop())
+        self._stop.on_click(lambda _: self.job.stop())
         self._still_box, self._verdict_box, self._progress_box = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._result_box = widgets.HTML()
         self._video_box = widgets.VBox([])
         self._note = widgets.HTML()
-        self._set_controls()
-        for control in self._controls.values():
-            control.observe(self._moved, "value")
+        self._form = RequestForm(controls, self.model, self.request, self._edited)
         drop = widgets.VBox([widgets.HTML(page(DROP_ZONE)), self._dropped, upload, self._note])
-        form = two_columns([self._still_box, widgets.VBox([drop, *self._controls.values()])])
+        form = two_columns([self._still_box, widgets.VBox([drop, *controls.values()])])
         buttons = widgets.HBox([self._start, self._stop])
         whole = widgets.VBox(
             [
@@ -197,35 +194,23 @@ class Generate(View):
         whole.layout.max_width = "740px"
         whole.add_class("i2v-generate")
         self._widget = whole
-        self.exploration.ask(self._question())
+        self._ask()
         return whole
 
-    def _set_controls(self) -> None:
-        self._setting = True
-        try:
-            controls, request = self._controls, self.request
-            controls["size"].options = sizes(self.model, request)
-            controls["frames"].options = frame_counts(request)
-            values = {"model": self.model, "size": f"{request.width}x{request.height}"}
-            controls["memory"].options = policies(self.model)
-            names = ("image", "prompt", "frames", "seed", "memory", "decode_scope")
-            for name, value in {**values, **{name: getattr(request, name) for name in names}}.items():
-                controls[name].value = value
-            self._still_box.value = page(preview(request.image))
-        finally:
-            self._setting = False
+    @property
+    def controls(self) -> dict[str, Any]:
+        """The control widgets by name: ``image, prompt, model, size, frames, seed, memory, decode_scope``."""
+        assert self.widget is not None  # creates them
+        return dict(self._form.widgets)
 
-    def _moved(self, _: Any) -> None:
-        if self._setting:
-            return
-        values = {name: control.value for name, control in self._controls.items()}
-        model, (width, height) = values.pop("model"), map(int, values.pop("size").split("x"))
-        if model != self.model:
-            self.model = model
-            self.request = for_model(self.request, model)
-        else:
-            self.request = replace(self.request, width=width, height=height, **values)
-        self._set_controls()
+    def _edited(self) -> None:
+        self.model, self.request = self._form.model, self._form.request
+        self._ask()
+
+    def _ask(self) -> None:
+        """Show the still, and forecast the request."""
+        if self._widget is not None:
+            self._still_box.value = page(preview(self.request.image))
         self.exploration.ask(self._question())
 
     def _uploaded(self, change: Any) -> None:
@@ -239,38 +224,35 @@ class Generate(View):
             self.add_still(file["name"], base64.b64decode(file["data"]))
 
     def add_still(self, name: str, content: bytes) -> None:
-        """Keep a picture beside the generations and choose it; one that cannot be read is refused in words."""
+        """Store an uploaded picture and select it as the still; an unreadable one is reported in the view."""
         try:
             path = add_still(self.runs_dir, name, content)
         except I2VLabError as error:
-            self._tell(str(error))
+            self._notify(str(error))
             return
-        self._tell(f"{name} is the still now.")
+        self._notify(f"{name} is selected.")
         self.request = replace(self.request, image=str(path))
         if self._widget is not None:
-            self._setting = True
-            self._controls["image"].options = list_stills(self.runs_dir, str(path))
-            self._setting = False
-            self._set_controls()
-        self.exploration.ask(self._question())
+            self._form.show(self.model, self.request, image=list_stills(self.runs_dir, str(path)))
+        self._ask()
 
-    def _tell(self, words: str) -> None:
+    def _notify(self, words: str) -> None:
         if self._widget is not None:
             self._note.value = page(sentence(words, "note"))
 
     def start(self) -> None:
-        """Generate what is chosen; returns at once."""
+        """Start generating the current request; returns immediately."""
         try:
-            self.generating.start(self.request, self.model)
+            self.job.start(self.request, self.model)
         except I2VLabError as error:
-            self._tell(str(error))
+            self._notify(str(error))
         self._show()
 
     def _show(self) -> None:
         with self._drawing:
             if self._widget is None:
                 return
-            running = self.generating.state is State.RUNNING
+            running = self.job.state is State.RUNNING
             self._verdict_box.value = page(self._verdict())
             self._start.disabled, self._stop.disabled = running, not running
             self._progress_box.value = page(self._progress())
@@ -280,7 +262,7 @@ class Generate(View):
     def _show_video(self) -> None:
         import ipywidgets as widgets
 
-        video = self.generating.video
+        video = self.job.video
         if video == self._shown:
             return
         self._shown = video
@@ -297,8 +279,8 @@ class Generate(View):
         self._video_box.children = [] if video is None else [new(video)]
 
     def close(self) -> None:
-        """Stop what is under way, wait for its end, and take the widgets off the page."""
-        self.generating.stop()
-        self.generating.wait()
+        """Stop a running generation, wait for its end, and close the widgets."""
+        self.job.stop()
+        self.job.wait()
         self.exploration.close()
         super().close()

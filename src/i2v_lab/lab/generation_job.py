@@ -1,4 +1,4 @@
-"""A generation that nobody waits for: in a thread of its own, followed step by step, stopped at the next step."""
+"""Background generations: one at a time in a thread, with progress by step, cancellable at the next step."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from i2v_lab.units import format_seconds
 if TYPE_CHECKING:
     from i2v_lab.profiling.monitor import MemoryMonitor
 
-ONE_AT_A_TIME = "a generation is under way; stop it first, or wait for its end"
+ONE_AT_A_TIME = "a generation is running; stop it first, or wait for its end"
 
 
 class State(StrEnum):
-    """Where a generation is."""
+    """The state of a generation."""
 
     IDLE = "idle"
     RUNNING = "running"
@@ -41,13 +41,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class PhaseProgress:
-    """How far a phase is.
+    """The progress of a phase.
 
     Attributes:
         phase: Its name.
-        step: Steps that are done.
-        steps: How many there will be; 0 while nobody knows.
-        seconds: Its duration; ``None`` while it goes on.
+        step: Completed steps.
+        steps: Their total; 0 while it is unknown.
+        seconds: Its duration; ``None`` while it runs.
     """
 
     phase: str
@@ -56,29 +56,29 @@ class PhaseProgress:
     seconds: float | None = None
 
 
-class Generating:
-    """One generation after another, each in the background, each left as a run directory with its video.
+class GenerationJob:
+    """Runs generations in the background, one at a time, each recorded as a run directory with its video.
 
-    Nothing is kept between generations but the directories. A stop takes effect at the next step, built component or
-    written frame: the run ends as any failed one does, so that everything is released and no part of a video is left.
+    No tensors are kept between generations. A stop takes effect at the next step, component build or written frame: the
+    run ends like a failed one, so all device memory is released and no partial video is left.
 
     Args:
         runs_dir: Gets a folder for each generation, ``0001_64x64x9`` and so on.
         device: ``auto``, ``cpu`` or ``cuda``.
-        monitor: Follows each generation; told of its phases.
+        monitor: Samples memory during each generation, and receives its events.
         on_change: Called in the generation's thread after every event.
 
     Attributes:
-        state: Where the generation is.
+        state: Of the latest generation.
         progress: Its phases so far.
         message: How it ended, in one line.
         folder: Its run directory.
 
     Example:
-        >>> generating = Generating(Path("runs"))
-        >>> generating.start(request, "ltx-2.3-tiny")  # doctest: +SKIP
-        >>> generating.wait()  # doctest: +SKIP
-        >>> generating.video  # doctest: +SKIP
+        >>> job = GenerationJob(Path("runs"))
+        >>> job.start(request, "ltx-2.3-tiny")  # doctest: +SKIP
+        >>> job.wait()  # doctest: +SKIP
+        >>> job.video  # doctest: +SKIP
         PosixPath('runs/0001_192x128x25/video.mp4')
     """
 
@@ -114,13 +114,14 @@ class Generating:
         return None
 
     def start(self, request: I2VRequest, model: str) -> None:
-        """Begin, and return at once.
+        """Start a generation in the background; returns immediately.
 
         Raises:
-            I2VLabError: Another generation is under way.
+            I2VLabError: Another generation is running.
             InvalidImage: The still cannot be read.
             UnknownModel: There is no such architecture.
-            InvalidRequest: The model has not what is asked for.
+            InvalidRequest: The model does not support the request.
+            RunnerUnavailable: The runner's package is not installed.
         """
         from i2v_lab.pipeline.contract.media import load_still
 
@@ -135,24 +136,24 @@ class Generating:
         self.state, self.progress, self.message = State.RUNNING, [], ""
         self._stop.clear()
         self._thread = threading.Thread(
-            target=self._serve, args=(spec, self.folder), name="i2v-lab-generation", daemon=True
+            target=self._run, args=(spec, self.folder), name="i2v-lab-generation", daemon=True
         )
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask the generation to end at its next step; returns at once."""
+        """Request a stop at the next step; returns immediately."""
         self._stop.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end; whether it has come."""
+        """Wait for the generation's end; returns whether it has ended."""
         thread = self._thread
         if thread is not None:
             thread.join(timeout_s)
         return thread is None or not thread.is_alive()
 
-    # --- In the generation's thread ---
+    # --- The generation's thread ---
 
-    def _serve(self, spec: RunSpec, folder: Path) -> None:
+    def _run(self, spec: RunSpec, folder: Path) -> None:
         start_s = time.perf_counter()
         try:
             self._generate(spec, folder)
@@ -162,9 +163,9 @@ class Generating:
         except I2VLabError as error:
             state, message = State.FAILED, str(error)
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)  # not foreseen: whoever reads the log should see where
+            traceback.print_exc(file=sys.stderr)  # unexpected: the log shows where
             state, message = State.FAILED, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        gc.collect()  # an error's traceback holds frames, and those hold tensors
+        gc.collect()  # an exception's traceback references frames, and those reference tensors
         _empty_cuda_cache()
         self.message = message
         self.state = state
@@ -186,7 +187,7 @@ class Generating:
         )
 
     def _follow(self, event: Event) -> None:
-        """The last of the sinks: what it raises reaches no other one."""
+        """The last of the sinks, so that the others have received an event before this one raises."""
         match event:
             case PhaseStarted(phase=phase):
                 self.progress.append(PhaseProgress(phase.value))
@@ -195,7 +196,7 @@ class Generating:
             case PhaseEnded(phase=phase, seconds=seconds):
                 self._note(phase, seconds=seconds)
         self.on_change()
-        # Not where a phase starts, which would stay open, nor where one has failed, which would hide why.
+        # Not at the start of a phase, which would stay open, nor after a failed one, whose error it would replace.
         if isinstance(event, StepEnded | ComponentBuilt) or (isinstance(event, PhaseEnded) and event.completed):
             self._check_stop()
 
@@ -206,7 +207,7 @@ class Generating:
     def _check_stop(self) -> None:
         if self._stop.is_set():
             where = f" in {self.progress[-1].phase}" if self.progress else ""
-            raise GenerationStopped(f"Stopped by hand{where}; everything it held is released.")
+            raise GenerationStopped(f"Stopped by the user{where}; its memory is released.")
 
     def _next_folder(self, request: I2VRequest) -> Path:
         taken = [int(folder.name[:4]) for folder in self.runs_dir.glob("[0-9][0-9][0-9][0-9]_*")]

@@ -1,4 +1,4 @@
-"""``VramMonitor``: what is in use right now, as a chart that moves."""
+"""``VramMonitor``: a live chart of device memory."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SHOWN = 240  # samples
 
 
 class VramMonitor(View):
-    """A live chart of allocated and reserved bytes, of what others use, and of what the card has for this process.
+    """A live chart of allocated and reserved bytes, other processes' bytes, and the bytes available to this process.
 
-    A thread of its own looks, so the chart moves while a cell runs. As one of a pipeline's sinks it marks the phases.
-    On a machine with no GPU it shows the process's own tensors, and says so.
+    A thread samples them, so the chart is updated while a cell runs. As one of a pipeline's sinks it marks the phases.
+    On a machine without a GPU it shows the live tensor storages of this process.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        interval_s: Seconds between looks.
+        interval_s: Sampling interval in seconds.
 
     Attributes:
-        monitor: The samples and marks; works without any widget.
+        monitor: The samples and marks; usable without widgets.
 
     Example:
         >>> from i2v_lab import VramMonitor
         >>> monitor = VramMonitor("cpu")
-        >>> with monitor:  # or its button
+        >>> with monitor:  # or press Start
         ...     pass
         >>> len(monitor.monitor.samples) > 0
         True
@@ -47,7 +47,7 @@ class VramMonitor(View):
         return f"VramMonitor({self.monitor.device}: {now})"
 
     def __call__(self, event: Any) -> None:
-        """Take note of a pipeline's event."""
+        """Receive a pipeline's event."""
         self.monitor(event)
 
     def __enter__(self) -> VramMonitor:
@@ -59,16 +59,18 @@ class VramMonitor(View):
         self.monitor.stop()
 
     def html(self) -> str:
-        """The chart as a static page; with one look of now if there was none."""
+        """The chart as static HTML; with one sample taken now if there is none."""
         if not self.monitor.samples:
             self.monitor.sample()
-            return self._chart() + sentence("Nobody has watched yet: this is one look, from when the page was made.")
+            return self._chart() + sentence(
+                "Not started yet: this is a single sample, taken when the page was rendered."
+            )
         return self._chart()
 
     def _chart(self) -> str:
         samples = list(self.monitor.samples)[-SHOWN:]
         if not samples:
-            return sentence(self.monitor.source) + sentence("Press Watch, or generate something.")
+            return sentence(self.monitor.source) + sentence("Press Start, or start a generation.")
         curves = [
             pictures.Curve("allocated", BLUE, [s.allocated_bytes for s in samples], filled=True),
             pictures.Curve("reserved", SKY, [s.reserved_bytes for s in samples]),
@@ -82,8 +84,8 @@ class VramMonitor(View):
     def _build(self) -> Any:
         import ipywidgets as widgets
 
-        self._start = widgets.Button(description="Watch", icon="eye")
-        self._stop = widgets.Button(description="Pause", icon="pause")
+        self._start = widgets.Button(description="Start", icon="play")
+        self._stop = widgets.Button(description="Stop", icon="stop")
         self._start.on_click(lambda _: self.__enter__())
         self._stop.on_click(lambda _: self.monitor.stop())
         self._picture = widgets.HTML()
@@ -99,6 +101,6 @@ class VramMonitor(View):
             self._start.disabled, self._stop.disabled = self.monitor.running, not self.monitor.running
 
     def close(self) -> None:
-        """Look no longer, and take the widgets off the page."""
+        """Stop sampling and close the widgets."""
         self.monitor.stop()
         super().close()

@@ -1,4 +1,4 @@
-"""Stills to choose from: those of the package and those that somebody dropped."""
+"""The stills that a view offers: those of the package and those that were uploaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from i2v_lab.paths import data_dir, find_still
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 PREVIEW_PX = 320
-# ipywidgets' own upload takes no drops. What is dropped here goes, by a text area that nobody sees, to the kernel.
+# ipywidgets' FileUpload does not accept drops. A dropped file reaches the kernel as JSON through a hidden text area.
 DROP_ZONE = """<div class="i2v-drop" tabindex="0"
   ondragover="event.preventDefault(); this.classList.add('over')" ondragleave="this.classList.remove('over')"
   ondrop="
@@ -32,7 +32,7 @@ DROP_ZONE = """<div class="i2v-drop" tabindex="0"
 
 
 def list_stills(runs_dir: Path, chosen: str) -> list[tuple[str, str]]:
-    """Names and paths: the package's stills, those that were dropped, and the one that is chosen."""
+    """Names and paths: the package's stills, uploaded ones, and the one that is selected."""
     ours = [(path.stem, f"stills/{path.name}") for path in sorted((data_dir() / "stills").iterdir()) if _is_still(path)]
     dropped = [(path.name, str(path)) for path in sorted(_folder(runs_dir).glob("*")) if _is_still(path)]
     known = [*ours, *dropped]
@@ -40,15 +40,18 @@ def list_stills(runs_dir: Path, chosen: str) -> list[tuple[str, str]]:
 
 
 def add_still(runs_dir: Path, name: str, content: bytes) -> Path:
-    """Keep what was dropped, if it is a picture.
+    """Store an uploaded picture.
 
     Args:
-        runs_dir: Gets a folder ``stills``.
-        name: Of the file; only its last part counts.
-        content: All of it.
+        runs_dir: It goes to the folder ``stills`` in it.
+        name: The file's name; folders in it are ignored.
+        content: The file's bytes.
+
+    Returns:
+        The path of the stored file.
 
     Raises:
-        InvalidImage: It is no picture, or a damaged one.
+        InvalidImage: It is not a picture, or a damaged one.
     """
     from i2v_lab.pipeline.contract.media import load_still
 
@@ -61,14 +64,14 @@ def add_still(runs_dir: Path, name: str, content: bytes) -> Path:
         part.write_bytes(content)
         try:
             load_still(part)
-        except I2VLabError as error:  # which names the part
+        except I2VLabError as error:  # it names the temporary file
             raise InvalidImage(f"'{name}' cannot be read as a picture; drop a PNG, JPEG or WebP", name=name) from error
 
     return write_atomically(target, write)
 
 
 def preview(image: str) -> str:
-    """A still, small, inside a page; nothing if it cannot be read."""
+    """A thumbnail of a still as an HTML element; empty if it cannot be read."""
     from PIL import Image
 
     try:

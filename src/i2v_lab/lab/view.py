@@ -1,4 +1,4 @@
-"""A view: widgets while a kernel lives, HTML in a page that was rendered from it."""
+"""A view: widgets in a live kernel's front end, static HTML in a rendered page."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ STYLE = """<style>
 
 
 class View(ABC):
-    """Something to look at and, where there is a front end, to operate.
+    """An object that displays itself as widgets, or as static HTML.
 
-    In a notebook that runs headlessly (``TQDM_DISABLE`` is set, as ``i2v-lab reproduce`` does) no widget is made.
+    In a notebook that is executed headlessly (``TQDM_DISABLE`` is set, as ``i2v-lab reproduce`` does) no widgets are
+    created.
     """
 
     def __init__(self) -> None:
@@ -33,21 +34,21 @@ class View(ABC):
 
     @abstractmethod
     def html(self) -> str:
-        """What there is to see now, without a script."""
+        """The current content as static HTML, without scripts."""
 
     @abstractmethod
     def _build(self) -> Any:
-        """The widgets, wired."""
+        """Create the widgets with their callbacks."""
 
     @property
     def widget(self) -> Any:
-        """The widgets; made when somebody asks for them."""
+        """The widgets, created on first access."""
         if self._widget is None:
             self._widget = self._build()
         return self._widget
 
     def close(self) -> None:
-        """End what is under way, and take the widgets off the page."""
+        """Cancel background work and close the widgets."""
         if self._widget is not None:
             self._widget.close()
             self._widget = None
@@ -60,14 +61,14 @@ class View(ABC):
         return {**widgets, "text/html": self._repr_html_(), "text/plain": repr(self)}
 
 
-HINT = "Open this notebook in JupyterLab (<code>make lab</code>) to operate it."
+HINT = "Interactive in JupyterLab: <code>make lab</code>."
 
 
 def page(body: str) -> str:
-    """A part of a page in the style of the views."""
+    """An HTML fragment with the views' style sheet."""
     return f'{STYLE}<div class="i2v-view">{body}</div>'
 
 
 def sentence(words: str, kind: str = "") -> str:
-    """One paragraph of plain words."""
+    """One escaped paragraph; empty for no text."""
     return f'<p class="{kind}">{escape(words)}</p>' if words else ""

@@ -1,1 +1,1 @@
-"""One module for each question; the one place where the pipeline and the profilers meet."""
+"""The questions of the write-up: one module each, with its run specs, its tables and its verdict."""

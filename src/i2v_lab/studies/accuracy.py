@@ -1,4 +1,4 @@
-"""How far forecasts are from what was measured."""
+"""The error of forecasts against measured peaks."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ HALVES_COLUMNS = [
 
 
 def measured_table(model: str | None = None, *, folder: Path | None = None, runs: int | None = None) -> pd.DataFrame:
-    """All runs measured on a GPU below a folder, ``data/measured`` by default.
+    """Phases of the runs that were measured on a GPU.
 
-    Runs that are set apart (of another pipeline, below a cap) do not count, nor those in ``inference_mode``, which
-    torch refuses before their last phase.
+    Excluded are runs of third-party pipelines, runs with a VRAM cap or without full metering, and those in
+    ``inference_mode``, which torch refuses before their last phase.
 
     Args:
-        model: Only this one's.
-        folder: Where to look.
-        runs: Only the first so many.
+        model: Only runs of this architecture.
+        folder: With the runs; ``data/measured`` by default.
+        runs: At most this many runs, in the order of their paths.
 
     Returns:
-        One row for each run, generation and phase that completed: ``gpu, run, model, generation, phase, peak_bytes,
+        One row for each run, generation and completed phase: ``gpu, run, model, generation, phase, peak_bytes,
         peak_reserved_bytes``, and ``spec``, an :class:`~i2v_lab.runs.spec.RunSpec`.
     """
     rows: list[dict[str, Any]] = []
-    counted = [run for run in recorded_runs(folder).runs if _counts(run, model)]
-    for run in counted[:runs]:
+    compared = [run for run in recorded_runs(folder).runs if _is_comparable(run, model)]
+    for run in compared[:runs]:
         spec = spec_of(run)
         asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": spec.model}
         for generation, phase in by_generation(run.of(PhaseRecord)):
@@ -64,7 +64,7 @@ def measured_table(model: str | None = None, *, folder: Path | None = None, runs
     return pd.DataFrame(rows, columns=columns)
 
 
-def _counts(run: Run, model: str | None) -> bool:
+def _is_comparable(run: Run, model: str | None) -> bool:
     spec = spec_of(run)
     refused = spec.request.decode_scope is DecodeScope.INFERENCE_MODE
     on_gpu = str(run.metadata["device"]).startswith("cuda")
@@ -73,22 +73,22 @@ def _counts(run: Run, model: str | None) -> bool:
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
-    """Each measured phase beside its forecast.
+    """Each measured phase with its forecast.
 
     Returns:
-        ``measured`` with its specs' names, and ``forecast_bytes, error, forecast_reserved_bytes,
-        reserved_error``; errors are relative, negative where the forecast is under the truth.
+        ``measured`` with ``spec`` as the spec's name, then ``forecast_bytes, error, forecast_reserved_bytes,
+        reserved_error``. Errors are relative to the measured peak, negative where the forecast is below it.
     """
-    likes = [spec.memory_key() for spec in measured["spec"]]
-    different = dict(zip(likes, measured["spec"], strict=True))
-    found = forecast_specs(list(different.values()))
+    keys = [spec.memory_key() for spec in measured["spec"]]
+    unique = dict(zip(keys, measured["spec"], strict=True))
+    found = forecast_specs(list(unique.values()))
     forecasts = {
-        (like, generation, phase.phase): phase
-        for like, forecast in zip(different, found, strict=True)
+        (key, generation, phase.phase): phase
+        for key, forecast in zip(unique, found, strict=True)
         for generation, phase in by_generation(forecast.phases)
     }
     table = measured.assign(spec=[spec.name for spec in measured["spec"]])
-    phases = [forecasts[key] for key in zip(likes, table["generation"], table["phase"], strict=True)]
+    phases = [forecasts[row] for row in zip(keys, table["generation"], table["phase"], strict=True)]
     table["forecast_bytes"] = [phase.peak_bytes for phase in phases]
     table["error"] = table["forecast_bytes"] / table["peak_bytes"] - 1
     table["forecast_reserved_bytes"] = [phase.peak_reserved_bytes for phase in phases]
@@ -97,11 +97,14 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_table(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """The errors by phase, and of all.
+    """Errors by phase, and over all phases.
+
+    Args:
+        accuracy: Of :func:`accuracy_table`.
 
     Returns:
-        ``phase, runs, median_error, worst_error`` (of the errors' sizes), ``share_under`` (of forecasts below the
-        truth), ``median_reserved_error, worst_reserved_error``; the last row is ``all``.
+        ``phase, runs, median_error, worst_error`` (of absolute errors), ``share_under`` (of forecasts below the
+        measured peak), ``median_reserved_error, worst_reserved_error``; the last row, ``all``, is over all phases.
     """
     if accuracy.empty:
         return pd.DataFrame(columns=SUMMARY_COLUMNS)
@@ -124,37 +127,40 @@ def summary_table(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 
 def halves_table(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Would a correction fitted to measured runs help? Fitted to one half of the specs, judged on the other.
+    """Hold-out test of a correction: fitted to one half of the specs, evaluated on the other.
 
-    The correction is a factor for each phase, of the peak and of the reserved bytes: the median of measured over
-    forecast. Experiments are halved by their names' order, every second one; repeats stay together.
+    The correction is one factor for each phase, the median of measured over forecast bytes, for allocated and for
+    reserved bytes. Every second spec in alphabetical order is in the fitted half, with all its repetitions.
+
+    Args:
+        accuracy: Of :func:`accuracy_table`.
 
     Returns:
-        For ``allocated`` and ``reserved`` bytes as ``counted``: ``fitted`` and ``judged``, the numbers of specs,
-        then ``median_error, worst_error`` of the judged half as it is forecast, and ``corrected_median_error,
-        corrected_worst_error`` with the correction. Empty where there are fewer than two specs.
+        For ``allocated`` and ``reserved`` bytes (``counted``): ``fitted`` and ``judged``, the numbers of specs in the
+        halves; ``median_error, worst_error`` of the evaluated half without the correction, and
+        ``corrected_median_error, corrected_worst_error`` with it. Empty for fewer than two specs.
     """
     names = sorted(set(accuracy["spec"]))
     fitted, judged = (accuracy[accuracy["spec"].isin(half)] for half in (names[::2], names[1::2]))
     if judged.empty:
         return pd.DataFrame(columns=HALVES_COLUMNS)
     rows = []
-    for what, forecast, truth in (
+    for counted, forecast, measured in (
         ("allocated", "forecast_bytes", "peak_bytes"),
         ("reserved", "forecast_reserved_bytes", "peak_reserved_bytes"),
     ):
-        factors = (fitted[truth] / fitted[forecast]).groupby(fitted["phase"]).median()
-        plain = (judged[forecast] / judged[truth] - 1).abs()
-        corrected = (judged[forecast] * judged["phase"].map(factors).fillna(1) / judged[truth] - 1).abs()
+        factors = (fitted[measured] / fitted[forecast]).groupby(fitted["phase"]).median()
+        plain = (judged[forecast] / judged[measured] - 1).abs()
+        corrected = (judged[forecast] * judged["phase"].map(factors).fillna(1) / judged[measured] - 1).abs()
         errors = [plain.median(), plain.max(), corrected.median(), corrected.max()]
-        rows.append([what, len(names[::2]), len(names[1::2]), *errors])
+        rows.append([counted, len(names[::2]), len(names[1::2]), *errors])
     return pd.DataFrame(rows, columns=HALVES_COLUMNS)
 
 
 def reference_table() -> pd.DataFrame:
-    """``data/measured/components-h200.json``: components measured alone on the device, before there were runs.
+    """``data/measured/components-h200.json``: components measured in isolation on an H200.
 
     Returns:
-        ``phase, width, height, frames, steps, autograd, peak_allocated_gib``, and the tiling's columns.
+        ``phase, width, height, frames, steps, autograd, peak_allocated_gib``, and the columns of the tiling.
     """
     return pd.DataFrame(json.loads((data_dir() / "measured" / "components-h200.json").read_text())["rows"])

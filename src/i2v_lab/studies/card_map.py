@@ -1,4 +1,4 @@
-"""Which card takes which request: forecasts, or runs, held against what cards have."""
+"""Which request fits which GPU: the memory that requests need, against the memory that GPUs have."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.runs.sources import Observation
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.studies.resolution import frames_specs, resolution_specs
-from i2v_lab.studies.verdicts import conclude, no_data
+from i2v_lab.studies.verdicts import NO_DATA, conclude, no_data
 from i2v_lab.units import format_bytes
 
 
 def map_specs(request: I2VRequest, model: str, sizes: Sequence[str], frames: Sequence[int]) -> list[RunSpec]:
-    """Every size with every number of frames, without the graph."""
+    """Every size with every number of frames, decoded inside ``no_grad``."""
     by_size = resolution_specs(request, model, sizes)
     return [each for size in by_size for each in frames_specs(size.request, model, frames)]
 
 
 def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) -> pd.DataFrame:
-    """Every request on every card.
+    """The verdict for every request on every GPU.
 
     Args:
-        observations: Of :func:`map_specs`; those without a run are left out.
-        gpus: Names of ``data/gpus.csv``; all of them if empty.
+        observations: Of :func:`map_specs`; those without a run are skipped.
+        gpus: Names in ``data/gpus.csv``; all of them if empty.
 
     Returns:
         ``gpu, memory_bytes, width, height, frames, needed_bytes, peak_phase, verdict``: ``fits``, ``tight`` or ``no``,
-        as in :class:`~i2v_lab.capacity.cards.Fit`. ``needed_bytes`` is what the allocator reserves and the CUDA
-        context. The cards are in the order of their memory.
+        as in :class:`~i2v_lab.capacity.cards.Fit`. ``needed_bytes`` is the allocator's reserved memory
+        plus the CUDA context. GPUs are in ascending order of memory.
     """
     cards = {gpu: gpu_memory_bytes(gpu) for gpu in gpus or gpu_table()["gpu"]}
     context = context_bytes()
@@ -61,10 +61,13 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
 
 
 def summary_by_card(table: pd.DataFrame) -> pd.DataFrame:
-    """How much of the map each card takes.
+    """How many of the requests fit each GPU.
+
+    Args:
+        table: Of :func:`card_table`.
 
     Returns:
-        ``gpu, memory_bytes, fitting`` (requests), ``requests, largest_fitting``, such as ``2048x1536, 121 frames``.
+        ``gpu, memory_bytes``; ``fitting`` of ``requests``; ``largest_fitting``, such as ``2048x1536, 121 frames``.
     """
     rows = []
     for gpu, part in table.groupby("gpu", sort=False):
@@ -85,33 +88,36 @@ def summary_by_card(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def card_verdict(observations: Sequence[Observation], table: pd.DataFrame, summary: pd.DataFrame) -> dict[str, Any]:
-    """The claim that a forecast without a GPU tells which card takes a request, to about 1 %.
+    """The claim that a forecast without a GPU predicts which GPU a request fits, to about 1 %.
 
-    ``confirmed``: in the median over phases the error is within 1 %, and no phase is off by more than 3 %. ``refined``:
-    the median is, but a phase is off by more. ``refuted``: the median is not.
+    ``confirmed``: the median error over phases is at most 1 %, and the error of no phase is above 3 %. ``refined``: the
+    median is at most 1 %, but a phase is off by more than 3 %. ``refuted``: the median is above 1 %.
 
     Args:
         observations: Of :func:`map_specs`.
         table: Of :func:`card_table`.
         summary: Of :func:`i2v_lab.studies.accuracy.summary_table`; its last row is of all phases.
     """
-    if table.empty or summary.empty:
+    if table.empty:
         return no_data(observations)
+    if summary.empty:
+        model = observations[0].spec.model
+        return conclude(observations, NO_DATA, f"data/measured has no GPU run of {model}.")
     errors = summary.iloc[-1]
     median, worst = float(errors["median_error"]), float(errors["worst_error"])
     verdict = "refuted" if median > 0.01 else "confirmed" if worst <= 0.03 else "refined"
     cards = summary_by_card(table)
-    some = cards[cards["fitting"] > 0]
-    smallest = some.iloc[0] if len(some) else None
-    opened = (
-        "no card in the list takes any of these requests"
+    usable = cards[cards["fitting"] > 0]
+    smallest = usable.iloc[0] if len(usable) else None
+    fitting = (
+        "none of these requests fits any listed GPU"
         if smallest is None
-        else f"the smallest card that takes any of these requests is the {smallest['gpu']} "
+        else f"the smallest GPU that any of these requests fits is the {smallest['gpu']} "
         f"({format_bytes(int(smallest['memory_bytes']))}), up to {smallest['largest_fitting']}"
     )
     finding = (
-        f"Over {int(errors['runs'])} measured phases forecasts are off by {100 * median:.2f} % in the median and "
-        f"{100 * worst:.1f} % at worst; {opened}."
+        f"Over {int(errors['runs'])} measured phases, the error of the forecast peak is {100 * median:.2f} % in the "
+        f"median and {100 * worst:.1f} % at worst; {fitting}."
     )
     return conclude(
         observations,

@@ -10,14 +10,15 @@ from i2v_lab.events import Phase
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import VIDEO
 from i2v_lab.runs.measure import measure, run_folder
+from i2v_lab.runs.phases import run_peak
 from i2v_lab.runs.sources import Observation, Source, phases_frame
 from i2v_lab.runs.spec import SMALL_MODEL, RunSpec
 from i2v_lab.studies.published import study_request
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
-LITTLE = 0.05  # of the peak: what may be left between phases
-BETWEEN_STAGES = (Phase.UPSAMPLE_LATENT.value, Phase.DENOISE_STAGE_2.value)  # which may find the transformer there
+LEFT_SHARE = 0.05  # of the peak: what may stay allocated between phases
+BETWEEN_STAGES = (Phase.UPSAMPLE_LATENT.value, Phase.DENOISE_STAGE_2.value)  # the transformer may be loaded already
 
 
 def first_look_specs(request: I2VRequest, model: str) -> list[RunSpec]:
@@ -26,7 +27,13 @@ def first_look_specs(request: I2VRequest, model: str) -> list[RunSpec]:
 
 
 def video_run(observation: Observation, runs_dir: Path, device: str = "auto") -> Path:
-    """A video of the request: of the run itself if it was made here, of the tiny model at its own size otherwise."""
+    """A video file: that of the run if it was measured here, otherwise one of the tiny model at its default size.
+
+    Args:
+        observation: Of :func:`first_look_specs`.
+        runs_dir: Where a measured run is stored.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
     if observation.source is Source.MEASURE and observation.run is not None:
         return observation.run.folder / VIDEO
     asked = observation.spec.request
@@ -36,34 +43,33 @@ def video_run(observation: Observation, runs_dir: Path, device: str = "auto") ->
 
 
 def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
-    """The claim that the peak is that of the hungriest phase, since each frees what it loaded.
+    """The claim that a run's peak is the maximum of its phases' peaks, since each phase frees its components.
 
-    ``confirmed``: between phases never more than a twentieth of the peak is left. ``refined``: more is, but only from
-    one denoising stage to the other, where the distilled transformer stays. ``refuted``: more is elsewhere.
+    ``confirmed``: between phases at most a twentieth of the peak stays allocated. ``refined``: more does, but only from
+    one denoising stage to the next, where the distilled transformer stays loaded. ``refuted``: more does elsewhere.
     """
-    table = phases_frame(observations)
-    if table.empty:
+    table, top = phases_frame(observations), run_peak(observations[0].run)
+    if top is None:
         return no_data(observations)
-    peak, between = int(table["peak_bytes"].max()), int(table["start_bytes"].max())
+    peak, between = top.peak_bytes, int(table["start_bytes"].max())
     elsewhere = int(table.loc[~table["phase"].isin(BETWEEN_STAGES), "start_bytes"].max())
-    top = table.loc[table["peak_bytes"] == peak, "phase"].iloc[0]
     verdict, exception = CONFIRMED, ""
-    if elsewhere > LITTLE * peak:
+    if elsewhere > LEFT_SHARE * peak:
         verdict = REFUTED
-    elif between > LITTLE * peak:
+    elif between > LEFT_SHARE * peak:
         verdict = REFINED
-        exception = f", and {format_bytes(elsewhere)} if the transformer is left out, which stays between the stages"
+        exception = f" ({format_bytes(elsewhere)} without the transformer, which stays loaded between the stages)"
     finding = (
-        f"The peak is {format_bytes(peak)}, in {top}; all phases' peaks together would be "
-        f"{format_bytes(int(table['peak_bytes'].sum()))}, and between phases at most {format_bytes(between)} are "
-        f"left{exception}."
+        f"The peak is {format_bytes(peak)}, in {top.phase}; the sum of the phases' peaks is "
+        f"{format_bytes(int(table['peak_bytes'].sum()))}. Between phases, at most {format_bytes(between)} stay "
+        f"allocated{exception}."
     )
     return conclude(
         observations,
         verdict,
         finding,
         peak_bytes=peak,
-        peak_phase=str(top),
+        peak_phase=top.phase,
         largest_between_bytes=between,
         largest_elsewhere_bytes=elsewhere,
     )

@@ -1,4 +1,4 @@
-"""Is something left behind by one generation after another in the same process, and what?"""
+"""Does allocated memory grow from one generation to the next in the same process, and what holds it?"""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from i2v_lab.studies.localization import AFTER_RETURN, SCOPES
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
-NOTHING = 0.01  # of the retained graph: growth below this is none
-MORE = 1.25  # times what an open stream keeps without a graph, which is the decoder and its buffers
+NO_GROWTH = 0.01  # of the retained graph: growth below this counts as none
+OPEN_RATIO = 1.25  # to what an unfinished stream holds without a graph: the decoder and its buffers
 
 
 def leak_specs(request: I2VRequest, model: str, generations: int) -> list[RunSpec]:
-    """Both scopes, with every stream consumed to its end and with every stream left open."""
+    """Both grad modes, each with streams consumed to the end and with streams left unfinished and referenced."""
     return [
         RunSpec(request=replace(request, decode_scope=scope), model=model, generations=generations, consumer=consumer)
         for consumer in (Consumer.PLAIN, Consumer.LEFT_OPEN)
@@ -30,11 +30,11 @@ def leak_specs(request: I2VRequest, model: str, generations: int) -> list[RunSpe
 
 
 def leak_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """What was still allocated after each generation.
+    """What is still allocated after each generation.
 
     Returns:
         One row for each run and generation: ``decode_scope, consumer, generation, allocated_bytes, growth_bytes``
-        (since the generation before; the first counts from nothing).
+        (over the previous generation; the first counts from zero).
     """
     rows = []
     for each in observations:
@@ -54,7 +54,7 @@ def leak_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def leak_peaks(observations: Sequence[Observation]) -> pd.DataFrame:
-    """The peak of each generation up to its decoding, which what the ones before have left adds to.
+    """The peak of each generation up to its decoding; it includes what previous generations left allocated.
 
     Returns:
         ``decode_scope, consumer, generation, peak_bytes``.
@@ -66,7 +66,7 @@ def leak_peaks(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def _last_growth(observation: Observation) -> int:
-    """What the last generation left that ended; of a run that ran out of memory in its first, what was alive then."""
+    """Growth by the last generation that ended; for an out-of-memory error in the first, what was allocated then."""
     if observation.run is None:
         return 0
     left = [0, *(record.allocated_bytes for record in observation.run.of(GenerationRecord))]
@@ -76,11 +76,11 @@ def _last_growth(observation: Observation) -> int:
 
 
 def leak_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
-    """Claim 6: a leak over consecutive generations was the same retained graph.
+    """Claim 6: the apparent leak over consecutive generations was the same retained graph.
 
-    Told from the growth of what is allocated after the last generation that ended. ``confirmed``: with the defect it
-    grows even when every stream is consumed to its end, and without the defect it does not. ``refined``: it grows only
-    where streams are left open, and then more with the defect, by a quarter at least. ``refuted``: no more than that.
+    Decided by the growth of allocated bytes after the last generation that ended. ``confirmed``: with the defect memory
+    grows even if every stream is consumed to the end, and without the defect it does not. ``refined``: it grows only
+    where streams are left unfinished, and then by more than 1.25 times as much with the defect. ``refuted``: neither.
     """
     if any(each.run is None for each in observations):
         return no_data(observations)
@@ -89,25 +89,26 @@ def leak_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     }
     consumed, fixed = growth["plain", "escaped"], growth["plain", "no_grad"]
     open_graph, open_fixed = growth["left_open", "escaped"], growth["left_open", "no_grad"]
-    least = NOTHING * max(1, open_graph)
+    least = NO_GROWTH * max(1, open_graph)
     if consumed > least and fixed <= least:
         verdict = CONFIRMED
-    elif open_graph > MORE * max(0, open_fixed):
+    elif open_graph > OPEN_RATIO * max(0, open_fixed):
         verdict = REFINED
     else:
         verdict = REFUTED
     finding = (
-        f"Streams consumed to their end leave {format_bytes(consumed)} more after each generation with the defect and "
-        f"{format_bytes(fixed)} without; streams that are stopped early and kept leave {format_bytes(open_graph)} each "
-        f"with the defect, {format_bytes(open_fixed)} without."
+        f"With streams consumed to the end, allocated memory grows by {format_bytes(consumed)} per generation with the "
+        f"defect and by {format_bytes(fixed)} without; each stream that is stopped early and still referenced holds "
+        f"{format_bytes(open_graph)} with the defect and {format_bytes(open_fixed)} without."
     )
     for each in observations:
         if each.run is not None and each.run.of(OutOfMemoryRecord):
             reached = len(each.run.of(GenerationRecord)) + 1
             defect = each.spec.request.decode_scope is DecodeScope.ESCAPED
-            kept = each.spec.consumer is Consumer.LEFT_OPEN
+            left_open = each.spec.consumer is Consumer.LEFT_OPEN
+            streams = "unfinished" if left_open else "consumed"
             finding += (
-                f" {'With' if defect else 'Without'} the defect and streams {'kept' if kept else 'consumed'}, "
+                f" {'With' if defect else 'Without'} the defect and with {streams} streams, "
                 f"generation {reached} of {each.spec.generations} ran out of memory."
             )
     return conclude(

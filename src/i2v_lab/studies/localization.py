@@ -1,4 +1,4 @@
-"""Where is the peak: inside the pipeline, or after it has returned?"""
+"""Where is the peak: before the pipeline returns, or while its stream is consumed?"""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from i2v_lab.studies.published import published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import GIB, format_bytes
 
-AFTER_RETURN = Phase.DECODE_VIDEO.value  # the one phase that runs when the stream is consumed
+AFTER_RETURN = Phase.DECODE_VIDEO.value  # the only phase that runs while the stream is consumed
 SCOPES = (DecodeScope.ESCAPED, DecodeScope.NO_GRAD)
 
 
 def scope_specs(request: I2VRequest, model: str) -> list[RunSpec]:
-    """The same request with the graph retained, and without."""
+    """The same request decoded with grad enabled, and inside ``no_grad``."""
     return [RunSpec(request=replace(request, decode_scope=scope), model=model) for scope in SCOPES]
 
 
 def boundaries_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """The peak so far after each phase, as a profiler sees it that is read at phase boundaries.
+    """The running peak after each phase, as ``max_memory_allocated`` read at phase boundaries.
 
     Returns:
         One row for each run and phase: the columns of :func:`~i2v_lab.runs.sources.phases_frame`, and
@@ -44,11 +44,11 @@ def boundaries_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """The peak until the pipeline returned, and around the whole call.
+    """The peak until the pipeline returns, and that of the whole run.
 
     Returns:
-        One row for each run: ``decode_scope, inside_bytes, whole_bytes, gap_bytes, floor_phase`` (where the peak until
-        the return is), then ``published_inside_bytes, published_whole_bytes``.
+        One row for each run: ``decode_scope, inside_bytes`` (until the return), ``whole_bytes, gap_bytes``,
+        ``floor_phase`` (with the highest peak until the return), ``published_inside_bytes, published_whole_bytes``.
     """
     table = boundaries_table(observations)
     same = table["published_so_far_bytes"].notna().any()
@@ -77,10 +77,10 @@ def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def floor_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """The phases of the run without the graph, the highest peak first: what would have to shrink next.
+    """The phases of the run inside ``no_grad``, the highest peak first: what limits the run after the fix.
 
     Returns:
-        ``phase, peak_bytes, share`` of the highest.
+        ``phase, peak_bytes``, and ``share`` of the highest peak.
     """
     table = phases_frame([each for each in observations if each.spec.request.decode_scope is SCOPES[1]])
     table = table.sort_values("peak_bytes", ascending=False, kind="stable")[["phase", "peak_bytes"]]
@@ -90,8 +90,8 @@ def floor_table(observations: Sequence[Observation]) -> pd.DataFrame:
 def localization_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     """Claim 2: the excess appears after the pipeline has returned.
 
-    ``confirmed``: every phase inside the pipeline has the same peak with and without the graph, and all of the excess
-    is in the stream's. ``refined``: another phase differs too. ``refuted``: the stream's phase has no excess.
+    ``confirmed``: every phase before the return has the same peak in both runs, and all of the excess is in decoding
+    the stream. ``refined``: another phase differs too. ``refuted``: decoding the stream has no excess.
     """
     if any(each.run is None for each in observations):
         return no_data(observations)
@@ -107,11 +107,11 @@ def localization_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
         f"Until the pipeline returns, the peak is {format_bytes(int(gaps['escaped']['inside_bytes']))} with and "
         f"without the defect"
         if elsewhere == 0
-        else f"Inside the pipeline the runs differ by up to {format_bytes(elsewhere)}"
+        else f"Until the pipeline returns, peaks differ by up to {format_bytes(elsewhere)}"
     )
     finding += (
-        f"; consuming the stream takes it to {format_bytes(int(gaps['escaped']['whole_bytes']))}. After the fix "
-        f"{floor['phase']} sets the floor, at {format_bytes(int(floor['peak_bytes']))}."
+        f"; consuming the stream raises it to {format_bytes(int(gaps['escaped']['whole_bytes']))}. After the fix the "
+        f"peak is {format_bytes(int(floor['peak_bytes']))}, in {floor['phase']}."
     )
     return conclude(
         observations,

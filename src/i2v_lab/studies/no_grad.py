@@ -1,4 +1,4 @@
-"""Before and after: the same request decoded in the consumer's grad mode, and inside ``no_grad``."""
+"""Before and after the fix: the same request decoded in the consumer's grad mode, and inside ``no_grad``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
-DEPTH = 3  # parts of a module's path that a table of the graph keeps
+DEPTH = 3  # of module paths in the table of the graph
 
 
 def fix_specs(request: I2VRequest, model: str) -> list[RunSpec]:
-    """With the defect; with the fix; with the defect, but the stream consumed through ``guard_stream``."""
+    """With the defect, with the fix, and with the defect where the stream is consumed through ``guard_stream``."""
     before, after = scope_specs(request, model)
     return [before, after, replace(before, consumer=Consumer.GUARDED)]
 
 
 def fix_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """Peak, time and bytes saved for backward of each way, and the published figures.
+    """Peak, time and bytes saved for backward of each run, and the published figures.
 
     Returns:
         The columns of :func:`~i2v_lab.studies.published.beside_published`, one row for each run.
@@ -40,26 +40,26 @@ def fix_table(observations: Sequence[Observation]) -> pd.DataFrame:
     return beside_published(runs_frame(observations))
 
 
-def phase_peaks(observations: Sequence[Observation]) -> pd.DataFrame:
-    """Peaks of every phase, the runs side by side.
+def peaks_by_phase(observations: Sequence[Observation]) -> pd.DataFrame:
+    """Peaks of every phase, one column for each run.
 
     Returns:
         ``phase``, and one column for each run: ``escaped_bytes``, ``no_grad_bytes``, ``guarded_bytes``;
         missing values where there is no run.
     """
     table = phases_frame(observations)
-    way = table["decode_scope"].where(table["consumer"] == "plain", table["consumer"])
-    table = table.assign(way=way + "_bytes")
-    wide = table.pivot_table(index="phase", columns="way", values="peak_bytes", aggfunc="max", sort=False)
+    mode = table["decode_scope"].where(table["consumer"] == "plain", table["consumer"])
+    table = table.assign(mode=mode + "_bytes")
+    wide = table.pivot_table(index="phase", columns="mode", values="peak_bytes", aggfunc="max", sort=False)
     wide = wide.reindex(columns=["escaped_bytes", "no_grad_bytes", "guarded_bytes"]).astype("Int64")
     return wide.reset_index().rename_axis(columns=None)
 
 
 def graph_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """Bytes that autograd saved for backward, by module, where the defect's graph was largest.
+    """Bytes that autograd saved for backward, by module, of the run with the defect.
 
     Returns:
-        ``module, saved_bytes, share``, the largest first; empty if nothing was followed.
+        ``module, saved_bytes, share``, the largest first; empty for a run without graph records.
     """
     first = observations[0]
     totals: dict[str, int] = {}
@@ -71,11 +71,11 @@ def graph_table(observations: Sequence[Observation]) -> pd.DataFrame:
     return table.assign(share=table["saved_bytes"] / max(1, int(table["saved_bytes"].sum())))
 
 
-# --- For real, at a size that any machine runs ---
+# --- Measured at a size that any machine runs ---
 
 
 def small_runs(request: I2VRequest, model: str, runs_dir: Path, device: str = "auto") -> list[Observation]:
-    """Both scopes for real on this machine, for what no forecast can show: frames, and what torch refuses.
+    """Runs on this machine for what no forecast has: pixel values, and torch's refusal of ``inference_mode``.
 
     Returns:
         With the defect, with the fix, and with the pipeline inside ``inference_mode``.
@@ -91,13 +91,13 @@ def video_of(observation: Observation) -> Path:
 
 
 def frames_identical(observations: Sequence[Observation]) -> bool:
-    """Whether the first two runs' videos decode to the same pixels in every frame."""
+    """Whether the videos of the first two runs are bit-identical in every decoded frame."""
     first, second = (frames_digest(video_of(each)) for each in observations[:2])
     return first == second
 
 
 def refusal(observation: Observation) -> str:
-    """What torch said to a pipeline inside ``inference_mode`` whose stream was consumed outside; empty if nothing."""
+    """Torch's error for a stream consumed outside of its pipeline's ``inference_mode``; empty if there is none."""
     assert observation.run is not None
     if observation.run.status != FAILED:
         return ""
@@ -105,7 +105,7 @@ def refusal(observation: Observation) -> str:
 
 
 def frames_digest(video: Path) -> str:
-    """A hash over the pixels of every frame of a video file."""
+    """The SHA-256 of the RGB pixels of all frames of a video file, in hex."""
     digest = hashlib.sha256()
     with av.open(str(video)) as container:
         for frame in container.decode(video=0):
@@ -116,9 +116,9 @@ def frames_digest(video: Path) -> str:
 def fix_verdict(observations: Sequence[Observation], identical: bool, refused: str) -> dict[str, Any]:
     """Claims 3 and 4: one call moved inside ``no_grad`` removes the excess, and ``inference_mode`` is no substitute.
 
-    ``confirmed``: the peak of the whole run is at least halved, the excess is all in ``decode_video``, no frame
-    changes, and torch refuses ``inference_mode``. ``refined``: decoding alone takes less, but the whole run is not
-    halved, or something else changes too. ``refuted``: decoding takes no less, or the video changes.
+    ``confirmed``: the run's peak is at least halved, all of the excess is in ``decode_video``, no frame changes, and
+    torch refuses ``inference_mode``. ``refined``: the decoding's peak is lower, but the run's is not halved, or another
+    phase changes too. ``refuted``: the decoding's peak is no lower, or the video changes.
 
     Args:
         observations: Of :func:`fix_specs`; the third may have no run.
@@ -129,7 +129,7 @@ def fix_verdict(observations: Sequence[Observation], identical: bool, refused: s
     headline = ("escaped_peak_bytes", "no_grad_peak_bytes", "peak_ratio", "excess_phase")
     if any(each.run is None for each in observations[:2]):
         return no_data(observations[:2], **dict.fromkeys(headline), **named)
-    by_phase = phase_peaks(observations).set_index("phase")
+    by_phase = peaks_by_phase(observations).set_index("phase")
     excess = by_phase["escaped_bytes"] - by_phase["no_grad_bytes"]
     escaped, no_grad = int(by_phase["escaped_bytes"].max()), int(by_phase["no_grad_bytes"].max())
     elsewhere = int(excess.drop(AFTER_RETURN).abs().max())
@@ -141,9 +141,9 @@ def fix_verdict(observations: Sequence[Observation], identical: bool, refused: s
     else:
         verdict = REFINED
     finding = (
-        f"Moved inside no_grad, the same request peaks at {format_bytes(no_grad)} instead of {format_bytes(escaped)}, "
-        f"{escaped / no_grad:.2f} times less; {AFTER_RETURN} alone goes down {decode_ratio:.1f} times, and "
-        f"{'every frame is identical' if identical else 'the frames differ'}."
+        f"With the stream consumed inside no_grad, the same request peaks at {format_bytes(no_grad)} instead of "
+        f"{format_bytes(escaped)}, {escaped / no_grad:.2f} times less; the peak of {AFTER_RETURN} alone is "
+        f"{decode_ratio:.1f} times lower, and {'every frame is identical' if identical else 'the frames differ'}."
     )
     if len(observations) > 2 and observations[2].run is not None:
         guarded = int(by_phase["guarded_bytes"].max())

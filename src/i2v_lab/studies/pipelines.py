@@ -1,4 +1,4 @@
-"""Memory policies and third-party pipelines side by side: what each takes of a card, and which cards that opens."""
+"""Memory policies and third-party pipelines compared: the memory each needs, and the GPUs that it fits."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import MemoryPolicy, Technique
-from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord, PhaseRecord
+from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord
 from i2v_lab.request import I2VRequest
+from i2v_lab.runs.phases import peak_reserved_bytes, phase_peaks, run_peak
 from i2v_lab.runs.recorded import RecordedRuns, card_of, seconds_of, spec_of
 from i2v_lab.runs.sources import Observation, Source, observe
 from i2v_lab.runs.spec import RunSpec, make_request
-from i2v_lab.runs.store import Run
 from i2v_lab.studies.published import to_size
-from i2v_lab.studies.techniques import has_techniques, phase_peaks, under
+from i2v_lab.studies.techniques import has_techniques, with_policy
 
-# Models of diffusers of the same generation as LTX-2.3, by its size here.
-BESIDE = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
+# The models of diffusers that are compared with ours: LTX-2, the previous release of LTX-2.3.
+COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
 THIRD_PARTY = ("ltx-pipelines", "diffusers", "diffusers, model offloading", "diffusers, group offloading")
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
@@ -32,7 +32,7 @@ def policy_specs(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[
     """The request at each size under each policy."""
     policies = POLICIES if has_techniques(model) else POLICIES[:1]
     resized = [replace(request, width=width, height=height) for width, height in map(to_size, sizes)]
-    return [under(one, model, policy) for one in resized for policy in policies]
+    return [with_policy(one, model, policy) for one in resized for policy in policies]
 
 
 def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
@@ -49,15 +49,15 @@ def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
     for each in observations:
         request, measured = each.spec.request, phase_peaks(each.recorded)
         for phase, peak_bytes in phase_peaks(each.run).items():
-            there = measured.get(phase)
+            recorded_bytes = measured.get(phase)
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
                     "policy": str(each.spec.policy),
                     "phase": phase,
                     "peak_bytes": peak_bytes,
-                    "recorded_bytes": there,
-                    "error": None if there is None else peak_bytes / there - 1,
+                    "recorded_bytes": recorded_bytes,
+                    "error": None if recorded_bytes is None else peak_bytes / recorded_bytes - 1,
                 }
             )
     columns = ["size", "policy", "phase", "peak_bytes", "recorded_bytes", "error"]
@@ -65,7 +65,11 @@ def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def phases_by_policy(policies: pd.DataFrame, size: str) -> pd.DataFrame:
-    """:func:`policies_table` at one size, as people compare it.
+    """:func:`policies_table` at one size, one column for each policy.
+
+    Args:
+        policies: Of :func:`policies_table`.
+        size: Such as ``1024x768``.
 
     Returns:
         One row for each phase: ``phase``, then for each policy its peak as ``<policy>_bytes``.
@@ -76,14 +80,14 @@ def phases_by_policy(policies: pd.DataFrame, size: str) -> pd.DataFrame:
 
 
 def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """The cards that each policy opens.
+    """The GPUs that each size fits under each policy.
 
     Args:
         observations: Of :func:`policy_specs`.
 
     Returns:
-        One row for each size and policy: ``size, policy, needed_bytes`` (reserved, with the CUDA context), ``cards``
-        (of ``data/gpus.csv`` that take it) and ``of``, ``smallest_card`` and its ``memory_bytes``.
+        One row for each size and policy: ``size, policy``; ``needed_bytes``, reserved memory plus the CUDA context;
+        ``cards``, how many GPUs it fits, ``of`` those in ``data/gpus.csv``; ``smallest_card`` and its ``memory_bytes``.
     """
     cards = gpu_table().sort_values("memory_bytes", kind="stable")
     context, rows = context_bytes(), []
@@ -92,15 +96,15 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
             continue
         forecast = Forecast(each.run.records, context, 0.0)
         fits = [judge(forecast, "", int(size)).verdict == FITS for size in cards["memory_bytes"]]
-        taking = cards[fits]
-        smallest = None if taking.empty else taking.iloc[0]
+        fitting = cards[fits]
+        smallest = None if fitting.empty else fitting.iloc[0]
         request = each.spec.request
         rows.append(
             {
                 "size": f"{request.width}x{request.height}",
                 "policy": str(each.spec.policy),
                 "needed_bytes": forecast.peak_reserved_bytes + context,
-                "cards": len(taking),
+                "cards": len(fitting),
                 "of": len(cards),
                 "smallest_card": "none" if smallest is None else str(smallest["gpu"]),
                 "memory_bytes": None if smallest is None else int(smallest["memory_bytes"]),
@@ -111,31 +115,31 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def capped_table(observations: Sequence[Observation], recorded: RecordedRuns) -> pd.DataFrame:
-    """The outcome of each policy where the allocator was capped to as much as a small card has, as recorded.
+    """Recorded runs whose allocator was capped to the memory of a smaller GPU.
 
     Args:
         observations: Of :func:`policy_specs`.
-        recorded: Where capped runs are looked up.
+        recorded: The recorded runs to search.
 
     Returns:
-        One row for each such run, of each spec the highest cap first: ``size, policy, cap_bytes, status, phase`` (that
-        with the highest peak, or that ran out of memory), ``peak_bytes, reserved_bytes, seconds``.
+        One row for each such run, by spec and descending cap: ``size, policy, cap_bytes, status, phase`` (of the peak,
+        or of the out-of-memory error), ``peak_bytes, reserved_bytes, seconds``.
     """
     rows = []
     for each in observations:
         request = each.spec.request
         for run in recorded.find_capped(each.spec):
-            peaks, failures = phase_peaks(run), run.of(OutOfMemoryRecord)
-            top = max(peaks, key=lambda phase: peaks[phase], default="")
+            peak, failures = run_peak(run), run.of(OutOfMemoryRecord)
+            phase = failures[0].phase if failures else peak.phase if peak else ""
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
                     "policy": str(each.spec.policy),
                     "cap_bytes": spec_of(run).vram_cap_bytes,
                     "status": "out of memory" if failures else run.status,
-                    "phase": failures[0].phase if failures else top,
-                    "peak_bytes": peaks.get(top),
-                    "reserved_bytes": _reserved(run),
+                    "phase": phase,
+                    "peak_bytes": peak.peak_bytes if peak else None,
+                    "reserved_bytes": peak_reserved_bytes(run),
                     "seconds": seconds_of(run),
                 }
             )
@@ -144,38 +148,33 @@ def capped_table(observations: Sequence[Observation], recorded: RecordedRuns) ->
 
 
 def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequence[str] = ()) -> dict[str, RunSpec]:
-    """The same generation by third-party pipelines: ltx-pipelines as it is, and diffusers at each of its offloadings.
+    """The same request for third-party pipelines: ltx-pipelines, and diffusers without and with its offloading modes.
 
-    diffusers runs LTX-2 in bfloat16, not LTX-2.3, and its decoder does not tile.
+    diffusers runs LTX-2, not LTX-2.3, in bfloat16 and without tiling.
 
     Args:
         request: What to generate.
-        model: Beside which of this package's models they stand.
+        model: The model of this package that they are compared with.
         size: Such as ``1024x768``.
-        names: Which of :data:`THIRD_PARTY`; all of them if empty.
+        names: Some of :data:`THIRD_PARTY`; all of them if empty.
 
     Returns:
-        By name; empty for a model that has none beside it.
+        Specs by name; empty for a model without a counterpart.
 
     Raises:
-        InvalidRequest: There is no such pipeline.
+        InvalidRequest: A name is not in :data:`THIRD_PARTY`.
     """
     for name in names:
         if name not in THIRD_PARTY:
             known = " or ".join(map(repr, THIRD_PARTY))
             raise InvalidRequest(f"pipeline={name!r} is not a third-party pipeline; use {known}", pipeline=name)
-    if model not in BESIDE:
+    if model not in COMPARED_MODELS:
         return {}
     width, height = to_size(size)
-    plain = under(replace(request, width=width, height=height), model, MemoryPolicy.RESIDENT)
-    theirs = make_request(
-        BESIDE[model],
-        **{
-            name: getattr(plain.request, name)
-            for name in ("image", "prompt", "seed", "fps", "width", "height", "frames")
-        },
-    )
-    diffusers = RunSpec(request=theirs, model=BESIDE[model])
+    plain = with_policy(replace(request, width=width, height=height), model, MemoryPolicy.RESIDENT)
+    shared = ("image", "prompt", "seed", "fps", "width", "height", "frames")
+    counterpart = make_request(COMPARED_MODELS[model], **{name: getattr(plain.request, name) for name in shared})
+    diffusers = RunSpec(request=counterpart, model=COMPARED_MODELS[model])
     specs = {
         "ltx-pipelines": replace(plain, runner="ltx-pipelines"),
         "diffusers": diffusers,
@@ -188,7 +187,7 @@ def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequenc
 def observe_third_party(
     policies: Sequence[Observation], size: str, names: Sequence[str], runs_dir: Path
 ) -> dict[str, Observation]:
-    """Third-party pipelines for the same request, forecast, with their runs on the card that ours were measured on.
+    """Forecasts of third-party pipelines for the same request, with their recorded runs on the GPU of our own ones.
 
     Args:
         policies: Of :func:`policy_specs`.
@@ -206,17 +205,17 @@ def observe_third_party(
 def pipelines_table(
     observations: Sequence[Observation], size: str, third_party: Mapping[str, Observation]
 ) -> pd.DataFrame:
-    """Our policies and third-party pipelines for the same request: what each takes, by forecast and measured.
+    """Our policies and third-party pipelines for the same request, forecast and measured.
 
     Args:
         observations: Of :func:`policy_specs`.
-        size: The one to compare at, such as ``1024x768``.
+        size: Such as ``1024x768``.
         third_party: Of :func:`observe_third_party`.
 
     Returns:
-        One row for each: ``pipeline``; ``model, quantization, tiling`` as the spec has them; ``peak_bytes, peak_phase,
-        denoise_bytes`` (of stage 2), ``decode_bytes``; then ``measured_bytes, measured_reserved_bytes,
-        measured_seconds`` of the recorded run and the ``error`` of the forecast; missing where there is no such run.
+        One row for each: ``pipeline``; ``model, quantization, tiling`` of the spec; ``peak_bytes, peak_phase,
+        denoise_bytes`` (stage 2), ``decode_bytes``; of the recorded run ``measured_bytes, measured_reserved_bytes,
+        measured_seconds``, and the ``error`` of the forecast; missing without a recorded run.
     """
     width, height = to_size(size)
     ours = {
@@ -233,26 +232,18 @@ def pipelines_table(
 
 def _pipeline_row(name: str, observation: Observation) -> dict[str, Any]:
     measured, request = observation.recorded, observation.spec.request
-    peaks, there = phase_peaks(observation.run), max(phase_peaks(measured).values(), default=None)
-    top = max(peaks, key=lambda phase: peaks[phase], default="")
-    whole = [phase for phase in measured.of(PhaseRecord) if phase.parent is None] if measured else []
+    peaks, peak, measured_peak = phase_peaks(observation.run), run_peak(observation.run), run_peak(measured)
     return {
         "pipeline": name,
         "model": observation.spec.model,
         "quantization": request.quantization.value,
         "tiling": "untiled" if request.tiling is None else f"{request.tiling.tile_px} px",
-        "peak_bytes": peaks.get(top),
-        "peak_phase": top,
+        "peak_bytes": peak.peak_bytes if peak else None,
+        "peak_phase": peak.phase if peak else "",
         "denoise_bytes": peaks.get(Phase.DENOISE_STAGE_2),
         "decode_bytes": peaks.get(Phase.DECODE_VIDEO),
-        "measured_bytes": there,
-        "measured_reserved_bytes": _reserved(measured) if measured else None,
-        "measured_seconds": sum(phase.seconds for phase in whole) if whole else None,
-        "error": None if there is None or not peaks else peaks[top] / there - 1,
+        "measured_bytes": measured_peak.peak_bytes if measured_peak else None,
+        "measured_reserved_bytes": peak_reserved_bytes(measured),
+        "measured_seconds": seconds_of(measured) if measured_peak and measured else None,
+        "error": peak.peak_bytes / measured_peak.peak_bytes - 1 if peak and measured_peak else None,
     }
-
-
-def _reserved(run: Run) -> int | None:
-    """The most that the allocator held."""
-    held = [phase.peak_reserved_bytes for phase in run.of(PhaseRecord) if phase.peak_reserved_bytes is not None]
-    return max(held, default=None)

@@ -1,4 +1,4 @@
-"""The published study's figures, and what each study varies for a model; both from ``data``."""
+"""Reference values of the published study, and each study's parameters by model; both from ``data``."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def published_runs() -> pd.DataFrame:
 
     Returns:
         ``model, width, height, frames, decode_scope, tile_px, tile_frames, consumer, published_bytes,
-        published_seconds, published_outcome``; the bytes of a run that went ``out of memory`` are the most it asked
-        for.
+        published_seconds, published_outcome``; for a run that ended ``out of memory`` the bytes are the most it
+        had requested.
     """
     study = published()
     default = {"tile_px": Tiling().tile_px, "tile_frames": Tiling().tile_frames}
@@ -47,13 +47,17 @@ def published_runs() -> pd.DataFrame:
 
 
 def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
-    """``runs``, as of :func:`~i2v_lab.runs.sources.runs_frame`, with the columns of the published study.
+    """Join the published study's columns to runs.
 
-    They are missing values where the study has no such run.
+    Args:
+        runs: Of :func:`~i2v_lab.runs.sources.runs_frame`.
+
+    Returns:
+        ``runs`` with ``published_bytes, published_seconds, published_outcome``; missing, or empty, where the study has
+        no such run.
     """
-    theirs = published_runs()
     plain = (runs["variant"] == "distilled") & (runs["quantization"] == "fp8-cast")
-    joined = runs.merge(theirs, on=KEYS, how="left")
+    joined = runs.merge(published_runs(), on=KEYS, how="left")
     for name in ("published_bytes", "published_seconds"):
         joined[name] = joined[name].where(plain.to_numpy())
     joined["published_outcome"] = joined["published_outcome"].where(plain.to_numpy()).fillna("").astype("str")
@@ -61,7 +65,7 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def published_peak(request: I2VRequest, model: str) -> int | None:
-    """The published study's peak of a whole run in bytes; ``None`` if it has none of this size, or none that ended."""
+    """The published peak of a run in bytes; ``None`` if no run of this size was published, or it did not complete."""
     runs = published_runs()
     same = (runs["model"] == model) & (runs["decode_scope"] == request.decode_scope.value)
     for name in ("width", "height", "frames"):
@@ -71,24 +75,31 @@ def published_peak(request: I2VRequest, model: str) -> int | None:
 
 
 def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
-    """What a study varies: as given, or as ``data/studies.json`` has it for the model.
+    """A study's list of parameter values: as given, or the model's default in ``data/studies.json``.
+
+    Args:
+        model: An architecture's name.
+        what: The list's name in that file, such as ``sizes``.
+        given: Takes precedence if it is not empty.
 
     Raises:
-        InvalidRequest: Nothing is given and the file says nothing of the model.
+        InvalidRequest: Nothing is given, and the file has no entry for the model.
     """
     if given:
         return list(given)
     known = json.loads((data_dir() / "studies.json").read_text())
     if model not in known:
-        raise InvalidRequest(f"data/studies.json says nothing of model={model!r}; give {what} as a parameter")
+        raise InvalidRequest(
+            f"model={model!r} has no entry in data/studies.json; give {what} as a parameter", model=model
+        )
     return list(known[model][what])
 
 
 def to_size(text: str) -> tuple[int, int]:
-    """Width and height of ``"1024x768"``.
+    """Parse ``"1024x768"`` as width and height.
 
     Raises:
-        InvalidRequest: It is written otherwise.
+        InvalidRequest: It has another format.
     """
     try:
         width, height = (int(part) for part in text.split("x"))
@@ -98,10 +109,10 @@ def to_size(text: str) -> tuple[int, int]:
 
 
 def to_tiling(text: str) -> Tiling | None:
-    """The tiling of ``"768/64/80/24"``; ``None`` for ``"none"``.
+    """Parse ``"768/64/80/24"`` as a tiling, and ``"none"`` as ``None``.
 
     Raises:
-        InvalidRequest: It is written otherwise, or breaks a rule.
+        InvalidRequest: It has another format, or breaks a rule of :class:`~i2v_lab.request.Tiling`.
     """
     if text == "none":
         return None
@@ -110,15 +121,15 @@ def to_tiling(text: str) -> Tiling | None:
     except (ValueError, AttributeError):
         numbers = []
     if len(numbers) != 4:
-        raise InvalidRequest(f"tiling={text!r} is not one; write it as 768/64/80/24, or none", tiling=text)
+        raise InvalidRequest(f"tiling={text!r} is not a tiling; write it as 768/64/80/24, or none", tiling=text)
     return Tiling(*numbers)
 
 
 def study_request(model: str, width: int = 0, height: int = 0, frames: int = 0, **rest: Any) -> I2VRequest:
-    """The request that a study starts from; 0 stands for the model's own width, height or frames.
+    """A study's base request; 0 stands for the model's default width, height or number of frames.
 
     Raises:
-        InvalidRequest: A rule is broken.
+        InvalidRequest: The model does not support it.
     """
     asked = {"width": width, "height": height, "frames": frames}
     request = make_request(model, **{name: value for name, value in asked.items() if value}, **rest)

@@ -1,4 +1,4 @@
-"""Does a finer tiling of the decoder lower the peak, with the autograd graph retained and without it?"""
+"""Does finer tiling of the decoder lower the peak, with the autograd graph retained and without it?"""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
-HARDLY = 0.10  # a change of the peak below this is "hardly"
+UNCHANGED = 0.10  # a relative change of the peak up to this counts as hardly any
 
 
 def tiling_specs(request: I2VRequest, model: str, tilings: Sequence[Tiling | None]) -> list[RunSpec]:
-    """Each tiling with the graph retained, then without, the coarsest first."""
+    """Each tiling, in the order given, decoded with grad enabled and then inside ``no_grad``."""
     asked = [replace(request, tiling=tiling) for tiling in tilings]
     return [
         RunSpec(request=replace(each, decode_scope=scope), model=model)
@@ -32,7 +32,7 @@ def tiling_specs(request: I2VRequest, model: str, tilings: Sequence[Tiling | Non
 
 
 def tile_layouts(specs: Sequence[RunSpec]) -> list[tuple[str, tuple[int, int, int], TileGrid]]:
-    """Each tiling once: its name, the video's ``(width, height, frames)``, and where its tiles lie."""
+    """Each tiling once: its name, the video's ``(width, height, frames)``, and the bounds of its tiles."""
     layouts = {}
     for each in specs:
         shape = each.request.shape
@@ -42,11 +42,12 @@ def tile_layouts(specs: Sequence[RunSpec]) -> list[tuple[str, tuple[int, int, in
 
 
 def tiling_table(observations: Sequence[Observation]) -> pd.DataFrame:
-    """Every tiling: how much is decoded, and what it takes.
+    """The work and the memory of decoding with each tiling.
 
     Returns:
         The columns of :func:`~i2v_lab.studies.published.beside_published`, then ``tiling, tiles, voxel_ratio`` (voxels
-        decoded to voxels of the video) and ``decode_peak_bytes``.
+        decoded over voxels of the video), ``decode_peak_bytes`` and ``decode_seconds`` (measured, or for a forecast
+        those of the recorded run).
     """
     found = [each for each in observations if each.run is not None]
     table = beside_published(runs_frame(observations))
@@ -62,9 +63,9 @@ def tiling_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def tiling_name(tiling: Tiling | None) -> str:
-    """Such as ``768 px, 80 frames, overlap 64, 24``."""
+    """A tiling in words, such as ``768 px, 80 frames, overlap 64, 24``."""
     if tiling is None:
-        return "one piece"
+        return "untiled"
     overlap = f"overlap {tiling.tile_overlap_px}, {tiling.tile_overlap_frames}"
     return f"{tiling.tile_px} px, {tiling.tile_frames} frames, {overlap}"
 
@@ -77,7 +78,7 @@ def _decode(observation: Observation, column: str) -> Any:
 
 
 def _decode_seconds(observation: Observation) -> Any:
-    """Of this run, or of the recorded one where this is a forecast."""
+    """Seconds of decoding in this run, or for a forecast in the recorded one."""
     if observation.source is not Source.FORECAST:
         return _decode(observation, "seconds")
     recorded = observation.recorded
@@ -86,19 +87,19 @@ def _decode_seconds(observation: Observation) -> Any:
     return _decode(Observation(observation.spec, Source.RECORDED, recorded), "seconds")
 
 
-def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.DataFrame:
-    """What runs with the graph retained would have said before they ran out of a card's memory.
+def hidden_demand(observations: Sequence[Observation], memory_bytes: int) -> pd.DataFrame:
+    """What runs with the graph retained report if they run out of a GPU's memory, against what they need.
 
-    A run that fails has allocated nearly all there is, whatever it would have needed: its last figure is the card's,
-    not the request's. Reads the timeline of live storages, which forecasts and runs on a CPU have.
+    A run that fails has allocated nearly all of the GPU's memory, whatever it would have needed: the last reading shows
+    the capacity, not the demand. Uses the timeline of live storages, which forecasts and runs on a CPU have.
 
     Args:
         observations: Of :func:`tiling_specs`.
-        room_bytes: What the card has for this process.
+        memory_bytes: The memory that the process can use.
 
     Returns:
-        One row for each tiling: ``tiling, demanded_bytes, reached_bytes`` (the most that was alive before the first
-        moment beyond ``room_bytes``), ``hidden_bytes``, ``fails``.
+        One row for each tiling: ``tiling, demanded_bytes, reached_bytes`` (the highest reading before the first that
+        exceeds ``memory_bytes``), ``hidden_bytes``, their difference, and ``fails``.
     """
     rows = []
     for each in observations:
@@ -108,7 +109,7 @@ def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.Da
         if not moments:
             continue
         totals = [m.weight_bytes + m.saved_bytes + m.activation_bytes + m.other_bytes for m in moments]
-        beyond = next((index for index, total in enumerate(totals) if total > room_bytes), len(totals))
+        beyond = next((index for index, total in enumerate(totals) if total > memory_bytes), len(totals))
         demanded = _decode(each, "peak_bytes")
         reached = max(totals[:beyond], default=0)
         fails = beyond < len(totals)
@@ -127,8 +128,8 @@ def hidden_demand(observations: Sequence[Observation], room_bytes: int) -> pd.Da
 def tiling_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     """Claim 1: finer tiles hardly lower the peak while the graph is retained.
 
-    ``confirmed``: from the first tiling to the last the peak changes by less than a tenth. ``refined``: it rises by
-    more, so that the dead end is worse than claimed. ``refuted``: it falls by more.
+    ``confirmed``: from the first to the last tiling the peak changes by at most a tenth. ``refined``: it rises by more,
+    so that finer tiles are worse than claimed. ``refuted``: it falls by more.
     """
     table = tiling_table(observations)
     tiled = table[table["tile_px"].notna() & (table["status"] == COMPLETE)]
@@ -139,13 +140,14 @@ def tiling_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     first, last = retained.iloc[0], retained.iloc[-1]
     before, after = int(first["decode_peak_bytes"]), int(last["decode_peak_bytes"])
     change = after / before - 1
-    verdict = REFINED if change > HARDLY else REFUTED if change < -HARDLY else CONFIRMED
+    verdict = REFINED if change > UNCHANGED else REFUTED if change < -UNCHANGED else CONFIRMED
     free_before, free_after = int(freed.iloc[0]["decode_peak_bytes"]), int(freed.iloc[-1]["decode_peak_bytes"])
     finding = (
         f"With the graph retained, going from tiles of {first['tiling']}, to {last['tiling']}, "
         f"{'raises' if change > 0 else 'lowers'} the decoder's peak from {format_bytes(before)} to "
-        f"{format_bytes(after)}, since overlaps are decoded, and kept, {last['voxel_ratio']:.2f} times; "
-        f"without the graph it goes from {format_bytes(free_before)} to {format_bytes(free_after)}."
+        f"{format_bytes(after)}: overlaps included, {last['voxel_ratio']:.2f} times the video's voxels are decoded and "
+        f"their activations retained. Without the graph the peak goes from {format_bytes(free_before)} to "
+        f"{format_bytes(free_after)}."
     )
     return conclude(
         observations,

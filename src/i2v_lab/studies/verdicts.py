@@ -1,4 +1,4 @@
-"""How a study ends: a verdict on its claim, the sentence that says why, and named results."""
+"""The results of a study: the verdict on its claim, a finding with the figures, and named values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def conclude(observations: Sequence[Observation], verdict: str, finding: str, **
     """The results of a notebook.
 
     Args:
-        observations: What they rest on.
+        observations: The runs that they are computed from.
         verdict: ``confirmed``, ``refined``, ``refuted`` or ``no data``.
-        finding: One sentence with the figures that say so.
+        finding: One or two sentences with the figures that decide the verdict.
         **named: More JSON values.
     """
     first = observations[0]
@@ -31,6 +31,6 @@ def conclude(observations: Sequence[Observation], verdict: str, finding: str, **
 
 
 def no_data(observations: Sequence[Observation], **named: Any) -> dict[str, Any]:
-    """The results where a run that the claim is about is not recorded."""
+    """The results where a run that the claim needs is not recorded."""
     absent = ", ".join(each.spec.name for each in observations if each.run is None)
     return conclude(observations, NO_DATA, f"data/measured has no record of {absent}.", **named)

@@ -72,13 +72,13 @@ def _tile(left: float, top: float, width: float, height: float) -> Rectangle:
     return Rectangle((left, top), width, height, facecolor=BLUE, alpha=0.28, edgecolor=BLUE, linewidth=0.8)
 
 
-def tiling_figure(table: pd.DataFrame, room_bytes: int | None = None, room_name: str = "") -> Figure:
+def tiling_figure(table: pd.DataFrame, line_bytes: int | None = None, line_label: str = "") -> Figure:
     """The decoder's peak by tiling, inside and outside ``no_grad``.
 
     Args:
         table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome``.
-        room_bytes: Memory of a card, drawn as a line; none by default.
-        room_name: The card.
+        line_bytes: Memory of a card, drawn as a line; none by default.
+        line_label: The card.
     """
     names = list(dict.fromkeys(table["tiling"]))
     scale, unit = byte_scale(float(table["decode_peak_bytes"].max()))
@@ -99,9 +99,9 @@ def tiling_figure(table: pd.DataFrame, room_bytes: int | None = None, room_name:
                 if scope == "escaped" and not pd.isna(theirs):
                     style = PUBLISHED | ({"marker": "x"} if row["published_outcome"] != "complete" else {})
                     axes.plot(theirs / scale, place, **style)
-        if room_bytes is not None and 0.2 * largest < room_bytes / scale < 1.4 * largest:
-            axes.axvline(room_bytes / scale, color="#000000", linewidth=1, linestyle="--")
-            axes.text(room_bytes / scale, -0.62, f" {room_name}", fontsize=8.5, va="bottom")
+        if line_bytes is not None and 0.2 * largest < line_bytes / scale < 1.4 * largest:
+            axes.axvline(line_bytes / scale, color="#000000", linewidth=1, linestyle="--")
+            axes.text(line_bytes / scale, -0.62, f" {line_label}", fontsize=8.5, va="bottom")
         axes.set_yticks(range(len(names)), [_two_lines(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.75)
         axes.set_xlim(0, largest * 1.42)

@@ -1,4 +1,4 @@
-"""Other people's pipelines: which of them can leak a graph, and how."""
+"""Third-party pipelines: which of them can retain an autograd graph, and how."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ COLUMNS = ["pipeline", "lazy", "own_scope", "grad_bytes", "no_grad_bytes", "guar
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline to be asked how it can leak.
+    """A third-party pipeline under test.
 
     Attributes:
-        name: For the table.
-        call: Calls it, ready to go.
-        decode: From what the call returned, the decoding that is left to its caller, as often as asked for; ``None``
-            where nothing is left.
+        name: In the table.
+        call: Runs it; all arguments are bound.
+        decode: Given what ``call`` returned, a new iterator over the frames that its caller has to decode; ``None`` for
+            a pipeline that returns decoded frames.
     """
 
     name: str
@@ -46,20 +46,20 @@ class Subject:
 
 
 def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -> pd.DataFrame:
-    """How other people's pipelines can leak a graph, each run for real on the CPU, tiny, with random weights.
+    """Bytes that autograd retains in third-party pipelines, run on the CPU with tiny models and random weights.
 
-    Which modes they run in does not depend on their size, so the answer is the same from every source; it is kept in
-    the cache.
+    The grad modes of a pipeline do not depend on the model's size, so the table is the same for every source. It is
+    cached by the code and the versions of the packages.
 
     Args:
         image: The still.
-        model: A small architecture's name, whose weights ltx-pipelines gets; diffusers' are as small.
+        model: A small architecture, for ltx-pipelines; diffusers runs ``ltx-2-tiny``.
 
     Returns:
-        ``pipeline``; ``lazy``: whether frames are decoded after it has returned; ``own_scope``: the grad mode that its
-        components run in when it is called with grad enabled; and the bytes that autograd
-        retains while the frames are made: ``grad_bytes`` with grad enabled, ``no_grad_bytes`` inside ``no_grad``,
-        ``guarded_bytes`` with grad enabled but through ``guard_stream``, missing where there is no stream to guard.
+        ``pipeline``; ``lazy``, whether it returns before the frames are decoded; ``own_scope``, the grad mode of its
+        components when it is called with grad enabled; and the bytes saved for backward while frames are decoded:
+        ``grad_bytes`` with grad enabled, ``no_grad_bytes`` inside ``no_grad``, and ``guarded_bytes`` with grad enabled
+        through ``guard_stream``, missing for a pipeline that returns decoded frames.
     """
     path = _cache_path(image, model)
     rows = _cached(path)
@@ -70,7 +70,7 @@ def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -
 
 
 def leak_summary(table: pd.DataFrame) -> dict[str, int]:
-    """How many of :func:`leak_table`'s ways are lazy and how many retain a graph; what the two remedies leave."""
+    """Summarize :func:`leak_table`: how many pipelines are lazy or retain a graph, and the maxima with each remedy."""
     return {
         "others": len(table),
         "others_lazy": int(table["lazy"].sum()),
@@ -99,9 +99,8 @@ def _leak_rows(image: str, model: str) -> list[list[Any]]:
     from i2v_lab.pipeline.ltx2.weights import resolve_weights
 
     weights = resolve_weights(load_architecture(model), needs_lora=True)
-    request = I2VRequest(
-        image=str(find_still(image)), width=64, height=64, frames=9, fps=120.0
-    )  # any size shows a graph
+    # A graph is retained at any size.
+    request = I2VRequest(image=str(find_still(image)), width=64, height=64, frames=9, fps=120.0)
     with ExitStack() as scopes:
         subjects = [*_upstream(weights, request, scopes), *_diffusers(request)]
         return [_row(subject) for subject in subjects]
@@ -113,7 +112,7 @@ def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Itera
     for variant, options in ((Variant.DISTILLED, {}), (Variant.DEV, {"num_inference_steps": 1})):
         call = scopes.enter_context(UpstreamPipeline(weights).without_events(replace(request, variant=variant)))
         yield Subject(
-            f"ltx-pipelines {type(call.func).__name__}", partial(call, **options), lambda made: again(made[0])
+            f"ltx-pipelines {type(call.func).__name__}", partial(call, **options), lambda made: restarted(made[0])
         )
 
 
@@ -132,13 +131,13 @@ def _diffusers(request: I2VRequest) -> Iterator[Subject]:
     )
 
 
-def again(stream: Iterator[Any]) -> Iterator[Any]:
-    """A generator that has not begun, begun anew with the same arguments; the first one is left as it is."""
+def restarted(stream: Iterator[Any]) -> Iterator[Any]:
+    """A new generator of the same function and arguments as one that has not started, which is left as it is."""
     code = stream.gi_code  # type: ignore[attr-defined]
     function = stream.gi_frame.f_globals[code.co_name]  # type: ignore[attr-defined]
     arguments = inspect.getgeneratorlocals(stream)  # type: ignore[arg-type]
-    begun: Iterator[Any] = function(**arguments)
-    return begun
+    new: Iterator[Any] = function(**arguments)
+    return new
 
 
 def _row(subject: Subject) -> list[Any]:
@@ -147,14 +146,14 @@ def _row(subject: Subject) -> list[Any]:
     from i2v_lab.profiling.guard import guard_stream
 
     scope = own_scope(subject.call)
-    if subject.decode is None:  # it makes the frames itself
+    if subject.decode is None:
         return [subject.name, False, scope, *(_retained(_called(subject.call), grad) for grad in (True, False)), None]
     with torch.no_grad():
         made = subject.call()
     decode = partial(subject.decode, made)
     lazy = any(isinstance(part, Iterator) for part in made)
-    kept = [_retained(decode(), True), _retained(decode(), False), _retained(guard_stream(decode()), True)]
-    return [subject.name, lazy, scope, *kept]
+    retained = [_retained(decode(), True), _retained(decode(), False), _retained(guard_stream(decode()), True)]
+    return [subject.name, lazy, scope, *retained]
 
 
 def _called(call: Callable[[], Any]) -> Iterator[Any]:
@@ -162,7 +161,7 @@ def _called(call: Callable[[], Any]) -> Iterator[Any]:
 
 
 def _retained(frames: Iterable[Any], grad: bool) -> int:
-    """The most that autograd retained while frames were made."""
+    """The maximum that autograd saved for backward while frames were decoded, in bytes."""
     import torch
 
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -173,28 +172,28 @@ def _retained(frames: Iterable[Any], grad: bool) -> int:
     return profiler.peak.saved_for_backward_bytes or 0
 
 
-class _Seen(Exception):
-    """Ends a call at the first module that runs in it."""
+class _Stop(Exception):
+    """Ends a call at its first module."""
 
 
 def own_scope(call: Callable[[], Any]) -> str:
-    """The grad mode that a pipeline's first component runs in while the caller has grad enabled."""
+    """The grad mode of a pipeline's first module call while its caller has grad enabled."""
     import torch
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    seen: list[str] = []
+    modes: list[str] = []
 
-    def look(module: torch.nn.Module, args: Any) -> None:
+    def read_mode(module: torch.nn.Module, args: Any) -> None:
         inference = torch.is_inference_mode_enabled()
-        seen.append("inference_mode" if inference else CALLERS if torch.is_grad_enabled() else "no_grad")
-        raise _Seen
+        modes.append("inference_mode" if inference else CALLERS if torch.is_grad_enabled() else "no_grad")
+        raise _Stop
 
-    handle = register_module_forward_pre_hook(look)
+    handle = register_module_forward_pre_hook(read_mode)
     try:
         with torch.enable_grad():
             call()
-    except _Seen:
+    except _Stop:
         pass
     finally:
         handle.remove()
-    return seen[0]
+    return modes[0]

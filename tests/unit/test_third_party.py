@@ -1,4 +1,4 @@
-"""Other people's pipelines: what they would take, and how a grad scope is found out."""
+"""Third-party pipelines: what they would take, and how their grad scope is found."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ import gc
 import pandas as pd
 import pytest
 import torch
-from i2v_lab.runs.IMPLEMENTATIONS_GONE import OTHERS, Implementation, forecast_others
 
 from i2v_lab import I2VRequest, forecasting
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import GraphRecord
+from i2v_lab.runs.forecast import forecast_specs
+from i2v_lab.runs.phases import phase_peaks
 from i2v_lab.runs.sources import observe
-from i2v_lab.runs.spec import SMALL_MODEL, RunSpec
-from i2v_lab.studies.others import again, leak_summary, own_scope
-from i2v_lab.studies.pipelines import pipelines_table, policy_specs
-from i2v_lab.studies.techniques import phase_peaks
+from i2v_lab.runs.spec import SMALL_MODEL
+from i2v_lab.studies.pipelines import (
+    THIRD_PARTY,
+    observe_third_party,
+    pipelines_table,
+    policy_specs,
+    third_party_specs,
+)
+from i2v_lab.studies.third_party_leaks import leak_summary, own_scope, restarted
 
 MIB = 2**20
-DIFFUSERS = (Implementation.DIFFUSERS, Implementation.DIFFUSERS_MODEL, Implementation.DIFFUSERS_GROUP)
+DIFFUSERS = ("diffusers", "diffusers, model offloading", "diffusers, group offloading")
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +36,35 @@ def request_(still) -> I2VRequest:
 
 @pytest.fixture(scope="module")
 def forecasts(request_):
-    asked = [(other, RunSpec(request=request_, model=SMALL_MODEL)) for other in OTHERS]
-    return dict(zip(OTHERS, forecast_others(asked), strict=True))
+    specs = third_party_specs(request_, SMALL_MODEL, "128x64")
+    return dict(zip(specs, forecast_specs(list(specs.values()), progress=False), strict=True))
 
 
-def test_every_pipeline_of_others_can_be_forecast_on_a_card(forecasts):
+def test_every_third_party_pipeline_can_be_forecast_on_a_card(forecasts):
+    assert tuple(forecasts) == THIRD_PARTY
     stages = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent"]
-    for other, forecast in forecasts.items():
+    for name, forecast in forecasts.items():
         phases = [phase.phase for phase in forecast.phases]
         assert phases[:4] == stages
         assert set(phases) >= {"denoise_stage_2", "decode_audio", "decode_video"}
         assert forecast.context_bytes > 0
-        assert not [record for record in forecast.records if isinstance(record, GraphRecord)], other
+        assert not [record for record in forecast.records if isinstance(record, GraphRecord)], name
 
 
 def test_offloading_keeps_weights_off_the_card(forecasts):
-    def starts(other: Implementation) -> dict[str, int]:
-        return {phase.phase: phase.start_bytes for phase in forecasts[other].phases}
+    def starts(name: str) -> dict[str, int]:
+        return {phase.phase: phase.start_bytes for phase in forecasts[name].phases}
 
     resident, model, group = map(starts, DIFFUSERS)
     assert resident["denoise_stage_1"] - group["denoise_stage_1"] > 8 * MIB
     assert all(group[phase] < resident[phase] for phase in resident)
     assert all(model[phase] < resident[phase] for phase in resident)
     peaks = {
-        other: {phase.phase: phase.peak_bytes for phase in forecast.phases}["denoise_stage_2"]
-        for other, forecast in forecasts.items()
+        name: {phase.phase: phase.peak_bytes for phase in forecast.phases}["denoise_stage_2"]
+        for name, forecast in forecasts.items()
     }
     assert peaks[DIFFUSERS[2]] < peaks[DIFFUSERS[1]] < peaks[DIFFUSERS[0]]
-    first, _, _, _, second, *_ = forecasts[Implementation.DIFFUSERS_GROUP].phases
+    first, _, _, _, second, *_ = forecasts[DIFFUSERS[2]].phases
     assert first.phase == second.phase == "encode_prompt"
     assert second.peak_bytes - first.peak_bytes < MIB // 8  # what went on the card the first time is not there twice
 
@@ -65,17 +72,19 @@ def test_offloading_keeps_weights_off_the_card(forecasts):
 def test_they_stand_beside_our_policies(request_, forecasts, tmp_path):
     asked = policy_specs(request_, SMALL_MODEL, ["128x64"])
     observations = observe(asked, "forecast", tmp_path, progress=False)
-    table = pipelines_table(observations, "128x64").set_index("pipeline")
+    third_party = observe_third_party(observations, "128x64", (), tmp_path)
+    table = pipelines_table(observations, "128x64", third_party).set_index("pipeline")
     ours = ["i2v-lab, resident", "i2v-lab, lean", "i2v-lab, streamed"]
-    assert list(table.index) == [*ours, *(other.value for other in OTHERS)]
+    assert list(table.index) == [*ours, *THIRD_PARTY]
     assert table.loc[ours, "peak_bytes"].to_list() == [max(phase_peaks(each.run).values()) for each in observations]
-    assert all(table.loc[other.value, "peak_bytes"] == forecasts[other].peak.peak_bytes for other in OTHERS)
+    assert all(table.loc[name, "peak_bytes"] == forecasts[name].peak.peak_bytes for name in THIRD_PARTY)
     assert table["measured_bytes"].isna().all()
     assert table.loc["i2v-lab, streamed", "decode_bytes"] < table.loc["i2v-lab, resident", "decode_bytes"]
-    few = pipelines_table(observations, "128x64", ["diffusers"])
+    few = pipelines_table(observations, "128x64", observe_third_party(observations, "128x64", ["diffusers"], tmp_path))
     assert few["pipeline"].to_list() == [*ours, "diffusers"]
-    with pytest.raises(InvalidRequest, match="pipeline='i2v-lab' is not one of others'; use 'ltx-pipelines' or 'diff"):
-        pipelines_table(observations, "128x64", ["i2v-lab"])
+    with pytest.raises(InvalidRequest) as refused:
+        third_party_specs(request_, SMALL_MODEL, "128x64", ["i2v-lab"])
+    assert refused.value.fields == {"pipeline": "i2v-lab"}
 
 
 def test_what_is_copied_or_moved_by_its_data_is_where_a_forecast_says():
@@ -115,9 +124,9 @@ def counted(start: int, items: list[int]):
     yield from (start + item for item in items)
 
 
-def test_a_stream_that_has_not_begun_can_be_begun_anew():
+def test_a_stream_that_has_not_started_can_be_restarted():
     stream = counted(1, [1, 2])
-    assert [list(again(stream)), list(again(stream)), list(stream)] == [[2, 3]] * 3
+    assert [list(restarted(stream)), list(restarted(stream)), list(stream)] == [[2, 3]] * 3
 
 
 def test_the_summary_counts_what_leaks():
