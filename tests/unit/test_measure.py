@@ -144,7 +144,7 @@ def measured_once(tmp_path_factory):
     runs = [
         {"pipeline": "ltx-pipelines", "profiler": "boundaries"},
         {"vram_cap_gib": 0.001},
-        {"model": "ltx-2-tiny"},
+        {"model": "ltx-2-tiny", "techniques": ["group_offload"]},
         {"techniques": ["row_bands"], "video": False},
     ]
     plan = _plan(folder, {"runs": runs})
@@ -177,9 +177,10 @@ def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
 
 
 def test_diffusers_is_measured_in_the_same_phases_and_set_apart(measured_once):
-    run = read_run(measured_once[1] / "64x64x9_diffusers")
+    run = read_run(measured_once[1] / "64x64x9_group_offload_diffusers")
     assert run.status == "complete"
     assert (run.metadata["model"], run.metadata["runner"]) == ("ltx-2-tiny", "diffusers")
+    assert run.metadata["spec"]["techniques"] == ["group_offload"]
     assert recorded_runs(measured_once[1]).find(TINY_SPEC) is None
     phases = {phase.phase for phase in run.of(PhaseRecord)}
     assert phases >= {"encode_prompt", "denoise_stage_1", "upsample_latent", "denoise_stage_2", "decode_video"}

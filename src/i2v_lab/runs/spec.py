@@ -123,14 +123,15 @@ class RunSpec:
             )
         if self.profiler is not ProfilerMode.FULL and not runner.emits_events:
             raise InvalidRequest(
-                f"profiler={self.profiler.value!r} is not for pipeline={runner.name!r}, whose phases are found from the "
-                "calls of its components; use full",
+                f"profiler={self.profiler.value!r} is not for pipeline={runner.name!r}, whose phases are found from "
+                "the calls of its components; use full",
                 profiler=self.profiler.value,
             )
-        if self.vram_cap_bytes is not None and (type(self.vram_cap_bytes) is not int or self.vram_cap_bytes < 1):
+        cap_bytes = self.vram_cap_bytes
+        if cap_bytes is not None and not (type(cap_bytes) is int and 0 < cap_bytes < 2**63):
             raise InvalidRequest(
-                f"vram_cap_bytes={self.vram_cap_bytes!r} is not a whole number above 0; use the card's bytes",
-                vram_cap_bytes=self.vram_cap_bytes,
+                f"vram_cap_bytes={cap_bytes!r} is not a whole number above 0; use the card's bytes",
+                vram_cap_bytes=cap_bytes,
             )
         if not isinstance(self.write_video, bool):
             raise InvalidRequest(
