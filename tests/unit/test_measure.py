@@ -241,9 +241,9 @@ def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
         tmp_path,
         {"runs": [{"vram_cap_gib": 0.001}, {"profiler": "off"}, {"decode_scope": "escaped"}, {"frames": 17}]},
     )
-    with pytest.raises(MeasureError) as failed:
+    with pytest.raises(MeasureError) as failure:
         measure(plan, out, "cpu")
-    assert failed.value.fields == {"failed": ["64x64x9_off"]}
+    assert failure.value.fields["failed"] == ["64x64x9_off"]
     assert made == ["64x64x9_off", "64x64x9_escaped", "64x64x17"]
     said = capsys.readouterr()
     assert "4 runs, 1 of them kept from before; 3 to make, in about 90 s" in said.out

@@ -200,9 +200,6 @@ def test_leaks_are_looked_for_again_after_an_upgrade_of_any_pipeline_examined(st
         assert others._cache_path(str(still), "ltx-2.3-tiny") != before, package
 
 
-@pytest.mark.xfail(
-    strict=True, reason="stamps have a list of packages of their own, which lacks diffusers and ltx-video"
-)
 def test_a_notebook_is_rendered_again_after_an_upgrade_of_anything_that_it_computes_or_renders_with():
     assert set(code_digests()) >= {*runner_packages(), *RENDERING}
 

@@ -168,7 +168,7 @@ def test_both_stages_of_ltx_video_are_whole_latents_and_the_second_is_twice_the_
     first, second = (ltxv_stage_shape(architecture, request, stage) for stage in (1, 2))
     assert second == (first.frames, 2 * first.height, 2 * first.width)
     assert first.frames == request.frames
-    assert not first.height % 32 and not first.width % 32
+    assert first.height % 32 == first.width % 32 == 0
 
 
 # --- Temporal tiles ---
