@@ -210,13 +210,19 @@ class I2VRequest(HtmlFields):
                 object.__setattr__(self, name, kind(value))
             except ValueError:
                 raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise InvalidRequest(f"{name}={value!r} is not a text; put it in quotes", **{name: value})
+        if self.tiling is not None and not isinstance(self.tiling, Tiling):
+            raise InvalidRequest(f"tiling={self.tiling!r} is not a Tiling; use one, or None", tiling=self.tiling)
         for name in ("width", "height", "frames"):
             value = getattr(self, name)
             if value < 1:
                 raise InvalidRequest(f"{name}={value} is not above 0; use 1 or more", **{name: value})
         try:
             object.__setattr__(self, "fps", float(self.fps))  # 24 and 24.0 are one request, with one digest
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InvalidRequest(f"fps={self.fps!r} is not a number; use 24 or 25", fps=self.fps) from None
         if not 1 <= self.fps <= 240:  # nor is NaN
             raise InvalidRequest(f"fps={self.fps} is not between 1 and 240; use 24 or 25", fps=self.fps)

@@ -90,7 +90,7 @@ def test_a_forecast_of_the_tiny_model_on_the_cpu_is_what_a_real_run_measures(tin
 
 
 @pytest.mark.parametrize("variant", list(Variant))
-def test_what_is_not_run_again_changes_no_byte(variant):
+def test_memoization_changes_no_byte(variant):
     request = replace(
         SMALL, image=str(data_dir() / STILL), width=128, frames=17, variant=variant, tiling=Tiling(64, 32)
     )
@@ -178,11 +178,11 @@ def test_the_seed_does_not_matter_and_everything_that_does_is_told_apart(monkeyp
     calls: list[RunSpec] = []
     record = PhaseRecord("call", None, 0, 1, 0, None, 1, 0, 0.0, 0.0, True)
 
-    def work_out(spec: RunSpec, device: str) -> tuple[tuple[PhaseRecord, ...], int]:
+    def compute(spec: RunSpec, device: str) -> tuple[tuple[PhaseRecord, ...], int]:
         calls.append(spec)
         return (record,), 0
 
-    monkeypatch.setattr("i2v_lab.runs.forecast._work_out", work_out)
+    monkeypatch.setattr("i2v_lab.runs.forecast._compute", compute)
     assert forecast_request(SMALL).records == (record,)
     assert forecast_request(replace(SMALL, seed=3)).records == (record,)
     assert len(calls) == 1
@@ -200,7 +200,7 @@ def test_the_seed_does_not_matter_and_everything_that_does_is_told_apart(monkeyp
     for file in (tmp_path / "forecasts").iterdir():
         file.write_text(file.read_text()[: random.randrange(100)])
     forecast_request(SMALL)
-    assert len(calls) == 8  # a damaged file is worked out again
+    assert len(calls) == 8  # a damaged file is computed again
 
 
 def test_a_sweep_is_a_tidy_table_in_the_order_asked_for(capfd):

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from i2v_lab.runs.IMPLEMENTATIONS_GONE import Implementation
 
 from i2v_lab.cli.measure import measure
-from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
+from i2v_lab.errors import InvalidRequest, MeasureError, RecordError
 from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs import measure as measured
-from i2v_lab.runs.measure import Attribution, Conditions
 from i2v_lab.runs.plans import load_plan
-from i2v_lab.runs.recorded import find_recorded
+from i2v_lab.runs.recorded import recorded_runs, spec_of
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, RunSpec
 from i2v_lab.runs.store import RunWriter, read_run
 from i2v_lab.runs.workers import Ended
@@ -28,7 +26,7 @@ from i2v_lab.studies.published import study_request, to_size, varied
 from i2v_lab.studies.techniques import step_specs
 
 TINY = {"model": SMALL_MODEL, "width": 64, "height": 64, "frames": 9, "fps": 120.0, "expected_seconds": 30}
-TINY_EXPERIMENT = RunSpec(
+TINY_SPEC = RunSpec(
     request=I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9, fps=120.0), model=SMALL_MODEL
 )
 
@@ -49,8 +47,8 @@ def test_a_plan_names_orders_and_times_its_runs(tmp_path):
     assert [run.name for run in runs] == [
         "64x64x9_1",
         "64x64x9_escaped_1",
-        "64x64x9_upstream_boundaries_1",
-        "64x64x9_upstream_boundaries_2",  # the second round is the first one backwards
+        "64x64x9_ltx_pipelines_boundaries_1",
+        "64x64x9_ltx_pipelines_boundaries_2",  # the second round is the first one backwards
         "64x64x9_escaped_2",
         "64x64x9_2",
         "64x64x9_cap0.5",
@@ -58,30 +56,36 @@ def test_a_plan_names_orders_and_times_its_runs(tmp_path):
         "64x64x9_3",
     ]
     assert [run.expected_seconds for run in runs] == [34] * 6 + [11, 34, 34]
-    assert runs[0].spec == TINY_EXPERIMENT
-    assert runs[2].conditions == Conditions(pipeline=Implementation.UPSTREAM, profiler=Attribution.BOUNDARIES)
-    assert runs[6].conditions == Conditions(vram_cap_bytes=2**29)
-    assert [run.conditions.apart for run in runs] == [False, False, True, True, False, False, True, True, False]
+    assert runs[0].spec == TINY_SPEC
+    assert runs[2].spec == replace(TINY_SPEC, runner="ltx-pipelines", profiler="boundaries")
+    assert runs[6].spec == replace(TINY_SPEC, vram_cap_bytes=2**29)
+    assert [run.spec.is_reference for run in runs] == [True, True, False, False, True, True, False, False, True]
 
 
 @pytest.mark.parametrize(
-    ("run", "message"),
+    ("run", "fields"),
     [
-        ({"hight": 64}, "group 1, run 1: hight=64 is unknown; use "),
-        ({"height": 500}, "group 1, run 1: height=500 is not a multiple of 64; use 448 or 512"),
-        ({"profiler": "half"}, "profiler='half' is unknown; use full or boundaries or off"),
-        ({"vram_cap_gib": "24"}, "vram_cap_gib='24' is not a number of 0 or more; use one"),
-        ({"video": "no"}, "video='no' is neither; use true or false"),
-        ({"techniques": ["magic"]}, "technique='magic' is unknown; use shared_modulations, "),
-        ({"techniques": ["token_chunks"]}, "technique='token_chunks' needs shared_modulations; name both"),
-        ({"consumer": "nobody"}, "consumer='nobody' is unknown; use plain or guarded or left_open"),
-        ({"tiling": {"tile_px": 100}}, "tile_px=100 is not a multiple of 32; use 96 or 128"),
+        ({"hight": 64}, {"hight": 64}),
+        ({"height": 500}, {"height": 500}),
+        ({"profiler": "half"}, {"profiler": "half"}),
+        ({"vram_cap_gib": "24"}, {"vram_cap_gib": "24"}),
+        ({"video": "no"}, {"video": "no"}),
+        ({"techniques": ["magic"]}, {"technique": "magic"}),
+        ({"techniques": ["token_chunks"]}, {"technique": "token_chunks"}),
+        ({"consumer": "nobody"}, {"consumer": "nobody"}),
+        ({"tiling": {"tile_px": 100}}, {"tile_px": 100}),
     ],
 )
-def test_a_run_that_cannot_be_is_refused_with_its_place_and_the_remedy(tmp_path, run, message):
+def test_a_run_that_cannot_be_is_refused_with_its_place_and_the_remedy(tmp_path, run, fields):
     with pytest.raises(InvalidRequest) as caught:
-        load_plan(_plan(tmp_path, {"runs": [run]}))
-    assert message in str(caught.value)
+        load_plan(_plan(tmp_path, {"runs": [{}]}, {"runs": [{}, run]}))
+    assert caught.value.fields == fields
+    ((name, value),) = fields.items()
+    said = str(caught.value)
+    assert ", group 2, run 2: " in said
+    assert f"{name}={value!r}" in said
+    assert "; use " in said or "; name " in said
+    assert "\n" not in said
 
 
 def test_a_plan_that_is_none_is_refused(tmp_path):
@@ -109,24 +113,25 @@ def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
     runs = load_plan(data_dir() / "plans" / "h200.yaml")
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
-    plain = Conditions()
-    pairs = [run for run in runs if run.conditions == plain and run.spec.memory_key() == runs[0].spec.memory_key()]
-    assert len(pairs) >= 5
-    upstream = [run for run in runs if run.conditions.pipeline is Implementation.UPSTREAM]
-    assert {run.spec.request.variant.value for run in upstream} == {"distilled", "dev"}
-    assert [run.conditions.vram_cap_bytes for run in runs if "_cap" in run.name] == [round(95.6 * 2**30)]
+    reference = [run.spec for run in runs if run.spec.is_reference]
+    assert len([spec for spec in reference if spec.memory_key() == runs[0].spec.memory_key()]) >= 5
+    upstream = [run.spec for run in runs if run.spec.runner == "ltx-pipelines"]
+    assert {spec.request.variant.value for spec in upstream} == {"distilled", "dev"}
+    assert [run.spec.vram_cap_bytes for run in runs if "_cap" in run.name] == [round(95.6 * 2**30)]
 
 
 def test_the_plan_of_the_policies_measures_every_step_of_the_study_and_others_beside_them():
     runs = load_plan(data_dir() / "plans" / "policies.yaml")
-    likes = {run.spec.memory_key() for run in runs if not run.conditions.apart}
+    own = {run.spec.memory_key() for run in runs if run.spec.is_reference and not run.spec.runner_spec.third_party}
     request = study_request(FULL_SIZE_MODEL)
     sizes = varied(FULL_SIZE_MODEL, "policy_sizes")
     width, height = to_size(sizes[-1])
     steps = step_specs(replace(request, width=width, height=height), FULL_SIZE_MODEL)
-    assert {each.memory_key() for each in [*steps, *policy_specs(request, FULL_SIZE_MODEL, sizes)]} == likes
-    assert {run.conditions.pipeline for run in runs} == set(Implementation)
-    assert not any(run.conditions.video for run in runs)
+    assert {each.memory_key() for each in [*steps, *policy_specs(request, FULL_SIZE_MODEL, sizes)]} == own
+    beside = {(run.spec.runner, *sorted(run.spec.techniques)) for run in runs if run.spec.runner_spec.third_party}
+    offloads = [("diffusers",), ("diffusers", "group_offload"), ("diffusers", "model_offload")]
+    assert sorted(beside) == [*offloads, ("ltx-pipelines",)]
+    assert not any(run.spec.write_video for run in runs)
 
 
 # --- Running ---
@@ -139,7 +144,7 @@ def measured_once(tmp_path_factory):
     runs = [
         {"pipeline": "ltx-pipelines", "profiler": "boundaries"},
         {"vram_cap_gib": 0.001},
-        {"pipeline": "diffusers, group offloading"},
+        {"model": "ltx-2-tiny", "techniques": ["group_offload"]},
         {"techniques": ["row_bands"], "video": False},
     ]
     plan = _plan(folder, {"runs": runs})
@@ -148,14 +153,11 @@ def measured_once(tmp_path_factory):
 
 
 def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
-    run = read_run(measured_once[1] / "64x64x9_upstream_boundaries")
+    run = read_run(measured_once[1] / "64x64x9_ltx_pipelines_boundaries")
     assert run.status == "complete"
-    assert {key: run.metadata[key] for key in ("pipeline", "profiler", "vram_cap_bytes", "apart")} == {
-        "pipeline": "ltx-pipelines",
-        "profiler": "boundaries",
-        "vram_cap_bytes": None,
-        "apart": True,
-    }
+    spec = spec_of(run)
+    assert spec == replace(TINY_SPEC, runner="ltx-pipelines", profiler="boundaries")
+    assert not spec.is_reference
     phases = sorted(run.of(PhaseRecord), key=lambda phase: phase.start_s)
     assert [(phase.phase, phase.parent) for phase in phases] == [
         ("generation", None),
@@ -170,14 +172,16 @@ def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
     ]
     assert all(phase.completed and phase.peak_bytes > 0 for phase in phases)
     assert phases[0].peak_bytes == max(phase.peak_bytes for phase in phases)
-    assert find_recorded(TINY_EXPERIMENT, measured_once[1]) is None
+    assert recorded_runs(measured_once[1]).find(TINY_SPEC) is None
     assert measured_table(folder=measured_once[1]).empty
 
 
 def test_diffusers_is_measured_in_the_same_phases_and_set_apart(measured_once):
-    run = read_run(measured_once[1] / "64x64x9_diffusers_group_offloading")
+    run = read_run(measured_once[1] / "64x64x9_group_offload_diffusers")
     assert run.status == "complete"
-    assert (run.metadata["pipeline"], run.metadata["apart"]) == ("diffusers, group offloading", True)
+    assert (run.metadata["model"], run.metadata["runner"]) == ("ltx-2-tiny", "diffusers")
+    assert run.metadata["spec"]["techniques"] == ["group_offload"]
+    assert recorded_runs(measured_once[1]).find(TINY_SPEC) is None
     phases = {phase.phase for phase in run.of(PhaseRecord)}
     assert phases >= {"encode_prompt", "denoise_stage_1", "upsample_latent", "denoise_stage_2", "decode_video"}
 
@@ -186,17 +190,17 @@ def test_a_run_with_techniques_of_its_own_is_found_by_them_and_writes_no_video_i
     run = read_run(measured_once[1] / "64x64x9_row_bands")
     assert run.status == "complete"
     assert run.metadata["spec"]["techniques"] == ["row_bands"]
-    assert run.metadata["apart"] is False
+    assert spec_of(run).is_reference
     assert sorted(path.name for path in run.folder.iterdir()) == ["metadata.json", "records.jsonl"]
-    asked = replace(TINY_EXPERIMENT, techniques=["row_bands"])
-    assert find_recorded(asked, measured_once[1]).folder == run.folder
+    asked = replace(TINY_SPEC, techniques=["row_bands"], write_video=False)
+    assert recorded_runs(measured_once[1]).find(asked).folder == run.folder
 
 
 def test_out_of_memory_below_a_cap_is_a_record_like_any_other(measured_once):
     run = read_run(measured_once[1] / "64x64x9_cap0.001")
     assert run.status == "failed"
     (record,) = run.of(OutOfMemoryRecord)
-    assert record.cap_bytes == run.metadata["vram_cap_bytes"] == round(0.001 * 2**30)
+    assert record.cap_bytes == spec_of(run).vram_cap_bytes == round(0.001 * 2**30)
     assert record.phase == "encode_prompt"
 
 
@@ -224,11 +228,11 @@ def test_a_failure_does_not_stop_the_rest_and_what_was_interrupted_is_run_again(
     (killed / "records.jsonl").touch()
     made = []
 
-    def process(_, settings, folder):
+    def process(_, identity, folder):
         made.append(folder.name)
         if folder.name == "64x64x9_off":
             return Ended(2, "Traceback\ni2v-lab: no such luck; try again")
-        with RunWriter(folder, {"device": "cpu", **settings}):
+        with RunWriter(folder, {"device": "cpu", **identity}):
             pass
         return Ended(0, "")
 
@@ -264,6 +268,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "thesis.tex").touch()
-    with pytest.raises(I2VLabError, match="holds more than a run; choose another folder"):
-        measured.measure(TINY_EXPERIMENT, folder, "cpu")
+    with pytest.raises(RecordError, match="holds more than a run; choose another folder") as refused:
+        measured.measure(TINY_SPEC, folder, "cpu")
+    assert refused.value.fields == {"folder": folder}
     assert (folder / "thesis.tex").exists()

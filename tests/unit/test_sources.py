@@ -14,17 +14,18 @@ from i2v_lab.profiling.records import GenerationRecord, OutOfMemoryRecord, Phase
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.measure import is_result, measure, run_folder
-from i2v_lab.runs.recorded import find_recorded, seconds_of, spec_of
+from i2v_lab.runs.provenance import run_metadata
+from i2v_lab.runs.recorded import recorded_runs, seconds_of, spec_of
 from i2v_lab.runs.sources import choose_model, device_of, missing, observe, phases_frame, runs_frame, to_source
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, SMALL_MODEL, Consumer, RunSpec
-from i2v_lab.runs.store import RunWriter, read_run, run_metadata
+from i2v_lab.runs.store import RunWriter, read_run
 
 SMALL = I2VRequest(image=DEFAULT_STILL, width=64, height=64, frames=9, fps=120)
 ESCAPED = replace(SMALL, decode_scope=DecodeScope.ESCAPED)
 FULL = I2VRequest(image=DEFAULT_STILL, width=1024, height=768, frames=97)
 
 
-def test_an_experiment_has_a_name_and_survives_json():
+def test_a_spec_has_a_name_and_survives_json():
     odd = RunSpec(
         request=replace(ESCAPED, tiling=Tiling(64, 32, 16, 8), variant="dev", quantization="bf16"),
         model=SMALL_MODEL,
@@ -36,13 +37,21 @@ def test_an_experiment_has_a_name_and_survives_json():
     assert RunSpec.from_json(json.loads(json.dumps(odd.to_json()))) == odd
 
 
-def test_experiments_are_alike_if_their_memory_is():
+def test_specs_have_one_memory_key_exactly_if_their_memory_is_equal():
     asked = RunSpec(request=FULL)
     for change in ({"image": "other.png"}, {"prompt": "a"}, {"negative_prompt": "b"}, {"seed": 3}):
         assert asked.with_request(**change).memory_key() == asked.memory_key()
     for change in ({"frames": 25}, {"tiling": None}, {"decode_scope": "escaped"}, {"fps": 30}, {"variant": "dev"}):
         assert asked.with_request(**change).memory_key() != asked.memory_key()
-    assert replace(asked, generations=2).memory_key() != asked.memory_key()
+    for metering in ({"profiler": "boundaries"}, {"vram_cap_bytes": 2**30}, {"write_video": False}):
+        assert replace(asked, **metering).memory_key() == asked.memory_key()
+    for change in (
+        {"generations": 2},
+        {"consumer": "left_open"},
+        {"runner": "ltx-pipelines"},
+        {"techniques": ["text_only"]},
+    ):
+        assert replace(asked, **change).memory_key() != asked.memory_key()
     assert run_folder(Path("a"), asked) == run_folder(Path("a"), replace(asked))
     assert run_folder(Path("a"), asked) != run_folder(Path("a"), asked.with_request(seed=3))
 
@@ -90,7 +99,7 @@ def measured(_cache, tmp_path_factory):
     return asked, folder, observe([asked], "measure", folder, "cpu", progress=False)
 
 
-def test_a_measured_run_is_kept_and_not_made_again(measured):
+def test_a_measured_run_is_reused(measured):
     asked, folder, (observation,) = measured
     run = observation.run
     assert run.folder == run_folder(folder, asked)
@@ -98,11 +107,12 @@ def test_a_measured_run_is_kept_and_not_made_again(measured):
     before = run.metadata["started_at"], (run.folder / "video.mp4").stat().st_mtime_ns
     again = measure(asked, run.folder, "cpu")
     assert (again.metadata["started_at"], (run.folder / "video.mp4").stat().st_mtime_ns) == before
-    assert spec_of(again).memory_key() == asked.memory_key()
-    with pytest.raises(RecordError, match="holds more than a run; choose another folder"):
+    assert spec_of(again) == asked
+    with pytest.raises(RecordError, match="holds more than a run") as refused:
         (folder / "notes").mkdir()
         (folder / "notes" / "notes.txt").write_text("mine")
         measure(asked, folder / "notes", "cpu")
+    assert refused.value.fields == {"folder": folder / "notes"}
 
 
 def test_real_and_forecast_give_the_same_table(measured):
@@ -133,9 +143,8 @@ def test_a_run_that_fails_in_another_way_says_why(tmp_path):
 # --- Recorded ---
 
 
-def _write(folder: Path, spec: RunSpec, seconds: float, *, error: str = "", **extra: object) -> None:
-    metadata = run_metadata(spec.request.to_json(), "cpu", 1, [], spec.model, **extra)
-    metadata["spec"] = spec.to_json()
+def _write(folder: Path, spec: RunSpec, seconds: float, *, error: str = "") -> None:
+    metadata = run_metadata("cpu", spec=spec)
     phase = PhaseRecord("decode_video", None, 0, 100, 0, None, 100, 0, 0.0, seconds, not error)
     try:
         with RunWriter(folder, metadata) as writer:
@@ -151,16 +160,22 @@ def test_of_several_records_the_one_with_the_median_time_is_found(tmp_path):
     asked = RunSpec(request=SMALL, model=SMALL_MODEL)
     for name, seconds in (("a", 9.0), ("b", 1.0), ("c", 3.0)):
         _write(tmp_path / name, asked.with_request(image="elsewhere.png", seed=7), seconds)
-    _write(tmp_path / "d", asked, 30.0, apart=True)  # with it the median would be another
+    # With any of these the median would be another.
+    _write(tmp_path / "d", replace(asked, vram_cap_bytes=2**30), 30.0)
     _write(tmp_path / "e", replace(asked, generations=2), 2.0)
-    assert seconds_of(find_recorded(asked, tmp_path)) == 3.0
-    assert find_recorded(asked.with_request(frames=17), tmp_path) is None
+    _write(tmp_path / "f", replace(asked, profiler="boundaries"), 30.0)
+    _write(tmp_path / "g", replace(asked, runner="ltx-pipelines"), 30.0)
+    found = recorded_runs(tmp_path)
+    assert seconds_of(found.find(asked)) == 3.0
+    assert found.find(asked.with_request(frames=17)) is None
+    assert [seconds_of(run) for run in found.find_capped(asked)] == [30.0]
+    assert found.find_capped(asked.with_request(frames=17)) == []
 
 
 def test_a_run_out_of_memory_is_a_result_and_one_that_merely_failed_is_not(tmp_path):
     asked = RunSpec(request=SMALL, model=SMALL_MODEL)
     _write(tmp_path / "a", asked, 1.0, error="out of memory")
-    assert find_recorded(asked, tmp_path).status == "failed"
+    assert recorded_runs(tmp_path).find(asked).status == "failed"
     with pytest.raises(ValueError, match="wrong"), RunWriter(tmp_path / "b", {"model": "m"}):
         raise ValueError("wrong")
     assert not is_result(read_run(tmp_path / "b"))
@@ -182,8 +197,9 @@ def test_what_is_recorded_is_looked_up_and_what_is_not_is_missing():
 
 
 def test_sources_and_models_by_name():
-    with pytest.raises(InvalidRequest, match="source='guess' is unknown; use forecast or measure or recorded"):
+    with pytest.raises(InvalidRequest, match="use forecast or measure or recorded") as refused:
         to_source("guess")
+    assert refused.value.fields == {"source": "guess"}
     assert choose_model("auto", "forecast") == choose_model("auto", "recorded") == FULL_SIZE_MODEL
     assert choose_model("auto", "measure", "cpu") == SMALL_MODEL
     assert choose_model("auto", "measure", "cuda") == FULL_SIZE_MODEL

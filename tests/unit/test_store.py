@@ -7,13 +7,11 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import get_type_hints
 
@@ -25,7 +23,7 @@ from hypothesis import strategies as st
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.profiling.records import KINDS, DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.runs import store
-from i2v_lab.runs.store import RunWriter, read_run, run_metadata
+from i2v_lab.runs.store import FORMAT_VERSION, RunWriter, read_run
 
 WHOLE = st.integers(0, 2**63 - 1)
 SECONDS = st.floats(allow_nan=False, allow_infinity=False)
@@ -95,7 +93,7 @@ def test_every_record_comes_back_as_it_was(records):
         assert (run.folder, run.records, run.status, run.finished) == (folder, tuple(records), "complete", True)
         assert run.metadata == {
             "format": "i2v-lab run",
-            "format_version": 1,
+            "format_version": FORMAT_VERSION,
             "status": "complete",
             "model": "a",
             "argv": ["b", "ü"],
@@ -154,7 +152,7 @@ def test_metadata_cannot_pretend_to_be_the_stores_own(tmp_path):
     with RunWriter(tmp_path / "run", {"status": "failed", "records": 7, "error": "none", "format_version": 9}):
         pass
     metadata = read_run(tmp_path / "run").metadata
-    assert (metadata["status"], metadata["records"], metadata["format_version"]) == ("complete", 0, 1)
+    assert (metadata["status"], metadata["records"], metadata["format_version"]) == ("complete", 0, FORMAT_VERSION)
     assert "error" not in metadata
 
 
@@ -271,6 +269,7 @@ def test_the_end_waits_for_a_record_that_another_thread_is_writing(tmp_path, mon
 
 KILLED = """
 import sys
+from i2v_lab.runs import store
 from i2v_lab.runs.store import RunWriter
 from i2v_lab.profiling.records import OutOfMemoryRecord
 folder, total = sys.argv[1], int(sys.argv[2])
@@ -461,10 +460,10 @@ def test_metadata_with_impossible_values_are_refused(tmp_path, key, value):
 
 def test_a_newer_format_is_refused_whatever_else_it_holds(tmp_path):
     folder = _written(tmp_path / "run")
-    _edit(folder, format_version=2, status="archived")
+    _edit(folder, format_version=FORMAT_VERSION + 1, status="archived")
     (folder / "records.jsonl").unlink()
     path = folder / "metadata.json"
-    assert _refusal(folder) == f"'{path}' has format_version=2, newer than 1; upgrade i2v-lab to read it"
+    assert _refusal(folder) == f"'{path}' has format_version=3, newer than 2; upgrade i2v-lab to read it"
 
 
 def test_a_torn_last_line_is_left_out_of_an_unfinished_run_only(tmp_path):
@@ -538,110 +537,6 @@ def test_a_damaged_line_is_refused_even_in_an_unfinished_run(tmp_path, damage, n
     lines[number - 1] = line
     path.write_bytes(b"\n".join(lines) + b"\n")
     assert _refusal(folder) == f"'{path}' line {number}{complaint}"
-
-
-# --- Where a run happened ---
-
-
-def test_run_metadata_say_where_a_run_happened():
-    metadata = run_metadata({"width": 64}, "cpu", 7, ["i2v-lab", "generate"], "ltx-2.3-tiny", note="x")
-    assert json.loads(json.dumps(metadata)) == metadata
-    assert (metadata["format_version"], metadata["model"], metadata["seed"]) == (1, "ltx-2.3-tiny", 7)
-    assert (metadata["request"], metadata["argv"]) == ({"width": 64}, ["i2v-lab", "generate"])
-    assert (metadata["device"], metadata["device_name"], metadata["driver_version"]) == ("cpu", None, None)
-    assert metadata["note"] == "x"
-    versions = metadata["versions"]
-    assert list(versions) == ["python", "i2v-lab", "torch", "ltx-core", "ltx-pipelines", "transformers"]
-    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert all(versions.values())
-    assert metadata["platform"]
-    assert 1 <= metadata["cores"] <= os.cpu_count()
-    started = datetime.fromisoformat(metadata["started_at"])
-    assert started.utcoffset() == timedelta(0)
-
-
-def test_what_cannot_be_found_out_is_none(monkeypatch):
-    monkeypatch.setattr(store, "PACKAGES", ("i2v-lab-not-installed",))
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    metadata = run_metadata({}, "cuda:1", 1, [], "ltx-2.3-tiny")
-    assert metadata["versions"]["i2v-lab-not-installed"] is None
-    assert (metadata["git_commit"], metadata["git_modified"]) == (None, None)
-    assert (metadata["device_name"], metadata["driver_version"]) == (None, None)
-
-
-class _Nvml:
-    """Two cards, as the driver numbers them."""
-
-    names = ("first card", "second card")
-
-    def __init__(self) -> None:
-        self.open = 0
-
-    def nvmlInit(self) -> None:
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return "570.1"
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return range(2)[index]
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
-        return {"GPU-a": 0, "GPU-b": 1}[uuid]
-
-    def nvmlDeviceGetName(self, handle: int) -> str:
-        return self.names[handle]
-
-
-@pytest.mark.parametrize(
-    ("visible", "device", "name"),
-    [
-        ("", "cuda", "first card"),
-        ("", "cuda:1", "second card"),
-        ("1", "cuda:0", "second card"),
-        ("1, 0", "cuda:1", "first card"),
-        ("GPU-b", "cuda", "second card"),
-        ("1", "cuda:1", None),
-        ("", "cuda:2", None),
-        ("", "cpu", None),
-    ],
-)
-def test_the_device_is_the_one_that_cuda_means(monkeypatch, visible, device, name):
-    nvml = _Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    metadata = run_metadata({}, device, 1, [], "ltx-2.3-tiny")
-    assert metadata["device_name"] == name
-    assert metadata["driver_version"] == (name and "570.1")
-    assert nvml.open == 0
-
-
-def test_the_commit_is_that_of_the_checkout_and_of_nothing_around_it(tmp_path, monkeypatch):
-    def git(*arguments: str) -> str:
-        who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
-        return subprocess.run(
-            ["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True
-        ).stdout
-
-    assert store._git_commit(tmp_path) == (None, None)
-    git("init")
-    assert store._git_commit(tmp_path) == (None, None)  # no commit yet
-    (tmp_path / "code").write_text("one")
-    git("add", "code")
-    git("commit", "-m", "one")
-    git("tag", "v1")
-    commit = git("rev-parse", "HEAD").strip()
-    assert store._git_commit(tmp_path) == (commit, False)
-    (tmp_path / "code").write_text("two")
-    assert store._git_commit(tmp_path) == (commit, True)
-    (tmp_path / "site-packages").mkdir()
-    assert store._git_commit(tmp_path / "site-packages") == (None, None)
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    assert store._git_commit(tmp_path) == (commit, True)
 
 
 def test_the_store_brings_neither_torch_nor_pandas():

@@ -128,6 +128,7 @@ def cache_path(spec: RunSpec, device: str = "cuda") -> Path:
     architecture = spec.architecture
     parts = [
         spec.memory_key(),
+        json.dumps([spec.request.prompt, spec.request.negative_prompt]),  # beyond 1,024 tokens their length counts
         _still_size(str(find_still(spec.request.image))),
         architecture.to_json(),
         json.dumps(architecture.sampling, sort_keys=True),

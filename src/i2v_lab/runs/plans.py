@@ -148,7 +148,7 @@ def _yes_or_no(values: Mapping[str, Any], name: str) -> bool:
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise InvalidRequest(f"{name}={value!r} is not a number of 0 or more; use one")
+        raise InvalidRequest(f"{name}={value!r} is not a number of 0 or more; use one", **{name.split(": ")[-1]: value})
     return float(value)
 
 

@@ -19,8 +19,8 @@ from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Varia
 FULL_SIZE_MODEL = "ltx-2.3-22b"
 SMALL_MODEL = "ltx-2.3-tiny"
 DEFAULT_STILL = "stills/lighthouse.png"
-# Fields of a request that no byte depends on: the still is scaled, the prompt padded to 1,024 tokens, and the policy is
-# resolved to techniques.
+# Fields of a request that runs are compared without: the still is scaled, a prompt of up to 1,024 tokens is padded to
+# these, and the policy is resolved to techniques.
 WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed", "memory")
 
 
@@ -127,10 +127,15 @@ class RunSpec:
                 "the calls of its components; use full",
                 profiler=self.profiler.value,
             )
-        if self.vram_cap_bytes is not None and self.vram_cap_bytes <= 0:
+        cap_bytes = self.vram_cap_bytes
+        if cap_bytes is not None and not (type(cap_bytes) is int and 0 < cap_bytes < 2**63):
             raise InvalidRequest(
-                f"vram_cap_bytes={self.vram_cap_bytes} is not above 0; use the card's bytes",
-                vram_cap_bytes=self.vram_cap_bytes,
+                f"vram_cap_bytes={cap_bytes!r} is not a whole number above 0; use the card's bytes",
+                vram_cap_bytes=cap_bytes,
+            )
+        if not isinstance(self.write_video, bool):
+            raise InvalidRequest(
+                f"write_video={self.write_video!r} is neither; use True or False", write_video=self.write_video
             )
 
     # --- What follows from it ---

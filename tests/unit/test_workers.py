@@ -104,7 +104,7 @@ def test_an_interrupted_wait_leaves_no_process(tmp_path):
 
 def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
     told = tmp_path / "pid"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_processes as t; "
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_workers as t; "
     code += f"t.run_in_child(t._sleep, {str(told)!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     while not (told.exists() and told.read_text()):
@@ -113,10 +113,8 @@ def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
     pid = int(told.read_text())
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 20
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.1)  # for ever if it stays, which the limit of every test ends
 
 
 def test_a_product_has_the_same_bits_wherever_in_memory_its_operands_lie():

@@ -1,4 +1,4 @@
-"""The seam between models and the packages that run them: who imports what, who takes what, and what is refused."""
+"""Runners: which package each one imports, which requests and options it takes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from i2v_lab.cli.app import app
 from i2v_lab.errors import I2VLabError, InvalidRequest, RunnerUnavailable
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline.contract import runner as backends
+from i2v_lab.pipeline.contract import runner as runner_module
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
 from i2v_lab.pipeline.registry import RUNNERS, check_request, runner_of
 from i2v_lab.request import I2VRequest, Quantization, Tiling
@@ -30,27 +30,36 @@ def _imports(code: str) -> set[str]:
     return set(json.loads(child.stdout.splitlines()[-1]))
 
 
-def test_using_one_backend_does_not_import_the_other_and_asking_for_one_imports_neither():
+def test_using_one_runner_imports_no_others_package_and_asking_for_one_imports_none():
     packages = {"ltx_core", "ltx_pipelines", "ltx_video"}
     use = (
         "from i2v_lab.pipeline.contract.architectures import load_architecture\n"
         "from i2v_lab.pipeline.registry import runner_of\n"
-        "architecture = load_architecture('{}'); backend = runner_of(architecture)\n"
+        "architecture = load_architecture('{}'); runner = runner_of(architecture)\n"
     )
-    work = "backend.skeleton_weights(architecture); backend.repeats(); backend._part('pipeline')"
-    seen = _imports(use.format("ltxv-tiny") + "import i2v_lab.cli.app, i2v_lab.runs.measure; backend.require_package()")
-    assert not seen & (packages | {"torch"})
+    work = "runner.skeleton_weights(architecture); runner.memoizable_modules(); runner._part('pipeline')"
+    asked = "import i2v_lab.cli.app, i2v_lab.runs.measure; [runner.require_package() for runner in RUNNERS.values()]"
+    seen = _imports("from i2v_lab.pipeline.registry import RUNNERS\n" + asked)
+    assert not seen & (packages | {"torch", "diffusers"})
     assert _imports(use.format("ltxv-tiny") + work) & packages == {"ltx_video"}
-    assert _imports(use.format("ltx-2.3-tiny") + work) & packages == {"ltx_core", "ltx_pipelines"}
+    assert _imports(use.format("ltx-2.3-tiny") + work) & (packages | {"diffusers"}) == {"ltx_core", "ltx_pipelines"}
+    assert _imports(use.format("ltx-2-tiny") + work) & (packages | {"diffusers"}) == {"diffusers"}
 
 
 @pytest.mark.parametrize("name", architecture_names())
-def test_every_model_has_a_backend_a_first_request_and_its_studies(name):
+def test_every_model_has_a_runner_and_a_first_request(name):
     architecture = load_architecture(name)
     assert architecture.name == name
     request = study_request(name)
     assert request.quantization is runner_of(architecture).quantizations[0]
     assert (request.tiling is not None) is runner_of(architecture).tiled
+    assert runner_of(architecture).is_own
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in architecture_names() if load_architecture(name).runner != "diffusers"]
+)
+def test_every_model_of_this_package_has_its_studies(name):
     for what in ("tilings", "sizes", "frames", "map_sizes", "map_frames"):
         assert varied(name, what)
 
@@ -80,13 +89,13 @@ ASKED = I2VRequest(image=STILL, width=64, height=64, frames=9, quantization="bf1
             "ltxv-tiny",
             {"tiling": Tiling()},
             (
-                "tile_px=768 is not for model='ltxv-tiny', whose decoder works in one piece; use no tiling "
+                "tile_px=768 is not for model='ltxv-tiny', whose decoder does not tile; use no tiling "
                 "(--no-tiling, or tiling=None)"
             ),
         ),
     ],
 )
-def test_what_a_model_has_not_is_refused_before_anything_is_loaded(model, changes, message):
+def test_what_a_model_does_not_support_is_refused_before_anything_is_loaded(model, changes, message):
     request = replace(ASKED, **changes)
     for refuse in (
         lambda: check_request(load_architecture(model), request),
@@ -96,7 +105,8 @@ def test_what_a_model_has_not_is_refused_before_anything_is_loaded(model, change
         with pytest.raises(InvalidRequest) as refused:
             refuse()
         assert str(refused.value) == message
-    check_request(load_architecture("ltx-2.3-tiny"), request)  # which has all three
+        assert refused.value.fields == changes
+    check_request(load_architecture("ltx-2.3-tiny"), request)  # which supports all of it
 
 
 GENERATE = ["generate", "--image", STILL, "--out", "never.mp4"]
@@ -108,21 +118,21 @@ GENERATE = ["generate", "--image", STILL, "--out", "never.mp4"]
         (
             [*GENERATE, "--model", "ltxv-tiny", "--gemma", "g"],
             (
-                "--gemma is not for model='ltxv-tiny', whose backend is ltx-video; use --checkpoint, --text-encoder, "
+                "--gemma is not for model='ltxv-tiny', whose runner is ltx-video; use --checkpoint, --text-encoder, "
                 "--upsampler"
             ),
         ),
         (
             [*GENERATE, "--model", "ltxv-tiny", "--lora", "l"],
             (
-                "--lora is not for model='ltxv-tiny', whose backend is ltx-video; use --checkpoint, --text-encoder, "
+                "--lora is not for model='ltxv-tiny', whose runner is ltx-video; use --checkpoint, --text-encoder, "
                 "--upsampler"
             ),
         ),
         (
             [*GENERATE, "--text-encoder", "t"],
             (
-                "--text-encoder is not for model='ltx-2.3-tiny', whose backend is ltx-2; use --checkpoint, --gemma, "
+                "--text-encoder is not for model='ltx-2.3-tiny', whose runner is ltx-2; use --checkpoint, --gemma, "
                 "--upsampler, --lora"
             ),
         ),
@@ -141,30 +151,30 @@ GENERATE = ["generate", "--image", STILL, "--out", "never.mp4"]
         (
             ["forecast", "--model", "ltxv-13b-0.9.8", "--tile-px", "512"],
             (
-                "tile_px=512 is not for model='ltxv-13b-0.9.8', whose decoder works in one piece; use no tiling "
+                "tile_px=512 is not for model='ltxv-13b-0.9.8', whose decoder does not tile; use no tiling "
                 "(--no-tiling, or tiling=None)"
             ),
         ),
     ],
 )
-def test_commands_refuse_what_belongs_to_the_other_backend_in_one_line(arguments, message):
+def test_commands_refuse_what_belongs_to_another_runner_in_one_line(arguments, message):
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, I2VLabError)
     assert (result.exception.exit_status, str(result.exception)) == (2, message)
 
 
 def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(runner_module, "find_spec", lambda name: None)
     for arguments in ([*GENERATE, "--model", "ltxv-tiny"], ["forecast", "--model", "ltxv-13b-0.9.8"]):
         refused = CliRunner().invoke(app, arguments).exception
         assert isinstance(refused, RunnerUnavailable)
-        assert refused.exit_status == 2
-        assert str(refused) == (
-            "backend='ltx-video' needs the package ltx-video, which is not installed; "
-            "run `pip install --no-deps ltx-video==0.1.2`"
-        )
-    with pytest.raises(RunnerUnavailable, match="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0"):
-        RUNNERS["ltx-2"].repeats()
+        assert (refused.exit_status, refused.fields) == (2, {"pipeline": "ltx-video"})
+        assert "run `pip install --no-deps ltx-video==0.1.2`" in str(refused)
+    for runner in RUNNERS.values():
+        with pytest.raises(RunnerUnavailable) as caught:
+            runner.memoizable_modules()
+        assert caught.value.fields == {"pipeline": runner.name}
+        assert f"run `{runner.install}`" in str(caught.value)
 
 
 def test_refusals_come_before_torch():
@@ -178,26 +188,39 @@ def test_refusals_come_before_torch():
     assert not Path("never.mp4").exists()
 
 
-def test_a_backend_without_an_upstream_pipeline_says_so():
-    with pytest.raises(InvalidRequest, match="has no upstream pipeline to measure; use i2v-lab's own"):
-        runner_of(load_architecture("ltxv-tiny")).upstream(None)
+def test_a_runner_runs_only_the_models_that_name_it_or_the_one_it_stands_beside():
+    for runner in RUNNERS.values():
+        for name in architecture_names():
+            architecture = load_architecture(name)
+            request = study_request(name)
+            if architecture.runner == runner.models:
+                runner.check_request(architecture, request)
+                continue
+            with pytest.raises(InvalidRequest) as refused:
+                runner.check_request(architecture, request)
+            assert refused.value.fields == {"pipeline": runner.name, "model": name}
 
 
-def test_each_backend_has_sizes_of_its_own():
-    request = replace(ASKED, width=96, pixel_multiple=32)
-    check_request(load_architecture("ltxv-tiny"), request)
-    with pytest.raises(InvalidRequest, match="width=96 is not for model='ltx-2.3-tiny'; use a multiple of 64"):
-        check_request(load_architecture("ltx-2.3-tiny"), request)
-    with pytest.raises(InvalidRequest, match="width=100 is not a multiple of 32; use 96 or 128"):
-        study_request("ltxv-tiny", 100, 64, 9)
-    with pytest.raises(InvalidRequest, match="width=32 is below 64; use that or more"):
-        study_request("ltxv-tiny", 32, 64, 9)
-    with pytest.raises(InvalidRequest, match="width=96 is not a multiple of 64; use 64 or 128"):
-        study_request("ltx-2.3-tiny", 96, 64, 9)
-    with pytest.raises(InvalidRequest, match="pixel_multiple=16 is unknown; use 32 or 64"):
-        replace(ASKED, pixel_multiple=16)
+@pytest.mark.parametrize(
+    ("model", "width", "message"),
+    [
+        ("ltx-2.3-tiny", 96, "width=96 is not a multiple of 64; use 64 or 128"),
+        ("ltx-2-tiny", 96, "width=96 is not a multiple of 64; use 64 or 128"),
+        ("ltxv-tiny", 100, "width=100 is not a multiple of 32; use 96 or 128"),
+        ("ltxv-tiny", 32, "width=32 is below 64; use that or more"),
+    ],
+)
+def test_each_runner_has_sizes_of_its_own(model, width, message):
+    with pytest.raises(InvalidRequest) as refused:
+        study_request(model, width, 64, 9)
+    assert (str(refused.value), refused.value.fields) == (message, {"width": width})
+    study_request("ltxv-tiny", 96, 64, 9)
 
 
-def test_the_usual_quantization_of_each_backend():
-    usual = {name: backend.quantizations[0] for name, backend in RUNNERS.items()}
-    assert usual == {"ltx-2": Quantization.FP8_CAST, "ltx-video": Quantization.BF16}
+def test_the_usual_quantization_of_each_runner():
+    assert {name: runner.quantizations[0] for name, runner in RUNNERS.items()} == {
+        "ltx-2": Quantization.FP8_CAST,
+        "ltx-pipelines": Quantization.FP8_CAST,
+        "ltx-video": Quantization.BF16,
+        "diffusers": Quantization.BF16,
+    }
