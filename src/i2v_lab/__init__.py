@@ -4,8 +4,8 @@ Importing the package is cheap: names are resolved on first use, and torch is im
 
 Example:
     >>> import i2v_lab
-    >>> i2v_lab.I2VRequest(image="still.png", width=192, height=128, frames=25).chunks()
-    1
+    >>> i2v_lab.I2VRequest(image="still.png", width=192, height=128, frames=25).shape
+    VideoShape(frames=25, height=128, width=192)
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from i2v_lab.runs.forecast import forecast_request
     from i2v_lab.runs.profile_call import ProfiledCall, profile_call
     from i2v_lab.runs.sources import forecast_sweep
+    from i2v_lab.runs.spec import RunSpec
 
 __version__ = "0.2.0"
 
@@ -56,6 +57,7 @@ _HOME = {
     "ProfiledCall": "i2v_lab.runs.profile_call",
     "profile_call": "i2v_lab.runs.profile_call",
     "forecast_sweep": "i2v_lab.runs.sources",
+    "RunSpec": "i2v_lab.runs.spec",
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
     "Quantization": "i2v_lab.request",
@@ -75,6 +77,7 @@ __all__ = [
     "PhaseProfiler",
     "ProfiledCall",
     "Quantization",
+    "RunSpec",
     "Tiling",
     "TwoStagePipeline",
     "Variant",

@@ -20,7 +20,7 @@ from i2v_lab.memory_policy import MemoryPolicy
 
 
 class Variant(StrEnum):
-    """Which checkpoint and sampler: see the README's table of variants.
+    """Which checkpoint and sampler: see ``docs/generate.md``.
 
     Example:
         >>> [variant.value for variant in Variant]

@@ -23,10 +23,10 @@ from i2v_lab.events import ComponentBuilt, ComponentReleased, PhaseEnded, StepEn
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.contract.runner import stage_shape
 from i2v_lab.pipeline.ltx_video.components import memoizable_modules
 from i2v_lab.pipeline.ltx_video.layout import meta_component
 from i2v_lab.pipeline.ltx_video.pipeline import LtxVideoPipeline
+from i2v_lab.pipeline.ltx_video.sizes import stage_shape
 from i2v_lab.pipeline.ltx_video.weights import resolve_weights, skeleton_weights, synthetic_weights
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.fake.workspaces import load_workspaces

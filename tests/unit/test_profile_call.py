@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from i2v_lab import I2VRequest, profile_call, watch
 from i2v_lab.cli.app import app
 from i2v_lab.errors import GradEscape, OutputError, ProfilerError, VramCapExceeded
+from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.profiling.components import find_modules, phase_of
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, OutOfMemoryRecord, StepRecord
@@ -343,10 +344,10 @@ def test_watch_guards_every_component_of_a_pipeline():
 
 
 @pytest.fixture(scope="module")
-def diffusers_tiny(tiny):
-    from i2v_lab.pipeline.diffusers.ltx2 import TINY, diffusers_ltx2
+def diffusers_tiny():
+    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2, resolve_weights
 
-    return diffusers_ltx2(tiny, TINY, dtype=torch.float32)
+    return DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), dtype=torch.float32)
 
 
 DIFFUSERS = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent", "encode_prompt", "denoise_stage_2"]
@@ -354,7 +355,7 @@ DIFFUSERS = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_laten
 
 def test_diffusers_ltx2_tells_its_phases_peaks_and_steps(diffusers_tiny, still, tmp_path):
     request = I2VRequest(image=str(still), prompt="waves", width=128, height=64, frames=9, fps=120)
-    call = profile_call(diffusers_tiny, request, run_dir=tmp_path / "run")
+    call = profile_call(diffusers_tiny.run, request, run_dir=tmp_path / "run")
     assert _names(call) == [*DIFFUSERS, "decode_video", "decode_audio"]
     assert sum(phase.seconds for phase in call.phases) == pytest.approx(call.seconds, rel=0.02)
     assert call.result[0].shape == (1, 9, 3, 64, 128)
@@ -362,7 +363,7 @@ def test_diffusers_ltx2_tells_its_phases_peaks_and_steps(diffusers_tiny, still, 
     assert steps == ["denoise_stage_1"] * 8 + ["denoise_stage_2"] * 3
     weights = sum(
         tensor.nbytes
-        for module in find_modules(diffusers_tiny).values()
+        for module in find_modules(diffusers_tiny.run).values()
         for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values()
     )
     assert all(phase.start_bytes >= 0.95 * weights for phase in call.phases)  # all components stay resident
@@ -374,7 +375,7 @@ def test_diffusers_ltx2_tells_its_phases_peaks_and_steps(diffusers_tiny, still, 
 
 def test_diffusers_ltx2_leaks_a_graph_where_the_caller_decodes(diffusers_tiny, still):
     request = I2VRequest(image=str(still), width=128, height=64, frames=9, fps=120)
-    latents = profile_call(diffusers_tiny, request, "latent").result[0]
+    latents = profile_call(diffusers_tiny.run, request, "latent").result[0]
     vae = diffusers_tiny.generate.vae
     kept = profile_call(vae.decode, latents)
     assert _names(kept) == ["decode_video"]

@@ -24,7 +24,7 @@ from i2v_lab.runs.provenance import RENDERING, code_digest, git_commit, run_meta
 from i2v_lab.runs.recorded import spec_of
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import Run
-from i2v_lab.studies import others
+from i2v_lab.studies import third_party_leaks
 
 MODELS = {"ltx-2": "ltx-2.3-tiny", "ltx-pipelines": "ltx-2.3-tiny", "ltx-video": "ltxv-tiny", "diffusers": "ltx-2-tiny"}
 OWN = sorted(runner.name for runner in RUNNERS.values())
@@ -194,10 +194,10 @@ def test_a_record_has_the_version_of_every_package_of_its_runner(upgraded):
 
 
 def test_leaks_are_looked_for_again_after_an_upgrade_of_any_pipeline_examined(still, upgraded):
-    before = others._cache_path(str(still), "ltx-2.3-tiny")
+    before = third_party_leaks._cache_path(str(still), "ltx-2.3-tiny")
     for package in ("torch", "diffusers", "transformers", "ltx-core", "ltx-pipelines"):
         upgraded(package)
-        assert others._cache_path(str(still), "ltx-2.3-tiny") != before, package
+        assert third_party_leaks._cache_path(str(still), "ltx-2.3-tiny") != before, package
 
 
 def test_a_notebook_is_rendered_again_after_an_upgrade_of_anything_that_it_computes_or_renders_with():

@@ -173,14 +173,14 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
 def _print_report(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from i2v_lab.units import format_bytes
+    from i2v_lab.units import format_bytes, format_seconds
 
-    table = Table("phase", "seconds", "peak", title=None, header_style="bold")
+    table = Table("phase", "time", "peak", title=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for phase in report["phases"]:
         style = "bold" if phase["phase"] == report["peak_phase"] else ""
-        table.add_row(phase["phase"], f"{phase['seconds']:.2f}", format_bytes(phase["peak_bytes"]), style=style)
+        table.add_row(phase["phase"], format_seconds(phase["seconds"]), format_bytes(phase["peak_bytes"]), style=style)
     console = plain_console()
     console.print(table)
     console.print(

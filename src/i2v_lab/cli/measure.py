@@ -12,6 +12,7 @@ import typer
 
 from i2v_lab.cli.output import log, wide_console
 from i2v_lab.errors import I2VLabError, MeasureError
+from i2v_lab.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.runs.plans import PlannedRun
@@ -56,14 +57,14 @@ def measure(
 
     planned = load_plan(plan)
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
-    seconds = sum(each.expected_seconds for each in todo)
+    expected = format_seconds(sum(each.expected_seconds for each in todo))
     print(
-        f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {_duration(seconds)}",
+        f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {expected}",
         flush=True,
     )
     if dry_run:
         for each in todo:
-            print(f"{each.name:<60} {each.expected_seconds:5.0f} s")
+            print(f"{each.name:<60} {format_seconds(each.expected_seconds):>8}")
         return
     outcomes = _measure_all(planned, {each.name for each in todo}, out, device)
     _print_summary(outcomes)
@@ -84,7 +85,7 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
     for each in planned:
         if each.name in todo:
             started += 1
-            log(f"[{started}/{len(todo)}] {each.name}, about {_duration(left_s)} left")
+            log(f"[{started}/{len(todo)}] {each.name}, about {format_seconds(left_s)} left")
             left_s -= each.expected_seconds
         start_s = time.perf_counter()
         run, message = None, ""
@@ -95,7 +96,7 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
             message = str(error)
         outcomes.append(_Outcome(each.name, run, message, reused=each.name not in todo))
         if each.name in todo:
-            took = f"{time.perf_counter() - start_s:.0f} s (expected {each.expected_seconds:.0f})"
+            took = f"{format_seconds(time.perf_counter() - start_s)} (expected {format_seconds(each.expected_seconds)})"
             log(f"    {'failed' if run is None else run.status}, {took}{': ' if message else ''}{message[:160]}")
     return outcomes
 
@@ -104,9 +105,8 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     from rich.table import Table
 
     from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord, peak_phase
-    from i2v_lab.units import format_bytes
 
-    table = Table("run", "outcome", "peak", "phase", "seconds", box=None, header_style="bold", pad_edge=False)
+    table = Table("run", "outcome", "peak", "phase", "time", box=None, header_style="bold", pad_edge=False)
     for column in (table.columns[2], table.columns[4]):
         column.justify = "right"
     for outcome in outcomes:
@@ -121,10 +121,6 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
             f"{status}, reused" if outcome.reused else status,
             format_bytes(top.peak_bytes) if top else "",
             top.phase if top else "",
-            f"{max((phase.start_s + phase.seconds for phase in phases), default=0):.1f}",
+            format_seconds(max((phase.start_s + phase.seconds for phase in phases), default=0)),
         )
     wide_console().print(table)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

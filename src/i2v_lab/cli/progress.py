@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from i2v_lab.events import Event, Phase, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.units import format_seconds
 
 
 class ProgressReport:
@@ -46,7 +47,7 @@ class ProgressReport:
                     self._bars.update(task, total=1, completed=1)
                 self._bars.stop_task(task)
                 if self._plain:
-                    print(f"{phase.value:<16} {seconds:7.1f} s", file=sys.stderr, flush=True)
+                    print(f"{phase.value:<16} {format_seconds(seconds):>9}", file=sys.stderr, flush=True)
 
     def checked(self, name: str, tensors: int, total: int) -> None:
         """Show the progress of verifying a weight file, in tensors."""

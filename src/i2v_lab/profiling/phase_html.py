@@ -42,7 +42,7 @@ def phases_html(phases: Sequence[ShownPhase], words: str, *, times: bool = True)
         words: The sentence.
         times: Whether to show their seconds; not for a forecast, whose seconds are not those of a run.
     """
-    heads = ["phase", "peak", "left behind", "saved for backward", *(["time"] if times else [])]
+    heads = ["phase", "peak", "allocated at end", "saved for backward", *(["time"] if times else [])]
     rows = [
         [
             record.phase,

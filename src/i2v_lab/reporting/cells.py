@@ -97,7 +97,7 @@ def sentence(results: Mapping[str, Any]) -> Markdown:
 
 
 def absent(names: Sequence[str]) -> Markdown:
-    """A sentence that lists experiments without a record; empty if ``names`` is."""
+    """A sentence that lists runs without a record; empty if ``names`` is."""
     if not names:
         return Markdown("")
     return Markdown(f"*`data/measured` has no record of {', '.join(names)}.*")

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from i2v_lab.units import format_seconds
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -72,7 +74,7 @@ class RunReport:
         if name in self._tasks:
             self._bars.remove_task(self._tasks.pop(name))
         self._bars.advance(self._all)
-        took = "" if outcome.seconds is None else f" ({outcome.seconds:.0f} s)"
+        took = "" if outcome.seconds is None else f" ({format_seconds(outcome.seconds)})"
         self._line(name, f"{outcome}{took}")
 
     def _line(self, name: str, text: str) -> None:
@@ -99,7 +101,7 @@ def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
     table.columns[-1].justify = "right"
     for outcome in outcomes:
         style = "bold red" if outcome.error else ""
-        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+        seconds = "" if outcome.seconds is None else format_seconds(outcome.seconds)
         table.add_row(outcome.notebook.stem, Text(str(outcome), style=style), seconds)
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)

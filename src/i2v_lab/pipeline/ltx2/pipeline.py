@@ -48,8 +48,7 @@ class TwoStagePipeline:
 
     Example:
         >>> from i2v_lab.pipeline.contract.architectures import load_architecture
-        >>> from i2v_lab.pipeline.ltx2.tiles import chunk_count
-    from i2v_lab.pipeline.ltx2.weights import resolve_weights
+        >>> from i2v_lab.pipeline.ltx2.weights import resolve_weights
         >>> pipeline = TwoStagePipeline(resolve_weights(load_architecture("ltx-2.3-tiny")))  # doctest: +SKIP
         >>> request = I2VRequest(image="still.png", width=192, height=128, frames=25)  # doctest: +SKIP
         >>> frames = torch.cat(list(pipeline(request).video))  # (25, 128, 192, 3)  # doctest: +SKIP

@@ -1,7 +1,7 @@
 """Model of the workspaces that CUDA's libraries allocate besides tensors, fitted to measurements.
 
-The figures are in ``data/workspaces.json``, which says where they come from; ``make calibrate`` fits them again to the
-measurements in ``data/measured``.
+The figures are in ``data/workspaces.json``, which says where they come from; ``i2v-lab calibrate`` fits them again to
+the measurements in ``data/measured``.
 """
 
 from __future__ import annotations
