@@ -121,7 +121,7 @@ class RunSpec:
                 "use plain",
                 consumer=self.consumer.value,
             )
-        if self.profiler is not ProfilerMode.FULL and not runner.emits_events:
+        if self.profiler in (ProfilerMode.BOUNDARIES, ProfilerMode.OFF) and not runner.emits_events:
             raise InvalidRequest(
                 f"profiler={self.profiler.value!r} is not for pipeline={runner.name!r}, whose phases are found from "
                 "the calls of its components; use full",
