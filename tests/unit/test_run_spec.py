@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2v_lab.errors import DeviceUnavailable, GradScopeError, I2VLabError, InvalidRequest, RecordError, UnknownModel
@@ -79,7 +79,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**DIFFUSERS, "techniques": sorted(OFFLOADS)}, {"technique": "model_offload"}),
     ({**DIFFUSERS, "profiler": "boundaries"}, {"profiler": "boundaries"}),
     ({**DIFFUSERS, "profiler": False}, {"profiler": "off"}),  # as YAML reads off
-    ({**DIFFUSERS, "profiler": "none"}, {"profiler": "none"}),
     ({**DIFFUSERS, "pipeline": "ltx-2"}, {"pipeline": "ltx-2", "model": "ltx-2-tiny"}),
     ({**DIFFUSERS, **UPSTREAM}, {"pipeline": "ltx-pipelines", "model": "ltx-2-tiny"}),
     ({"model": "ltx-2.3-22b", "pipeline": "diffusers"}, {"pipeline": "diffusers", "model": "ltx-2.3-22b"}),
@@ -183,7 +182,7 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "decode_scope": ("no_grad",),
         "consumer": ("plain",),
         "generations": (1,),
-        "profiler": ("full",),
+        "profiler": ("full", "none"),  # phases are found, so all of them or none
     },
 }
 SUPPORTED_TECHNIQUES = {"ltx-2": STREAMED, "ltx-pipelines": set(), "ltx-video": set(), "diffusers": OFFLOADS}
@@ -213,18 +212,32 @@ def test_a_spec_is_refused_or_names_exactly_what_was_asked(data):
         name: data.draw(st.sampled_from(ANYTHING[name]))
         for name in data.draw(st.sets(st.sampled_from(sorted(ANYTHING)), max_size=2))
     }
-    model = MODELS[home]
-    runner = data.draw(st.sampled_from([home, home, *RUNNERS]), "runner")
+    runner = data.draw(st.sampled_from([home, home, home, *RUNNERS]), "runner")
     own = SUPPORTED_TECHNIQUES[runner]
     mostly_own = st.sets(st.sampled_from(sorted(own)), max_size=3).map(sorted) if own else st.just([])
     techniques = data.draw(st.none() | mostly_own | TECHNIQUE_SETS, "techniques")
 
+    _check_refused_or_named(home, runner, asked, techniques)
+
+
+@pytest.mark.parametrize("home", sorted(MODELS))
+def test_every_single_choice_is_supported_or_refused_as_said(home):
+    plain = {name: choices[0] for name, choices in SUPPORTED[home].items()}
+    for name, choices in ANYTHING.items():
+        for value in choices:
+            _check_refused_or_named(home, home, {**plain, name: value}, None)
+    for runner in RUNNERS:
+        for technique in [None, *sorted(STREAMED | OFFLOADS)]:
+            _check_refused_or_named(home, runner, plain, technique and [technique])
+
+
+def _check_refused_or_named(home: str, runner: str, asked: dict[str, Any], techniques: list[str] | None) -> None:
+    model, own, asked = MODELS[home], SUPPORTED_TECHNIQUES[runner], dict(asked)
     right = load_architecture(model).runner == RUNNERS[runner].models
     right &= all(asked[name] in SUPPORTED[runner][name] for name in asked)
     if techniques is not None:
         right &= set(techniques) <= own and _consistent(techniques)
     request = {name: asked.pop(name) for name in ("quantization", "variant", "decode_scope", "memory", "tiling")}
-    event("supported" if right else "refused")
     spec, error = _outcome(
         lambda: RunSpec(
             request=make_request(model, **{**request, "width": 64, "height": 64, "frames": 9}),
