@@ -59,6 +59,7 @@ NEEDS: Mapping[Technique, Technique] = {
     Technique.STREAMED_TEXT: Technique.TEXT_ONLY,
 }
 EXCLUDES: Mapping[Technique, Technique] = {Technique.MODEL_OFFLOAD: Technique.GROUP_OFFLOAD}
+OFFLOADING = frozenset({Technique.MODEL_OFFLOAD, Technique.GROUP_OFFLOAD})  # from one memory to another
 
 _LEAN = frozenset(
     {

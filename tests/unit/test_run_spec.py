@@ -86,6 +86,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"techniques": ["group_offload"]}, {"technique": "group_offload"}),
     ({"techniques": sorted(OFFLOADS)}, {"technique": "model_offload"}),
     ({"techniques": ["token_chunks"]}, {"technique": "token_chunks"}),
+    ({"memory": "lean", "techniques": ["row_bands"]}, {"memory": "lean", "techniques": ["row_bands"]}),
     ({"techniques": ["streamed_text"]}, {"technique": "streamed_text"}),
     ({**LTX_VIDEO, "techniques": ["row_bands"]}, {"technique": "row_bands"}),
     ({**LTX_VIDEO, "tiling": TILING}, {"tiling": Tiling()}),
@@ -237,6 +238,8 @@ def _check_refused_or_named(home: str, runner: str, asked: dict[str, Any], techn
     right &= all(asked[name] in SUPPORTED[runner][name] for name in asked)
     if techniques is not None:
         right &= set(techniques) <= own and _consistent(techniques)
+        policy = {"lean": LEAN, "streamed": STREAMED}.get(asked["memory"])
+        right &= policy is None or policy == set(techniques)
     request = {name: asked.pop(name) for name in ("quantization", "variant", "decode_scope", "memory", "tiling")}
     spec, error = _outcome(
         lambda: RunSpec(
@@ -253,7 +256,10 @@ def _check_refused_or_named(home: str, runner: str, asked: dict[str, Any], techn
         given_values = {**request, **asked, "pipeline": runner, "model": model}
         assert error.fields
         for name, value in error.fields.items():
-            assert value in techniques if name == "technique" else value == given_values[name]
+            if name == "techniques":
+                assert value == sorted(techniques)
+            else:
+                assert value in techniques if name == "technique" else value == given_values[name]
         return
     values = json.loads(json.dumps(spec.to_json()))
     assert RunSpec.from_json(values) == spec
@@ -282,7 +288,7 @@ def _phases(records: Any) -> list[tuple[str, str | None, bool]]:
 
 @pytest.fixture(scope="module")
 def by_diffusers(_cache, tmp_path_factory) -> tuple[RunSpec, Run]:
-    spec, folder = _tiny("ltx-2-tiny"), tmp_path_factory.mktemp("diffusers") / "run"
+    spec, folder = _tiny("ltx-2-tiny", write_video=False), tmp_path_factory.mktemp("diffusers") / "run"
     execute(spec, Mode.REAL, "cpu", run_dir=folder)
     return spec, read_run(folder)
 
@@ -338,7 +344,9 @@ def test_fake_and_real_runs_of_a_spec_have_the_same_phases(by_diffusers, guarded
 
 def test_a_stream_left_open_is_recorded_as_such(tiny, tmp_path):
     tiling = Tiling(64, 32, 16, 8)
-    spec = _tiny("ltx-2.3-tiny", frames=25, tiling=tiling, consumer="left_open", profiler="boundaries")
+    spec = _tiny(
+        "ltx-2.3-tiny", frames=25, tiling=tiling, consumer="left_open", profiler="boundaries", write_video=False
+    )
     seen = []
     hooks = Hooks(sinks=[seen.append])
     execute(spec, Mode.REAL, "cpu", weights=tiny, run_dir=tmp_path / "run", hooks=hooks)
@@ -350,7 +358,7 @@ def test_a_stream_left_open_is_recorded_as_such(tiny, tmp_path):
 
 
 def test_a_run_out_of_memory_below_its_cap_and_one_that_torch_refuses_are_recorded_as_failed(tiny, tmp_path):
-    capped = _tiny("ltx-2.3-tiny", vram_cap_bytes=2**20)
+    capped = _tiny("ltx-2.3-tiny", vram_cap_bytes=2**20, write_video=False)
     with pytest.raises(Exception) as failed:
         execute(capped, Mode.REAL, "cpu", weights=tiny, run_dir=tmp_path / "capped")
     run = read_run(tmp_path / "capped")
@@ -359,7 +367,7 @@ def test_a_run_out_of_memory_below_its_cap_and_one_that_torch_refuses_are_record
     assert [record.cap_bytes for record in run.of(OutOfMemoryRecord)] == [2**20]
     assert recorded_runs(tmp_path).find_capped(replace(capped, vram_cap_bytes=None)) == [run]
 
-    refused = _tiny("ltx-2.3-tiny", decode_scope="inference_mode")
+    refused = _tiny("ltx-2.3-tiny", decode_scope="inference_mode", write_video=False)
     with pytest.raises(GradScopeError):
         execute(refused, Mode.REAL, "cpu", weights=tiny, run_dir=tmp_path / "refused")
     run = read_run(tmp_path / "refused")
@@ -378,6 +386,18 @@ def test_a_device_that_cannot_be_forecast_is_refused(device):
     with pytest.raises(DeviceUnavailable) as refused:
         execute(_tiny("ltx-2.3-tiny"), Mode.FAKE, device)
     assert refused.value.fields == {"device": device}
+
+
+def test_a_run_that_is_given_no_path_for_its_videos_is_recorded_as_writing_none(tiny, tmp_path):
+    execute(_tiny("ltx-2.3-tiny"), Mode.REAL, "cpu", weights=tiny, run_dir=tmp_path / "run")
+    assert spec_of(read_run(tmp_path / "run")) == _tiny("ltx-2.3-tiny", write_video=False)
+
+
+@pytest.mark.parametrize("technique", sorted(OFFLOADS))
+def test_offloading_is_not_forecast_where_there_is_one_memory(technique):
+    with pytest.raises(InvalidRequest) as refused:
+        execute(_tiny("ltx-2-tiny", techniques=[technique]), Mode.FAKE, "cpu")
+    assert refused.value.fields == {"technique": technique}
 
 
 # --- Interleaved ---

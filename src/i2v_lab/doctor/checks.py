@@ -29,7 +29,7 @@ SHOWN = (
     "jupyterlab",
 )
 OPTIONAL = {  # not needed for a generation with LTX-2.3, but for this
-    "ltx-video": "the ltx-video backend",
+    "ltx-video": "the ltx-video runner",
     "diffusers": "pipelines of diffusers",
     "jupyterlab": "`i2v-lab lab`",
 }

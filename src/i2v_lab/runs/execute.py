@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2v_lab.errors import DeviceUnavailable
+from i2v_lab.errors import DeviceUnavailable, InvalidRequest
 from i2v_lab.events import EventSink
+from i2v_lab.memory_policy import OFFLOADING
 from i2v_lab.paths import find_still
 from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.runs.spec import Consumer, ProfilerMode, RunSpec
@@ -92,6 +93,7 @@ def execute(
         InvalidImage: The still cannot be read.
         DeviceUnavailable: The device does not exist, or is too small.
         OutputError: ``run_dir`` is not empty or cannot be written.
+        InvalidRequest: Offloading is to be forecast on a CPU.
         ForecastError: A fake run depends on values that it does not know.
 
     Example:
@@ -105,8 +107,11 @@ def execute(
     if mode is Mode.FAKE:
         return _execute_fake(found, device)
 
-    def describe(target: str) -> dict[str, Any]:  # with the still as it was given: a record names no path of a machine
-        return run_metadata(target, spec=spec, **(metadata or {}))
+    # With the still as it was given: a record names no path of a machine.
+    written = replace(spec, write_video=spec.write_video and video_path is not None)
+
+    def describe(target: str) -> dict[str, Any]:
+        return run_metadata(target, spec=written, **(metadata or {}))
 
     return _execute_real(found, device, weights, run_dir, describe, video_path, hooks)
 
@@ -117,6 +122,12 @@ def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
 
     if device not in ("cpu", "cuda"):
         raise DeviceUnavailable(f"device={device!r} cannot be forecast; use cpu or cuda", device=device)
+    offloaded = sorted(spec.technique_set & OFFLOADING)
+    if offloaded and device == "cpu":
+        raise InvalidRequest(
+            f"technique='{offloaded[0]}' is not for a forecast on device='cpu', which has no second memory; use cuda",
+            technique=offloaded[0].value,
+        )
     runner = spec.runner_spec
     weights = runner.skeleton_weights(spec.architecture)
     workspaces = load_workspaces() if device == "cuda" else None

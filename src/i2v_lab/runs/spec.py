@@ -99,7 +99,14 @@ class RunSpec:
                 "memory='auto' stands for other policies; resolve it first (i2v_lab.capacity.placement)", memory="auto"
             )
         runner.check_request(architecture, self.request)
-        techniques = TECHNIQUES[self.request.memory] if self.techniques is None else to_techniques(self.techniques)
+        own = TECHNIQUES[self.request.memory]
+        techniques = own if self.techniques is None else to_techniques(self.techniques)
+        if own and techniques != own:
+            raise InvalidRequest(
+                f"memory={self.request.memory.value!r} and techniques={sorted(techniques)} differ; give one of the two",
+                memory=self.request.memory.value,
+                techniques=sorted(techniques),
+            )
         object.__setattr__(self, "techniques", techniques)
         runner.check_techniques(techniques)
         self._check_conditions(runner)

@@ -26,8 +26,8 @@ class Architecture:
         gemma: What differs from ltx-core's built-in Gemma 3 12B: ``text_config``, ``vision_config``, top-level keys.
         sampling: What differs from ltx-pipelines' defaults for this version: ``num_inference_steps``, ``stg_blocks``;
             for ltx-video the published settings of both passes, by variant.
-        request: What to ask for where the caller does not say: width, height, frames, and what its backend needs.
-        backend: Whose code runs it (see :mod:`i2v_lab.pipeline.contract.runner`).
+        request: What to ask for where the caller does not say: width, height, frames, and what its runner needs.
+        runner: Whose code runs it (see :mod:`i2v_lab.pipeline.contract.runner`).
         variants: Which of the samplers there are weights for.
         text_encoder: The T5 encoder's configuration, for ltx-video.
         lora_rank: Rank of the distilled LoRA.

@@ -1,4 +1,4 @@
-"""What every backend's pipeline hands on: a lazily decoded video, its sound if any, in the grad mode asked for."""
+"""What every runner's pipeline returns: a lazily decoded video, its sound if any, in the grad mode asked for."""
 
 from __future__ import annotations
 

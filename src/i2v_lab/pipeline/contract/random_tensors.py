@@ -10,7 +10,7 @@ import math
 
 import torch
 
-DTYPE = torch.bfloat16  # of every weight, in every backend
+DTYPE = torch.bfloat16  # of every weight, of every runner
 SEED = 2203
 PERIOD = 2**18  # elements that a tensor on the CPU repeats: drawn one by one, the LoRA of 22B takes a minute and a half
 

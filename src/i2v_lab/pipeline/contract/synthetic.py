@@ -1,4 +1,4 @@
-"""Synthetic weights of any backend: random tensors under the names and shapes of the real weight files.
+"""Synthetic weights of any runner: random tensors under the names and shapes of the real weight files.
 
 Peak memory does not depend on the values of weights, so these replace the real ones wherever memory is studied. A small
 model's are written to files in the cache; a large model's are made on demand, tensor by tensor, and never stored.
@@ -37,7 +37,7 @@ def is_on_demand(path: str) -> bool:
 
 @dataclass(frozen=True)
 class SyntheticWeights:
-    """The synthetic weight files of one backend's models.
+    """The synthetic weight files of one runner's models.
 
     Attributes:
         package: The distribution whose modules determine the layouts; its version is part of the cache key.

@@ -1,4 +1,4 @@
-"""Verification of weight files, of any backend, before a tensor is loaded: presence, headers, shapes, values."""
+"""Verification of weight files, of any runner, before a tensor is loaded: presence, headers, shapes, values."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def verify_tensors(
 def config_matches(
     architecture: Architecture, section: str, layout: Callable[[Architecture], Layout], path: Path
 ) -> bool:
-    """Whether the configuration in a file's metadata, by which its backend builds modules, gives the model's layout.
+    """Whether the configuration in a file's metadata, by which its runner builds modules, gives the model's layout.
 
     Args:
         architecture: The model.
@@ -169,7 +169,7 @@ def config_matches(
         if config == getattr(architecture, section):
             return True
         described = layout(replace(architecture, **{section: config}))
-    except Exception:  # the backends' classes raise whatever a malformed configuration leads them to
+    except Exception:  # the runners' classes raise whatever a malformed configuration leads them to
         return False
     return described == layout(architecture)
 

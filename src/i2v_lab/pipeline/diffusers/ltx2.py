@@ -31,7 +31,7 @@ from PIL import Image
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
 from i2v_lab.events import EventSink
-from i2v_lab.memory_policy import Technique, Techniques
+from i2v_lab.memory_policy import OFFLOADING, Technique, Techniques
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byte_tokenizer
 from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolve_device
@@ -94,7 +94,7 @@ class DiffusersLTX2:
     ) -> None:
         device = resolve_device(device)
         architecture = weights.architecture
-        offloaded = techniques & {Technique.MODEL_OFFLOAD, Technique.GROUP_OFFLOAD}
+        offloaded = techniques & OFFLOADING
         where = "cpu" if offloaded else device
 
         def moved(module: torch.nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""The ltx-video backend: what it makes, when it holds what, what it refuses, and forecasts against real runs."""
+"""The ltx-video runner: what it makes, when it holds what, what it refuses, and forecasts against real runs."""
 
 from __future__ import annotations
 
