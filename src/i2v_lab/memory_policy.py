@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.events import Phase
 
 
 class MemoryPolicy(StrEnum):
@@ -29,13 +30,18 @@ class MemoryPolicy(StrEnum):
 class Technique(StrEnum):
     """One way to lower the peak of one phase. Which of them a runner supports is data of that runner.
 
-    ``shared_modulations``: the transformer keeps modulations once for each distinct timestep, and accumulates in place.
-    ``token_chunks``: it processes tokens in chunks (needs ``shared_modulations``). ``text_only``: Gemma without its
-    vision tower and its key-value cache. ``feature_chunks``: its hidden states are normalized in chunks of tokens.
-    ``blend_in_place``: decoded tiles are accumulated in one buffer, and finished frames returned at once.
-    ``row_bands``: the decoder's residual blocks process rows in bands. ``streamed_text`` (needs ``text_only``),
-    ``streamed_transformer`` and ``streamed_vae``: weights of these components are copied block by block.
-    ``model_offload`` and ``group_offload``: diffusers' own offloading, of whole components or of single layers.
+    Attributes:
+        SHARED_MODULATIONS: The transformer keeps modulations once for each distinct timestep, and accumulates in place.
+        TOKEN_CHUNKS: Its queries and feed-forward process tokens in chunks; needs ``shared_modulations``.
+        TEXT_ONLY: Gemma's vision tower is not loaded, and its key-value cache not filled.
+        STREAMED_TEXT: The text encoder's weights are copied to the device block by block; needs ``text_only``.
+        FEATURE_CHUNKS: Gemma's hidden states are normalized in chunks of tokens.
+        STREAMED_TRANSFORMER: The transformer's weights are copied to the device block by block.
+        BLEND_IN_PLACE: Decoded tiles are accumulated in one buffer, and finished frames returned at once.
+        ROW_BANDS: The decoder's residual blocks process rows in bands.
+        STREAMED_VAE: The weights of the video encoder and decoder are copied to the device block by block.
+        MODEL_OFFLOAD: diffusers' own offloading of whole components.
+        GROUP_OFFLOAD: diffusers' own offloading of single layers.
     """
 
     SHARED_MODULATIONS = "shared_modulations"
@@ -52,6 +58,20 @@ class Technique(StrEnum):
 
 
 Techniques = frozenset[Technique]
+
+# A label for tables and figures, and the phase whose peak it lowers: in the order in which the study adds them, each at
+# the position where it lowers the peak of the run, or else that of its phase.
+LABELS: Mapping[Technique, tuple[str, Phase]] = {
+    Technique.SHARED_MODULATIONS: ("modulations shared by timestep", Phase.DENOISE_STAGE_2),
+    Technique.TOKEN_CHUNKS: ("tokens in chunks", Phase.DENOISE_STAGE_2),
+    Technique.TEXT_ONLY: ("vision tower not loaded", Phase.ENCODE_PROMPT),
+    Technique.STREAMED_TEXT: ("text encoder streamed", Phase.ENCODE_PROMPT),
+    Technique.FEATURE_CHUNKS: ("text features in chunks", Phase.ENCODE_PROMPT),
+    Technique.STREAMED_TRANSFORMER: ("transformer streamed", Phase.DENOISE_STAGE_2),
+    Technique.BLEND_IN_PLACE: ("tiles blended in place", Phase.DECODE_VIDEO),
+    Technique.ROW_BANDS: ("decoder in bands of rows", Phase.DECODE_VIDEO),
+    Technique.STREAMED_VAE: ("decoder streamed", Phase.DECODE_VIDEO),
+}
 
 # The one is built on the other; Gemma's head, which is tied to its embedding, must not be streamed besides.
 NEEDS: Mapping[Technique, Technique] = {

@@ -12,7 +12,7 @@ import pytest
 
 from i2v_lab.capacity.cards import context_bytes, gpu_table
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.memory_policy import LABELS, TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.registry import find_runner
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
@@ -32,10 +32,9 @@ from i2v_lab.studies.pipelines import (
 )
 from i2v_lab.studies.published import published_peak
 from i2v_lab.studies.techniques import (
-    ORDER,
-    has_techniques,
     step_specs,
     steps_table,
+    studied_techniques,
     techniques_verdict,
 )
 
@@ -59,13 +58,15 @@ def test_each_step_has_one_technique_more_from_resident_to_streamed():
     assert steps[-1].policy is MemoryPolicy.STREAMED
     sets = [step.technique_set for step in steps]
     assert (sets[0], sets[-1]) == (frozenset(), TECHNIQUES[MemoryPolicy.STREAMED])
-    assert [after - before for before, after in pairwise(sets)] == [{each} for each in ORDER]
-    assert set(ORDER) == find_runner("ltx-2").techniques
+    assert [after - before for before, after in pairwise(sets)] == [{each} for each in LABELS]
+    assert set(LABELS) == find_runner("ltx-2").techniques
     assert len({step.name for step in steps}) == len(steps)
     assert [RunSpec.from_json(json.loads(json.dumps(step.to_json()))) for step in steps] == steps
     assert len({step.memory_key() for step in steps}) == len(steps)
-    assert len(step_specs(make_request("ltxv-tiny"), "ltxv-tiny")) == 1
-    assert not has_techniques("ltxv-tiny")
+    for model in ("ltxv-tiny", "ltx-2-tiny"):  # diffusers' offloading is no step of this study
+        assert not studied_techniques(model)
+        assert [spec.policy for spec in step_specs(make_request(model), model)] == [MemoryPolicy.RESIDENT]
+        assert [spec.policy for spec in policy_specs(make_request(model), model, ["64x64"])] == [MemoryPolicy.RESIDENT]
 
 
 def test_chosen_techniques_come_in_the_order_asked_for_and_each_after_what_it_needs():
@@ -87,7 +88,7 @@ def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():
     after = {**before, "denoise_stage_2": 21.0}
     observations = [seen(specs[0], 2.0, **before), *(seen(each, 3.0, **after) for each in specs[1:])]
     table = steps_table(observations)
-    assert len(table) == len(ORDER) + 1
+    assert len(table) == len(LABELS) + 1
     first, second = table.iloc[0], table.iloc[1]
     assert (first["peak_bytes"], first["peak_phase"], first["own_phase"]) == (26 * GIB, "denoise_stage_2", "")
     assert pd.isna(first["before_bytes"])

@@ -12,7 +12,9 @@ import pandas as pd
 from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
-from i2v_lab.memory_policy import MemoryPolicy, Technique
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.phases import peak_reserved_bytes, phase_peaks, run_peak
@@ -20,7 +22,7 @@ from i2v_lab.runs.recorded import RecordedRuns, card_of, seconds_of, spec_of
 from i2v_lab.runs.sources import Observation, Source, observe
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.studies.published import to_size
-from i2v_lab.studies.techniques import has_techniques, with_policy
+from i2v_lab.studies.techniques import with_policy
 
 # The models of diffusers that are compared with ours: LTX-2, the previous release of LTX-2.3.
 COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
@@ -29,8 +31,9 @@ POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
 def policy_specs(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[RunSpec]:
-    """The request at each size under each policy."""
-    policies = POLICIES if has_techniques(model) else POLICIES[:1]
+    """The request at each size under each policy that the model's runner supports."""
+    supported = runner_of(load_architecture(model)).techniques
+    policies = [policy for policy in POLICIES if TECHNIQUES[policy] <= supported]
     resized = [replace(request, width=width, height=height) for width, height in map(to_size, sizes)]
     return [with_policy(one, model, policy) for one in resized for policy in policies]
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from i2v_lab.events import Phase
-from i2v_lab.memory_policy import MemoryPolicy, Technique, to_techniques
+from i2v_lab.memory_policy import LABELS, MemoryPolicy, Technique, to_techniques
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.request import DecodeScope, I2VRequest
@@ -20,18 +19,6 @@ from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, NO_DATA, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
 
-# Each technique at the position where it lowers the peak of the run, or else that of its target phase.
-ORDER: dict[Technique, tuple[str, Phase]] = {
-    Technique.SHARED_MODULATIONS: ("modulations shared by timestep", Phase.DENOISE_STAGE_2),
-    Technique.TOKEN_CHUNKS: ("tokens in chunks", Phase.DENOISE_STAGE_2),
-    Technique.TEXT_ONLY: ("vision tower not loaded", Phase.ENCODE_PROMPT),
-    Technique.STREAMED_TEXT: ("text encoder streamed", Phase.ENCODE_PROMPT),
-    Technique.FEATURE_CHUNKS: ("text features in chunks", Phase.ENCODE_PROMPT),
-    Technique.STREAMED_TRANSFORMER: ("transformer streamed", Phase.DENOISE_STAGE_2),
-    Technique.BLEND_IN_PLACE: ("tiles blended in place", Phase.DECODE_VIDEO),
-    Technique.ROW_BANDS: ("decoder in bands of rows", Phase.DECODE_VIDEO),
-    Technique.STREAMED_VAE: ("decoder streamed", Phase.DECODE_VIDEO),
-}
 BASELINE = "as upstream runs it"
 EIGHTH = 1 / 8  # 4 GiB over the published 33.55 GiB is 0.119
 STEP_COLUMNS = {
@@ -48,9 +35,10 @@ STEP_COLUMNS = {
 }
 
 
-def has_techniques(model: str) -> bool:
-    """Whether a model's runner supports any memory technique."""
-    return bool(runner_of(load_architecture(model)).techniques)
+def studied_techniques(model: str) -> list[Technique]:
+    """The techniques of a model's runner that the study adds one by one, in their order."""
+    supported = runner_of(load_architecture(model)).techniques
+    return [technique for technique in LABELS if technique in supported]
 
 
 def step_specs(request: I2VRequest, model: str, techniques: Sequence[str] = ()) -> list[RunSpec]:
@@ -59,15 +47,13 @@ def step_specs(request: I2VRequest, model: str, techniques: Sequence[str] = ()) 
     Args:
         request: What to generate; its own memory policy is ignored.
         model: An architecture's name.
-        techniques: Names in the order in which they are added; all of :data:`ORDER` if empty.
+        techniques: Names in the order in which they are added; all of :func:`studied_techniques` if empty.
 
     Raises:
         InvalidRequest: A technique is unknown, or precedes one that it depends on.
     """
     plain = with_policy(request, model, MemoryPolicy.RESIDENT)
-    if not has_techniques(model):
-        return [plain]
-    names = list(dict.fromkeys(techniques)) or list(ORDER)
+    names = list(dict.fromkeys(techniques)) or studied_techniques(model)
     steps = [replace(plain, techniques=to_techniques(names[:count])) for count in range(1, len(names) + 1)]
     return [plain, *steps]
 
@@ -96,7 +82,7 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
     sets = [each.spec.technique_set for each in observations]
     for step, own_set in enumerate(sets):
         technique = next(iter(own_set - sets[step - 1]), None) if step else None
-        words, own = (BASELINE, "") if technique is None else ORDER[technique]
+        words, own = (BASELINE, "") if technique is None else LABELS.get(technique, (technique.value, ""))
         peak = run_peak(observations[step].run)
         before = max(step - 1, 0)
         rows.append(
