@@ -98,7 +98,7 @@ def _steps(last: float) -> pd.DataFrame:
         ("tokens by chunks", 90, "encode_prompt", "denoise_stage_2", 100, 80, 13.9, 13.2),
         ("decoder by bands", last, "decode_video", "decode_video", 90, last, None, None),
     ]
-    columns = ["words", "peak_bytes", "peak_phase", "own_phase", "before_bytes", "after_bytes"]
+    columns = ["label", "peak_bytes", "peak_phase", "target_phase", "before_bytes", "after_bytes"]
     table = pd.DataFrame(rows, columns=[*columns, "before_seconds", "after_seconds"])
     sizes = ["peak_bytes", "before_bytes", "after_bytes"]
     return table.assign(**{name: (table[name].astype("Float64") * GIB).astype("Int64") for name in sizes})

@@ -90,9 +90,9 @@ def test_a_step_says_what_it_did_to_its_own_phase_and_to_the_whole_run():
     table = steps_table(observations)
     assert len(table) == len(LABELS) + 1
     first, second = table.iloc[0], table.iloc[1]
-    assert (first["peak_bytes"], first["peak_phase"], first["own_phase"]) == (26 * GIB, "denoise_stage_2", "")
+    assert (first["peak_bytes"], first["peak_phase"], first["target_phase"]) == (26 * GIB, "denoise_stage_2", "")
     assert pd.isna(first["before_bytes"])
-    assert (second["technique"], second["own_phase"]) == ("shared_modulations", "denoise_stage_2")
+    assert (second["technique"], second["target_phase"]) == ("shared_modulations", "denoise_stage_2")
     assert (second["peak_bytes"], second["peak_phase"]) == (23 * GIB, "encode_prompt")
     assert (second["before_bytes"], second["after_bytes"]) == (26 * GIB, 21 * GIB)
     assert (second["before_seconds"], second["after_seconds"]) == (2.0, 3.0)

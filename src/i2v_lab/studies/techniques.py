@@ -24,10 +24,10 @@ EIGHTH = 1 / 8  # 4 GiB over the published 33.55 GiB is 0.119
 STEP_COLUMNS = {
     "step": "int64",
     "technique": "str",
-    "words": "str",
+    "label": "str",
     "peak_bytes": "Int64",
     "peak_phase": "str",
-    "own_phase": "str",
+    "target_phase": "str",
     "before_bytes": "Int64",
     "after_bytes": "Int64",
     "before_seconds": "Float64",
@@ -70,8 +70,8 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
         observations: Of :func:`step_specs`.
 
     Returns:
-        One row for each step, the first without techniques: ``step, technique, words`` (a label); the run's
-        ``peak_bytes`` and ``peak_phase``; the technique's target phase ``own_phase``, with its peak ``before_bytes``
+        One row for each step, the first without techniques: ``step, technique, label``; the run's
+        ``peak_bytes`` and ``peak_phase``; the technique's target phase ``target_phase``, with its peak ``before_bytes``
         and ``after_bytes``, and ``before_seconds, after_seconds``, measured, or for a forecast those of the recorded
         runs. Values of a step without a run are missing.
     """
@@ -82,12 +82,12 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
     sets = [each.spec.technique_set for each in observations]
     for step, own_set in enumerate(sets):
         technique = next(iter(own_set - sets[step - 1]), None) if step else None
-        words, own = (BASELINE, "") if technique is None else LABELS.get(technique, (technique.value, ""))
+        label, own = (BASELINE, "") if technique is None else LABELS.get(technique, (technique.value, ""))
         peak = run_peak(observations[step].run)
         before = max(step - 1, 0)
         rows.append(
             [
-                *(step, technique or "", words),
+                *(step, technique or "", label),
                 *((peak.peak_bytes, peak.phase) if peak else (None, "")),
                 str(own),
                 *(peaks[before].get(own), peaks[step].get(own)),

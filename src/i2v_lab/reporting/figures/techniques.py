@@ -39,7 +39,9 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
     """
     rows: list[dict[Any, Any]] = steps[steps["peak_bytes"].notna()].to_dict("records")
     if published_bytes is not None:
-        rows.insert(0, {"words": "published study", "peak_bytes": published_bytes, "peak_phase": "", "own_phase": ""})
+        rows.insert(
+            0, {"label": "published study", "peak_bytes": published_bytes, "peak_phase": "", "target_phase": ""}
+        )
     largest = float(max(row["peak_bytes"] for row in rows))
     scale, unit = byte_scale(largest)
     with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
@@ -57,7 +59,7 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
                 axes.plot([before, before], [place - 1 + 0.33, place - 0.33], color="#999999", linewidth=0.8)
             _label(axes, place, row, max(value, before))
             before = value
-        axes.set_yticks(range(len(rows)), [row["words"] for row in rows], fontsize=9)
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
         axes.set_ylim(len(rows) - 0.5, -0.6)
         axes.set_xlim(0, largest / scale * 1.24)
         axes.set_xlabel(f"peak of the whole run ({unit})")
@@ -72,12 +74,12 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
 def _label(axes: Axes, place: int, row: dict[Any, Any], right: float) -> None:
     axes.text(right, place, f" {format_bytes(int(row['peak_bytes']))}", va="center", fontsize=9, fontweight="bold")
     changes = []
-    if row["own_phase"] != row["peak_phase"] and not _absent(row, "before_bytes", "after_bytes"):
+    if row["target_phase"] != row["peak_phase"] and not _absent(row, "before_bytes", "after_bytes"):
         changes.append(f"{format_bytes(int(row['before_bytes']))} to {format_bytes(int(row['after_bytes']))}")
     if not _absent(row, "before_seconds", "after_seconds"):
         changes.append(f"{format_seconds(row['before_seconds'])} to {format_seconds(row['after_seconds'])}")
-    if row["own_phase"] and changes:
-        words = f"{row['own_phase'].replace('_', ' ')}: {', '.join(changes)}"
+    if row["target_phase"] and changes:
+        words = f"{row['target_phase'].replace('_', ' ')}: {', '.join(changes)}"
         beside = axes.get_yaxis_transform()
         axes.text(1.01, place, words, transform=beside, va="center", fontsize=7.5, color="#555555")
 
