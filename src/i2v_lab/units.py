@@ -41,24 +41,27 @@ def format_bytes(n_bytes: int | None, *, signed: bool = False) -> str:
     return f"{sign}{n_bytes} B"
 
 
-def format_seconds(seconds: float | None, *, signed: bool = False) -> str:
-    """A duration with three significant digits, at most two behind the point; ms below 0.1 s, minutes from 600 s.
+def format_seconds(seconds: float | None, *, signed: bool = False, rough: bool = False) -> str:
+    """A duration with three significant digits, and at most two behind the point; milliseconds below 0.1 s.
 
     Args:
         seconds: ``None`` is ``n/a``.
         signed: Whether a positive number, such as a difference, gets a plus sign.
+        rough: Whole seconds, and whole minutes from two on: for what is left, or was expected.
 
     Example:
-        >>> [format_seconds(seconds) for seconds in (0.0132, 0.25, 4.71, 38.2, 121.6, 754)]
-        ['13.2 ms', '0.25 s', '4.71 s', '38.2 s', '122 s', '13 min']
+        >>> [format_seconds(seconds) for seconds in (0.0132, 0.25, 4.71, 38.2, 121.6)]
+        ['13.2 ms', '0.25 s', '4.71 s', '38.2 s', '122 s']
+        >>> format_seconds(38.2, rough=True), format_seconds(754, rough=True)
+        ('38 s', '13 min')
         >>> format_seconds(0.5, signed=True)
         '+0.50 s'
     """
     if seconds is None:
         return UNAVAILABLE
     sign = "+" if signed and seconds > 0 else ""
-    if abs(seconds) >= 600:
-        return f"{sign}{seconds / 60:.0f} min"
+    if rough:
+        return f"{sign}{seconds:.0f} s" if abs(seconds) < 120 else f"{sign}{seconds / 60:.0f} min"
     number, unit = (seconds, "s") if seconds == 0 or abs(seconds) >= 0.1 else (1000 * seconds, "ms")
     size = abs(number)
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2

@@ -76,7 +76,7 @@ def page(browser: Browser) -> Iterator[Page]:
     page = context.new_page()
     page.set_default_timeout(SLOW)
     problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("console", lambda m: problems.append(f"{m.text} {m.location}") if m.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda r: problems.append(r.url) if not re.match(r"http://127\.|data:|blob:", r.url) else None)
     yield page
@@ -169,7 +169,7 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     frames = generate.locator(".widget-slider", has_text="frames").locator(".noUi-handle")
     frames.press("ArrowLeft")
     frames.press("ArrowLeft")
-    start, stop = (generate.locator("button", has_text=name) for name in ("Generate", "Stop"))
+    start, stop = (generate.get_by_title(name, exact=True) for name in ("Generate", "Stop"))
     assert start.is_enabled()
     assert stop.is_disabled()
     start.click()

@@ -88,7 +88,6 @@ def test_frames_are_those_of_the_packages_own_pipeline(ltxv_tiny, still, untouch
         variant=variant,
         quantization="bf16",
         tiling=None,
-        pixel_multiple=32,
     )
     ours = torch.cat(list(LtxVideoPipeline(ltxv_tiny)(request).video))
     theirs = _theirs(untouched, ltxv_tiny.architecture.sampling, request)

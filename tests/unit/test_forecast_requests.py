@@ -344,7 +344,7 @@ def test_a_forecast_prints_no_lines_of_a_real_allocator(monkeypatch, capfd):
 def test_forecast_as_text_names_the_peak_its_holders_and_the_cards():
     text = _run("forecast", *TINY)
     assert text.startswith("ltx-2.3-tiny, 64x64, 9 frames, distilled, fp8-cast, decode no_grad\npeak ")
-    assert "Allocated at the peak, in " in text
+    assert "Live at the peak, in " in text
     assert "RTX PRO 6000 Blackwell" in text
     assert "for the CUDA context" in text
 

@@ -166,7 +166,7 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
     phases = run_tables.phase_table(run).drop(columns="seconds")
     console.print(rich_table(phases, "Phases, forecast", bold=result.peak.phase))
     modules = run_tables.modules_table(run).head(8)
-    console.print(rich_table(modules, f"Allocated at the peak, in {result.peak.phase}, by module"))
+    console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
     table = Table("card", "memory", "verdict", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:

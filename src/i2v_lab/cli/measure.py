@@ -57,14 +57,14 @@ def measure(
 
     planned = load_plan(plan)
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
-    expected = format_seconds(sum(each.expected_seconds for each in todo))
+    expected = format_seconds(sum(each.expected_seconds for each in todo), rough=True)
     print(
         f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {expected}",
         flush=True,
     )
     if dry_run:
         for each in todo:
-            print(f"{each.name:<60} {format_seconds(each.expected_seconds):>8}")
+            print(f"{each.name:<60} {format_seconds(each.expected_seconds, rough=True):>7}")
         return
     outcomes = _measure_all(planned, {each.name for each in todo}, out, device)
     _print_summary(outcomes)
@@ -85,7 +85,7 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
     for each in planned:
         if each.name in todo:
             started += 1
-            log(f"[{started}/{len(todo)}] {each.name}, about {format_seconds(left_s)} left")
+            log(f"[{started}/{len(todo)}] {each.name}, about {format_seconds(left_s, rough=True)} left")
             left_s -= each.expected_seconds
         start_s = time.perf_counter()
         run, message = None, ""
@@ -96,7 +96,8 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
             message = str(error)
         outcomes.append(_Outcome(each.name, run, message, reused=each.name not in todo))
         if each.name in todo:
-            took = f"{format_seconds(time.perf_counter() - start_s)} (expected {format_seconds(each.expected_seconds)})"
+            took = format_seconds(time.perf_counter() - start_s, rough=True)
+            took += f" (expected {format_seconds(each.expected_seconds, rough=True)})"
             log(f"    {'failed' if run is None else run.status}, {took}{': ' if message else ''}{message[:160]}")
     return outcomes
 

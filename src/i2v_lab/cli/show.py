@@ -59,10 +59,10 @@ def show(
         console.print(rich_table(run_tables.phase_table(first), "Phases", bold=peak.phase))
         modules = run_tables.modules_table(first).head(top)
         if len(modules):
-            console.print(rich_table(modules, f"Allocated at the peak, in {peak.phase}, by module"))
+            console.print(rich_table(modules, f"Live at the peak, in {peak.phase}, by module"))
         holders = run_tables.holders_table(first, top=top)
         if len(holders):
-            console.print(rich_table(holders, f"The largest storages allocated at the peak, in {peak.phase}"))
+            console.print(rich_table(holders, f"The largest storages live at the peak, in {peak.phase}"))
         return
     second = read_run(other)
     for name, each in (("first", first), ("other", second)):

@@ -70,7 +70,7 @@ class VramMonitor(View):
     def _chart(self) -> str:
         samples = list(self.monitor.samples)[-SHOWN:]
         if not samples:
-            return sentence(self.monitor.source) + sentence("Press Start, or start a generation.")
+            return sentence(self.monitor.source) + sentence("Press Start monitor, or start a generation.")
         curves = [
             pictures.Curve("allocated", BLUE, [s.allocated_bytes for s in samples], filled=True),
             pictures.Curve("reserved", SKY, [s.reserved_bytes for s in samples]),
@@ -84,8 +84,8 @@ class VramMonitor(View):
     def _build(self) -> Any:
         import ipywidgets as widgets
 
-        self._start = widgets.Button(description="Start", icon="play")
-        self._stop = widgets.Button(description="Stop", icon="stop")
+        self._start = widgets.Button(description="Start monitor", icon="play")
+        self._stop = widgets.Button(description="Stop monitor", icon="stop")
         self._start.on_click(lambda _: self.__enter__())
         self._stop.on_click(lambda _: self.monitor.stop())
         self._picture = widgets.HTML()

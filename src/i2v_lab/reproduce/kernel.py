@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ipykernel.kernelspec import RESOURCES
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 
@@ -26,7 +27,7 @@ class InterpreterKernelSpecs(KernelSpecManager):
         if kernel_name != NATIVE_KERNEL_NAME:
             return super().get_kernel_spec(kernel_name)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=argv, display_name="i2v-lab", language="python")
+        return KernelSpec(argv=argv, display_name="i2v-lab", language="python", resource_dir=RESOURCES)  # its logos
 
 
 class InterpreterKernelManager(AsyncKernelManager):

@@ -74,7 +74,7 @@ class RunReport:
         if name in self._tasks:
             self._bars.remove_task(self._tasks.pop(name))
         self._bars.advance(self._all)
-        took = "" if outcome.seconds is None else f" ({format_seconds(outcome.seconds)})"
+        took = "" if outcome.seconds is None else f" ({format_seconds(outcome.seconds, rough=True)})"
         self._line(name, f"{outcome}{took}")
 
     def _line(self, name: str, text: str) -> None:
@@ -97,11 +97,11 @@ class RunReport:
 
 def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
     """Print the outcome of every notebook as a table, and the path of the site below the build folder."""
-    table = Table("notebook", "outcome", "seconds", header_style="bold")
+    table = Table("notebook", "outcome", "time", header_style="bold")
     table.columns[-1].justify = "right"
     for outcome in outcomes:
         style = "bold red" if outcome.error else ""
-        seconds = "" if outcome.seconds is None else format_seconds(outcome.seconds)
+        seconds = "" if outcome.seconds is None else format_seconds(outcome.seconds, rough=True)
         table.add_row(outcome.notebook.stem, Text(str(outcome), style=style), seconds)
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)

@@ -261,7 +261,9 @@ def _metadata(pipeline: Any, args: Any, kwargs: Mapping[str, Any], device: torch
         pipeline = pipeline.func
     name = getattr(pipeline, "__qualname__", None) or type(pipeline).__name__
     plain = {key: each for key, each in arguments.items() if isinstance(each, str | int | float | None)}
-    package = type(pipeline).__module__.partition(".")[0]
+    owner = getattr(pipeline, "__self__", pipeline)  # of a bound method
+    named = owner if inspect.isroutine(owner) or inspect.isclass(owner) else type(owner)
+    package = named.__module__.partition(".")[0]
     distribution = package.replace("_", "-")
     seed = int(plain.get("seed") or 0)
     return run_metadata(

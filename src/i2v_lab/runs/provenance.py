@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import i2v_lab
+from i2v_lab import __version__
 from i2v_lab.paths import checkout_dir, data_dir, package_dir
 from i2v_lab.pipeline.registry import RUNNERS, find_runner
 from i2v_lab.profiling.meters.nvml import describe_device
@@ -57,7 +57,7 @@ def runner_packages(runners: Iterable[str] = ()) -> tuple[str, ...]:
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """Installed versions, ``None`` for what is not installed; this package's own first."""
-    return {"i2v-lab": i2v_lab.__version__, **{name: installed_version(name) for name in packages}}
+    return {"i2v-lab": __version__, **{name: installed_version(name) for name in packages}}
 
 
 def installed_version(package: str) -> str | None:

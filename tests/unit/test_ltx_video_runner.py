@@ -131,7 +131,7 @@ def test_components_are_built_and_released_in_their_phase_and_the_transformer_sp
 
 def test_the_first_stage_is_at_two_thirds_of_the_size_and_the_second_at_twice_that(ltxv_tiny):
     for width in range(64, 2049, 32):
-        request = replace(SMALL, width=width, pixel_multiple=32)
+        request = replace(SMALL, width=width)
         first, second = (stage_shape(ltxv_tiny.architecture, request, stage) for stage in (1, 2))
         assert first.width % 32 == 0
         assert second.width == 2 * first.width >= width - 32
@@ -235,7 +235,6 @@ requests = st.builds(
     variant=st.sampled_from(Variant),
     quantization=st.just("bf16"),
     tiling=st.none(),
-    pixel_multiple=st.just(32),
     decode_scope=st.sampled_from([DecodeScope.NO_GRAD, DecodeScope.ESCAPED]),
 )
 
