@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from i2v_lab import I2VRequest, profile_call, watch
 from i2v_lab.cli.app import app
-from i2v_lab.errors import GradEscape, OutputError, ProfilerError, VramCapExceeded
+from i2v_lab.errors import GradEscape, InvalidRequest, OutputError, ProfilerError, VramCapExceeded
+from i2v_lab.memory_policy import Technique
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.profiling.components import find_modules, phase_of
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -371,6 +372,14 @@ def test_diffusers_ltx2_tells_its_phases_peaks_and_steps(diffusers_tiny, still, 
     holders = {r.module.partition(".")[0] for r in call.records if isinstance(r, ModuleRecord)}
     assert {"vae", "transformer", "text_encoder", "connectors", "vocoder", "latent_upsampler"} <= holders
     assert read_run(tmp_path / "run").metadata["package"] == "i2v_lab"
+
+
+def test_a_technique_of_another_runner_is_refused_by_diffusers_pipeline():
+    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2, resolve_weights
+
+    with pytest.raises(InvalidRequest) as refused:
+        DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), techniques=frozenset({Technique.ROW_BANDS}))
+    assert refused.value.fields == {"technique": "row_bands"}
 
 
 def test_diffusers_ltx2_leaks_a_graph_where_the_caller_decodes(diffusers_tiny, still):

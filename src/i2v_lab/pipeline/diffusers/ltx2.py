@@ -36,6 +36,7 @@ from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byte_tokenizer
 from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolve_device
 from i2v_lab.pipeline.contract.media import load_still
+from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.request import I2VRequest
 
 
@@ -82,6 +83,7 @@ class DiffusersLTX2:
 
     Raises:
         DeviceUnavailable: The device does not exist here.
+        InvalidRequest: A technique is another runner's.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class DiffusersLTX2:
         techniques: Techniques = frozenset(),
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        RUNNER.check_techniques(techniques)
         device = resolve_device(device)
         architecture = weights.architecture
         offloaded = techniques & OFFLOADING

@@ -24,7 +24,7 @@ from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
 from i2v_lab.pipeline.contract.weight_files import element_count
-from i2v_lab.pipeline.ltx2 import phases
+from i2v_lab.pipeline.ltx2 import RUNNER, phases
 from i2v_lab.pipeline.ltx2.layout import file_layout, meta_component
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
@@ -45,6 +45,7 @@ class TwoStagePipeline:
 
     Raises:
         DeviceUnavailable: The device does not exist here.
+        InvalidRequest: A technique is another runner's.
 
     Example:
         >>> from i2v_lab.pipeline.contract.architectures import load_architecture
@@ -61,6 +62,8 @@ class TwoStagePipeline:
         sinks: Sequence[EventSink] = (),
         techniques: Techniques | None = None,
     ) -> None:
+        if techniques is not None:
+            RUNNER.check_techniques(techniques)
         self.weights = weights
         self._techniques = techniques
         self.device = resolve_device(device)
