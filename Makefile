@@ -2,7 +2,7 @@
 #      measure-gpu | lab | clean. Every target sets up what it needs. On two cores:
 #
 #   lint        20 s   ruff, mypy, and the import contracts of pyproject.toml; nothing is run
-#   test-quick  90 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
+#   test-quick  70 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
 #                      figures, a generation and forecasts of the tiny model. For every change, before a commit
 #   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
 #   coverage     6 min every test again, and which lines of src/i2v_lab they ran, child processes included
