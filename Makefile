@@ -5,7 +5,7 @@
 #   test-quick  70 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
 #                      figures, a generation and forecasts of the tiny model. For every change, before a commit
 #   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
-#   coverage     6 min every test again, and which lines of src/i2v_lab they ran, child processes included
+#   coverage     9 min every test again, and which lines of src/i2v_lab they ran, child processes included
 #   bench        2 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
 #
 # A test is `slow` by the durations in tests/durations.json, not by hand: tests/scheduling.py says how.
