@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope
 from i2v_lab.runs.forecast import forecast_specs
@@ -155,12 +153,3 @@ def halves_table(accuracy: pd.DataFrame) -> pd.DataFrame:
         errors = [plain.median(), plain.max(), corrected.median(), corrected.max()]
         rows.append([counted, len(names[::2]), len(names[1::2]), *errors])
     return pd.DataFrame(rows, columns=HALVES_COLUMNS)
-
-
-def reference_table() -> pd.DataFrame:
-    """``data/measured/components-h200.json``: components measured in isolation on an H200.
-
-    Returns:
-        ``phase, width, height, frames, steps, autograd, peak_allocated_gib``, and the columns of the tiling.
-    """
-    return pd.DataFrame(json.loads((data_dir() / "measured" / "components-h200.json").read_text())["rows"])
