@@ -38,6 +38,7 @@ from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolv
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.request import I2VRequest
+from i2v_lab.torch_compat import is_fake
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class DiffusersLTX2:
         elif Technique.GROUP_OFFLOAD in techniques:  # by blocks its autoencoder fails: it is encoded with, not called
             self.generate.enable_group_offload(onload_device=device, offload_type="leaf_level")
             self.upsample.latent_upsampler.to(device)
-        if torch._guards.active_fake_mode() is not None:
+        if is_fake():
             ratio = self.generate.vae_spatial_compression_ratio
             self.generate.video_processor = ForecastProcessor(ratio, resample="bilinear")
         self.generate.set_progress_bar_config(disable=True)

@@ -19,7 +19,7 @@ import torch
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.attention import fused_attention
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator, data_dependent_error, known_values
-from i2v_lab.profiling.fake.torch_compat import (
+from i2v_lab.torch_compat import (
     CONVOLUTION_BASE,
     DATA,
     NUMPY,

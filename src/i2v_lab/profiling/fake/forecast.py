@@ -17,11 +17,11 @@ from i2v_lab.profiling.fake.cached_tensors import no_cached_tensors
 from i2v_lab.profiling.fake.device import fake_device, to_fake
 from i2v_lab.profiling.fake.garbage import no_collection
 from i2v_lab.profiling.fake.memoization import MemoryKey, ModuleMemo
-from i2v_lab.profiling.fake.torch_compat import active_fake_mode, tree_leaves
 from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast
+from i2v_lab.torch_compat import active_fake_mode, tree_leaves
 
 
 class ForecastMeter(LiveStorageMeter):

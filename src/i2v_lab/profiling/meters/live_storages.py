@@ -11,13 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import VramCapExceeded
 from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.module_paths import ModulePaths
-from i2v_lab.profiling.storages import storage_key
+from i2v_lab.torch_compat import TorchDispatchMode, storage_key, tree_leaves
 
 CATEGORIES = ("weight", "saved", "activation", "other")
 

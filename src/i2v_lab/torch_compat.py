@@ -1,6 +1,7 @@
-"""Everything of torch's private API that fakes use, in one place: what to go through for a new version of torch.
+"""Everything of torch's private API that fakes and meters use, in one place: what to go through for a new torch.
 
-``tests/unit/test_torch_compat.py`` has a test for each item. Written for torch 2.11.
+``tests/unit/test_torch_compat.py`` has a test for each item, whose name in a report ends with the version of torch.
+Written for torch 2.11; every item is the same in 2.12.1, 2.13.0, 2.14.1 and 2.15.0.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only  # torch.utils has no public pytree
 
-from i2v_lab.profiling.storages import storage_key  # untyped_storage()._cdata
-
 __all__ = [
+    "CALL",
     "CONVOLUTION_BASE",
     "DATA",
     "DATA_DEPENDENT",
@@ -43,6 +43,7 @@ __all__ = [
     "FakeTensorConverter",
     "FakeTensorMode",
     "HardwareFreeFakeMode",
+    "TorchDispatchMode",
     "UnsupportedOperatorException",
     "active_fake_mode",
     "alias_annotations",
@@ -50,6 +51,7 @@ __all__ = [
     "disable_current_modes",
     "gpu_context_patch",
     "in_kernel_invocation_manager",
+    "is_fake",
     "no_dispatch",
     "returns_new_tensors",
     "storage_key",
@@ -58,6 +60,8 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+CALL = torch.nn.Module._call_impl.__code__  # the one function that every call of a module passes through
 
 DATA_DEPENDENT = (DynamicOutputShapeException, DataDependentOutputException)
 disable_current_modes = _disable_current_modes
@@ -90,6 +94,15 @@ class DispatchMode(TorchDispatchMode):
         return False  # nothing is compiled here
 
 
+def storage_key(tensor: torch.Tensor) -> int:
+    """Address of the ``StorageImpl`` behind a tensor, the same for all its views.
+
+    ``_cdata`` is private, but nothing public identifies the storage of a fake tensor: all their ``data_ptr()`` are 0.
+    A key is valid only while the storage exists; hold a weak reference beside it.
+    """
+    return tensor.untyped_storage()._cdata
+
+
 def gpu_context_patch() -> tuple[Any, str, Callable[[Any], None]]:
     """What to patch, and with what, so that a fake tensor on ``cuda`` does not initialise CUDA."""
     return fake_tensor, "init_gpu_context", lambda device: None
@@ -100,6 +113,11 @@ def active_fake_mode() -> FakeTensorMode:
     mode = torch._guards.active_fake_mode()
     assert mode is not None
     return mode
+
+
+def is_fake() -> bool:
+    """Whether this code runs under fake tensors, as in a forecast."""
+    return torch._guards.active_fake_mode() is not None
 
 
 def returns_new_tensors(operator: Any) -> bool:
