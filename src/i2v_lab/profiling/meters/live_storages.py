@@ -268,6 +268,11 @@ class LiveStorageMeter(TorchDispatchMode):
         if nbytes > self._peak_bytes:
             self._peak_bytes, self._peak_tick = nbytes, self._tick
 
+    def block(self, tensor: torch.Tensor) -> Block | None:
+        """The modelled allocator's block of a tensor; ``None`` where it is not counted or no allocator is modelled."""
+        known = self._live.get(storage_key(tensor))
+        return known[2].block if known is not None else None
+
     def counted_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
         """Allocated bytes of the storages of ``tensors``, each counted once."""
         keys = {storage_key(tensor) for tensor in tensors}
