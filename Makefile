@@ -1,4 +1,4 @@
-# make setup | locks | reproduce | test | test-quick | coverage | lint | docs | bench | endurance | figures | pictures |
+# make setup | locks | reproduce | test | test-quick | ranges | coverage | lint | docs | bench | endurance | figures | pictures |
 #      measure-gpu | lab | clean. Every target sets up what it needs. On two cores:
 #
 #   lint        20 s   ruff, mypy, and the import contracts of pyproject.toml; nothing is run
