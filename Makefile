@@ -29,7 +29,7 @@ setup: .venv/.stamp
 	$(INSTALL) -e . ltx-video==0.1.2
 	touch $@
 
-# Not part of `make setup`, which they would make 90 MB larger.
+# Not part of `make setup`, which they would make 50 MB larger.
 $(BIN)/nox: | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nox==2026.10.20 uv==0.13.9
 
