@@ -10,7 +10,7 @@ RUNNER = RunnerSpec(
     label="diffusers",
     models="diffusers",
     module="diffusers",
-    install="pip install 'diffusers>=0.39,<0.40'",
+    install="pip install 'diffusers>=0.39,<0.43'",
     packages=("torch", "diffusers", "transformers", "accelerate"),
     sizes=SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8),
     parts={
