@@ -46,10 +46,6 @@ WHY_EXPECTED = (
     "`pip check` reports this as expected: {unmet}. ltx-core needs transformers>=4.52, so nothing meets both; "
     "ltx-video works with this one and is installed last, without its own pins: `{command}`. Nothing to do."
 )
-WHY_NO_TORCHAUDIO = (
-    "torchaudio cannot be loaded beside this torch ({reason}). Only encoding of audio needs it, which no "
-    "image-to-video run does. Nothing to do."
-)
 ENCODERS = ("libx264", "aac")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # Measured: a generation with the tiny model and a forecast of the 22B take about 1.0 GB of memory each, the tiny
@@ -188,10 +184,10 @@ def check_torch_family(packages: Packages) -> Check:
     wrong = [each for each in _unmet(packages) if each.name in FAMILY]
     if wrong:
         return Check(name, State.BROKEN, found, f"{'; '.join(map(str, wrong))}: {remedy}")
-    if reason := _cannot_load("torchvision"):
-        return Check(name, State.BROKEN, found, f"torchvision cannot be loaded ({reason}): {remedy}")
-    reason = _cannot_load("torchaudio")
-    return Check(name, State.OK, found, WHY_NO_TORCHAUDIO.format(reason=reason) if reason else "")
+    for module in ("torchaudio", "torchvision"):
+        if reason := _cannot_load(module):
+            return Check(name, State.BROKEN, found, f"{module} cannot be loaded ({reason}): {remedy}")
+    return Check(name, State.OK, found)
 
 
 def _cannot_load(module: str) -> str:
