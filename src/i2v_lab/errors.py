@@ -58,7 +58,7 @@ class UnknownModel(I2VLabError):
 
 
 class RunnerUnavailable(I2VLabError):
-    """The package that a runner needs is not installed."""
+    """A package that a runner or a model needs is not installed, or too old."""
 
 
 class CheckpointError(I2VLabError):

@@ -536,6 +536,34 @@ def test_calls_that_return_views_are_all_run():
     assert found == [(2 * 10 * WIDTH * 4, 2 * 10 * WIDTH * 4)] * 2
 
 
+class Masked(torch.nn.Module):
+    runs = 0
+
+    def forward(self, x: torch.Tensor, mask: Mask) -> torch.Tensor:
+        Masked.runs += 1
+        return x * mask.values
+
+
+class Mask:
+    """No tensor, but it has one."""
+
+    def __init__(self) -> None:
+        self.values = torch.ones(10, WIDTH)
+
+
+def test_memoized_calls_keep_nothing_alive_that_they_were_given():
+    with forecasting("cpu", memoize={Masked: lambda *_: None}) as profiler, torch.no_grad(), profiler.phase("masks"):
+        x = torch.ones(10, WIDTH)
+        for _ in range(3):
+            mask = Mask()
+            for _ in range(2):  # the second has the same mask as the first
+                Masked()(x, mask)
+            del mask
+    assert profiler.peak.peak_bytes == 3 * x.nbytes
+    assert profiler.peak.end_bytes == x.nbytes
+    assert Masked.runs == 3
+
+
 def test_the_live_meter_is_untouched_by_forecasts():
     with LiveStorageMeter() as meter:
         kept = torch.ones(100)

@@ -109,6 +109,14 @@ def _written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def test_runs_of_two_models_that_would_share_a_folder_are_named_by_model(tmp_path):
+    runs = [{"model": "ltx-2-tiny"}, {"model": "ltx-2.3-tiny-diffusers"}, {"model": "ltx-2-tiny", "frames": 17}]
+    plan = load_plan(_plan(tmp_path, {"runs": runs, "rounds": 2}))
+    names = ["64x64x9_diffusers_ltx-2-tiny", "64x64x9_diffusers_ltx-2.3-tiny-diffusers", "64x64x17_diffusers"]
+    assert sorted({run.name.removesuffix("_1").removesuffix("_2") for run in plan}) == sorted(names)
+    assert len({run.name for run in plan}) == 6
+
+
 def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
     runs = load_plan(data_dir() / "plans" / "h200.yaml")
     names = [run.name for run in runs]

@@ -341,6 +341,26 @@ def test_watch_guards_every_component_of_a_pipeline():
     assert refused.value.fields == {"type": "Builds"}
 
 
+class BlockVideoDecoder(nn.Module):
+    """Runs a slice of its blocks, which is a list of its own for as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upsamplers = nn.ModuleList([LatentUpsampler() for _ in range(3)])
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.upsamplers[:-1]:
+            x = block(x)
+        return x
+
+
+def test_a_slice_of_a_module_list_changes_no_owner():
+    decoder = BlockVideoDecoder()
+    with torch.no_grad():
+        call = profile_call(decoder.decode, torch.ones(4, 64))
+    assert _names(call) == ["decode_video"]
+
+
 # --- diffusers --------------------------------------------------------------------------------------------------------
 
 

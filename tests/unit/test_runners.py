@@ -52,7 +52,7 @@ def test_every_model_has_a_runner_and_a_first_request(name):
     assert architecture.name == name
     request = study_request(name)
     assert request.quantization is runner_of(architecture).quantizations[0]
-    assert (request.tiling is not None) is runner_of(architecture).tiled
+    assert (request.tiling is not None) is runner_of(architecture).tiles(architecture)
     assert runner_of(architecture).is_own
 
 

@@ -93,7 +93,7 @@ class FitSearch:
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
         """The tiling with the least redundant decoding that fits, at the request's size and number of frames."""
-        tiled = self._runner.tiled
+        tiled = self._runner.tiles(load_architecture(self._model))
         for tiling in TILINGS if tiled else (None,):
             tried = replace(request, tiling=tiling)
             forecast, fits = self._try(tried)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -85,8 +86,12 @@ def build_request(
     given = {name: value for name, value in values.items() if value is not None}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
     tiles = {name: value for name, value in zip(names, tile, strict=True) if value is not None}
-    untiled = no_tiling or (not tiles and "tiling" in architecture.request)
-    request = I2VRequest(**{**architecture.request, **given, "tiling": None if untiled else Tiling(**tiles)})
+    tiling = architecture.request.get("tiling", Tiling())
+    if no_tiling:
+        tiling = None
+    elif tiles:
+        tiling = replace(tiling or Tiling(), **tiles)
+    request = I2VRequest(**{**architecture.request, **given, "tiling": tiling})
     check_request(architecture, request)
-    runner_of(architecture).require_package()
+    runner_of(architecture).require_package(architecture)
     return request

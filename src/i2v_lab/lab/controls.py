@@ -73,7 +73,8 @@ def frame_counts(request: I2VRequest) -> list[int]:
 
 def tilings(model: str, request: I2VRequest) -> list[tuple[str, Tiling | None]]:
     """Labels and tilings, the request's own among them."""
-    default = [Tiling()] if runner_of(load_architecture(model)).tiled else []
+    architecture = load_architecture(model)
+    default = [Tiling()] if runner_of(architecture).tiles(architecture) else []
     found = dict.fromkeys([*default, request.tiling, *(to_tiling(text) for text in varied(model, "tilings"))])
     return [(_label(tiling), tiling) for tiling in found]
 

@@ -129,7 +129,7 @@ class GenerationJob:
             raise I2VLabError(ONE_AT_A_TIME)
         request = replace(request, image=str(find_still(request.image)))
         spec = RunSpec(request=request, model=model)
-        spec.runner_spec.require_package()
+        spec.runner_spec.require_package(spec.architecture)
         load_still(request.image)
         self.wait()
         self.folder = self._next_folder(request)

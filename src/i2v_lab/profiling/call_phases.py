@@ -125,6 +125,9 @@ class CallPhases:
         self._entry = torch_module.register_module_forward_pre_hook(self._on_enter)
 
     def _on_registered(self, owner: torch.nn.Module, name: str, part: torch.nn.Module | None) -> None:
+        known = self._owners.get(part) if part is not None else None
+        if known is not None and known[0]() is not None:
+            return  # nothing is built: a slice of a ModuleList is a list of its own, which holds the same modules
         if part is not None:
             self._owners[part] = (weakref.ref(owner), name)
         if not self._inside:

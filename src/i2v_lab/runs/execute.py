@@ -102,7 +102,7 @@ def execute(
         >>> execute(spec, Mode.FAKE, "cuda").peak.phase  # doctest: +SKIP
         'encode_prompt'
     """
-    spec.runner_spec.require_package()
+    spec.runner_spec.require_package(spec.architecture)
     found = spec.with_still(find_still(spec.request.image))
     if mode is Mode.FAKE:
         return _execute_fake(found, device)

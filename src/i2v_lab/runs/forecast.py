@@ -61,7 +61,7 @@ def forecast_spec(spec: RunSpec, device: str = "cuda") -> Forecast:
         device: As in :func:`forecast_request`, and so are the errors.
     """
     start_s = time.perf_counter()
-    spec.runner_spec.require_package()
+    spec.runner_spec.require_package(spec.architecture)
     path = cache_path(spec, device)
     result = _read(path)
     if result is None:

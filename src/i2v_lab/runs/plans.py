@@ -122,6 +122,8 @@ def _spec(given: Mapping[str, Any]) -> RunSpec:
 
 
 def _numbered(asked: list[PlannedRun], path: str | Path) -> list[PlannedRun]:
+    models = Counter(name for name, _ in {(run.name, run.spec.model) for run in asked})
+    asked = [replace(run, name=f"{run.name}_{run.spec.model}") if models[run.name] > 1 else run for run in asked]
     specs: dict[str, RunSpec] = {}
     for run in asked:
         if specs.setdefault(run.name, run.spec) != run.spec:

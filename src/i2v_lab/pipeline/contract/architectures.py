@@ -9,6 +9,7 @@ from typing import Any
 
 from i2v_lab.errors import UnknownModel
 from i2v_lab.paths import data_dir
+from i2v_lab.request import Tiling
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +26,14 @@ class Architecture:
         upsampler: The spatial latent upsampler's configuration.
         gemma: What differs from ltx-core's built-in Gemma 3 12B: ``text_config``, ``vision_config``, top-level keys.
         sampling: What differs from ltx-pipelines' defaults for this version: ``num_inference_steps``, ``stg_blocks``;
-            for ltx-video the published settings of both passes, by variant.
-        request: What to ask for where the caller does not say: width, height, frames, and what its runner needs.
+            for ltx-video the published settings of both passes, by variant; for diffusers arguments of both stages.
+        request: What to ask for where the caller does not say: width, height, frames, and what its runner needs; a
+            tiling as the fields of :class:`~i2v_lab.request.Tiling`.
         runner: Whose code runs it (see :mod:`i2v_lab.pipeline.contract.runner`).
         variants: Which of the samplers there are weights for.
         text_encoder: The T5 encoder's configuration, for ltx-video.
         lora_rank: Rank of the distilled LoRA.
+        requires: The lowest version of each distribution that has the model, where the runner's lowest does not.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Architecture:
     text_encoder: dict[str, Any] = field(default_factory=dict)
     gemma: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    requires: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical JSON of everything that determines the weights' layout; equal text means equal layout."""
@@ -76,4 +80,6 @@ def load_architecture(name: str) -> Architecture:
     fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
     if "variants" in fields:
         fields["variants"] = tuple(fields["variants"])
+    if fields["request"].get("tiling") is not None:
+        fields["request"]["tiling"] = Tiling(**fields["request"]["tiling"])
     return Architecture(**fields)

@@ -6,9 +6,11 @@ parts is needed, so that using one never imports another's packages.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,7 +56,8 @@ class RunnerSpec:
         variants: Samplers, as far as an architecture has them.
         decode_scopes: Grad modes of the decoding.
         techniques: How it can lower its peak.
-        tiled: Whether its decoder can cut the latent into tiles.
+        tiled: Whether its decoder can cut the latent into tiles; where not all of its models agree, a function that
+            says so of an architecture.
         lazy_decode: Whether it returns before the video is decoded, so that a consumer can leave the stream open, and
             guard it.
         repeatable: Whether it generates several times in a process.
@@ -81,7 +84,7 @@ class RunnerSpec:
     variants: tuple[Variant, ...] = tuple(Variant)
     decode_scopes: tuple[DecodeScope, ...] = tuple(DecodeScope)
     techniques: Techniques = frozenset()
-    tiled: bool = False
+    tiled: bool | Callable[[Architecture], bool] = False
     lazy_decode: bool = True
     repeatable: bool = True
     emits_events: bool = True
@@ -99,19 +102,43 @@ class RunnerSpec:
         """Whether it is the runner that its models name, rather than one that stands beside that."""
         return self.models == self.name
 
+    def tiles(self, architecture: Architecture) -> bool:
+        """Whether a model's decoder can cut the latent into tiles."""
+        return self.tiled(architecture) if callable(self.tiled) else self.tiled
+
     # --- Rules ---
 
-    def require_package(self) -> None:
-        """Find out whether the package is installed, without importing it.
+    def require_package(self, architecture: Architecture | None = None) -> None:
+        """Find out whether the package is installed, and new enough for a model, without importing it.
+
+        Args:
+            architecture: The model that is to be run, if it is known.
 
         Raises:
-            RunnerUnavailable: It is not; with the command that installs it.
+            RunnerUnavailable: It is not, or a package that the model requires is older; with the command that installs
+                it.
+
+        Example:
+            >>> from i2v_lab.pipeline.contract.architectures import load_architecture
+            >>> from i2v_lab.pipeline.registry import RUNNERS
+            >>> RUNNERS["ltx-2"].require_package(load_architecture("ltx-2.3-tiny"))
         """
         if find_spec(self.module) is None:
             raise RunnerUnavailable(
                 f"pipeline={self.name!r} needs the Python module {self.module}, which is not installed; run "
                 f"`{self.install}`",
                 pipeline=self.name,
+            )
+        required = architecture.requires if architecture is not None else {}
+        installed = {package: _installed(package) for package in required}
+        old = {name: found for name, found in installed.items() if _release(found or "") < _release(required[name])}
+        if architecture is not None and old:
+            needs = " and ".join(f"{name} >= {required[name]} ({old[name] or 'none'} is installed)" for name in old)
+            packages = " ".join(f"'{name}>={required[name]}'" for name in old)
+            raise RunnerUnavailable(
+                f"model={architecture.name!r} needs {needs}; run `pip install --upgrade {packages}`",
+                model=architecture.name,
+                installed=old,
             )
 
     def check_weight_options(self, given: Mapping[str, Any], model: str) -> None:
@@ -169,7 +196,7 @@ class RunnerSpec:
                 )
         self.sizes.check(request)
         self.check_model(architecture, request)
-        if request.tiling is not None and not self.tiled:
+        if request.tiling is not None and not self.tiles(architecture):
             raise InvalidRequest(
                 f"tile_px={request.tiling.tile_px} is not for {whose}, whose decoder does not tile; use no tiling "
                 "(--no-tiling, or tiling=None)",
@@ -182,6 +209,7 @@ class RunnerSpec:
         self, architecture: Architecture, variant: Variant, progress: Progress = lambda *_: None, **paths: Path | None
     ) -> Any:
         """The weights of a model: verified files, or synthetic ones where no path is given."""
+        self.require_package(architecture)
         own: dict[str, Any] = {name: path for name, path in paths.items() if name in self.weight_options}
         if "lora" in self.weight_options:
             own["needs_lora"] = variant is Variant.DEV
@@ -189,6 +217,7 @@ class RunnerSpec:
 
     def skeleton_weights(self, architecture: Architecture) -> Any:
         """Weights without values, made on demand: all that a forecast of memory needs."""
+        self.require_package(architecture)
         return self._part("skeleton_weights")(architecture)
 
     def pipeline(
@@ -240,3 +269,16 @@ class RunnerSpec:
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a version, without what marks a development or local one."""
+    found = re.match(r"[0-9.]*", text)
+    return tuple(int(number) for number in found[0].split(".") if number) if found else ()

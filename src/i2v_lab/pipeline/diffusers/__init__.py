@@ -1,9 +1,50 @@
 """diffusers' pipelines with random weights; the only package that imports diffusers."""
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import Technique
+from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
 from i2v_lab.pipeline.contract.sizes import SizeRule
-from i2v_lab.request import DecodeScope, Quantization, Variant
+from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
+
+SIZES = SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8)
+PATCH_PX = 4  # of the diffusion decoder's last stage
+
+
+def has_diffusion_decoder(architecture: Architecture) -> bool:
+    """Whether a model decodes with LTX-2.5's diffusion decoder instead of its autoencoder."""
+    return "diffusion_decoder" in architecture.config
+
+
+def check_windows(architecture: Architecture, request: I2VRequest) -> None:
+    """Refuse a video that is smaller than the windows in which the diffusion decoder attends.
+
+    Its first stage attends on the latent's grid, its last on patches of 4 x 4 pixels of every frame.
+
+    Raises:
+        InvalidRequest: With the side or the number of frames, and the least there is.
+    """
+    if not has_diffusion_decoder(architecture):
+        return
+    decoder = architecture.config["diffusion_decoder"]
+    first, last = decoder["decoder_stage_kernels"][0], decoder["decoder_stage5_kernel"]
+    step = SIZES.frame_step
+    least = {
+        "frames": -(-(last[0] - 1) // step) * step + 1,
+        "height": max(SIZES.spatial_scale * first[1], PATCH_PX * last[1]),
+        "width": max(SIZES.spatial_scale * first[2], PATCH_PX * last[2]),
+    }
+    for name, window in least.items():
+        multiple = 1 if name == "frames" else SIZES.pixel_multiple
+        smallest = -(-window // multiple) * multiple
+        value = getattr(request, name)
+        if value < smallest:
+            raise InvalidRequest(
+                f"{name}={value} is not for model={architecture.name!r}, whose decoder attends in larger windows; "
+                f"use {smallest} or more",
+                **{name: value},
+            )
+
 
 RUNNER = RunnerSpec(
     name="diffusers",
@@ -12,7 +53,7 @@ RUNNER = RunnerSpec(
     module="diffusers",
     install="pip install 'diffusers>=0.39,<0.43'",
     packages=("torch", "diffusers", "transformers", "accelerate"),
-    sizes=SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8),
+    sizes=SIZES,
     parts={
         "resolve_weights": "diffusers.ltx2:resolve_weights",
         "skeleton_weights": "diffusers.ltx2:skeleton_weights",
@@ -23,8 +64,10 @@ RUNNER = RunnerSpec(
     variants=(Variant.DISTILLED,),
     decode_scopes=(DecodeScope.NO_GRAD,),  # its pipelines decorate themselves with torch.no_grad()
     techniques=frozenset({Technique.MODEL_OFFLOAD, Technique.GROUP_OFFLOAD}),
+    tiled=has_diffusion_decoder,  # tiles of its autoencoder may be one latent position wide, which LTX-2's cannot pad
     lazy_decode=False,
     repeatable=False,
     emits_events=False,
     third_party=True,
+    check_model=check_windows,
 )

@@ -1,34 +1,30 @@
-"""diffusers' LTX-2 pipelines, at full size or tiny, with random weights.
+"""diffusers' pipelines for LTX-2, LTX-2.3 and LTX-2.5, at full size or tiny, with random weights.
 
 Nothing of theirs is changed. Their two-stage generation is what their documentation describes: half the size to a
-latent, the latent upsampled, the same pipeline again from there, decoded by it or by the caller.
+latent, the latent upsampled, the same pipeline again from there, decoded by it, by the caller, or by the diffusion
+decoder, which is a pipeline of its own. What the models differ by is data of their architectures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKLLTX2Audio,
-    AutoencoderKLLTX2Video,
-    FlowMatchEulerDiscreteScheduler,
-    LTX2ImageToVideoPipeline,
-    LTX2LatentUpsamplePipeline,
-    LTX2VideoTransformer3DModel,
-)
+import transformers
+from diffusers import LTX2ImageToVideoPipeline, LTX2LatentUpsamplePipeline
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
-from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
+from diffusers.pipelines import ltx2 as ltx2_pipelines
 from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, STAGE_2_DISTILLED_SIGMA_VALUES
-from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+from torch.nn.attention import flex_attention
+from transformers import PreTrainedTokenizerFast
 
 from i2v_lab.events import EventSink
 from i2v_lab.memory_policy import OFFLOADING, Technique, Techniques
@@ -37,8 +33,32 @@ from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byt
 from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolve_device
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.diffusers import RUNNER
-from i2v_lab.request import I2VRequest
+from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.torch_compat import is_fake
+
+# Of each component, where an architecture names none; those of the others follow from its configuration.
+CLASSES = {
+    "transformer": "LTX2VideoTransformer3DModel",
+    "connectors": "LTX2TextConnectors",
+    "vae": "AutoencoderKLLTX2Video",
+    "audio_vae": "AutoencoderKLLTX2Audio",
+    "vocoder": "LTX2Vocoder",
+    "latent_upsampler": "LTX2LatentUpsamplerModel",
+    "duration_head": "LTX2DurationHead",
+    "diffusion_decoder": "LTX2VideoDiffusionDecoderModel",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+# Distilled weights need no guidance, of which diffusers 0.42 has three kinds on by default: 33 calls instead of 11.
+UNGUIDED: dict[str, Any] = {
+    "guidance_scale": 1.0,
+    "stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "audio_guidance_scale": 1.0,
+    "audio_stg_scale": 0.0,
+    "audio_modality_scale": 1.0,
+    "audio_guidance_rescale": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +66,9 @@ class DiffusersWeights:
     """Random weights of an architecture, drawn when the components are built.
 
     Attributes:
-        architecture: Whose; ``config`` is what differs from diffusers' defaults, by component, ``gemma`` Gemma's whole
-            configuration.
+        architecture: Whose; ``config`` is what differs from diffusers' defaults, by component, with ``_class_name``
+            where its class does, ``gemma`` the text encoder's whole configuration, ``sampling`` arguments of both
+            stages.
     """
 
     architecture: Architecture
@@ -64,12 +85,53 @@ def skeleton_weights(architecture: Architecture) -> DiffusersWeights:
 
 
 def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
-    """The transformer's blocks: without guidance all of their calls run the same operators."""
-    return {LTX2VideoTransformerBlock: lambda *args, **kwargs: ()}
+    """The blocks of the transformer and of the diffusion decoder: all of their calls run the same operators."""
+    kinds: list[type[torch.nn.Module]] = [LTX2VideoTransformerBlock]
+    with suppress(ImportError):  # of diffusers 0.40
+        from diffusers.models.autoencoders import ltx2_diffusion_decoder as decoder
+
+        kinds += [decoder.LTX2VideoVaeNABlock, decoder.LTX2VideoVaeDiffusionNABlock]
+    return dict.fromkeys(kinds, lambda *args, **kwargs: ())
+
+
+def component(architecture: Architecture, name: str) -> Any:
+    """Build one of diffusers' components, or its scheduler.
+
+    Args:
+        architecture: Whose configuration.
+        name: As in diffusers' pipelines, one of :data:`CLASSES`.
+
+    Returns:
+        On torch's default device, in its default dtype.
+
+    Example:
+        >>> from i2v_lab.pipeline.contract.architectures import load_architecture
+        >>> type(component(load_architecture("ltx-2-tiny"), "vocoder")).__name__
+        'LTX2Vocoder'
+    """
+    config = dict(architecture.config.get(name, {}))
+    kind = config.pop("_class_name", CLASSES[name])
+    home = diffusers if hasattr(diffusers, kind) else ltx2_pipelines
+    return getattr(home, kind)(**config)
+
+
+def text_encoder(architecture: Architecture) -> torch.nn.Module:
+    """Build the text encoder: the class of transformers that its configuration names, Gemma 3 or 4.
+
+    Returns:
+        On torch's default device; its vision tower in the dtype of the configuration, the rest in torch's default
+        dtype.
+    """
+    kind = getattr(transformers, architecture.gemma["architectures"][0])
+    module: torch.nn.Module = kind(kind.config_class(**architecture.gemma))
+    return module
 
 
 class DiffusersLTX2:
     """diffusers' ``LTX2ImageToVideoPipeline`` and ``LTX2LatentUpsamplePipeline``, called like this package's pipelines.
+
+    An architecture with a ``diffusion_decoder`` is decoded by ``LTX2VideoDiffusionDecodePipeline``, with its default
+    attention, others by the convolutional decoder of the autoencoder.
 
     Args:
         weights: Of the model.
@@ -81,6 +143,7 @@ class DiffusersLTX2:
     Attributes:
         generate: Both stages.
         upsample: Between them; shares the autoencoder.
+        decode: The diffusion decoder's pipeline; ``None`` without one.
 
     Raises:
         DeviceUnavailable: The device does not exist here.
@@ -101,36 +164,39 @@ class DiffusersLTX2:
         offloaded = techniques & OFFLOADING
         where = "cpu" if offloaded else device
 
-        def moved(module: torch.nn.Module) -> Any:
-            return module.to(where).eval()
-
-        def build(kind: Any, name: str) -> Any:
-            return moved(kind(**architecture.config.get(name, {})))
+        def build(name: str) -> Any:
+            return component(architecture, name).to(where).eval()
 
         # On the device even where they do not stay there: on a CPU, to draw the numbers of 31 B weights takes minutes.
         with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
             torch.manual_seed(0)
-            vae = build(AutoencoderKLLTX2Video, "vae")
+            scheduler, vae = component(architecture, "scheduler"), build("vae")
             self.generate: Any = LTX2ImageToVideoPipeline(
-                scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                scheduler=scheduler,
                 vae=vae,
-                audio_vae=build(AutoencoderKLLTX2Audio, "audio_vae"),
-                # Its vision tower is float32 otherwise.
-                text_encoder=moved(Gemma3ForConditionalGeneration(Gemma3Config(**architecture.gemma)).to(dtype)),
+                audio_vae=build("audio_vae"),
+                text_encoder=text_encoder(architecture).to(dtype).to(where).eval(),
                 tokenizer=_tokenizer(),
-                connectors=build(LTX2TextConnectors, "connectors"),
-                transformer=build(LTX2VideoTransformer3DModel, "transformer"),
-                vocoder=build(LTX2Vocoder, "vocoder"),
+                connectors=build("connectors"),
+                transformer=build("transformer"),
+                vocoder=build("vocoder"),
+                **{name: build(name) for name in ("duration_head",) if name in architecture.config},
             )
             with torch.device("cpu"):  # its constructor multiplies integer matrices, which CUDA cannot
-                upsampler = build(LTX2LatentUpsamplerModel, "latent_upsampler")
+                upsampler = build("latent_upsampler")
             self.upsample: Any = LTX2LatentUpsamplePipeline(vae, upsampler)
+            self.decode: Any = None
+            if "diffusion_decoder" in architecture.config:
+                self.decode = diffusers.LTX2VideoDiffusionDecodePipeline(build("diffusion_decoder"), scheduler)
+        self._sampling = architecture.sampling
         if Technique.MODEL_OFFLOAD in techniques:
-            for pipeline in (self.generate, self.upsample):
+            for pipeline in filter(None, (self.generate, self.upsample, self.decode)):
                 pipeline.enable_model_cpu_offload(device=device)
         elif Technique.GROUP_OFFLOAD in techniques:  # by blocks its autoencoder fails: it is encoded with, not called
             self.generate.enable_group_offload(onload_device=device, offload_type="leaf_level")
             self.upsample.latent_upsampler.to(device)
+            if self.decode is not None:
+                self.decode.diffusion_decoder.to(device)
         if is_fake():
             ratio = self.generate.vae_spatial_compression_ratio
             self.generate.video_processor = ForecastProcessor(ratio, resample="bilinear")
@@ -158,11 +224,14 @@ class DiffusersLTX2:
             "num_frames": request.frames,
             "frame_rate": float(request.fps),
             "image": Image.fromarray(load_still(request.image)),
-            "guidance_scale": 1.0,
             "return_dict": False,
+            **UNGUIDED,
+            **self._sampling,
         }
         device = self.generate._execution_device
         common["generator"] = torch.Generator(device).manual_seed(request.seed)
+        if self.decode is not None:
+            _set_tiling(self.decode.diffusion_decoder, request.tiling)
         half: dict[str, Any] = {"width": request.width // 2, "height": request.height // 2}
         video, audio = self.generate(**common, **half, sigmas=DISTILLED_SIGMA_VALUES, output_type="latent")
         (video,) = self.upsample(latents=video, **half, output_type="latent", return_dict=False)
@@ -174,13 +243,47 @@ class DiffusersLTX2:
             audio_latents=audio,
             sigmas=STAGE_2_DISTILLED_SIGMA_VALUES,
             noise_scale=STAGE_2_DISTILLED_SIGMA_VALUES[0],
-            output_type=output_type,
+            output_type=output_type if self.decode is None else "latent",
         )
-        return made
+        if self.decode is None or output_type == "latent":
+            return made
+        return self._decode(*made, common["generator"], output_type)
+
+    @torch.no_grad()
+    def _decode(
+        self, video: torch.Tensor, audio: torch.Tensor, generator: torch.Generator, output_type: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode the latents of stage 2, which are denormalized already, and the sound as that pipeline does."""
+        # The operators are the same; otherwise torch traces each of several hundred calls anew, to compile nothing.
+        with patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True):
+            (video,) = self.decode(
+                video, generator=generator, output_type=output_type, denormalize=False, return_dict=False
+            )
+        audio_vae = self.generate.audio_vae
+        (spectrogram,) = audio_vae.decode(audio.to(audio_vae.dtype), return_dict=False)
+        sound = self.generate.vocoder(spectrogram)
+        self.generate.maybe_free_model_hooks()
+        return video, sound
 
     def _sound(self, audio: torch.Tensor) -> Any:
         rate = int(self.generate.vocoder.config.output_sampling_rate)
         return SimpleNamespace(waveform=audio[0], sampling_rate=rate)
+
+
+def _set_tiling(decoder: Any, tiling: Tiling | None) -> None:
+    """Let the diffusion decoder run its last stages tile by tile, or the whole latent at once."""
+    if tiling is None:
+        decoder.disable_tiling()
+        return
+    side, stride = tiling.tile_px, tiling.tile_px - tiling.tile_overlap_px
+    decoder.enable_tiling(
+        tile_sample_min_height=side,
+        tile_sample_min_width=side,
+        tile_sample_min_num_frames=tiling.tile_frames,
+        tile_sample_stride_height=stride,
+        tile_sample_stride_width=stride,
+        tile_sample_stride_num_frames=tiling.tile_frames - tiling.tile_overlap_frames,
+    )
 
 
 def _as_chunk(video: torch.Tensor) -> Iterator[torch.Tensor]:

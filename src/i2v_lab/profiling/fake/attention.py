@@ -56,3 +56,19 @@ def fused_attention(
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     return EFFICIENT_ATTENTION(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+
+
+def safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """``_safe_softmax`` by the operators that its kernel runs, each of which allocates: rows that are masked are zero.
+
+    Source: ``_safe_softmax`` in ATen's ``attention.cpp``.
+
+    Args:
+        scores: Any shape.
+        dim: To sum over.
+        dtype: Of the result; that of ``scores`` by default.
+    """
+    out = torch.softmax(scores, dim, dtype=dtype)
+    masked = scores == -math.inf
+    masked_rows = masked.all(dim, keepdim=True)
+    return torch.where(masked_rows, torch.zeros((), dtype=out.dtype, device=out.device), out)

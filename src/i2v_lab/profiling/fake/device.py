@@ -17,8 +17,9 @@ from unittest.mock import patch
 import torch
 
 from i2v_lab.errors import ForecastError
-from i2v_lab.profiling.fake.attention import fused_attention
+from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator, data_dependent_error, known_values
+from i2v_lab.profiling.flex_attention import sdpa_dense, uncompiled_flex_attention
 from i2v_lab.torch_compat import (
     CONVOLUTION_BASE,
     DATA,
@@ -58,6 +59,7 @@ def fake_device(
     with ExitStack() as scopes:
         for target, name, substitute in _patches(device, current_module, on_empty_cache):
             scopes.enter_context(patch.object(target, name, substitute))
+        scopes.enter_context(uncompiled_flex_attention(_flex_attention))
         scopes.enter_context(disable_current_modes())  # a meter outside would count fake storages
         scopes.enter_context(mode)
         operators = FakeOperators(mode, current_module, on_operator)
@@ -105,6 +107,13 @@ def _attention(
     attend = fused_attention if query.device.type == "cuda" else original
     result: torch.Tensor = attend(query, key, value, *args, **kwargs)
     return result
+
+
+def _flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    with ExitStack() as scopes:
+        if query.device.type == "cuda":  # whose allocator counts the steps of the softmax
+            scopes.enter_context(patch.object(torch, "_safe_softmax", safe_softmax))
+        return sdpa_dense(query, *args, **kwargs)
 
 
 def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -166,6 +175,7 @@ def _patches(
     yield torch.nn.Module, "_apply", _apply
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
+    yield torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor  # torch 2.14 repeats by values
     yield gpu_context_patch()
     if device.type == "cuda":
         yield torch, "Generator", _CpuGenerator

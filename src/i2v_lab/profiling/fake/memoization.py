@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -84,7 +84,7 @@ class ModuleMemo:
         if torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
         inputs: list[torch.Tensor] = []
-        arguments = _flatten((args, kwargs), inputs, known=len(inputs))
+        arguments = _flatten((args, kwargs), inputs, known=len(inputs), weak=True)
         key = (forward, self._paths.phase, memory_key(module, *args, **kwargs), self._layout(module), arguments)
         start_bytes = self._meter.allocated_bytes()
         call = self._calls.get(key)
@@ -120,11 +120,11 @@ def _call(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> A
 # --- Structures: nested values in which a tensor is an index, if it is known already, or else its layout --------------
 
 
-def _flatten(value: Any, tensors: list[torch.Tensor], known: int) -> Any:
+def _flatten(value: Any, tensors: list[torch.Tensor], known: int, weak: bool = False) -> Any:
     """``value`` as hashable nested tuples; its tensors are appended to ``tensors``, the first ``known`` of which exist.
 
     Not torch's pytree, which knows no dataclasses and would not tell apart tensors that occur once from tensors that
-    occur twice.
+    occur twice. With ``weak`` it keeps no other object alive, which may hold tensors.
     """
     if isinstance(value, torch.Tensor):
         for index, tensor in enumerate(tensors):
@@ -134,14 +134,18 @@ def _flatten(value: Any, tensors: list[torch.Tensor], known: int) -> Any:
         layout = (tuple(value.shape), value.stride(), value.dtype, value.device)
         return ("new", len(tensors) - 1 - known, *layout)
     if isinstance(value, list | tuple):
-        return ("sequence", type(value), tuple(_flatten(item, tensors, known) for item in value))
+        return ("sequence", type(value), tuple(_flatten(item, tensors, known, weak) for item in value))
     if isinstance(value, dict):
-        return ("dict", tuple((key, _flatten(item, tensors, known)) for key, item in value.items()))
+        return ("dict", tuple((key, _flatten(item, tensors, known, weak)) for key, item in value.items()))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
-        items = tuple((name, _flatten(getattr(value, name), tensors, known)) for name in names)
+        items = tuple((name, _flatten(getattr(value, name), tensors, known, weak)) for name in names)
         return ("dataclass", type(value), items)
-    return ("other", value if isinstance(value, Hashable) else id(value), None)
+    if not isinstance(value, Hashable):
+        return ("other", id(value), None)
+    with suppress(TypeError):  # numbers and the like, which hold nothing
+        return ("other", weakref.ref(value) if weak else value, None)
+    return ("other", value, None)
 
 
 def _unflatten(structure: Any, inputs: list[torch.Tensor], new: list[torch.Tensor]) -> Any:

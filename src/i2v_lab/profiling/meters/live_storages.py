@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from i2v_lab.errors import VramCapExceeded
+from i2v_lab.profiling.flex_attention import uncompiled_flex_attention
 from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.torch_compat import TorchDispatchMode, storage_key, tree_leaves
@@ -137,6 +138,16 @@ class LiveStorageMeter(TorchDispatchMode):
         self._peak_tick = 0
         self._times_s: list[float] = [time.perf_counter()]  # of every tick since drop_freed
         self._first_tick = 0
+        self._scopes = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._scopes.enter_context(uncompiled_flex_attention())
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        self._scopes.close()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,0 +1,55 @@
+"""FlexAttention that is not compiled: metered and forecast as the operators that it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from i2v_lab.profiling.fake.forecast import forecasting
+from i2v_lab.profiling.flex_attention import uncompiled_flex_attention
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
+
+TOKENS, HEADS, WIDTH = 256, 2, 16
+SCORES = 4 * HEADS * TOKENS * TOKENS  # in float32, whatever the query's dtype
+
+
+def _attend(device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    query = torch.ones(1, HEADS, TOKENS, WIDTH, device=device, dtype=dtype)
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, TOKENS, TOKENS, device=device)
+    result: torch.Tensor = flex_attention(query, query, query, block_mask=mask)
+    return result
+
+
+def _forecast(device: str) -> int:
+    with forecasting(device) as profiler, torch.no_grad(), profiler.phase("attention"):
+        assert _attend(device).shape == (1, HEADS, TOKENS, WIDTH)
+    return profiler.peak.peak_bytes
+
+
+def test_a_forecast_and_a_metered_run_count_the_same_scores():
+    with LiveStorageMeter() as meter, torch.no_grad():
+        _attend("cpu")
+    assert meter.peak_bytes() == _forecast("cpu") > 3 * SCORES
+
+
+def test_on_a_card_the_steps_of_the_softmax_count():
+    """Scores before and after the mask, the softmax before and after rows without any key are cleared, and the mask."""
+    assert 4.25 * SCORES < _forecast("cuda") < 4.4 * SCORES
+
+
+def test_it_computes_what_it_does_outside():
+    query = torch.randn(1, 1, 64, WIDTH, generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    with uncompiled_flex_attention(), torch.no_grad():
+        torch.testing.assert_close(flex_attention(query, query, query), expected)
+
+
+def test_torch_is_as_before_afterwards():
+    before = (torch_flex.flex_attention_hop, torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG)
+    with pytest.raises(RuntimeError, match="stopped"), LiveStorageMeter():
+        raise RuntimeError("stopped")
+    with pytest.raises(RuntimeError, match="stopped"), forecasting("cuda"):
+        raise RuntimeError("stopped")
+    assert (torch_flex.flex_attention_hop, torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG) == before
