@@ -1,4 +1,4 @@
-# make setup | reproduce | test | test-quick | coverage | lint | docs | bench | endurance | figures | pictures |
+# make setup | locks | reproduce | test | test-quick | ranges | coverage | lint | docs | bench | endurance | figures | pictures |
 #      measure-gpu | lab | clean. Every target sets up what it needs. On two cores:
 #
 #   lint        20 s   ruff, mypy, and the import contracts of pyproject.toml; nothing is run
@@ -6,23 +6,37 @@
 #                      figures, a generation and forecasts of the tiny model. For every change, before a commit
 #   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
 #   coverage     9 min every test again, and which lines of src/i2v_lab they ran, child processes included
+#   ranges       7 min the quick tests at both ends of the version ranges, and conformance with upstream at the lowest
 #   bench        2 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
 #
 # A test is `slow` by the durations in tests/durations.json, not by hand: tests/scheduling.py says how.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --no-deps
+COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --extra dev --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make locks'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup reproduce test test-quick coverage lint docs bench endurance figures pictures measure-gpu lab clean
+.PHONY: setup locks reproduce test test-quick ranges coverage lint docs bench endurance figures pictures measure-gpu lab clean
 
 setup: .venv/.stamp
 
-.venv/.stamp: pyproject.toml
+# Exactly the versions of the lock: with uv if it is there, with pip otherwise. ltx-video comes last, without its own
+# pins: no transformers meets both those and ltx-core's.
+.venv/.stamp: pyproject.toml locks/setup.txt
 	$(PYTHON) -c 'import sys; sys.exit("i2v-lab needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ltx-video==0.1.2
+	$(INSTALL) -r locks/setup.txt
+	$(INSTALL) -e . ltx-video==0.1.2
 	touch $@
+
+# Not part of `make setup`, which they would make 50 MB larger.
+$(BIN)/nox: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nox==2026.10.20 uv==0.13.9
+
+locks: $(BIN)/nox
+	$(COMPILE) -c locks/setup.in -o locks/setup.txt
+	$(COMPILE) -o locks/highest.txt
+	$(COMPILE) --resolution lowest-direct -o locks/lowest.txt
 
 reproduce: setup
 	$(BIN)/i2v-lab reproduce
@@ -32,6 +46,9 @@ test: lint
 
 test-quick: lint
 	$(PYTEST) -m "not slow" --durations=5
+
+ranges: $(BIN)/nox
+	$(BIN)/nox
 
 coverage: setup
 	mkdir -p build

@@ -13,7 +13,6 @@ from ltx_pipelines.utils.args import ImageConditioningInput
 
 from i2v_lab import profile_call
 from i2v_lab.errors import GradEscape
-from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
 from i2v_lab.pipeline.ltx2.sampling import sampling_params
 from i2v_lab.profiling.escape import GradEscapeWarning
 from i2v_lab.profiling.guard import guard_stream, watch
@@ -25,24 +24,22 @@ STAGES = ["denoise_stage_1", "upsample_latent", "encode_image", "denoise_stage_2
 
 
 @pytest.fixture(scope="module")
-def upstream(tiny, still):
+def upstream(tiny, still, upstream_here):
     """Runs upstream's pipeline inside ``no_grad``, as its users do; hands out its stream, again from the start."""
-    with pytest.MonkeyPatch.context() as patch, gemma_dimensions(tiny.architecture.gemma):
-        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        module = ltx_pipelines.distilled
-        decode, calls = module.vae_decode_video, []
+    module = ltx_pipelines.distilled
+    decode, calls = module.vae_decode_video, []
+    pipeline = module.DistilledPipeline(
+        distilled_checkpoint_path=tiny.checkpoint,
+        gemma_root=tiny.gemma_root,
+        spatial_upsampler_path=tiny.upsampler,
+        loras=[],
+        device=torch.device("cpu"),
+    )
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(module, "vae_decode_video", lambda *args: calls.append(args) or decode(*args))
-        pipeline = module.DistilledPipeline(
-            distilled_checkpoint_path=tiny.checkpoint,
-            gemma_root=tiny.gemma_root,
-            spatial_upsampler_path=tiny.upsampler,
-            loras=[],
-            device=torch.device("cpu"),
-        )
-        with torch.no_grad():
-            call = profile_call(pipeline, *ARGUMENTS, [ImageConditioningInput(str(still), 0, 1.0)])
-        for _ in call.result[0]:  # with grad enabled
-            pass
+        call = profile_call(pipeline, *ARGUMENTS, [ImageConditioningInput(str(still), 0, 1.0)])
+    for _ in call.result[0]:  # with grad enabled
+        pass
     (arguments,) = calls
     stream = lambda: decode(*arguments)  # noqa: E731
     stream.call = call
@@ -74,11 +71,11 @@ def test_profile_call_tells_upstreams_phases_peaks_and_what_its_stream_keeps(ups
     assert {"gemma_text_encoder", "x0_model", "video_encoder", "audio_decoder", "video_decoder"} <= components
 
 
-def test_profile_call_on_the_guided_pipeline(tiny, still, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+@pytest.mark.usefixtures("upstream_here")
+def test_profile_call_on_the_guided_pipeline(tiny, still):
     lora = LoraPathStrengthAndSDOps(tiny.lora, 1.0, LTXV_LORA_COMFY_RENAMING_MAP)
     params = sampling_params(tiny.architecture)
-    with gemma_dimensions(tiny.architecture.gemma), torch.no_grad():
+    with torch.no_grad():
         pipeline = ltx_pipelines.ti2vid_two_stages.TI2VidTwoStagesPipeline(
             checkpoint_path=tiny.checkpoint,
             distilled_lora=[lora],

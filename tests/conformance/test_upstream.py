@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import ltx_pipelines.distilled
 import ltx_pipelines.ti2vid_two_stages
 import pytest
@@ -14,23 +12,13 @@ from ltx_pipelines.utils.args import ImageConditioningInput
 
 from i2v_lab.pipeline.ltx2 import operations, sampling
 from i2v_lab.pipeline.ltx2.components import Ledger
-from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
-from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Quantization, Tiling, Variant
 
 PROMPT = "waves roll in below the lighthouse"
 NEGATIVE = "blurry"
 SEED = 7
 FPS = 120.0  # short sound: its convolutions are what takes time on a CPU
-
-
-@pytest.fixture
-def _upstream_on_a_cpu(tiny: Weights, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What keeps upstream from running here: an unconditional synchronize, and Gemma's built-in size."""
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    with gemma_dimensions(tiny.architecture.gemma):
-        yield
 
 
 class Capture:
@@ -62,7 +50,7 @@ def _assert_same(ours: tuple[Capture, Capture], theirs: tuple[Capture, Capture])
 
 
 @pytest.mark.parametrize("quantization", list(Quantization))
-@pytest.mark.usefixtures("_upstream_on_a_cpu")
+@pytest.mark.usefixtures("upstream_here")
 def test_distilled_equals_upstream(tiny, still, monkeypatch, quantization):
     request = I2VRequest(
         image=str(still),
@@ -106,7 +94,7 @@ def test_distilled_equals_upstream(tiny, still, monkeypatch, quantization):
     assert frames.float().std() > 10  # a picture, not one colour
 
 
-@pytest.mark.usefixtures("_upstream_on_a_cpu")
+@pytest.mark.usefixtures("upstream_here")
 def test_dev_equals_upstream(tiny, still, monkeypatch):
     request = I2VRequest(
         image=str(still),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i2v_lab.profiling.fake.allocator import Block, CachingAllocator
+from i2v_lab.profiling.fake.block_trace import TracingAllocator
 
 MIB = 2**20
 
@@ -84,3 +85,64 @@ def test_after_any_calls_blocks_are_apart_and_every_byte_is_accounted_for(calls:
         allocator.free(block)
     allocator.empty_cache()
     assert allocator.reserved_bytes == allocator.allocated_bytes == 0
+
+
+# --- Traces -----------------------------------------------------------------------------------------------------------
+
+CALLS = st.lists(st.one_of(st.integers(1, 64 * MIB), st.integers(-100, -1)), max_size=30)
+
+
+def _carry_out(allocator: CachingAllocator, calls: list[int]) -> tuple[list[Block], int]:
+    """Sizes to allocate and which own block to free; the blocks that are left, and the peak of the allocated bytes."""
+    mine: list[Block] = []
+    peak_bytes = allocator.allocated_bytes
+    for call in calls:
+        if call > 0:
+            mine.append(allocator.allocate(call))
+            peak_bytes = max(peak_bytes, allocator.allocated_bytes)
+        elif mine:
+            allocator.free(mine.pop(call % len(mine)))
+    return mine, peak_bytes
+
+
+@given(CALLS, CALLS, CALLS)
+def test_a_replay_places_every_block_where_the_calls_would(before: list[int], traced: list[int], between: list[int]):
+    executed, replayed = CachingAllocator(), TracingAllocator()
+    _carry_out(executed, before)
+    _carry_out(executed, traced)
+    _carry_out(executed, between)
+    left, peak_bytes = _carry_out(executed, traced)
+
+    _carry_out(replayed, before)
+    with replayed.trace() as outer, replayed.trace() as trace:
+        first, _ = _carry_out(replayed, traced)
+    assert trace.is_closed
+    assert outer.events == trace.events
+    _carry_out(replayed, between)
+    assert replayed.replay(trace.events, [trace.indices[block] for block in first]) == peak_bytes
+    again = [replayed.allocate(block.size) for block in left]
+    assert [(block.address, block.size) for block in again] == [(block.address, block.size) for block in left]
+    assert replayed.allocated_bytes == executed.allocated_bytes
+    assert replayed.peak_reserved_bytes == executed.peak_reserved_bytes
+    assert [(size, address) for size, address, _ in replayed._free[True]] == [e[:2] for e in executed._free[True]]
+    assert [(size, address) for size, address, _ in replayed._free[False]] == [e[:2] for e in executed._free[False]]
+
+
+def test_a_trace_that_frees_what_it_did_not_allocate_is_not_closed():
+    allocator = TracingAllocator()
+    older = allocator.allocate(512)
+    with allocator.trace() as trace:
+        allocator.free(allocator.allocate(1024))
+        assert trace.is_closed
+        allocator.free(older)
+    assert not trace.is_closed
+
+
+def test_a_replay_within_a_trace_is_part_of_it():
+    allocator = TracingAllocator()
+    with allocator.trace() as inner:
+        kept = allocator.allocate(512)
+    with allocator.trace() as outer:
+        allocator.replay(inner.events, [inner.indices[kept]])
+        assert allocator.allocate(512) in outer.indices
+    assert outer.events == [512]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.attention import fused_attention
 from i2v_lab.profiling.fake.forecast import forecast, forecasting
-from i2v_lab.profiling.fake.torch_compat import FakeTensor
 from i2v_lab.profiling.fake.workspaces import Workspaces, load_workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import HolderRecord, ModuleRecord
+from i2v_lab.torch_compat import FakeTensor
 
 F = torch.nn.functional
 WIDTH = 8

@@ -1,7 +1,12 @@
-"""Checks of the machine and its packages, each with its finding and advice; only :func:`check_cuda` imports torch."""
+"""Checks of the machine and its packages, each with its finding and advice.
+
+Only :func:`check_cuda` and :func:`check_torch_family` import torch. Version ranges come from the metadata of the
+installed packages, of i2v-lab itself above all.
+"""
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import shutil
@@ -34,10 +39,12 @@ OPTIONAL = {  # not needed for a generation with LTX-2.3, but for this
     "jupyterlab": "`i2v-lab lab`",
 }
 LTX_VIDEO = "pip install --no-deps ltx-video==0.1.2"
-EXPECTED = ("ltx-video", "transformers")  # the one requirement that is unmet on purpose: declared by, for
+FAMILY = ("torch", "torchaudio", "torchvision")
+# Requirements that are unmet on purpose: declared by ltx-video, for these.
+EXPECTED = {("ltx-video", "transformers"), ("ltx-video", "huggingface-hub")}
 WHY_EXPECTED = (
-    "`pip check` reports this one as expected: ltx-video 0.1.2 declares transformers<4.52, ltx-core needs >=4.52. "
-    f"Both work with 4.57, so ltx-video is installed last: `{LTX_VIDEO}`. Nothing to do."
+    "`pip check` reports this as expected: {unmet}. ltx-core needs transformers>=4.52, so nothing meets both; "
+    "ltx-video works with this one and is installed last, without its own pins: `{command}`. Nothing to do."
 )
 ENCODERS = ("libx264", "aac")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -152,7 +159,10 @@ def check_cuda() -> Check:
         cards = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Check(name, State.OK, f"{built}; {cards}")
     if torch.version.cuda is None:
-        advice = "Install torch with CUDA: pip install --force-reinstall 'torch==2.11.*' from the index of pytorch.org"
+        wanted = f"torch=={torch.__version__.partition('+')[0]}"
+        advice = (
+            f"Install torch with CUDA: pip install --force-reinstall {wanted} (for Windows, from PyTorch's own index)"
+        )
     elif driver < int(torch.version.cuda.partition(".")[0]):
         advice = f"The driver supports CUDA {driver} at most: install a newer one, or a torch built for CUDA {driver}"
     else:
@@ -166,29 +176,39 @@ def check_cuda() -> Check:
 
 
 def check_torch_family(packages: Packages) -> Check:
-    """Check that torch, torchaudio and torchvision match: versions 2.n, 2.n and 0.(n + 15) of the same build."""
+    """Check that torch, torchaudio and torchvision are in the ranges that are declared for them, and can be loaded."""
     name = "torch family"
-    versions = {each: packages.version(each) for each in ("torch", "torchaudio", "torchvision")}
-    found = ", ".join(f"{each} {version or 'missing'}" for each, version in versions.items())
-    remedy = "pip install 'torch==2.11.*' 'torchaudio==2.11.*' 'torchvision==0.26.*', all from one index"
-    releases = {each: release(version or "") for each, version in versions.items()}
-    if releases["torch"] is None:
-        return Check(name, State.BROKEN, found, remedy)
-    major, minor = releases["torch"]
-    builds = {version.partition("+")[2] for version in versions.values() if version}
-    alike = releases["torchaudio"] == (major, minor) and releases["torchvision"] == (0, minor + 15)
-    if not alike or len(builds) > 1:
-        return Check(name, State.BROKEN, found, f"The versions do not match, and ltx-core imports torchaudio: {remedy}")
-    wrong = [each for each in _unmet(packages) if each.name in versions]
+    found = ", ".join(f"{each} {packages.version(each) or 'missing'}" for each in FAMILY)
+    ranges = [f"'{each}{packages.declared_range(PROJECT, each)}'" for each in FAMILY]
+    remedy = f"pip install --force-reinstall {' '.join(ranges)}, all from one index"
+    wrong = [each for each in _unmet(packages) if each.name in FAMILY]
     if wrong:
         return Check(name, State.BROKEN, found, f"{'; '.join(map(str, wrong))}: {remedy}")
+    for module in ("torchaudio", "torchvision"):
+        if reason := _cannot_load(module):
+            return Check(name, State.BROKEN, found, f"{module} cannot be loaded ({reason}): {remedy}")
     return Check(name, State.OK, found)
+
+
+def _cannot_load(module: str) -> str:
+    """Return why a module cannot be imported, in one line; empty if it can."""
+    try:
+        importlib.import_module(module)
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: built for another CUDA, or without an operator
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return ""
 
 
 def check_packages(packages: Packages, names: tuple[str, ...]) -> Iterator[Check]:
     """Check that each package is installed, in a version that every package that requires it accepts."""
     for name in names:
         version = packages.version(name)
+        declared = packages.declared_range(PROJECT, name)
+        found = f"{version} (range {declared})" if declared else str(version)
         optional = OPTIONAL.get(name)
         bad = State.WARNING if optional else State.BROKEN
         effect = f" Until then, {optional} cannot be used; everything else works." if optional else ""
@@ -198,10 +218,11 @@ def check_packages(packages: Packages, names: tuple[str, ...]) -> Iterator[Check
             yield Check(name, bad, "missing", f"{remedy}.{effect}")
         elif unmet:
             remedy = f"pip install '{_wanted(unmet)}'"
-            yield Check(name, bad, version, f"{'; '.join(map(str, unmet))}: {remedy}.{effect}")
+            yield Check(name, bad, found, f"{'; '.join(map(str, unmet))}: {remedy}.{effect}")
         else:
-            expected = [each for each in packages.unmet if (each.package, each.name) == EXPECTED]
-            yield Check(name, State.OK, version, WHY_EXPECTED if expected and name == EXPECTED[0] else "")
+            expected = [each for each in packages.unmet if each.package == name and (name, each.name) in EXPECTED]
+            why = WHY_EXPECTED.format(unmet="; ".join(map(str, expected)), command=LTX_VIDEO)
+            yield Check(name, State.OK, found, why if expected else "")
 
 
 def check_other_requirements(packages: Packages) -> Check:
@@ -210,7 +231,7 @@ def check_other_requirements(packages: Packages) -> Check:
     if packages.version(PROJECT) is None:
         found = f"{PROJECT} itself is not installed"
         return Check(name, State.BROKEN, found, "make setup, or `pip install -e .`, so that its requirements are known")
-    checked = {"torch", "torchaudio", "torchvision", *SHOWN}
+    checked = {*FAMILY, *SHOWN}
     needed = packages.needed_by(PROJECT)
     others = [each for each in _unmet(packages) if each.name not in checked or each.package not in needed]
     if not others:
@@ -223,7 +244,7 @@ def check_other_requirements(packages: Packages) -> Check:
 
 
 def _unmet(packages: Packages) -> list[Unmet]:
-    return [each for each in packages.unmet if (each.package, each.name) != EXPECTED]
+    return [each for each in packages.unmet if (each.package, each.name) not in EXPECTED]
 
 
 def _wanted(unmet: list[Unmet]) -> str:

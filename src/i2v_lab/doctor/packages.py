@@ -71,6 +71,12 @@ class Packages:
     def _declared(self) -> Mapping[str, list[Requirement]]:
         return {name: list(_requirements(each)) for name, each in self._found.items()}
 
+    def declared_range(self, package: str, required: str) -> str:
+        """Return the range of versions that a package declares for another, as in ``>=4.57,<6``; empty if none."""
+        declared = self._declared.get(canonicalize_name(package), [])
+        ranges = [each.specifier for each in declared if canonicalize_name(each.name) == canonicalize_name(required)]
+        return str(ranges[0]) if ranges else ""
+
     def needed_by(self, *names: str) -> set[str]:
         """Return the canonical names of these packages and their direct and indirect requirements, installed or not."""
         needed: set[str] = set()

@@ -11,7 +11,7 @@ import torch
 
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
-from i2v_lab.profiling.storages import storage_key
+from i2v_lab.torch_compat import storage_key
 
 
 @dataclass(slots=True)

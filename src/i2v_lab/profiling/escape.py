@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import ProfilerError
+from i2v_lab.torch_compat import tree_leaves
 
 OnEscape = Literal["fix", "warn", "raise"]
 

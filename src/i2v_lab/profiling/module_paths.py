@@ -12,8 +12,7 @@ from types import FrameType
 import torch
 
 from i2v_lab.profiling.storages import StorageSet
-
-_CALL = torch.nn.Module._call_impl.__code__  # private, but the one function that every call of a module passes through
+from i2v_lab.torch_compat import CALL
 
 
 class ModulePaths:
@@ -109,4 +108,4 @@ def _outer_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _modules(frames: Iterable[FrameType]) -> Iterator[torch.nn.Module]:
-    return (frame.f_locals["self"] for frame in frames if frame.f_code is _CALL)
+    return (frame.f_locals["self"] for frame in frames if frame.f_code is CALL)

@@ -1,4 +1,4 @@
-"""Identity of tensor storages: a key for each, and a weak set of them."""
+"""A weak set of tensor storages."""
 
 from __future__ import annotations
 
@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Address of the ``StorageImpl`` behind a tensor, the same for all its views.
-
-    ``_cdata`` is private, but nothing public identifies the storage of a fake tensor: all their ``data_ptr()`` are 0.
-    A key is valid only while the storage exists; hold a weak reference beside it.
-    """
-    return tensor.untyped_storage()._cdata
+from i2v_lab.torch_compat import storage_key
 
 
 class StorageSet:

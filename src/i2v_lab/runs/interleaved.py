@@ -189,5 +189,5 @@ def _rows(rounds: pd.DataFrame, size: str) -> Iterator[dict[str, Any]]:
             "ratio": float(np.median(ratios)),
             "low_ratio": float(low),
             "high_ratio": float(high),
-            "event_share": (own["event_seconds"].astype(float) / own["seconds"]).median(),
+            "event_share": (own["event_seconds"].astype(float) / own["seconds"]).dropna().median(),
         }

@@ -51,7 +51,7 @@ RUNNER = RunnerSpec(
     label="diffusers",
     models="diffusers",
     module="diffusers",
-    install="pip install 'diffusers>=0.39'",
+    install="pip install 'diffusers>=0.39,<0.43'",
     packages=("torch", "diffusers", "transformers", "accelerate"),
     sizes=SIZES,
     parts={

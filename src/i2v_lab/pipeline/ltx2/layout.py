@@ -34,7 +34,6 @@ from ltx_core.model.video_vae import (
 )
 from ltx_core.text_encoders.gemma import (
     EMBEDDINGS_PROCESSOR_KEY_OPS,
-    GEMMA_LLM_KEY_OPS,
     EmbeddingsProcessorConfigurator,
     GemmaTextEncoderConfigurator,
 )
@@ -42,6 +41,7 @@ from ltx_core.text_encoders.gemma.encoders import encoder_configurator
 
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.weight_cache import cached_layout
+from i2v_lab.pipeline.ltx2.gemma import gemma_key_ops
 
 FILES = {  # the synthetic weight files' paths below their folder
     "checkpoint": "checkpoint.safetensors",
@@ -74,7 +74,7 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
     "audio_encoder": ComponentSpec("checkpoint", AudioEncoderConfigurator, AUDIO_VAE_ENCODER_COMFY_KEYS_FILTER),
     "audio_decoder": ComponentSpec("checkpoint", AudioDecoderConfigurator, AUDIO_VAE_DECODER_COMFY_KEYS_FILTER),
     "vocoder": ComponentSpec("checkpoint", VocoderConfigurator, VOCODER_COMFY_KEYS_FILTER),
-    "text_encoder": ComponentSpec("gemma", GemmaTextEncoderConfigurator, GEMMA_LLM_KEY_OPS),
+    "text_encoder": ComponentSpec("gemma", GemmaTextEncoderConfigurator, gemma_key_ops()),
     "spatial_upsampler": ComponentSpec("upsampler", LatentUpsamplerConfigurator, None),
 }
 

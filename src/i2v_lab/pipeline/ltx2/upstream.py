@@ -1,7 +1,9 @@
 """ltx-pipelines' own pipelines, unmodified, over our weights and with our phase events.
 
 Two things are set from outside: the loader of their builders, through the field that they have for it, and wrappers
-around functions that they call, which emit the beginning and end of phases and pass arguments and results through.
+around functions that they call, which emit the beginning and end of phases and pass arguments and results through. With
+transformers 5, where ltx-core cannot build Gemma, its builder also gets our key map and module operation, through its
+fields.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import ltx_pipelines.ti2vid_two_stages
 import torch
 from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDOps
 from ltx_core.loader import SingleGPUModelBuilder as Builder
+from ltx_core.text_encoders.gemma import GEMMA_MODEL_OPS
 from ltx_pipelines.utils import ModelLedger
 from ltx_pipelines.utils.args import ImageConditioningInput
 
@@ -34,6 +37,7 @@ from i2v_lab.pipeline.contract.generation import (
 )
 from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.ltx2.components import quantization_policy
+from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops, ltx_core_fits
 from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
 from i2v_lab.pipeline.ltx2.operations import tiling_config
 from i2v_lab.pipeline.ltx2.sampling import sampling_params
@@ -194,11 +198,15 @@ def _gemma_folder(weights: Weights, folder: Path) -> Path:
 
 
 def _set_loader(ledger: Any, weights: Weights) -> None:
-    """Let every builder of a ledger read through the weights' loader."""
+    """Let every builder of a ledger read through the weights' loader, and Gemma's fit the installed transformers."""
     for name, builder in list(vars(ledger).items()):
         if isinstance(builder, Builder):
             setattr(ledger, name, replace(builder, model_loader=weights.loader))
-    ledger.text_encoder_builder = replace(ledger.text_encoder_builder, model_path=weights.gemma_shards)
+    builder = replace(ledger.text_encoder_builder, model_path=weights.gemma_shards)
+    if not ltx_core_fits():
+        own = (GEMMA_BUFFERS if op is GEMMA_MODEL_OPS else op for op in builder.module_ops)
+        builder = replace(builder, model_sd_ops=gemma_key_ops(), module_ops=tuple(own))
+    ledger.text_encoder_builder = builder
 
 
 def _cuda_synchronize_skipped(device: torch.device) -> AbstractContextManager[Any]:

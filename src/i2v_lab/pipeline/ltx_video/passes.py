@@ -29,12 +29,12 @@ from ltx_video.pipelines.pipeline_ltx_video import (
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from ltx_video.utils.skip_layer_strategy import SkipLayerStrategy
 from PIL import Image
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import T5Tokenizer
 
 from i2v_lab.pipeline.ltx_video.sizes import SIZES, stage_shape
 from i2v_lab.pipeline.ltx_video.weights import LtxVideoWeights
 from i2v_lab.request import I2VRequest
+from i2v_lab.torch_compat import disable_current_modes
 
 STG_MODES = {
     "attention_values": SkipLayerStrategy.AttentionValues,
@@ -144,7 +144,7 @@ def still_pixels(pixels: np.ndarray, request: I2VRequest) -> np.ndarray:
     Returns:
         ``(1, 3, 1, height, width)`` float32 in [-1, 1].
     """
-    with _disable_current_modes():  # it converts between torch and numpy, which fake tensors cannot
+    with disable_current_modes():  # it converts between torch and numpy, which fake tensors cannot
         picture = Image.fromarray(pixels)
         tensor = load_image_to_tensor_with_resize_and_crop(picture, request.height, request.width)
         return np.asarray(tensor.numpy())

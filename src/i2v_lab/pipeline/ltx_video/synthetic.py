@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import string
 from pathlib import Path
 
 import sentencepiece
@@ -20,7 +21,7 @@ def metadata(architecture: Architecture, file: str) -> dict[str, str]:
 
 
 def write_t5_folder(architecture: Architecture, folder: Path) -> None:
-    """Write what a T5 folder holds besides its weights: configuration, and a tokenizer that knows every byte.
+    """Write what a T5 folder holds besides its weights: configuration, and a tokenizer that knows all ASCII characters.
 
     As in every LTX-Video prompt, encoding pads to 256 tokens, so memory is that of the real vocabulary's tokenizer.
 
@@ -40,7 +41,7 @@ def write_t5_folder(architecture: Architecture, folder: Path) -> None:
         model_type="char",
         vocab_size=300,
         hard_vocab_limit=False,
-        byte_fallback=True,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
         pad_id=0,
         eos_id=1,
         unk_id=2,

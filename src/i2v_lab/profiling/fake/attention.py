@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from i2v_lab.profiling.fake.torch_compat import EFFICIENT_ATTENTION, FLASH_ATTENTION
+from i2v_lab.torch_compat import EFFICIENT_ATTENTION, FLASH_ATTENTION
 
 
 def fused_attention(

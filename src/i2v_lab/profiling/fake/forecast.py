@@ -12,16 +12,16 @@ from unittest.mock import patch
 import torch
 
 from i2v_lab.events import VRAM_VARIABLE
-from i2v_lab.profiling.fake.allocator import CachingAllocator
+from i2v_lab.profiling.fake.block_trace import TracingAllocator
 from i2v_lab.profiling.fake.cached_tensors import no_cached_tensors
 from i2v_lab.profiling.fake.device import fake_device, to_fake
 from i2v_lab.profiling.fake.garbage import no_collection
 from i2v_lab.profiling.fake.memoization import MemoryKey, ModuleMemo
-from i2v_lab.profiling.fake.torch_compat import active_fake_mode, tree_leaves
 from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast
+from i2v_lab.torch_compat import active_fake_mode, tree_leaves
 
 
 class ForecastMeter(LiveStorageMeter):
@@ -31,7 +31,7 @@ class ForecastMeter(LiveStorageMeter):
     """
 
     def __init__(self, device_type: str, workspaces: Workspaces | None) -> None:
-        allocator = CachingAllocator() if workspaces is not None else None
+        allocator = TracingAllocator() if workspaces is not None else None
         super().__init__(device_type=device_type, allocator=allocator)
         self.allocator = allocator
         self._workspaces = workspaces
@@ -100,7 +100,7 @@ def forecasting(
             on_operator=meter.on_operator,
             on_empty_cache=on_empty_cache,
         ),
-        ModuleMemo(meter, paths, memoize or {}).active(),
+        ModuleMemo(meter, meter.allocator, paths, memoize or {}).active(),
         profiler,
     ):
         yield profiler

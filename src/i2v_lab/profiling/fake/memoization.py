@@ -2,7 +2,7 @@
 
 Exact, not an estimate. A call is answered from the memo only where grad is off, where the first call with its key left
 nothing allocated but its result, and where no more is allocated now than before that call: such a call allocates what
-the first one did, and cannot raise the peak above it.
+the first one did, and cannot raise the peak above it. Its blocks are allocated and freed in the modelled allocator.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from i2v_lab.profiling.fake.block_trace import BlockTrace, TracingAllocator
 from i2v_lab.profiling.fake.operators import are_new
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
@@ -27,11 +28,21 @@ MemoryKey = Callable[..., Hashable]
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """An executed call: bytes allocated before it, its peak above them, and the structure of its result."""
+    """An executed call.
+
+    Attributes:
+        start_bytes: Allocated before it.
+        peak_above_start_bytes: Its peak, less those.
+        result: Structure of what it returned.
+        events: What it allocated and freed, see :class:`~i2v_lab.profiling.fake.block_trace.BlockTrace`.
+        kept: Indices of the allocations that hold its result.
+    """
 
     start_bytes: int
     peak_above_start_bytes: int
     result: Any
+    events: tuple[int, ...]
+    kept: tuple[int, ...]
 
 
 class ModuleMemo:
@@ -39,6 +50,7 @@ class ModuleMemo:
 
     Args:
         meter: Counts what the calls allocate.
+        allocator: Of the meter, where one is modelled.
         paths: Has the running phase; a call is executed anew in every phase.
         memory_keys: Module classes, each with its memory key. Two calls are identical if their modules' parameters and
             buffers have the same names, shapes and dtypes, their arguments the same structure and layouts, and their
@@ -46,9 +58,14 @@ class ModuleMemo:
     """
 
     def __init__(
-        self, meter: LiveStorageMeter, paths: ModulePaths, memory_keys: Mapping[type[torch.nn.Module], MemoryKey]
+        self,
+        meter: LiveStorageMeter,
+        allocator: TracingAllocator | None,
+        paths: ModulePaths,
+        memory_keys: Mapping[type[torch.nn.Module], MemoryKey],
     ) -> None:
         self._meter = meter
+        self._allocator = allocator
         self._paths = paths
         self._memory_keys = memory_keys
         self._calls: dict[Hashable, _Call] = {}
@@ -72,15 +89,21 @@ class ModuleMemo:
         start_bytes = self._meter.allocated_bytes()
         call = self._calls.get(key)
         if call is not None and start_bytes <= call.start_bytes:
-            self._meter.raise_peak(start_bytes + call.peak_above_start_bytes)
+            peak_bytes = start_bytes + call.peak_above_start_bytes
+            if self._allocator is not None:  # the same requests may get larger blocks
+                peak_bytes = self._allocator.replay(call.events, call.kept)
+            self._meter.raise_peak(peak_bytes)
             return _unflatten(call.result, inputs, [])
-        with self._meter.local_peak() as peak:
+        tracing = self._allocator.trace() if self._allocator is not None else nullcontext(BlockTrace())
+        with self._meter.local_peak() as peak, tracing as trace:
             result = forward(module, *args, **kwargs)
         tensors = list(inputs)
         structure = _flatten(result, tensors, known=len(inputs))
         new = tensors[len(inputs) :]
-        if are_new(new, inputs) and self._meter.allocated_bytes() - start_bytes == self._meter.counted_bytes(new):
-            self._calls[key] = _Call(start_bytes, peak.bytes - start_bytes, structure)
+        left_bytes = self._meter.allocated_bytes() - start_bytes
+        if are_new(new, inputs) and left_bytes == self._meter.counted_bytes(new) and trace.is_closed:
+            kept = tuple(trace.indices[block] for block in map(self._meter.block, new) if block is not None)
+            self._calls[key] = _Call(start_bytes, peak.bytes - start_bytes, structure, tuple(trace.events), kept)
         return result
 
     def _layout(self, module: torch.nn.Module) -> Hashable:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from i2v_lab.profiling.fake.torch_compat import alias_annotations, returns_new_tensors
+from i2v_lab.torch_compat import alias_annotations, returns_new_tensors
 
 aten = torch.ops.aten
 

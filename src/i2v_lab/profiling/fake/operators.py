@@ -11,7 +11,7 @@ import torch
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.operator_kinds import FACTORIES, VIEWS, makes_new_tensors, tensors_in, written_tensors
-from i2v_lab.profiling.fake.torch_compat import (
+from i2v_lab.torch_compat import (
     DATA_DEPENDENT,
     DEVICE,
     LOCAL_SCALAR,

@@ -11,14 +11,17 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from i2v_lab.errors import VramCapExceeded
-from i2v_lab.profiling.flex_attention import uncompiled_flex_attention
 from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.module_paths import ModulePaths
-from i2v_lab.profiling.storages import storage_key
+from i2v_lab.torch_compat import (
+    TorchDispatchMode,
+    dense_flex_attention,
+    storage_key,
+    tree_leaves,
+    uncompiled_flex_attention,
+)
 
 CATEGORIES = ("weight", "saved", "activation", "other")
 
@@ -143,7 +146,7 @@ class LiveStorageMeter(TorchDispatchMode):
         self._scopes = ExitStack()
 
     def __enter__(self) -> Self:
-        self._scopes.enter_context(uncompiled_flex_attention())
+        self._scopes.enter_context(uncompiled_flex_attention(dense_flex_attention))
         super().__enter__()
         return self
 
@@ -280,6 +283,11 @@ class LiveStorageMeter(TorchDispatchMode):
         """Raise the peak to that of a memoized call, which is not executed."""
         if nbytes > self._peak_bytes:
             self._peak_bytes, self._peak_tick = nbytes, self._tick
+
+    def block(self, tensor: torch.Tensor) -> Block | None:
+        """The modelled allocator's block of a tensor; ``None`` where it is not counted or no allocator is modelled."""
+        known = self._live.get(storage_key(tensor))
+        return known[2].block if known is not None else None
 
     def counted_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
         """Allocated bytes of the storages of ``tensors``, each counted once."""

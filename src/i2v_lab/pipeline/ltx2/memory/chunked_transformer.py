@@ -27,7 +27,6 @@ from ltx_core.model.transformer.model import LTXModel
 from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
 from ltx_core.model.transformer.transformer_args import TransformerArgs
 from ltx_core.utils import rms_norm
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import gelu
 
 from i2v_lab.pipeline.ltx2.memory.chunked_attention import (
@@ -47,6 +46,7 @@ from i2v_lab.pipeline.ltx2.memory.token_chunks import (
     single_chunk,
     split_tokens,
 )
+from i2v_lab.torch_compat import FakeTensor
 
 CHUNK_TOKENS = 8192  # enough to saturate a GPU; some 0.6 GiB in the feed-forward of the 22B
 # Rows of the matrix products that compute modulations, padded by repetition: for two rows cuBLAS selects other kernels

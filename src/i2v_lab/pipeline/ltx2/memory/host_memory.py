@@ -8,6 +8,8 @@ import sys
 import psutil
 import torch
 
+from i2v_lab.torch_compat import is_fake
+
 HOST_SHARE = 0.8  # of the available host memory that offloaded weights may take
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
@@ -16,7 +18,7 @@ def host_budget_bytes(device: torch.device) -> int:
     """How much host memory the offloaded weights of a model on ``device`` may take; none for a CPU's."""
     if device.type != "cuda":
         return 0
-    if torch._guards.active_fake_mode() is not None:
+    if is_fake():
         return sys.maxsize  # a forecast assumes a machine with enough host memory
     return int(HOST_SHARE * psutil.virtual_memory().available)
 
@@ -41,7 +43,7 @@ class PageLocked:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._locked: torch.Tensor | None = None
-        if device.type != "cuda" or torch._guards.active_fake_mode() is not None:
+        if device.type != "cuda" or is_fake():
             self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             return
         pages = own_pages(nbytes)

@@ -26,6 +26,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked, host_budget_bytes
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
+from i2v_lab.torch_compat import is_fake
 
 ALIGNMENT = 256  # bytes; of a tensor in a block's buffer
 BLOCKS = (  # module classes whose weights are streamed
@@ -177,7 +178,7 @@ class WeightStream:
         self._last = ""
         self._host: dict[str, _HostCopy] = {}
         self._in_flight: dict[str, tuple[torch.Tensor, Any]] = {}
-        real_cuda = device.type == "cuda" and torch._guards.active_fake_mode() is None
+        real_cuda = device.type == "cuda" and not is_fake()
         self._stream = torch.cuda.Stream(device) if host_budget_bytes and real_cuda else None
         self._hooks = []
         self._placeholder = torch.nn.Parameter(torch.empty(0, device=device, dtype=torch.bfloat16), requires_grad=False)

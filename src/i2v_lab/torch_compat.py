@@ -1,14 +1,18 @@
-"""Everything of torch's private API that fakes use, in one place: what to go through for a new version of torch.
+"""Everything of torch's private API that fakes and meters use, in one place: what to go through for a new torch.
 
-``tests/unit/test_torch_compat.py`` has a test for each item. Written for torch 2.11.
+``tests/unit/test_torch_compat.py`` has a test for each item, whose name in a report ends with the version of torch.
+Written for torch 2.11; every item is the same in 2.12.1, 2.13.0, 2.14.1 and 2.15.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._higher_order_ops.flex_attention import sdpa_dense as dense_flex_attention  # by ordinary operators
 from torch._subclasses import fake_tensor  # FakeTensorMode has no public name
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,  # an operator asks for values, such as .item()
@@ -19,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,  # an operator has no fake kernel
     in_kernel_invocation_manager,  # runs an operator on the meta tensors behind fakes, without the mode's own checks
 )
+from torch.nn.attention import flex_attention
 from torch.utils._mode_utils import no_dispatch  # runs an operator outside all dispatch modes
 from torch.utils._python_dispatch import (
     TorchDispatchMode,  # semi-public: documented, but has no public name
@@ -26,9 +31,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only  # torch.utils has no public pytree
 
-from i2v_lab.profiling.storages import storage_key  # untyped_storage()._cdata
-
 __all__ = [
+    "CALL",
     "CONVOLUTION_BASE",
     "DATA",
     "DATA_DEPENDENT",
@@ -38,32 +42,40 @@ __all__ = [
     "LOCAL_SCALAR",
     "NUMPY",
     "SAFE_SOFTMAX",
+    "TRUNCATED_NORMAL",
     "DispatchMode",
     "FakeTensor",
     "FakeTensorConverter",
     "FakeTensorMode",
     "HardwareFreeFakeMode",
+    "TorchDispatchMode",
     "UnsupportedOperatorException",
     "active_fake_mode",
     "alias_annotations",
     "convert_module",
+    "dense_flex_attention",
     "disable_current_modes",
     "gpu_context_patch",
     "in_kernel_invocation_manager",
+    "is_fake",
     "no_dispatch",
     "returns_new_tensors",
     "storage_key",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled_flex_attention",
 ]
 
 aten = torch.ops.aten
+
+CALL = torch.nn.Module._call_impl.__code__  # the one function that every call of a module passes through
 
 DATA_DEPENDENT = (DynamicOutputShapeException, DataDependentOutputException)
 disable_current_modes = _disable_current_modes
 
 DATA: Any = torch._C.TensorBase.data  # descriptor behind Tensor.data, which a forecast replaces
 NUMPY: Any = torch._C.TensorBase.numpy  # method behind Tensor.numpy, which a forecast replaces
+TRUNCATED_NORMAL = (torch.nn.init, "_no_grad_trunc_normal_")  # draws until all values are within, from torch 2.14 on
 CONVOLUTION_BASE = torch.nn.modules.conv._ConvNd  # its reset_parameters serves all convolutions
 
 DEVICE = torch.ops.prim.device.default  # what C++ code dispatches to read a fake's device
@@ -90,6 +102,40 @@ class DispatchMode(TorchDispatchMode):
         return False  # nothing is compiled here
 
 
+@contextmanager
+def uncompiled_flex_attention(attend: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Do not let torch trace ``flex_attention`` within this scope, where its caller does not compile it.
+
+    Uncompiled, it runs ordinary operators, which materialize all scores; torch traces every call only to run the same.
+    It hands it to a dispatch mode as one operator that takes functions, which shows nothing of what it allocates.
+
+    Args:
+        attend: Runs the operators in torch's place, so that a dispatch mode sees them: :func:`dense_flex_attention`, or
+            a function with its arguments.
+
+    Example:
+        >>> from torch.nn.attention.flex_attention import flex_attention
+        >>> query = torch.ones(1, 1, 128, 16)
+        >>> with uncompiled_flex_attention(), torch.no_grad():
+        ...     flex_attention(query, query, query).shape
+        torch.Size([1, 1, 128, 16])
+    """
+    substitutes: dict[str, Any] = {"_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG": True}
+    if attend is not None:  # otherwise as it is, or as a scope outside has it
+        substitutes["flex_attention_hop"] = attend
+    with patch.multiple(flex_attention, **substitutes):
+        yield
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Address of the ``StorageImpl`` behind a tensor, the same for all its views.
+
+    ``_cdata`` is private, but nothing public identifies the storage of a fake tensor: all their ``data_ptr()`` are 0.
+    A key is valid only while the storage exists; hold a weak reference beside it.
+    """
+    return tensor.untyped_storage()._cdata
+
+
 def gpu_context_patch() -> tuple[Any, str, Callable[[Any], None]]:
     """What to patch, and with what, so that a fake tensor on ``cuda`` does not initialise CUDA."""
     return fake_tensor, "init_gpu_context", lambda device: None
@@ -100,6 +146,11 @@ def active_fake_mode() -> FakeTensorMode:
     mode = torch._guards.active_fake_mode()
     assert mode is not None
     return mode
+
+
+def is_fake() -> bool:
+    """Whether this code runs under fake tensors, as in a forecast."""
+    return torch._guards.active_fake_mode() is not None
 
 
 def returns_new_tensors(operator: Any) -> bool:
