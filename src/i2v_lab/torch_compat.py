@@ -7,9 +7,12 @@ Written for torch 2.11; every item is the same in 2.12.1, 2.13.0, 2.14.1 and 2.1
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch._higher_order_ops.flex_attention import sdpa_dense as dense_flex_attention  # by ordinary operators
 from torch._subclasses import fake_tensor  # FakeTensorMode has no public name
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,  # an operator asks for values, such as .item()
@@ -20,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,  # an operator has no fake kernel
     in_kernel_invocation_manager,  # runs an operator on the meta tensors behind fakes, without the mode's own checks
 )
+from torch.nn.attention import flex_attention
 from torch.utils._mode_utils import no_dispatch  # runs an operator outside all dispatch modes
 from torch.utils._python_dispatch import (
     TorchDispatchMode,  # semi-public: documented, but has no public name
@@ -38,6 +42,7 @@ __all__ = [
     "LOCAL_SCALAR",
     "NUMPY",
     "SAFE_SOFTMAX",
+    "TRUNCATED_NORMAL",
     "DispatchMode",
     "FakeTensor",
     "FakeTensorConverter",
@@ -48,6 +53,7 @@ __all__ = [
     "active_fake_mode",
     "alias_annotations",
     "convert_module",
+    "dense_flex_attention",
     "disable_current_modes",
     "gpu_context_patch",
     "in_kernel_invocation_manager",
@@ -57,6 +63,7 @@ __all__ = [
     "storage_key",
     "tree_leaves",
     "tree_map_only",
+    "uncompiled_flex_attention",
 ]
 
 aten = torch.ops.aten
@@ -68,6 +75,7 @@ disable_current_modes = _disable_current_modes
 
 DATA: Any = torch._C.TensorBase.data  # descriptor behind Tensor.data, which a forecast replaces
 NUMPY: Any = torch._C.TensorBase.numpy  # method behind Tensor.numpy, which a forecast replaces
+TRUNCATED_NORMAL = (torch.nn.init, "_no_grad_trunc_normal_")  # draws until all values are within, from torch 2.14 on
 CONVOLUTION_BASE = torch.nn.modules.conv._ConvNd  # its reset_parameters serves all convolutions
 
 DEVICE = torch.ops.prim.device.default  # what C++ code dispatches to read a fake's device
@@ -92,6 +100,31 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here
+
+
+@contextmanager
+def uncompiled_flex_attention(attend: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Do not let torch trace ``flex_attention`` within this scope, where its caller does not compile it.
+
+    Uncompiled, it runs ordinary operators, which materialize all scores; torch traces every call only to run the same.
+    It hands it to a dispatch mode as one operator that takes functions, which shows nothing of what it allocates.
+
+    Args:
+        attend: Runs the operators in torch's place, so that a dispatch mode sees them: :func:`dense_flex_attention`, or
+            a function with its arguments.
+
+    Example:
+        >>> from torch.nn.attention.flex_attention import flex_attention
+        >>> query = torch.ones(1, 1, 128, 16)
+        >>> with uncompiled_flex_attention(), torch.no_grad():
+        ...     flex_attention(query, query, query).shape
+        torch.Size([1, 1, 128, 16])
+    """
+    substitutes: dict[str, Any] = {"_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG": True}
+    if attend is not None:  # otherwise as it is, or as a scope outside has it
+        substitutes["flex_attention_hop"] = attend
+    with patch.multiple(flex_attention, **substitutes):
+        yield
 
 
 def storage_key(tensor: torch.Tensor) -> int:

@@ -8,8 +8,8 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from i2v_lab.profiling.fake.forecast import forecasting
-from i2v_lab.profiling.flex_attention import uncompiled_flex_attention
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
+from i2v_lab.torch_compat import dense_flex_attention, uncompiled_flex_attention
 
 TOKENS, HEADS, WIDTH = 256, 2, 16
 SCORES = 4 * HEADS * TOKENS * TOKENS  # in float32, whatever the query's dtype
@@ -42,8 +42,15 @@ def test_on_a_card_the_steps_of_the_softmax_count():
 def test_it_computes_what_it_does_outside():
     query = torch.randn(1, 1, 64, WIDTH, generator=torch.Generator().manual_seed(1))
     expected = torch.nn.functional.scaled_dot_product_attention(query, query, query)
-    with uncompiled_flex_attention(), torch.no_grad():
-        torch.testing.assert_close(flex_attention(query, query, query), expected)
+    for scope in (uncompiled_flex_attention(), uncompiled_flex_attention(dense_flex_attention)):
+        with scope, torch.no_grad():
+            torch.testing.assert_close(flex_attention(query, query, query), expected)
+
+
+def test_a_scope_inside_a_meter_hides_nothing_from_it():
+    with LiveStorageMeter() as meter, uncompiled_flex_attention(), torch.no_grad():
+        _attend("cpu")
+    assert meter.peak_bytes() > 3 * SCORES
 
 
 def test_torch_is_as_before_afterwards():

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import diffusers
 import torch
@@ -23,7 +22,6 @@ from diffusers.pipelines import ltx2 as ltx2_pipelines
 from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, STAGE_2_DISTILLED_SIGMA_VALUES
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
-from torch.nn.attention import flex_attention
 from transformers import PreTrainedTokenizerFast
 
 from i2v_lab.events import EventSink
@@ -34,7 +32,7 @@ from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolv
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.torch_compat import is_fake
+from i2v_lab.torch_compat import is_fake, uncompiled_flex_attention
 
 # Of each component, where an architecture names none; those of the others follow from its configuration.
 CLASSES = {
@@ -255,7 +253,7 @@ class DiffusersLTX2:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the latents of stage 2, which are denormalized already, and the sound as that pipeline does."""
         # The operators are the same; otherwise torch traces each of several hundred calls anew, to compile nothing.
-        with patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True):
+        with uncompiled_flex_attention():
             (video,) = self.decode(
                 video, generator=generator, output_type=output_type, denormalize=False, return_dict=False
             )

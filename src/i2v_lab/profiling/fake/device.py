@@ -19,20 +19,22 @@ import torch
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator, data_dependent_error, known_values
-from i2v_lab.profiling.flex_attention import sdpa_dense, uncompiled_flex_attention
 from i2v_lab.torch_compat import (
     CONVOLUTION_BASE,
     DATA,
     NUMPY,
+    TRUNCATED_NORMAL,
     FakeTensor,
     FakeTensorConverter,
     FakeTensorMode,
     HardwareFreeFakeMode,
     convert_module,
+    dense_flex_attention,
     disable_current_modes,
     gpu_context_patch,
     no_dispatch,
     tree_map_only,
+    uncompiled_flex_attention,
 )
 
 
@@ -113,7 +115,7 @@ def _flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     with ExitStack() as scopes:
         if query.device.type == "cuda":  # whose allocator counts the steps of the softmax
             scopes.enter_context(patch.object(torch, "_safe_softmax", safe_softmax))
-        return sdpa_dense(query, *args, **kwargs)
+        return dense_flex_attention(query, *args, **kwargs)
 
 
 def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -175,7 +177,7 @@ def _patches(
     yield torch.nn.Module, "_apply", _apply
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
-    yield torch.nn.init, "_no_grad_trunc_normal_", lambda tensor, *_, **__: tensor  # torch 2.14 repeats by values
+    yield *TRUNCATED_NORMAL, lambda tensor, *_, **__: tensor
     yield gpu_context_patch()
     if device.type == "cuda":
         yield torch, "Generator", _CpuGenerator

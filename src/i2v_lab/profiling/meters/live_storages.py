@@ -13,10 +13,15 @@ from typing import Any, Self
 import torch
 
 from i2v_lab.errors import VramCapExceeded
-from i2v_lab.profiling.flex_attention import uncompiled_flex_attention
 from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.module_paths import ModulePaths
-from i2v_lab.torch_compat import TorchDispatchMode, storage_key, tree_leaves
+from i2v_lab.torch_compat import (
+    TorchDispatchMode,
+    dense_flex_attention,
+    storage_key,
+    tree_leaves,
+    uncompiled_flex_attention,
+)
 
 CATEGORIES = ("weight", "saved", "activation", "other")
 
@@ -141,7 +146,7 @@ class LiveStorageMeter(TorchDispatchMode):
         self._scopes = ExitStack()
 
     def __enter__(self) -> Self:
-        self._scopes.enter_context(uncompiled_flex_attention())
+        self._scopes.enter_context(uncompiled_flex_attention(dense_flex_attention))
         super().__enter__()
         return self
 
