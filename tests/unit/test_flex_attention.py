@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.profiler import ProfilerActivity, profile
 
+from i2v_lab.profiling.fake.attention import safe_softmax
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.torch_compat import dense_flex_attention, uncompiled_flex_attention
@@ -35,8 +39,21 @@ def test_a_forecast_and_a_metered_run_count_the_same_scores():
 
 
 def test_on_a_card_the_steps_of_the_softmax_count():
-    """Scores before and after the mask, the softmax before and after rows without any key are cleared, and the mask."""
-    assert 4.25 * SCORES < _forecast("cuda") < 4.4 * SCORES
+    """Scores before and after the mask, the softmax, and a mask of one byte for each score."""
+    assert 3.25 * SCORES < _forecast("cuda") < 3.4 * SCORES
+
+
+def test_a_forecast_of_safe_softmax_allocates_what_its_kernel_does():
+    scores = torch.randn(2, TOKENS, TOKENS)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        kept = torch._safe_softmax(scores, -1)
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    with forecasting("cuda") as forecast, torch.no_grad():
+        fake = torch.empty(2, TOKENS, TOKENS, device="cuda")
+        with forecast.phase("softmax"):
+            result = safe_softmax(fake, -1)
+    assert forecast.peak.peak_bytes - scores.nbytes == max(accumulate(changes))
+    assert forecast.peak.end_bytes - scores.nbytes == kept.nbytes == result.nbytes
 
 
 def test_it_computes_what_it_does_outside():

@@ -69,6 +69,6 @@ def safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = Non
         dtype: Of the result; that of ``scores`` by default.
     """
     out = torch.softmax(scores, dim, dtype=dtype)
-    masked = scores == -math.inf
+    masked = torch.isneginf(scores)
     masked_rows = masked.all(dim, keepdim=True)
-    return torch.where(masked_rows, torch.zeros((), dtype=out.dtype, device=out.device), out)
+    return torch.where(masked_rows, torch.zeros((), dtype=out.dtype, device=out.device), out, out=out)
