@@ -11,6 +11,7 @@
 #
 # A test is `slow` by the durations in tests/durations.json, not by hand: tests/scheduling.py says how.
 PYTHON ?= python3
+LOCK ?= locks/setup.txt
 BIN := .venv/bin
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --no-deps
 COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --extra dev --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make locks'
@@ -20,12 +21,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: .venv/.stamp
 
-# Exactly the versions of the lock: with uv if it is there, with pip otherwise. ltx-video comes last, without its own
+# Exactly the versions of the lock, `make LOCK=locks/highest.txt` those of another: with uv if it is there, with pip otherwise. ltx-video comes last, without its own
 # pins: no transformers meets both those and ltx-core's.
-.venv/.stamp: pyproject.toml locks/setup.txt
+.venv/.stamp: pyproject.toml $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit("i2v-lab needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) -r locks/setup.txt
+	$(INSTALL) -r $(LOCK)
 	$(INSTALL) -e . ltx-video==0.1.2
 	touch $@
 
