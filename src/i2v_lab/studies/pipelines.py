@@ -24,8 +24,8 @@ from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.studies.published import to_size
 from i2v_lab.studies.techniques import with_policy
 
-# The models of diffusers that are compared with ours: LTX-2, the previous release of LTX-2.3.
-COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
+# The models of diffusers that are compared with ours: LTX-2.3 as diffusers runs it.
+COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2.3-22b-diffusers", "ltx-2.3-tiny": "ltx-2.3-tiny-diffusers"}
 THIRD_PARTY = ("ltx-pipelines", "diffusers", "diffusers, model offloading", "diffusers, group offloading")
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
@@ -153,7 +153,7 @@ def capped_table(observations: Sequence[Observation], recorded: RecordedRuns) ->
 def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequence[str] = ()) -> dict[str, RunSpec]:
     """The same request for third-party pipelines: ltx-pipelines, and diffusers without and with its offloading modes.
 
-    diffusers runs LTX-2, not LTX-2.3, in bfloat16 and without tiling.
+    diffusers runs the model in bfloat16 and without tiling.
 
     Args:
         request: What to generate.
