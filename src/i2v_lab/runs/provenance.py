@@ -36,6 +36,7 @@ EXECUTED = (
     "profiling",
     "runs/execute.py",
     "runs/spec.py",
+    "thread_modes.py",
     "torch_compat.py",
 )
 
