@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from i2v_lab.metered_threads import metering_this_thread
 from i2v_lab.torch_compat import DeviceContext, ModeStacks
 
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -77,9 +78,10 @@ class _Flag:
 class CarriedModes:
     """The modes of a lazy producer, put around each of its steps, in whichever thread that runs.
 
-    Autocast and the default device are those of the thread and moment in which this object was made. What the producer
+    Autocast and the default device are those of the thread and moment in which this object was made, and the profilers
+    that meter that thread then meter every step. What the producer
     sets, and leaves set where it yields, is there again at its next step, and never in its consumer. So are modes of
-    torch functions and of dispatch that it entered.
+    torch functions and of dispatch that it entered, except meters (``stays_in_thread``), which follow the thread.
 
     Args:
         grad: Whether its first step runs with grad enabled; ``None``: as its consumer has it.
@@ -100,6 +102,7 @@ class CarriedModes:
         self._inference = _Flag(inference)
         self._autocast = Autocast.current()
         self._default_device = ModeStacks.current().device_context()
+        self._meters = metering_this_thread()
         self._function_modes: list[Any] = []  # that it left entered where it yielded
         self._dispatch_modes: list[Any] = []
 
@@ -117,30 +120,53 @@ class CarriedModes:
         Args:
             function_modes: Also active within it.
         """
-        grad, autocast, consumers = torch.is_grad_enabled(), Autocast.current(), ModeStacks.current()
-        # Entered whether or not it changes anything: at its end the consumer's modes are back, whatever was left set.
-        with torch.inference_mode(self._inference.enter(torch.is_inference_mode_enabled())):
-            torch.set_grad_enabled(self._grad.enter(grad))
-            self._autocast.apply()
-            outer = [mode for mode in consumers.function if not isinstance(mode, DeviceContext)]
-            if self._default_device is not None:
-                outer.insert(0, self._default_device)
-            function = (*outer, *function_modes, *self._function_modes)
-            ModeStacks(function, (*consumers.dispatch, *self._dispatch_modes), self._default_device).apply()
-            try:
+        with ExitStack() as scopes:
+            for meter in self._meters:
+                scopes.enter_context(meter.metered())
+            with self._step(function_modes):
                 yield
-            finally:
-                left = ModeStacks.current()
-                self._default_device = left.default  # the producer may have called torch.set_default_device
-                self._function_modes = _others(left.function, (*outer, *function_modes, left.default))
-                self._dispatch_modes = _others(left.dispatch, consumers.dispatch)
-                consumers.apply()
-                self._autocast = Autocast.current()
-                self._grad.leave(torch.is_grad_enabled())
-                self._inference.leave(torch.is_inference_mode_enabled())
-                autocast.apply()
+
+    @contextmanager
+    def _step(self, function_modes: Sequence[Any]) -> Iterator[None]:
+        consumers = ModeStacks.current()
+        after = consumers
+        grad, autocast = torch.is_grad_enabled(), Autocast.current()
+        try:
+            # Entered whether or not it changes anything: at its end the consumer's modes are back, whatever was left.
+            with torch.inference_mode(self._inference.enter(torch.is_inference_mode_enabled())):
+                torch.set_grad_enabled(self._grad.enter(grad))
+                self._autocast.apply()
+                outer = [mode for mode in consumers.function if not isinstance(mode, DeviceContext)]
+                if self._default_device is not None:
+                    outer.insert(0, self._default_device)
+                function = (*outer, *function_modes, *self._function_modes)
+                ModeStacks(function, (*consumers.dispatch, *self._dispatch_modes), self._default_device).apply()
+                try:
+                    yield
+                finally:
+                    left = ModeStacks.current()
+                    self._default_device = left.default  # the producer may have called torch.set_default_device
+                    self._function_modes = _without(left.function, (*outer, *function_modes, left.default))
+                    entered = _without(left.dispatch, consumers.dispatch)
+                    self._dispatch_modes = [mode for mode in entered if not _stays(mode)]
+                    ended = _without(consumers.dispatch, left.dispatch)
+                    after = replace(
+                        consumers, dispatch=(*_without(consumers.dispatch, ended), *filter(_stays, entered))
+                    )
+                    consumers.apply()
+                    self._autocast = Autocast.current()
+                    self._grad.leave(torch.is_grad_enabled())
+                    self._inference.leave(torch.is_inference_mode_enabled())
+                    autocast.apply()
+        finally:
+            after.apply()  # not before: the end of inference mode sets anew whether this thread has dispatch modes
 
 
-def _others(modes: Iterable[Any], known: Iterable[Any]) -> list[Any]:
-    ids = {id(mode) for mode in known}
+def _stays(mode: Any) -> bool:
+    """Whether a mode that was entered during a step sees its thread from then on, as a meter does."""
+    return bool(getattr(mode, "stays_in_thread", False))
+
+
+def _without(modes: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+    ids = {id(mode) for mode in others}
     return [mode for mode in modes if id(mode) not in ids]

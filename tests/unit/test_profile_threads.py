@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from i2v_lab import PhaseProfiler, profile_call
+from i2v_lab import PhaseProfiler, guard_stream, profile_call
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.records import GraphRecord, StepRecord
@@ -149,6 +149,26 @@ def test_a_meter_and_a_probe_can_be_left_in_another_thread_than_they_were_entere
     assert (meter.allocated_bytes(), probe.saved_bytes) == (0, 0)
     probe.leave_thread()
     meter.leave_thread()
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_guarded_stream_of_a_call_meters_the_consumer_too_and_ends_with_it(before):
+    def consume(guard: Callable[[Any], Any]) -> Any:
+        call = profile_call(Pipeline())
+        with torch.no_grad():
+            held = [next(call.result) for _ in range(before)]
+        for item in guard(call.result):
+            held += [item, torch.ones(64)]
+        return call
+
+    with torch.no_grad():
+        expected = consume(lambda stream: stream)
+    guarded = consume(guard_stream)
+    assert _summary(guarded) == _summary(expected)
+    assert ModeStacks.current().dispatch == ()
+    with PhaseProfiler() as profiler, profiler.phase("next"):
+        torch.ones(16)
+    assert profiler.peak.peak_bytes == 64
 
 
 def test_send_throw_and_the_returned_value_of_a_followed_stream():

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.thread_modes import Autocast, CarriedModes
 from i2v_lab.torch_compat import ModeStacks, TorchDispatchMode
 
@@ -173,3 +174,27 @@ def test_a_fork_begins_as_the_producer_left_off():
         torch.set_autocast_enabled("cpu", False)
     with modes.step():
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_meters_entered_and_left_within_steps_follow_the_thread():
+    outer, inner = LiveStorageMeter(), LiveStorageMeter()
+
+    def producer():
+        inner.__enter__()
+        yield
+        outer.__exit__(None, None, None)
+        yield
+        inner.__exit__(None, None, None)
+        yield
+
+    stream, modes = producer(), CarriedModes()
+    before = _state()
+    outer.__enter__()
+    counts, held = [], []
+    for _ in range(3):
+        with modes.step():
+            next(stream)
+        held.append(torch.ones(4))
+        counts.append((outer.allocated_bytes(), inner.allocated_bytes()))
+    assert counts == [(16, 16), (16, 32), (16, 32)]
+    assert _state() == before

@@ -65,7 +65,7 @@ class AutogradGraphProbe:
         self._paths = paths or ModulePaths()
         self._meter = meter
         self._storages: dict[int, _SavedStorage] = {}
-        self._hooks: dict[int, Any] = {}  # by thread, whose own they are
+        self._thread = threading.local()  # whose own the hooks are
         self._is_over = False
         self.saved_bytes = 0
         self.peak_bytes = 0
@@ -124,13 +124,14 @@ class AutogradGraphProbe:
         """Count what this thread's operators save too."""
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         hooks.__enter__()
-        self._hooks[threading.get_ident()] = hooks
+        self._thread.hooks = hooks
 
     def leave_thread(self) -> None:
         """Count what they save no more."""
-        hooks = self._hooks.pop(threading.get_ident(), None)
+        hooks = getattr(self._thread, "hooks", None)
         if hooks is not None:
             hooks.__exit__(None, None, None)
+            self._thread.hooks = None
 
     def __enter__(self) -> Self:
         self.enter_thread()

@@ -14,8 +14,8 @@ import torch
 
 from i2v_lab.errors import ProfilerError, VramCapExceeded
 from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.metered_threads import MeteredThreads
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
-from i2v_lab.profiling.metered_threads import MeteredThreads
 from i2v_lab.profiling.meters.base import MemoryMeter
 from i2v_lab.profiling.meters.cuda import CudaMeter
 from i2v_lab.profiling.meters.devices import device_support, make_meter

@@ -30,6 +30,7 @@ RENDERING = ("matplotlib", "pandas", "nbconvert", "papermill")
 EXECUTED = (
     "events.py",
     "memory_policy.py",
+    "metered_threads.py",
     "request.py",
     "pipeline/contract",
     "pipeline/registry.py",

@@ -125,6 +125,8 @@ class LiveStorageMeter(TorchDispatchMode):
         4096
     """
 
+    stays_in_thread = True  # a stream during whose step a meter is entered or left does not undo that
+
     def __init__(
         self,
         cap_bytes: int | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 
 class ThreadPart(Protocol):
@@ -18,44 +18,46 @@ class ThreadPart(Protocol):
         """See it no more."""
 
 
+class _Here(threading.local):
+    """The profilers that meter a thread."""
+
+    def __init__(self) -> None:
+        self.metering: list[MeteredThreads] = []
+
+
+_HERE = _Here()
+
+
 class MeteredThreads:
     """Has the parts of a profiler see one thread after another, each once.
 
     Args:
         parts: Outermost first.
-    """
 
-    _left_behind: ClassVar[list[MeteredThreads]] = []  # of profilers that ended in another thread
+    Example:
+        >>> threads = MeteredThreads([])
+        >>> with threads.metered():
+        ...     metering_this_thread() == [threads]
+        True
+    """
 
     def __init__(self, parts: Sequence[ThreadPart]) -> None:
         self._parts = parts
-        self._threads: set[int] = set()
+        self._is_over = False
 
     def entered(self) -> None:
         """This thread has entered the parts itself."""
-        self._threads.add(threading.get_ident())
-
-    def left(self) -> None:
-        """This thread has left the parts itself."""
-        self._threads.discard(threading.get_ident())
+        _HERE.metering.append(self)
 
     def end(self) -> None:
-        """The profiler ended, in this thread; in others that it metered its parts see nothing any more."""
-        self.left()
-        if self._threads:
-            self._left_behind.append(self)
-
-    @classmethod
-    def clear_thread(cls) -> None:
-        """Take what profilers that ended in another thread left behind out of this one."""
-        for threads in list(cls._left_behind):
-            threads.leave()
-            if not threads._threads:
-                cls._left_behind.remove(threads)
+        """This thread has left the parts itself, and they see no other any more."""
+        self._is_over = True
+        if self in _HERE.metering:
+            _HERE.metering.remove(self)
 
     def enter(self) -> bool:
-        """Meter this thread from now on; ``False`` if it is metered already."""
-        if threading.get_ident() in self._threads:
+        """Meter this thread from now on; ``False`` if it is metered already, or the profiler has ended."""
+        if self._is_over or self in _HERE.metering:
             return False
         self.entered()
         for part in self._parts:
@@ -64,8 +66,8 @@ class MeteredThreads:
 
     def leave(self) -> None:
         """Meter this thread no more, if it is metered; also after the profiler ended in another one."""
-        if threading.get_ident() in self._threads:
-            self.left()
+        if self in _HERE.metering:
+            _HERE.metering.remove(self)
             for part in reversed(self._parts):
                 part.leave_thread()
 
@@ -78,3 +80,15 @@ class MeteredThreads:
         finally:
             if is_new:
                 self.leave()
+
+    @staticmethod
+    def clear_thread() -> None:
+        """Take what profilers that ended in another thread left behind out of this one."""
+        for threads in reversed(_HERE.metering[:]):
+            if threads._is_over:
+                threads.leave()
+
+
+def metering_this_thread() -> list[MeteredThreads]:
+    """The profilers that meter this thread."""
+    return _HERE.metering[:]
