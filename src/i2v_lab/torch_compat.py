@@ -6,8 +6,9 @@ Written for torch 2.11; every item is the same in 2.12.1, 2.13.0, 2.14.1 and 2.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -24,11 +25,16 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,  # runs an operator on the meta tensors behind fakes, without the mode's own checks
 )
 from torch.nn.attention import flex_attention
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode  # a thread's stack, top last
+from torch.utils._device import DeviceContext  # what `with torch.device(...)` and set_default_device enter
 from torch.utils._mode_utils import no_dispatch  # runs an operator outside all dispatch modes
 from torch.utils._python_dispatch import (
     TorchDispatchMode,  # semi-public: documented, but has no public name
     _disable_current_modes,  # takes the dispatch modes outside a scope away
+    _get_current_dispatch_mode_stack,
 )
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only  # torch.utils has no public pytree
 
 __all__ = [
@@ -43,11 +49,13 @@ __all__ = [
     "NUMPY",
     "SAFE_SOFTMAX",
     "TRUNCATED_NORMAL",
+    "DeviceContext",
     "DispatchMode",
     "FakeTensor",
     "FakeTensorConverter",
     "FakeTensorMode",
     "HardwareFreeFakeMode",
+    "ModeStacks",
     "TorchDispatchMode",
     "UnsupportedOperatorException",
     "active_fake_mode",
@@ -100,6 +108,62 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here
+
+
+@dataclass(frozen=True)
+class ModeStacks:
+    """The modes that are active in a thread, innermost last, and its default device.
+
+    Attributes:
+        function: Modes of torch functions.
+        dispatch: Modes of dispatch.
+        default: What ``torch.set_default_device`` entered in this thread, first of ``function``; ``None`` is the CPU.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     stacks = ModeStacks.current()
+        >>> stacks.device_context().device, stacks.default
+        (device(type='meta'), None)
+    """
+
+    function: tuple[Any, ...]
+    dispatch: tuple[Any, ...]
+    default: DeviceContext | None
+
+    @classmethod
+    def current(cls) -> ModeStacks:
+        """Those of this thread."""
+        default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+        return cls(tuple(_get_current_function_mode_stack()), tuple(_get_current_dispatch_mode_stack()), default)
+
+    def device_context(self) -> DeviceContext | None:
+        """What ``torch.set_default_device`` would enter for the device that tensors are made on now."""
+        inner = next((mode for mode in reversed(self.function) if isinstance(mode, DeviceContext)), None)
+        if inner is None:
+            return None
+        context = DeviceContext(inner.device)
+        context.old_device = None  # as __enter__ does, for set_default_device, which leaves it
+        return context
+
+    def apply(self) -> None:
+        """Make them those of this thread."""
+        current = ModeStacks.current()
+        _exchange(current.function, self.function, _pop_mode, _push_mode)
+        _exchange(current.dispatch, self.dispatch, _pop_dispatch_mode, _push_dispatch_mode)
+        if current.default is not self.default:
+            torch._GLOBAL_DEVICE_CONTEXT.device_context = self.default
+
+
+def _exchange(
+    current: Sequence[Any], wanted: Sequence[Any], pop: Callable[[], Any], push: Callable[[Any], None]
+) -> None:
+    common = 0
+    while common < min(len(current), len(wanted)) and current[common] is wanted[common]:
+        common += 1
+    for _ in current[common:]:
+        pop()
+    for mode in wanted[common:]:
+        push(mode)
 
 
 @contextmanager

@@ -254,3 +254,57 @@ def test_every_call_of_a_module_passes_through_one_function():
 
     net = Net()
     assert net(0) is net
+
+
+def test_a_threads_mode_stacks_are_read_and_exchanged():
+    class Functions(torch.overrides.BaseTorchFunctionMode):
+        pass
+
+    class Dispatch(compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            dispatched.append(func)
+            return func(*args, **(kwargs or {}))
+
+    dispatched, before = [], compat.ModeStacks.current()
+    functions, dispatch = Functions(), Dispatch()
+    with functions, dispatch:
+        entered = compat.ModeStacks.current()
+        assert (entered.function[-1], entered.dispatch[-1]) == (functions, dispatch)
+        before.apply()
+        assert compat.ModeStacks.current() == before
+        torch.ones(1)
+        assert not dispatched
+        entered.apply()
+        torch.ones(1)
+        assert dispatched
+    assert compat.ModeStacks.current() == before
+
+
+def test_a_fake_mode_is_exchanged_too(mode):
+    before = compat.ModeStacks.current()
+    with mode:
+        entered = compat.ModeStacks.current()
+        before.apply()
+        assert type(torch.ones(1)) is torch.Tensor
+        entered.apply()
+        assert type(torch.ones(1)) is compat.FakeTensor
+    assert compat.ModeStacks.current() == before
+
+
+@pytest.mark.parametrize("scope", [False, True])
+def test_the_default_device_of_a_thread_is_what_torch_says(scope):
+    before = compat.ModeStacks.current()
+    assert before.device_context() is None
+    if scope:
+        with torch.device("meta"):
+            context = compat.ModeStacks.current().device_context()
+    else:
+        torch.set_default_device("meta")
+        assert compat.ModeStacks.current().default.device.type == "meta"
+        context = compat.ModeStacks.current().device_context()
+        torch.set_default_device(None)
+    compat.ModeStacks((context, *before.function), before.dispatch, context).apply()
+    assert torch.get_default_device() == torch.ones(1).device == torch.device("meta")
+    torch.set_default_device(None)  # leaves it as if torch had entered it
+    assert compat.ModeStacks.current() == before
+    assert torch.get_default_device() == torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ class AutogradGraphProbe:
         self._paths = paths or ModulePaths()
         self._meter = meter
         self._storages: dict[int, _SavedStorage] = {}
-        self._hooks: Any = None
+        self._thread = threading.local()  # whose own the hooks are
+        self._is_over = False
         self.saved_bytes = 0
         self.peak_bytes = 0
         self._peak_by_module: dict[str, int] = {}
@@ -90,6 +92,8 @@ class AutogradGraphProbe:
             self._peak_by_module = _by_module(self._storages)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        if self._is_over:
+            return tensor
         key = storage_key(tensor)
         if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
             return tensor
@@ -116,14 +120,28 @@ class AutogradGraphProbe:
             if self._meter is not None:
                 self._meter.mark_released(key)
 
+    def enter_thread(self) -> None:
+        """Count what this thread's operators save too."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        hooks.__enter__()
+        self._thread.hooks = hooks
+
+    def leave_thread(self) -> None:
+        """Count what they save no more."""
+        hooks = getattr(self._thread, "hooks", None)
+        if hooks is not None:
+            hooks.__exit__(None, None, None)
+            self._thread.hooks = None
+
     def __enter__(self) -> Self:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self._hooks.__enter__()
+        self.enter_thread()
+        self._is_over = False
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._update_peak()
-        self._hooks.__exit__(*exc)
+        self._is_over = True  # in a thread that is followed still, which cannot be left from here
+        self.leave_thread()
 
 
 def _unpack(packed: Any) -> torch.Tensor:

@@ -29,7 +29,10 @@ def check_on_escape(on_escape: str) -> None:
 
 
 class EscapeDetector(TorchFunctionMode):
-    """Sees every torch function; reports each that takes a trainable leaf and returns part of an autograd graph.
+    """Sees every torch function; reports each that returns part of an autograd graph with grad enabled.
+
+    What ``torch.autograd.Function``, TorchScript and re-entrant checkpoints record is seen at the next function that
+    takes it; what other threads record is not.
 
     Args:
         report: Called with the function's name.
@@ -42,14 +45,12 @@ class EscapeDetector(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if torch.is_grad_enabled() and any(_has_grad_fn(leaf) for leaf in tree_leaves(result)):
-            tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-            if any(tensor.requires_grad and tensor.is_leaf for tensor in tensors):
-                self._report(getattr(func, "__name__", str(func)))
+        result = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled() and any(has_graph(leaf) for leaf in tree_leaves(result)):
+            self._report(getattr(func, "__name__", str(func)))
         return result
 
 
-def _has_grad_fn(leaf: Any) -> bool:
+def has_graph(leaf: Any) -> bool:
+    """Whether it is a tensor that an autograd graph computed, which it keeps alive."""
     return isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None

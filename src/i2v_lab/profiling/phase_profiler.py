@@ -14,6 +14,7 @@ import torch
 
 from i2v_lab.errors import ProfilerError, VramCapExceeded
 from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.metered_threads import MeteredThreads
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.base import MemoryMeter
 from i2v_lab.profiling.meters.cuda import CudaMeter
@@ -62,6 +63,7 @@ class PhaseProfiler:
     Attributes:
         records: All records so far, oldest first.
         paths: Names the running module; ``None`` without ``attribute``.
+        threads: The threads that are metered: that which entered the profiler, and others during a phase.
 
     Raises:
         ProfilerError: An unknown meter, a cap that is not positive, a snapshot without CUDA, another profiler that is
@@ -109,6 +111,7 @@ class PhaseProfiler:
         self._closed = False
         self._ambient = ambient
         self._outer: PhaseProfiler | None = None
+        self.threads = MeteredThreads([part for part in (self._live, self._probe) if part is not None])
         self.records: list[Record] = []
 
     # --- Reading ---
@@ -162,15 +165,16 @@ class PhaseProfiler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Attribute a ``with`` block to a phase of this name."""
-        self.start(name)
-        start_s = time.perf_counter()
-        try:
-            yield
-        except BaseException as error:
-            self._end(time.perf_counter() - start_s, completed=False, error=error)
-            raise
-        self._end(time.perf_counter() - start_s, completed=True, error=None)
+        """Attribute a ``with`` block to a phase of this name, in any thread."""
+        with self.threads.metered():
+            self.start(name)
+            start_s = time.perf_counter()
+            try:
+                yield
+            except BaseException as error:
+                self._end(time.perf_counter() - start_s, completed=False, error=error)
+                raise
+            self._end(time.perf_counter() - start_s, completed=True, error=None)
 
     def stream(self, iterator: Iterable[Any], name: str) -> Iterator[Any]:
         """Yield a lazy iterator's items, and attribute its work to a phase of this name, wherever it is consumed."""
@@ -356,6 +360,7 @@ class PhaseProfiler:
             raise ProfilerError("this profiler is closed; make a new one for the next run", state="closed")
         if PhaseProfiler._active is not None and not PhaseProfiler._active._ambient:
             raise ProfilerError("another profiler is active; leave its with block first", state="another active")
+        MeteredThreads.clear_thread()
         with ExitStack() as scopes:
             scopes.enter_context(self._meter)
             if self._probe is not None:
@@ -365,6 +370,7 @@ class PhaseProfiler:
                 scopes.callback(_dump_snapshot, self._snapshot)
             self._scopes = scopes.pop_all()
         self._outer, PhaseProfiler._active = PhaseProfiler._active, self
+        self.threads.entered()
         self._origin_s = time.perf_counter()
         self._meter.reset_peak()
         return self
@@ -373,6 +379,7 @@ class PhaseProfiler:
         PhaseProfiler._active, self._outer = self._outer, None
         self._closed = True
         self._scopes.__exit__(*exc)
+        self.threads.end()
 
 
 def _dump_snapshot(path: Path) -> None:

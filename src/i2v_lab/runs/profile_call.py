@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
+import io
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ import torch
 from i2v_lab.events import Phase
 from i2v_lab.profiling.call_phases import CallPhases
 from i2v_lab.profiling.components import find_modules
+from i2v_lab.profiling.containers import map_leaves
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import PhaseRecord, Record
@@ -43,8 +45,9 @@ def profile_call(
     phase, ``call``. A call of the transformer is a step: with guidance there are several for one of the scheduler's.
 
     What is lazy in the result, also in a tuple, list, dictionary or dataclass, is followed when it is consumed and
-    charged to ``decode_video``, what the consumer does between two items included. The profile ends with the call or
-    with the last such stream; use it as a context manager where one may be left unread.
+    charged to ``decode_video``, what the consumer does between two items included. Its items may be produced in any
+    thread; what the consumer allocates between two of them on the CPU is metered in the thread of the call only. The
+    profile ends with the call or with the last such stream; use it as a context manager where one may be left unread.
 
     Args:
         pipeline: Anything that can be called. Its grad mode is the caller's.
@@ -74,6 +77,7 @@ def profile_call(
     """
     components = find_modules(pipeline, args, kwargs)
     scopes = ExitStack()
+    is_own = profiler is None
     with scopes:
         if profiler is None:
             target = torch.device(device) if device is not None else device_of(pipeline, components)
@@ -84,7 +88,10 @@ def profile_call(
             )
         own = {name: module for name, module in components.items() if module is not pipeline}
         call = ProfiledCall(profiler, CallPhases(profiler, own))
+        call._is_own = is_own
         call._run(pipeline, args, kwargs)
+        if call._streams and is_own:
+            profiler.threads.leave()  # they may be consumed in another thread, and this one cannot be left from there
         call._scopes = scopes.pop_all()
     if not call._streams:
         call.close()
@@ -112,6 +119,8 @@ class ProfiledCall:
         self._phases = phases
         self._scopes = ExitStack()
         self._streams: list[FollowedStream] = []
+        self._is_own = False
+        self._thread = threading.get_ident()
 
     @property
     def records(self) -> list[Record]:
@@ -139,24 +148,14 @@ class ProfiledCall:
 
     def _follow(self, value: Any) -> Any:
         """The same value, with what is lazy in it followed."""
-        if isinstance(value, Iterator):
-            self._streams.append(FollowedStream(value, self))
+
+        def followed(leaf: Any) -> Any:
+            if not isinstance(leaf, Iterator) or isinstance(leaf, io.IOBase):
+                return leaf
+            self._streams.append(FollowedStream(leaf, self))
             return self._streams[-1]
-        if type(value) in (tuple, list):
-            return type(value)(self._follow(each) for each in value)
-        if isinstance(value, tuple) and hasattr(value, "_make"):
-            return value._make(self._follow(each) for each in value)
-        if type(value) is dict:
-            return {key: self._follow(each) for key, each in value.items()}
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = [field.name for field in dataclasses.fields(value) if field.init]
-            lazy = {name: getattr(value, name) for name in names if isinstance(getattr(value, name), Iterator)}
-            return (
-                dataclasses.replace(value, **{name: self._follow(each) for name, each in lazy.items()})
-                if lazy
-                else value
-            )
-        return value
+
+        return map_leaves(followed, value)
 
     def _ended(self, stream: FollowedStream, error: BaseException | None) -> None:
         self._streams.remove(stream)
@@ -170,6 +169,18 @@ class ProfiledCall:
         for stream in list(self._streams):
             stream.close()
         self._scopes.close()
+        if self._is_own:
+            self.profiler.threads.leave()  # where it ended in another thread
+
+    @contextmanager
+    def _metered(self) -> Iterator[None]:
+        """Meter what produces an item, in its thread; and from then on all that the thread of the call does."""
+        if threading.get_ident() == self._thread:
+            self.profiler.threads.enter()
+            yield
+        else:
+            with self.profiler.threads.metered():
+                yield
 
     def __enter__(self) -> Self:
         return self
@@ -194,19 +205,35 @@ class FollowedStream(Iterator[Any]):
         self._is_over = False
 
     def __next__(self) -> Any:
+        return self._advance("__next__")
+
+    def send(self, value: Any) -> Any:
+        """As a generator's."""
+        return self._advance("send", value)
+
+    def throw(self, *error: Any) -> Any:
+        """As a generator's."""
+        return self._advance("throw", *error)
+
+    def _advance(self, method: str, *args: Any) -> Any:
         if self._is_over:
             raise StopIteration
         if self._start_s is None:
             self._start_s = time.perf_counter()
+        item: Any = None
+        returned: tuple[Any, ...] = ()
         try:
-            with self._call._phases.track(Phase.DECODE_VIDEO.value):
-                item = next(self._source, self)  # itself stands for the end: an exception would be a failure
+            with self._call._metered(), self._call._phases.track(Phase.DECODE_VIDEO.value):
+                try:
+                    item = getattr(self._source, method)(*args)
+                except StopIteration as stop:  # the end is no failure
+                    returned = (stop.value,)
         except BaseException as error:
             self._end(completed=False, error=error)
             raise
-        if item is self:
+        if returned:
             self._end(completed=True)
-            raise StopIteration
+            raise StopIteration(*returned)
         self._call._phases.step()
         return item
 
@@ -217,7 +244,8 @@ class FollowedStream(Iterator[Any]):
         try:
             close = getattr(self._source, "close", None)
             if close is not None:
-                close()
+                with self._call._metered():
+                    close()
         finally:
             self._end(completed=False)
 

@@ -30,12 +30,14 @@ RENDERING = ("matplotlib", "pandas", "nbconvert", "papermill")
 EXECUTED = (
     "events.py",
     "memory_policy.py",
+    "metered_threads.py",
     "request.py",
     "pipeline/contract",
     "pipeline/registry.py",
     "profiling",
     "runs/execute.py",
     "runs/spec.py",
+    "thread_modes.py",
     "torch_compat.py",
 )
 

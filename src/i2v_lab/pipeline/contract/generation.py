@@ -13,6 +13,7 @@ import torch
 from i2v_lab.errors import DeviceUnavailable, GradScopeError
 from i2v_lab.pipeline.contract.lifecycle import PhaseScope
 from i2v_lab.request import DecodeScope, VideoShape
+from i2v_lab.thread_modes import CarriedModes
 from i2v_lab.units import format_bytes
 
 GradMode = Callable[[], AbstractContextManager[Any]]
@@ -42,7 +43,8 @@ class VideoStream(Iterator[torch.Tensor]):
     """A video that is decoded while it is consumed; each item is a chunk ``(F, H, W, 3)`` uint8 on the run's device.
 
     The decoder is built when the first chunk is asked for and let go of after the last one, on :meth:`close`, on an
-    error, or at the end of a ``with`` block. The caller's grad mode is left as it was found.
+    error, or at the end of a ``with`` block. It is decoded in the autocast and on the default device of the moment in
+    which the stream was made, in whichever thread; the consumer keeps its own modes.
 
     Attributes:
         shape: The whole video.
@@ -57,12 +59,14 @@ class VideoStream(Iterator[torch.Tensor]):
 
     def __init__(self, source: Iterator[torch.Tensor], shape: VideoShape, chunks: int) -> None:
         self._source = source
+        self._modes = CarriedModes()  # grad and inference mode are those of the run's scopes, or else the consumer's
         self.shape = shape
         self.chunks = chunks
 
     def __next__(self) -> torch.Tensor:
         try:
-            return next(self._source)
+            with self._modes.step():
+                return next(self._source)
         except RuntimeError as error:
             if "nference tensor" not in str(error):
                 raise
@@ -82,7 +86,8 @@ class VideoStream(Iterator[torch.Tensor]):
         """Stop early: the decoder and everything it holds are released."""
         close = getattr(self._source, "close", None)
         if close is not None:
-            close()
+            with self._modes.step():
+                close()
 
 
 class Sound(Protocol):

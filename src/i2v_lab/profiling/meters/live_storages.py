@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from i2v_lab.errors import VramCapExceeded
 from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.torch_compat import (
+    ModeStacks,
     TorchDispatchMode,
     dense_flex_attention,
     storage_key,
@@ -123,6 +125,8 @@ class LiveStorageMeter(TorchDispatchMode):
         4096
     """
 
+    stays_in_thread = True  # a stream during whose step a meter is entered or left does not undo that
+
     def __init__(
         self,
         cap_bytes: int | None = None,
@@ -144,15 +148,31 @@ class LiveStorageMeter(TorchDispatchMode):
         self._times_s: list[float] = [time.perf_counter()]  # of every tick since drop_freed
         self._first_tick = 0
         self._scopes = ExitStack()
+        self._is_over = False
+        self._lock = threading.RLock()  # storages may be freed in any thread
 
     def __enter__(self) -> Self:
         self._scopes.enter_context(uncompiled_flex_attention(dense_flex_attention))
         super().__enter__()
+        self._is_over = False
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._is_over = True  # in a thread that is metered still, where it cannot be left from here
+        self.leave_thread()
+        self.enter_thread()  # torch takes the innermost mode of this thread away, which may be another
         super().__exit__(*exc)
         self._scopes.close()
+
+    def enter_thread(self) -> None:
+        """Meter this thread too: a dispatch mode sees the operators of the thread that entered it."""
+        stacks = ModeStacks.current()
+        replace(stacks, dispatch=(*stacks.dispatch, self)).apply()
+
+    def leave_thread(self) -> None:
+        """Meter this thread no more."""
+        stacks = ModeStacks.current()
+        replace(stacks, dispatch=tuple(mode for mode in stacks.dispatch if mode is not self)).apply()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -163,6 +183,8 @@ class LiveStorageMeter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._is_over:
+            return result
         self.observe(leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
         return result
 
@@ -194,6 +216,10 @@ class LiveStorageMeter(TorchDispatchMode):
             tensors: Any tensors; those on the meta device have no memory and are skipped.
             weights: Whether they are parameters or buffers.
         """
+        with self._lock:
+            self._observe(tensors, weights)
+
+    def _observe(self, tensors: Iterable[torch.Tensor], weights: bool) -> None:
         before_bytes = self._live_bytes
         for tensor in tensors:
             device_type = (getattr(tensor, "fake_device", None) or tensor.device).type  # the attribute is faster
@@ -341,9 +367,10 @@ class LiveStorageMeter(TorchDispatchMode):
         return self._tick
 
     def _on_freed(self, key: int, reference: weakref.ref[Any]) -> None:
-        known = self._live.get(key)
-        if known is not None and known[1] is reference:
-            self._free(key)
+        with self._lock:
+            known = self._live.get(key)
+            if known is not None and known[1] is reference:
+                self._free(key)
 
     def _free(self, key: int) -> None:
         record, _, allocation = self._live.pop(key)
