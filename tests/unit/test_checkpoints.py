@@ -26,6 +26,7 @@ from i2v_lab.pipeline.contract.architectures import architecture_names, load_arc
 from i2v_lab.pipeline.contract.random_tensors import synthetic_tensor
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.layout import COMPONENTS, FILES, file_layout, gemma_dimensions, meta_component
+from i2v_lab.pipeline.ltx2.loader import ScaledStateDictLoader
 from i2v_lab.pipeline.ltx2.synthetic import SyntheticStateDictLoader
 from i2v_lab.pipeline.ltx2.synthetic import metadata as synthetic_metadata
 from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights, synthetic_weights
@@ -272,7 +273,7 @@ def test_real_weights_are_verified_tensor_by_tensor(tiny, tiny_files, own_cache)
         tiny.lora,
         loader=weights.loader,
     )
-    assert type(weights.loader) is SafetensorsModelStateDictLoader
+    assert type(weights.loader) is ScaledStateDictLoader
     counts = {
         name: len(file_layout(tiny.architecture, file))
         for file, name in zip(FILES, map(os.path.basename, FILES.values()), strict=True)
@@ -456,10 +457,11 @@ def test_a_checkpoint_with_values_that_are_not_numbers_is_refused(tiny, tiny_fil
         _assert_refused(error, "checkpoint", path, "values", tensor=key, kind=word)
 
 
-def test_tensors_beyond_those_that_are_needed_do_no_harm(tiny, tiny_files, tensors, saved):
-    extra = {"step": torch.tensor([3]), "scale": torch.ones(2).to(torch.float8_e4m3fn)}
-    path = saved("extra.safetensors", {**tensors, **extra})
-    assert resolve_weights(tiny.architecture, **{**tiny_files, "checkpoint": path}).checkpoint == str(path)
+def test_tensors_that_nothing_reads_are_refused(tiny, tiny_files, tensors, saved):
+    for extra in ({"step": torch.tensor([3])}, {"scale": torch.ones(2).to(torch.float8_e4m3fn)}):
+        path = saved("extra.safetensors", {**tensors, **extra})
+        fields = _refusal(tiny, {**tiny_files, "checkpoint": path}).fields
+        assert (fields["fault"], fields["tensor"]) == ("unknown", next(iter(extra)))
 
 
 def test_a_file_without_its_configuration_is_refused(tiny, tiny_files, tensors, saved):

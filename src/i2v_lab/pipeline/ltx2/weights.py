@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ltx_core.loader import SafetensorsModelStateDictLoader
-
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.synthetic import is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
-    Layout,
     Progress,
     architecture_remedy,
     config_matches,
-    read_headers,
     require_files,
     require_together,
     verify_tensors,
     verify_values,
-    weights_refused,
 )
-from i2v_lab.pipeline.ltx2.layout import FILES, file_layout
+from i2v_lab.pipeline.contract.weight_headers import Stored, read_headers, weights_refused
+from i2v_lab.pipeline.ltx2.layout import FILES, UNREAD, file_layout
+from i2v_lab.pipeline.ltx2.loader import ScaledStateDictLoader
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader, TensorReader
 from i2v_lab.pipeline.ltx2.synthetic import SYNTHETIC, SyntheticStateDictLoader
 
@@ -41,7 +39,7 @@ class Weights:
         gemma_shards: Paths of Gemma's weight files.
         upsampler: Path of the spatial latent upsampler.
         lora: Path of the distilled LoRA (``dev`` variant, stage 2).
-        loader: ltx-core's ``StateDictLoader`` for them: its own for safetensors files, ours for tensors on demand.
+        loader: ltx-core's ``StateDictLoader`` for them: for safetensors files, or for tensors on demand.
 
     Example:
         >>> weights = resolve_weights(load_architecture("ltx-2.3-tiny"))  # doctest: +SKIP
@@ -55,7 +53,7 @@ class Weights:
     gemma_shards: tuple[str, ...]
     upsampler: str
     lora: str
-    loader: Any = field(default_factory=SafetensorsModelStateDictLoader)
+    loader: Any = field(default_factory=ScaledStateDictLoader)
 
     def reader(self) -> TensorReader:
         """What reads single tensors: the loader where it makes them on demand, else a reader of safetensors files."""
@@ -130,7 +128,7 @@ def synthetic_weights(architecture: Architecture) -> Weights:
     if not SYNTHETIC.fit_in_files(architecture):
         return _on_demand(architecture, values=True)
     folder = SYNTHETIC.folder(architecture, with_weights=True)
-    return _located(architecture, folder, SYNTHETIC.paths(folder), SafetensorsModelStateDictLoader())
+    return _located(architecture, folder, SYNTHETIC.paths(folder), ScaledStateDictLoader())
 
 
 def skeleton_weights(architecture: Architecture) -> Weights:
@@ -201,11 +199,12 @@ def verify_layout(architecture: Architecture, file: str, paths: tuple[Path, ...]
     layout = partial(file_layout, file=file)
     section = "upsampler" if file == "upsampler" else "config"
     configured = None if file == "gemma" else partial(config_matches, architecture, section, layout)
-    verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), configured)
+    verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), configured, UNREAD)
 
 
-def _verify_lora(shapes: Layout, path: Path, architecture: Architecture) -> None:
+def _verify_lora(stored: Mapping[str, Stored], path: Path, architecture: Architecture) -> None:
     option, model = OPTIONS["lora"], architecture.name
+    shapes = {key: item.shape for key, item in stored.items()}
     remedy = architecture_remedy(model)
     layout = file_layout(architecture, "lora")
     targets = [key for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))]
