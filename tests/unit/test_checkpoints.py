@@ -271,6 +271,8 @@ def test_real_weights_are_verified_tensor_by_tensor(tiny, tiny_files, own_cache)
         tiny.gemma_shards,
         tiny.upsampler,
         tiny.lora,
+        lora_keys=weights.lora_keys,
+        notes=("LoRA: 68 of 68 layers",),
         loader=weights.loader,
     )
     assert type(weights.loader) is ScaledStateDictLoader
@@ -544,8 +546,9 @@ def test_a_lora_of_another_rank_or_of_fewer_layers_is_taken(tiny, tiny_files, sa
     lora = load_file(tiny_files["lora"])
     kept = [key for key in lora if "transformer_blocks.1." in key]
     wide = {key: torch.cat([lora[key]] * 2, dim=0 if ".lora_A." in key else 1) for key in kept}
-    path = saved("lora.safetensors", {**wide, "alpha": torch.tensor(1.0)}, "lora")
+    path = saved("lora.safetensors", wide, "lora")
     weights = resolve_weights(tiny.architecture, **{**tiny_files, "lora": path}, needs_lora=True)
+    assert weights.notes == ("LoRA: 34 of 68 layers",)
     plain, fused = (
         Ledger(weights, CPU, Quantization.BF16, with_lora=with_lora).transformer().state_dict()
         for with_lora in (False, True)

@@ -117,11 +117,11 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         assert self.reader is not None
         host = torch.device("cpu")
         prefixes = {name.removesuffix(".weight") for name in names}
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for key in self.reader.keys(lora.path):
             mapped = lora.sd_ops.apply_to_key(key)
             if mapped is not None and mapped.partition(".lora_")[0] in prefixes:
-                found[mapped] = self.reader.tensor(lora.path, key, host)
+                found |= lora.sd_ops.apply_to_key_value(mapped, self.reader.tensor(lora.path, key, host))
         return LoraStateDictWithStrength(StateDict(found, host, 0, set()), lora.strength)
 
 
