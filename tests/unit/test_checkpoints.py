@@ -412,7 +412,7 @@ def test_a_pickle_is_refused_and_never_opened(tiny, tiny_files, tmp_path):
     path, trace = tmp_path / "weights.pt", tmp_path / "trace"
     torch.save({"a": CodeOnUnpickling(trace)}, path)
     error = _refusal(tiny, {**tiny_files, "checkpoint": path})
-    _assert_refused(error, "checkpoint", path, "format")
+    _assert_refused(error, "checkpoint", path, "format", kind="pickle")
     assert "(pickled checkpoints are not read)" in str(error)
     assert not trace.exists()
     torch.load(path, weights_only=False)

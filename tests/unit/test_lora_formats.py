@@ -189,7 +189,7 @@ def test_integers_an_alpha_alone_and_other_adapters_are_refused(lora, resolved, 
     twice = f"transformer.{LAYER}.lora_A.weight"
     fields = _refused(resolved, {**lora, twice: lora[key]})
     assert (fields["fault"], fields["tensor"]) == ("duplicate", key)  # the second in the file's order
-    for text in ("[]", "no json", '{"transformer.lora_alpha": "much"}'):
+    for text in ("[]", "no json", '{"transformer.lora_alpha": "much"}', '{"lora_alpha": NaN}'):
         assert _refused(resolved, lora, lora_adapter_metadata=text)["fault"] == "config"
     fields = _refused(resolved, lora | _alphas(lora, 2.0), **_adapter(lora_alpha=8))  # one says 2, the other 8
     assert fields["fault"] == "values"

@@ -181,6 +181,24 @@ def test_float8_without_scales_is_cast_as_before(tiny, tiny_files, tensors, save
     assert torch.equal(state[name], cast[KEY].bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, E5M2])
+@pytest.mark.parametrize("quantization", list(Quantization))
+def test_weights_in_any_float_take_a_lora_in_every_policy(tiny, tiny_files, tensors, saved, dtype, quantization):
+    changed = {key: value.to(dtype) if value.ndim > 1 else value for key, value in tensors.items()}
+    builds = []
+    for name, content in (("changed", changed), ("meant", {key: value.bfloat16() for key, value in changed.items()})):
+        weights = resolve_weights(tiny.architecture, **{**tiny_files, "checkpoint": saved(content, name)})
+        builds.append(Ledger(weights, CPU, quantization, with_lora=True).transformer().state_dict())
+        streamed = Ledger(weights, CPU, quantization, TECHNIQUES[MemoryPolicy.STREAMED], with_lora=True).transformer()
+        stream = next(module.weight_stream for module in streamed.modules() if "weight_stream" in vars(module))
+        for key, value in stream._loads["transformer_blocks.0"]().items():
+            assert torch.equal(value.float(), builds[-1][f"velocity_model.{key}"].float())
+        stream.close()
+    for key, value in builds[1].items():
+        assert builds[0][key].dtype == value.dtype
+        assert torch.equal(builds[0][key].float(), value.float())
+
+
 def test_what_describes_float8_is_taken(tiny, tiny_files, tensors, saved):
     stored, _ = _in_float8(tensors)
     description = {"format": "float8_e4m3fn"}
@@ -294,3 +312,39 @@ def test_every_file_is_verified_and_none_may_have_what_another_has(tiny, tiny_fi
     with gemma_dimensions(tiny.architecture.gemma):  # tied to the embedding: known, and not read
         weights = resolve_weights(tiny.architecture, **{**tiny_files, "gemma": folder})
     assert weights.gemma_root == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "remedy"),
+    [
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF", "use the safetensors file of the model"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer", "git lfs pull"),
+        (b"PK\x03\x04" + bytes(64), "pickle", "use the safetensors file of the model"),
+        (b"\x80\x02}q\x00." + bytes(64), "pickle", "use the safetensors file of the model"),
+        (b'{"metadata": {}, "weight_map": {}}', "JSON", "name the safetensors file itself"),
+        (b"<!DOCTYPE html><html></html>" + bytes(9), "HTML", "download it again"),
+    ],
+)
+def test_what_a_file_is_and_what_to_do_is_said(tiny, tiny_files, tmp_path, content, kind, remedy):
+    path = tmp_path / "weights"
+    path.write_bytes(content)
+    for option in ("checkpoint", "upsampler", "lora"):
+        with pytest.raises(CheckpointError, match=remedy) as caught:
+            resolve_weights(tiny.architecture, **{**tiny_files, option: path})
+        assert caught.value.fields == {"option": f"--{option}", "path": path, "fault": "format", "kind": kind}
+
+
+def test_a_git_lfs_pointer_in_a_folder_is_named(tiny, tiny_files, tmp_path):
+    for name in ("tokenizer.json", "tokenizer.model", "model.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(tiny_files["gemma"], folder)
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        fields = _refused(tiny, {**tiny_files, "gemma": folder})
+        assert (fields["path"], fields["kind"]) == (folder / name, "Git LFS pointer")
+
+
+@pytest.mark.parametrize(("old", "new"), [("model.diffusion_model.", "diffusion_model."), ("", "net.module.")])
+def test_tensors_under_another_prefix_are_named(tiny, tiny_files, tensors, saved, old, new):
+    path = saved({new + key.removeprefix(old): value for key, value in tensors.items() if key.startswith(old)})
+    fields = _refused(tiny, {**tiny_files, "checkpoint": path})
+    assert (fields["fault"], fields["prefix"], fields["expected"]) == ("architecture", new, old)

@@ -90,3 +90,15 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = 
     for source, target, factors in zip(*(part.split(step) for part in parts), strict=True):
         target.copy_(source.to(torch.float32).mul_(factors))
     return result
+
+
+def as_weight(tensor: torch.Tensor) -> torch.Tensor:
+    """A weight in bfloat16, in which runs compute, unless it is in float8_e4m3fn, which is cast when it is used.
+
+    ltx-core builds a transformer for fp8-cast with the dtypes of its file, and fuses a LoRA with no others than these.
+
+    Example:
+        >>> [as_weight(torch.ones(1, dtype=dtype)).dtype for dtype in (torch.float32, torch.float8_e4m3fn)]
+        [torch.bfloat16, torch.float8_e4m3fn]
+    """
+    return tensor if tensor.dtype == torch.float8_e4m3fn else tensor.to(torch.bfloat16)

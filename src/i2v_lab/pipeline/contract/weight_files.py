@@ -16,6 +16,7 @@ from safetensors import safe_open
 from i2v_lab.errors import CheckpointError
 from i2v_lab.paths import cache_dir
 from i2v_lab.pipeline.contract.architectures import Architecture
+from i2v_lab.pipeline.contract.file_kinds import kind_of, other_prefix
 from i2v_lab.pipeline.contract.scaled_fp8 import own_keys
 from i2v_lab.pipeline.contract.weight_dtypes import verify_dtypes, verify_scales
 from i2v_lab.pipeline.contract.weight_headers import read_headers, reason, unknown_refused, weights_refused
@@ -69,6 +70,9 @@ def require_files(folder: Path, patterns: Sequence[str], option: str, what: str)
         if found is None:
             words = f"holds no {pattern}; give a complete {what} folder"
             raise weights_refused(option, folder, "incomplete", words, missing=pattern)
+        kind = kind_of(found)
+        if kind is not None and kind[0] == "Git LFS pointer":
+            raise weights_refused(option, found, "format", f"is {kind[1]}", kind=kind[0])
         if found.suffix == ".json":
             try:
                 json.loads(found.read_bytes())
@@ -109,6 +113,13 @@ def verify_tensors(
     missing = [key for key in expected if key not in stored]
     own = own_keys(stored)
     if sum(key in expected for key in own) < len(own) / 2 or not own:  # most tensors are not of this model
+        prefixes = other_prefix(own, expected)
+        if prefixes is not None:
+            words = (
+                f"has the tensors of {model} under '{prefixes[0]}' instead of '{prefixes[1]}', as another program "
+                "names them; use the original file, or rename them"
+            )
+            raise weights_refused(option, path, "architecture", words, prefix=prefixes[0], expected=prefixes[1])
         raise weights_refused(option, path, "architecture", f"is of another architecture than {model}; {remedy}")
     verify_dtypes({key: stored[key] for key in expected if key in stored}, option)
     wrong = [key for key in expected if key in stored and stored[key].shape != expected[key]]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from i2v_lab.errors import CheckpointError
+from i2v_lab.pipeline.contract.file_kinds import kind_of
 
 # What is wrong with a weight file, as the ``fault`` of a CheckpointError's fields.
 Fault = Literal[
@@ -106,10 +107,10 @@ def _read_header(path: Path, option: str) -> dict[str, Stored]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: Stored(tuple(part.get_shape()), part.get_dtype(), path) for key, part in slices.items()}
     except SafetensorError as error:
-        words = (
-            f"is truncated or not a safetensors file ({reason(error)}); download it again (pickled checkpoints are not "
-            "read)"
-        )
+        found = kind_of(path)
+        if found is not None:
+            raise weights_refused(option, path, "format", f"is {found[1]}", kind=found[0]) from error
+        words = f"is truncated or not a safetensors file ({reason(error)}); download it again"
         raise weights_refused(option, path, "format", words) from error
     except OSError as error:
         raise weights_refused(option, path, "unreadable", f"cannot be read ({reason(error)}); check it") from error

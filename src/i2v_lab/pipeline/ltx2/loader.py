@@ -8,7 +8,8 @@ import torch
 from ltx_core.loader import SafetensorsModelStateDictLoader, StateDict
 from safetensors import safe_open
 
-from i2v_lab.pipeline.contract.scaled_fp8 import dequantized, own_keys, scale_keys
+from i2v_lab.pipeline.contract.scaled_fp8 import as_weight, dequantized, own_keys, scale_keys
+from i2v_lab.pipeline.ltx2.lora import LoraKeys
 
 
 class ScaledStateDictLoader(SafetensorsModelStateDictLoader):
@@ -26,7 +27,7 @@ class ScaledStateDictLoader(SafetensorsModelStateDictLoader):
             device: Where they are loaded; the CPU by default.
 
         Returns:
-            The tensors as stored, or in bfloat16 where a scale was applied, by their module keys.
+            The tensors by their module keys: weights in bfloat16 or float8_e4m3fn, those of a LoRA as stored.
         """
         target = device or torch.device("cpu")
         loaded: dict[str, torch.Tensor] = {}
@@ -40,9 +41,9 @@ class ScaledStateDictLoader(SafetensorsModelStateDictLoader):
                     tensor = file.get_tensor(key)
                     if key in scales:
                         tensor = dequantized(tensor, file.get_tensor(scales[key]))
-                    loaded.update(
-                        sd_ops.apply_to_key_value(mapped, tensor) if sd_ops is not None else [(mapped, tensor)]
-                    )
-                    del tensor
+                    pairs = [(mapped, tensor)] if sd_ops is None else sd_ops.apply_to_key_value(mapped, tensor)
+                    for name, value in pairs:
+                        loaded[name] = value if isinstance(sd_ops, LoraKeys) else as_weight(value)
+                    del tensor, pairs, value
         size = sum(tensor.nbytes for tensor in loaded.values())
         return StateDict(sd=loaded, device=target, size=size, dtype={tensor.dtype for tensor in loaded.values()})

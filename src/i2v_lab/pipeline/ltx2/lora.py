@@ -211,6 +211,8 @@ def _metadata_alpha(metadata: Mapping[str, str], path: Path) -> float | None:
         other = next((name for name in OTHER_OPTIONS if values.get(name)), None)
         alpha = values.get("lora_alpha")
         found = None if alpha is None else float(alpha)
+        if found is not None and not math.isfinite(found):
+            raise ValueError(f"lora_alpha is {found}")
     except (AttributeError, TypeError, ValueError) as error:
         words = f"has a '{METADATA}' in its metadata that is not readable ({error}); export it again"
         raise weights_refused(OPTION, path, "config", words) from error
