@@ -162,6 +162,9 @@ def test_a_block_in_float8_takes_no_more_while_it_is_streamed_than_one_tensor(sc
         ledger = Ledger(weights, CPU, Quantization.BF16, TECHNIQUES[MemoryPolicy.STREAMED])
         stream = next(m.weight_stream for m in ledger.transformer().modules() if "weight_stream" in vars(m))
         block = "transformer_blocks.1"
+        parameters = stream._model.get_submodule(block).named_parameters(remove_duplicate=False)
+        own_names = {f"{block}.{name}" for name, _ in parameters}
+        assert stream._loads[block]().keys() == own_names  # without scales
         with LiveStorageMeter() as meter:
             before = meter.allocated_bytes()
             tensors = stream._loads[block]()
@@ -307,6 +310,11 @@ def test_every_file_is_verified_and_none_may_have_what_another_has(tiny, tiny_fi
     save_file({key: whole[key]}, folder / "model-2.safetensors")
     fields = _refused(tiny, {**tiny_files, "gemma": folder})
     assert (fields["fault"], fields["tensor"]) == ("duplicate", key)
+    weight = next(key for key in whole if key.endswith(".q_proj.weight"))
+    save_file({f"{weight}_scale": ONE}, folder / "model-2.safetensors")
+    save_file({**whole, weight: whole[weight].to(E4M3)}, folder / "model.safetensors")
+    fields = _refused(tiny, {**tiny_files, "gemma": folder})  # the scale in another file than its weight
+    assert (fields["fault"], fields["tensor"]) == ("dtype", f"{weight}_scale")
     (folder / "model-2.safetensors").unlink()
     save_file({**whole, "language_model.lm_head.weight": torch.ones(2, 2)}, folder / "model.safetensors")
     with gemma_dimensions(tiny.architecture.gemma):  # tied to the embedding: known, and not read
