@@ -26,6 +26,7 @@ from i2v_lab.pipeline.contract.architectures import architecture_names, load_arc
 from i2v_lab.pipeline.contract.random_tensors import synthetic_tensor
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.layout import COMPONENTS, FILES, file_layout, gemma_dimensions, meta_component
+from i2v_lab.pipeline.ltx2.loader import ScaledStateDictLoader
 from i2v_lab.pipeline.ltx2.synthetic import SyntheticStateDictLoader
 from i2v_lab.pipeline.ltx2.synthetic import metadata as synthetic_metadata
 from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights, synthetic_weights
@@ -270,9 +271,11 @@ def test_real_weights_are_verified_tensor_by_tensor(tiny, tiny_files, own_cache)
         tiny.gemma_shards,
         tiny.upsampler,
         tiny.lora,
+        lora_keys=weights.lora_keys,
+        notes=("LoRA: 68 of 68 layers",),
         loader=weights.loader,
     )
-    assert type(weights.loader) is SafetensorsModelStateDictLoader
+    assert type(weights.loader) is ScaledStateDictLoader
     counts = {
         name: len(file_layout(tiny.architecture, file))
         for file, name in zip(FILES, map(os.path.basename, FILES.values()), strict=True)
@@ -409,7 +412,7 @@ def test_a_pickle_is_refused_and_never_opened(tiny, tiny_files, tmp_path):
     path, trace = tmp_path / "weights.pt", tmp_path / "trace"
     torch.save({"a": CodeOnUnpickling(trace)}, path)
     error = _refusal(tiny, {**tiny_files, "checkpoint": path})
-    _assert_refused(error, "checkpoint", path, "format")
+    _assert_refused(error, "checkpoint", path, "format", kind="pickle")
     assert "(pickled checkpoints are not read)" in str(error)
     assert not trace.exists()
     torch.load(path, weights_only=False)
@@ -456,10 +459,11 @@ def test_a_checkpoint_with_values_that_are_not_numbers_is_refused(tiny, tiny_fil
         _assert_refused(error, "checkpoint", path, "values", tensor=key, kind=word)
 
 
-def test_tensors_beyond_those_that_are_needed_do_no_harm(tiny, tiny_files, tensors, saved):
-    extra = {"step": torch.tensor([3]), "scale": torch.ones(2).to(torch.float8_e4m3fn)}
-    path = saved("extra.safetensors", {**tensors, **extra})
-    assert resolve_weights(tiny.architecture, **{**tiny_files, "checkpoint": path}).checkpoint == str(path)
+def test_tensors_that_nothing_reads_are_refused(tiny, tiny_files, tensors, saved):
+    for extra in ({"step": torch.tensor([3])}, {"scale": torch.ones(2).to(torch.float8_e4m3fn)}):
+        path = saved("extra.safetensors", {**tensors, **extra})
+        fields = _refusal(tiny, {**tiny_files, "checkpoint": path}).fields
+        assert (fields["fault"], fields["tensor"]) == ("unknown", next(iter(extra)))
 
 
 def test_a_file_without_its_configuration_is_refused(tiny, tiny_files, tensors, saved):
@@ -542,8 +546,9 @@ def test_a_lora_of_another_rank_or_of_fewer_layers_is_taken(tiny, tiny_files, sa
     lora = load_file(tiny_files["lora"])
     kept = [key for key in lora if "transformer_blocks.1." in key]
     wide = {key: torch.cat([lora[key]] * 2, dim=0 if ".lora_A." in key else 1) for key in kept}
-    path = saved("lora.safetensors", {**wide, "alpha": torch.tensor(1.0)}, "lora")
+    path = saved("lora.safetensors", wide, "lora")
     weights = resolve_weights(tiny.architecture, **{**tiny_files, "lora": path}, needs_lora=True)
+    assert weights.notes == ("LoRA: 34 of 68 layers",)
     plain, fused = (
         Ledger(weights, CPU, Quantization.BF16, with_lora=with_lora).transformer().state_dict()
         for with_lora in (False, True)

@@ -201,7 +201,7 @@ def test_bad_weights_are_refused_with_the_option_and_the_fault(ltxv_tiny, files,
     large = load_architecture("ltxv-2b-0.9.8-distilled")
     assert _refused(large, files)["fault"] == "architecture"
     (tmp_path / "pickled.ckpt").write_bytes(b"\x80\x04" + bytes(100))
-    assert refused(tmp_path / "pickled.ckpt") == {"fault": "format"}
+    assert refused(tmp_path / "pickled.ckpt") == {"fault": "format", "kind": "pickle"}
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(checkpoint)

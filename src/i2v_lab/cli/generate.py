@@ -129,13 +129,15 @@ def generate(
     )
     with ProgressReport(request.frames) as progress:
         weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
+        for note in getattr(weights, "notes", ()):  # what was applied of the files
+            progress.note(note)
         profiler = execute(
             spec,
             Mode.REAL,
             str(target),
             weights=weights,
             run_dir=profile,
-            metadata={"argv": sys.argv},
+            metadata={"argv": sys.argv, "weights": list(getattr(weights, "notes", ()))},
             video_path=lambda _: out,
             hooks=Hooks(sinks=[progress], on_frame=progress.frame_written),
         )

@@ -56,6 +56,10 @@ class ProgressReport:
             self._tasks[key] = self._bars.add_task(key, total=total)
         self._bars.update(self._tasks[key], completed=tensors)
 
+    def note(self, text: str) -> None:
+        """Print a line about the run."""
+        self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def frame_written(self) -> None:
         """Count a frame that was written to the file."""
         if "file" not in self._tasks:

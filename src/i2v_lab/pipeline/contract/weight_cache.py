@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from i2v_lab.errors import OutputError
 from i2v_lab.files import write_text
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
-from i2v_lab.pipeline.contract.weight_files import reason
+from i2v_lab.pipeline.contract.weight_headers import reason
 
 
 def cached_folder(model: str, recipe: str, fill: Callable[[Path], None], suffix: str = "") -> Path:

@@ -5,45 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from i2v_lab.errors import CheckpointError
 from i2v_lab.paths import cache_dir
 from i2v_lab.pipeline.contract.architectures import Architecture
+from i2v_lab.pipeline.contract.file_kinds import kind_of, other_prefix
+from i2v_lab.pipeline.contract.scaled_fp8 import own_keys
+from i2v_lab.pipeline.contract.weight_dtypes import verify_dtypes, verify_scales
+from i2v_lab.pipeline.contract.weight_headers import read_headers, reason, unknown_refused, weights_refused
 
 Progress = Callable[[str, int, int], None]  # a file's name, tensors verified, tensors in all
 Layout = Mapping[str, tuple[int, ...]]  # shapes of a weight file's tensors, by their names in the file
-# What is wrong with a weight file, as the ``fault`` of a CheckpointError's fields.
-Fault = Literal[
-    "not-found", "not-a-file", "not-a-folder", "unreadable", "format", "architecture", "incomplete", "config", "values"
-]
-
-
-def weights_refused(option: str, path: Path, fault: Fault, message: str, **fields: Any) -> CheckpointError:
-    """The error for a weight file that is not used.
-
-    Args:
-        option: The command-line option that named it.
-        path: The file or folder.
-        fault: What is wrong.
-        message: What is wrong and the remedy, after the option and the path.
-        **fields: Further values, such as the ``tensor`` or what is ``missing``.
-
-    Example:
-        >>> error = weights_refused("--lora", Path("lora.safetensors"), "not-found", "does not exist; check the path")
-        >>> print(error)
-        --lora 'lora.safetensors' does not exist; check the path
-        >>> error.fields["fault"]
-        'not-found'
-    """
-    return CheckpointError(f"{option} '{path}' {message}", option=option, path=path, fault=fault, **fields)
 
 
 def require_together(given: Mapping[str, Path | None], needed: Sequence[str], options: Mapping[str, str]) -> None:
@@ -91,6 +70,9 @@ def require_files(folder: Path, patterns: Sequence[str], option: str, what: str)
         if found is None:
             words = f"holds no {pattern}; give a complete {what} folder"
             raise weights_refused(option, folder, "incomplete", words, missing=pattern)
+        kind = kind_of(found)
+        if kind is not None and kind[0] == "Git LFS pointer":
+            raise weights_refused(option, found, "format", f"is {kind[1]}", kind=kind[0])
         if found.suffix == ".json":
             try:
                 json.loads(found.read_bytes())
@@ -99,22 +81,17 @@ def require_files(folder: Path, patterns: Sequence[str], option: str, what: str)
                 raise weights_refused(option, found, "format", words) from error
 
 
-def read_headers(paths: Sequence[Path], option: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in safetensors files.
-
-    Raises:
-        CheckpointError: A file is missing, truncated or of another format; ``fields`` has the ``option``, the ``path``
-            and the ``fault``.
-    """
-    return {key: shape for path in paths for key, shape in _read_header(path, option).items()}
-
-
 def verify_tensors(
-    paths: Sequence[Path], option: str, model: str, expected: Layout, config_matches: Callable[[Path], bool] | None
+    paths: Sequence[Path],
+    option: str,
+    model: str,
+    expected: Layout,
+    config_matches: Callable[[Path], bool] | None,
+    unread: Collection[str] = (),
 ) -> None:
-    """Check weight files against a layout: headers, names, shapes and configuration. Reads no tensor.
+    """Check weight files against a layout: headers, names, dtypes, shapes and configuration. Reads no weight.
 
-    Tensors that the layout does not have are ignored.
+    Every key counts: it is in the layout, a companion of a float8 weight, or in ``unread``.
 
     Args:
         paths: The files, which together hold the layout's tensors.
@@ -123,27 +100,42 @@ def verify_tensors(
         expected: The layout.
         config_matches: Whether the configuration in a file's metadata is that of its tensors; ``None`` for files that
             carry no configuration.
+        unread: Tensors that published files have and no run reads.
 
     Raises:
         CheckpointError: A file does not match; ``fields`` has the ``option``, the ``path``, the ``fault``, and the
-            first ``tensor`` of a wrong shape or the names of those that are ``missing``.
+            first ``tensor`` of a wrong shape or ``dtype``, or that is not known, or the names of those that are
+            ``missing``.
     """
-    shapes = read_headers(paths, option)
+    stored = read_headers(paths, option)
     remedy = architecture_remedy(model)
     path = paths[0] if len(paths) == 1 else paths[0].parent
-    missing = [key for key in expected if key not in shapes]
-    if sum(key in expected for key in shapes) < len(shapes) / 2:  # most tensors are not of this model
+    missing = [key for key in expected if key not in stored]
+    own = own_keys(stored)
+    if sum(key in expected for key in own) < len(own) / 2 or not own:  # most tensors are not of this model
+        prefixes = other_prefix(own, expected)
+        if prefixes is not None:
+            words = (
+                f"has the tensors of {model} under '{prefixes[0]}' instead of '{prefixes[1]}', as another program "
+                "names them; use the original file, or rename them"
+            )
+            raise weights_refused(option, path, "architecture", words, prefix=prefixes[0], expected=prefixes[1])
         raise weights_refused(option, path, "architecture", f"is of another architecture than {model}; {remedy}")
-    wrong = [key for key in expected if key in shapes and shapes[key] != expected[key]]
+    verify_dtypes({key: stored[key] for key in expected if key in stored}, option)
+    wrong = [key for key in expected if key in stored and stored[key].shape != expected[key]]
     if wrong:
         words = (
-            f"is of another architecture than {model}: {wrong[0]} has shape {shapes[wrong[0]]}, not "
+            f"is of another architecture than {model}: {wrong[0]} has shape {stored[wrong[0]].shape}, not "
             f"{expected[wrong[0]]}; {remedy}"
         )
         raise weights_refused(option, path, "architecture", words, tensor=wrong[0])
+    unknown = [key for key in own if key not in expected and key not in unread]
+    if unknown:
+        raise unknown_refused(option, stored, unknown)
     if missing:
         words = f"lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}; download or export it again"
         raise weights_refused(option, path, "incomplete", words, missing=missing)
+    verify_scales(paths, stored, expected, option)
     if config_matches is not None and not config_matches(path):
         words = (
             "has no 'config' in its safetensors metadata that describes its tensors; use the original file, or export "
@@ -204,32 +196,6 @@ def verify_values(option: str, paths: Sequence[Path], progress: Progress = lambd
         with suppress(OSError):  # where the cache cannot be written, the file is read again next time
             stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.touch()
-
-
-def _read_header(path: Path, option: str) -> dict[str, tuple[int, ...]]:
-    try:
-        if path.is_dir():
-            raise weights_refused(option, path, "not-a-file", "is a folder; name the safetensors file in it")
-        if not path.is_file():
-            raise weights_refused(option, path, "not-found", "does not exist; check the path")
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        words = (
-            f"is truncated or not a safetensors file ({reason(error)}); download it again (pickled checkpoints are not "
-            "read)"
-        )
-        raise weights_refused(option, path, "format", words) from error
-    except OSError as error:
-        raise weights_refused(option, path, "unreadable", f"cannot be read ({reason(error)}); check it") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's message, without the library's prefix."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).removeprefix("Error while deserializing header: ")
-    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def _read_values(path: Path, option: str, progress: Progress) -> None:

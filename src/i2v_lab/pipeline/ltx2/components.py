@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ltx_core.guidance.perturbations import PerturbationType
-from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDOps
+from ltx_core.loader import LoraPathStrengthAndSDOps
 from ltx_core.loader import SingleGPUModelBuilder as Builder
 from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
 from ltx_core.model.video_vae import VideoDecoder
@@ -59,7 +59,7 @@ class Ledger(ModelLedger):
     ) -> None:
         self._weights = weights
         self._techniques = techniques
-        loras = (LoraPathStrengthAndSDOps(weights.lora, 1.0, LTXV_LORA_COMFY_RENAMING_MAP),) if with_lora else ()
+        loras = (LoraPathStrengthAndSDOps(weights.lora, 1.0, weights.lora_keys),) if with_lora else ()
         super().__init__(
             dtype=DTYPE,
             device=device,

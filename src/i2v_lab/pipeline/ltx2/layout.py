@@ -49,6 +49,7 @@ FILES = {  # the synthetic weight files' paths below their folder
     "upsampler": "upsampler.safetensors",
     "lora": "distilled-lora.safetensors",
 }
+UNREAD = ("language_model.lm_head.weight",)  # a copy of the embedding, which the head is tied to; in some exports
 
 
 @dataclass(frozen=True)

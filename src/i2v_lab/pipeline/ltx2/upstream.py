@@ -20,7 +20,7 @@ from unittest.mock import patch
 import ltx_pipelines.distilled
 import ltx_pipelines.ti2vid_two_stages
 import torch
-from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, LoraPathStrengthAndSDOps
+from ltx_core.loader import LoraPathStrengthAndSDOps
 from ltx_core.loader import SingleGPUModelBuilder as Builder
 from ltx_core.text_encoders.gemma import GEMMA_MODEL_OPS
 from ltx_pipelines.utils import ModelLedger
@@ -114,7 +114,7 @@ class UpstreamPipeline:
         }
         if request.variant is Variant.DISTILLED:
             return ltx_pipelines.distilled.DistilledPipeline(distilled_checkpoint_path=weights.checkpoint, **common)
-        lora = LoraPathStrengthAndSDOps(weights.lora, 1.0, LTXV_LORA_COMFY_RENAMING_MAP)
+        lora = LoraPathStrengthAndSDOps(weights.lora, 1.0, weights.lora_keys)
         module = ltx_pipelines.ti2vid_two_stages
         return module.TI2VidTwoStagesPipeline(checkpoint_path=weights.checkpoint, distilled_lora=[lora], **common)
 

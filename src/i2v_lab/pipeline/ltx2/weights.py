@@ -7,23 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ltx_core.loader import SafetensorsModelStateDictLoader
+from ltx_core.loader import LTXV_LORA_COMFY_RENAMING_MAP, SDOps
 
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.synthetic import is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
-    Layout,
     Progress,
-    architecture_remedy,
     config_matches,
-    read_headers,
     require_files,
     require_together,
     verify_tensors,
     verify_values,
-    weights_refused,
 )
-from i2v_lab.pipeline.ltx2.layout import FILES, file_layout
+from i2v_lab.pipeline.ltx2.layout import FILES, UNREAD, file_layout
+from i2v_lab.pipeline.ltx2.loader import ScaledStateDictLoader
+from i2v_lab.pipeline.ltx2.lora import LoraKeys, read_lora
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader, TensorReader
 from i2v_lab.pipeline.ltx2.synthetic import SYNTHETIC, SyntheticStateDictLoader
 
@@ -41,7 +39,9 @@ class Weights:
         gemma_shards: Paths of Gemma's weight files.
         upsampler: Path of the spatial latent upsampler.
         lora: Path of the distilled LoRA (``dev`` variant, stage 2).
-        loader: ltx-core's ``StateDictLoader`` for them: its own for safetensors files, ours for tensors on demand.
+        lora_keys: Its map from names in the file to those for ltx-core.
+        notes: What is applied of the files, in lines for the user.
+        loader: ltx-core's ``StateDictLoader`` for them: for safetensors files, or for tensors on demand.
 
     Example:
         >>> weights = resolve_weights(load_architecture("ltx-2.3-tiny"))  # doctest: +SKIP
@@ -55,7 +55,9 @@ class Weights:
     gemma_shards: tuple[str, ...]
     upsampler: str
     lora: str
-    loader: Any = field(default_factory=SafetensorsModelStateDictLoader)
+    lora_keys: LoraKeys | SDOps = LTXV_LORA_COMFY_RENAMING_MAP
+    notes: tuple[str, ...] = ()
+    loader: Any = field(default_factory=ScaledStateDictLoader)
 
     def reader(self) -> TensorReader:
         """What reads single tensors: the loader where it makes them on demand, else a reader of safetensors files."""
@@ -108,7 +110,9 @@ def resolve_weights(
     require_together(given, ["checkpoint", "gemma", "upsampler", *(["lora"] if needs_lora else [])], OPTIONS)
     files = {name: gemma_shards(path) if name == "gemma" else (path,) for name, path in given.items() if path}
     for name, paths in files.items():
-        verify_layout(architecture, name, paths)
+        if name != "lora":
+            verify_layout(architecture, name, paths)
+    lora_keys = None if lora is None else read_lora(lora, architecture)
     for name, paths in files.items():  # last, since with real weights this takes minutes
         verify_values(OPTIONS[name], paths, progress)
     return Weights(
@@ -118,7 +122,15 @@ def resolve_weights(
         gemma_shards=tuple(map(str, files["gemma"])),
         upsampler=str(upsampler),
         lora=str(lora) if lora else "",
+        lora_keys=lora_keys or LTXV_LORA_COMFY_RENAMING_MAP,
+        notes=_notes(lora_keys, needs_lora),
     )
+
+
+def _notes(lora_keys: LoraKeys | None, needs_lora: bool) -> tuple[str, ...]:
+    if lora_keys is None:
+        return ()
+    return (lora_keys.summary if needs_lora else "LoRA: not applied, which only --variant dev does",)
 
 
 def synthetic_weights(architecture: Architecture) -> Weights:
@@ -130,7 +142,7 @@ def synthetic_weights(architecture: Architecture) -> Weights:
     if not SYNTHETIC.fit_in_files(architecture):
         return _on_demand(architecture, values=True)
     folder = SYNTHETIC.folder(architecture, with_weights=True)
-    return _located(architecture, folder, SYNTHETIC.paths(folder), SafetensorsModelStateDictLoader())
+    return _located(architecture, folder, SYNTHETIC.paths(folder), ScaledStateDictLoader())
 
 
 def skeleton_weights(architecture: Architecture) -> Weights:
@@ -189,43 +201,13 @@ def verify_layout(architecture: Architecture, file: str, paths: tuple[Path, ...]
 
     Args:
         architecture: The model.
-        file: ``checkpoint``, ``gemma``, ``upsampler`` or ``lora``.
+        file: ``checkpoint``, ``gemma`` or ``upsampler``.
         paths: The files that hold its tensors.
 
     Raises:
         CheckpointError: They do not match; ``fields`` has the ``path``, and the ``tensor`` or what is ``missing``.
     """
-    if file == "lora":
-        _verify_lora(read_headers(paths, OPTIONS[file]), paths[0], architecture)
-        return
     layout = partial(file_layout, file=file)
     section = "upsampler" if file == "upsampler" else "config"
     configured = None if file == "gemma" else partial(config_matches, architecture, section, layout)
-    verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), configured)
-
-
-def _verify_lora(shapes: Layout, path: Path, architecture: Architecture) -> None:
-    option, model = OPTIONS["lora"], architecture.name
-    remedy = architecture_remedy(model)
-    layout = file_layout(architecture, "lora")
-    targets = [key for key in shapes if key.endswith((".lora_A.weight", ".lora_B.weight"))]
-    matching = [key for key in targets if key in layout]
-    if not matching:
-        words = (
-            f"is of another architecture than {model}: none of its {len(targets)} LoRA tensors names a layer of the "
-            f"transformer; {remedy}"
-        )
-        raise weights_refused(option, path, "architecture", words)
-    for key in matching:
-        axis = 1 if ".lora_A." in key else 0  # the other axis is the rank, which may be any
-        if len(shapes[key]) != 2 or shapes[key][axis] != layout[key][axis]:
-            words = f"is of another architecture than {model}: {key} has shape {shapes[key]}; {remedy}"
-            raise weights_refused(option, path, "architecture", words, tensor=key)
-        twin = key.replace(".lora_A.", ".lora_B.") if axis else key.replace(".lora_B.", ".lora_A.")
-        if twin not in shapes:
-            words = f"lacks {twin}; download or export it again"
-            raise weights_refused(option, path, "incomplete", words, missing=[twin])
-        ranks = shapes[key][1 - axis], shapes[twin][axis]
-        if ranks[0] != ranks[1]:
-            words = f"has {key} of rank {ranks[0]} and {twin} of rank {ranks[1]}; download or export it again"
-            raise weights_refused(option, path, "incomplete", words, tensor=key, ranks=ranks)
+    verify_tensors(paths, OPTIONS[file], architecture.name, layout(architecture), configured, UNREAD)

@@ -27,7 +27,11 @@ FILES = {  # the synthetic weight files' paths below their folder
 TRANSFORMER_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "vae."
 STATISTICS_PREFIX = "vae.per_channel_statistics."
-STATISTICS = ("mean-of-means", "std-of-means")  # those that are read; published checkpoints have more
+STATISTICS = ("mean-of-means", "std-of-means")  # those that are read
+UNREAD = (  # what published files have and no run reads: other statistics, a copy of the embedding
+    *(f"{STATISTICS_PREFIX}{name}" for name in ("channel", "mean-of-stds", "mean-of-stds_over_std-of-means")),
+    "encoder.embed_tokens.weight",
+)
 
 
 def meta_component(architecture: Architecture, name: str) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
+from i2v_lab.pipeline.contract.scaled_fp8 import dequantized, own_keys, scale_keys
 from i2v_lab.pipeline.contract.synthetic import TensorsOnDemand, is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
     Progress,
@@ -22,7 +23,7 @@ from i2v_lab.pipeline.contract.weight_files import (
     verify_tensors,
     verify_values,
 )
-from i2v_lab.pipeline.ltx_video.layout import FILES, file_layout
+from i2v_lab.pipeline.ltx_video.layout import FILES, UNREAD, file_layout
 from i2v_lab.pipeline.ltx_video.synthetic import SYNTHETIC
 
 OPTIONS = {"checkpoint": "--checkpoint", "text_encoder": "--text-encoder", "upsampler": "--upsampler"}
@@ -70,7 +71,7 @@ class LtxVideoWeights:
 
 
 class SafetensorsLoader:
-    """Reads safetensors files, tensor by tensor, straight to the device."""
+    """Reads safetensors files, tensor by tensor, straight to the device; scales of float8 weights are applied."""
 
     def load(
         self, paths: Sequence[str], prefix: str, device: torch.device, dtype: torch.dtype = DTYPE
@@ -79,9 +80,14 @@ class SafetensorsLoader:
         tensors: dict[str, torch.Tensor] = {}
         for path in paths:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                for key in file.keys():  # noqa: SIM118
+                scales = scale_keys(file.keys())
+                for key in own_keys(file.keys()):
                     if key.startswith(prefix):
-                        tensors[key] = file.get_tensor(key).to(dtype)
+                        tensor = file.get_tensor(key)
+                        scaled = key in scales
+                        tensors[key] = (
+                            dequantized(tensor, file.get_tensor(scales[key]), dtype) if scaled else tensor.to(dtype)
+                        )
         return tensors
 
 
@@ -145,7 +151,7 @@ def resolve_weights(
     for name, paths in files.items():
         layout = partial(file_layout, file=name)
         configured = partial(config_matches, architecture, sections[name], layout) if name in sections else None
-        verify_tensors(paths, OPTIONS[name], architecture.name, layout(architecture), configured)
+        verify_tensors(paths, OPTIONS[name], architecture.name, layout(architecture), configured, UNREAD)
     for name, paths in files.items():  # last, since with real weights this takes minutes
         verify_values(OPTIONS[name], paths, progress)
     return LtxVideoWeights(

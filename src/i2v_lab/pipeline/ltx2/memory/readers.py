@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from i2v_lab.errors import CheckpointError
+from i2v_lab.pipeline.contract.scaled_fp8 import dequantized, own_keys, scale_keys
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -33,10 +34,10 @@ class TensorReader(Protocol):
     """Reads single tensors of weight files, or makes them on demand."""
 
     def keys(self, path: str) -> list[str]:
-        """The names of all tensors in a file."""
+        """The names of all weights in a file, without their scales."""
 
     def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
-        """One tensor, on ``device``, in the file's dtype."""
+        """One tensor, on ``device``, in the file's dtype; bfloat16 if it has a scale, which is applied."""
 
 
 class SafetensorsReader:
@@ -47,24 +48,31 @@ class SafetensorsReader:
 
     def __init__(self) -> None:
         self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        self._scales: dict[str, dict[str, str]] = {}
 
     def keys(self, path: str) -> list[str]:
-        """The names of all tensors in a file."""
-        return list(self._header(path)[1])
+        """The names of all weights in a file, without their scales."""
+        return own_keys(self._header(path)[1])
 
     def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
-        """One tensor, on ``device``, in the file's dtype.
+        """One tensor, on ``device``, in the file's dtype; bfloat16 if it has a scale, which is applied.
 
         Raises:
             CheckpointError: The file has been removed or is shorter than its header says; ``fields`` has its ``path``
                 and the ``tensor``.
         """
+        self._header(path)
+        scale = self._scales[path].get(key)
+        value = self._read(path, key).to(device)
+        return value if scale is None else dequantized(value, self._read(path, scale))
+
+    def _read(self, path: str, key: str) -> torch.Tensor:
         start, entries = self._header(path)
         entry = entries[key]
         begin, end = entry["data_offsets"]
         data = torch.empty(end - begin, dtype=torch.uint8)
         _read_into(path, start + begin, data.numpy().data, key)
-        return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"]).to(device)
+        return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def _header(self, path: str) -> tuple[int, Mapping[str, Any]]:
         if path not in self._headers:
@@ -75,6 +83,7 @@ class SafetensorsReader:
             entries = json.loads(text)
             entries.pop("__metadata__", None)
             self._headers[path] = (8 + len(text), entries)
+            self._scales[path] = scale_keys(entries)
         return self._headers[path]
 
 

@@ -24,6 +24,7 @@ from ltx_core.model.video_vae.sampling import DepthToSpaceUpsample, SpaceToDepth
 from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerBlock1D
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
+from i2v_lab.pipeline.contract.scaled_fp8 import as_weight
 from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked, host_budget_bytes
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
 from i2v_lab.torch_compat import is_fake
@@ -104,7 +105,7 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
                 [(mapped, value)] if self.model_sd_ops is None else self.model_sd_ops.apply_to_key_value(mapped, value)
             )
             # A key map may name a tensor twice, such as an embedding for the head that is tied to it.
-            own |= {name: v if dtype is None else v.to(dtype) for name, v in pairs if name == mapped}
+            own |= {name: as_weight(v) if dtype is None else v.to(dtype) for name, v in pairs if name == mapped}
             del value, pairs
         if not self.loras:
             return own
@@ -117,11 +118,11 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         assert self.reader is not None
         host = torch.device("cpu")
         prefixes = {name.removesuffix(".weight") for name in names}
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for key in self.reader.keys(lora.path):
             mapped = lora.sd_ops.apply_to_key(key)
             if mapped is not None and mapped.partition(".lora_")[0] in prefixes:
-                found[mapped] = self.reader.tensor(lora.path, key, host)
+                found |= lora.sd_ops.apply_to_key_value(mapped, self.reader.tensor(lora.path, key, host))
         return LoraStateDictWithStrength(StateDict(found, host, 0, set()), lora.strength)
 
 
