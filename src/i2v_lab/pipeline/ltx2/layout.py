@@ -41,6 +41,7 @@ from ltx_core.text_encoders.gemma.encoders import encoder_configurator
 
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.weight_cache import cached_layout
+from i2v_lab.pipeline.ltx2 import gemma
 from i2v_lab.pipeline.ltx2.gemma import gemma_key_ops
 
 FILES = {  # the synthetic weight files' paths below their folder
@@ -140,7 +141,8 @@ def file_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, .
         >>> file_layout(load_architecture("ltx-2.3-tiny"), "checkpoint")["model.diffusion_model.scale_shift_table"]
         (2, 64)
     """
-    recipe = f"{architecture.to_json()}:{version('ltx-core')}:{Path(__file__).read_text()}"
+    code = "".join(Path(source).read_text() for source in (__file__, str(gemma.__file__)))
+    recipe = f"{architecture.to_json()}:{version('ltx-core')}:{code}"
     return cached_layout(file, recipe, lambda: _compute_layout(architecture, file))
 
 
