@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from i2v_lab.profiling.fake.allocator import Block, CachingAllocator
 from i2v_lab.profiling.fake.block_trace import TracingAllocator
+from i2v_lab.profiling.fake.forecast import forecasting
+from i2v_lab.profiling.fake.workspaces import load_workspaces
 
 MIB = 2**20
 
@@ -146,3 +150,25 @@ def test_a_replay_within_a_trace_is_part_of_it():
         allocator.replay(inner.events, [inner.indices[kept]])
         assert allocator.allocate(512) in outer.indices
     assert outer.events == [512]
+
+
+class Scratch(torch.nn.Module):
+    """Needs 30 MiB for as long as it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(30 * MIB, dtype=torch.uint8, device=x.device)[:1] + x
+
+
+@pytest.mark.parametrize("memoize", [None, {Scratch: lambda *_: ()}], ids=["executed", "memoized"])
+def test_a_memoized_call_reserves_what_it_would_if_it_were_executed(memoize):
+    scratch = Scratch()
+    forecast = forecasting("cuda", memoize=memoize, workspaces=load_workspaces())
+    with forecast as profiler, torch.no_grad(), profiler.phase("calls"):
+        x = torch.empty(1, dtype=torch.uint8, device="cuda")
+        others = [torch.empty(10 * MIB, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        scratch(x)
+        del others
+        kept = torch.empty(25 * MIB, dtype=torch.uint8, device="cuda")  # where the scratch memory was
+        scratch(x)  # so this one needs another segment
+    assert profiler.peak.peak_reserved_bytes == (2 + 4 * 10 + 30 + 30) * MIB
+    assert kept.numel() == 25 * MIB
