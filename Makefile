@@ -1,10 +1,11 @@
-# make setup | locks | reproduce | test | test-quick | ranges | coverage | lint | docs | bench | endurance | figures | pictures |
+# make setup | locks | reproduce | test | test-quick | faults | ranges | coverage | lint | docs | bench | endurance | figures | pictures |
 #      measure-gpu | lab | clean. Every target sets up what it needs. On two cores:
 #
 #   lint        20 s   ruff, mypy, and the import contracts of pyproject.toml; nothing is run
 #   test-quick  70 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
 #                      figures, a generation and forecasts of the tiny model. For every change, before a commit
 #   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
+#   faults      40 min the faults of tests/faults at the size of a night: 1,000 faults and 10,000 damaged inputs
 #   coverage     9 min every test again, and which lines of src/i2v_lab they ran, child processes included
 #   ranges       7 min the quick tests at both ends of the version ranges, and conformance with upstream at the lowest
 #   bench        2 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
@@ -17,7 +18,7 @@ INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BI
 COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --extra dev --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make locks'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: setup locks reproduce test test-quick ranges coverage lint docs bench endurance figures pictures measure-gpu lab clean
+.PHONY: setup locks reproduce test test-quick faults ranges coverage lint docs bench endurance figures pictures measure-gpu lab clean
 
 setup: .venv/.stamp
 
@@ -47,6 +48,9 @@ test: lint
 
 test-quick: lint
 	$(PYTEST) -m "not slow" --durations=5
+
+faults: lint
+	I2V_LAB_FAULTS=$(or $(I2V_LAB_FAULTS),1000) $(PYTEST) tests/faults
 
 ranges: $(BIN)/nox
 	$(BIN)/nox

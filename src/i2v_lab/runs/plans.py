@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,6 +20,7 @@ SPEC_FIELDS = {"model", "pipeline", "generations", "consumer", "techniques", "pr
 RUN_FIELDS = {*REQUEST_FIELDS, *SPEC_FIELDS, "expected_seconds"}
 PLAN_FIELDS = {"defaults", "process_seconds", "groups"}
 GROUP_FIELDS = {"rounds", "runs"}
+MOST_RUNS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,11 @@ def load_plan(path: str | Path) -> list[PlannedRun]:
         listed = group.get("runs")
         if not isinstance(listed, list) or not listed:
             raise InvalidRequest(f"{where} has no runs; give a list of them", plan=path)
+        if len(asked) + rounds * len(listed) > MOST_RUNS:
+            raise InvalidRequest(
+                f"{where}: rounds={rounds} of {len(listed)} runs are more than {MOST_RUNS} in one plan; use fewer",
+                rounds=rounds,
+            )
         runs = [
             _run(values, defaults, process_seconds, f"{where}, run {index}")
             for index, values in enumerate(listed, start=1)
@@ -95,7 +102,7 @@ def _run(values: Any, defaults: Mapping[str, Any], process_seconds: float, where
         raise InvalidRequest(f"{where} has no expected_seconds; say how long it will take")
     try:
         spec = _spec(given)
-    except (I2VLabError, TypeError, ValueError) as error:
+    except (I2VLabError, TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{where}: {error}", **getattr(error, "fields", {})) from error
     seconds = _number(given["expected_seconds"], f"{where}: expected_seconds")
     return PlannedRun(name=spec.full_name, spec=spec, expected_seconds=seconds + process_seconds)
@@ -149,7 +156,7 @@ def _yes_or_no(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
         raise InvalidRequest(f"{name}={value!r} is not a number of 0 or more; use one", **{name.split(": ")[-1]: value})
     return float(value)
 
