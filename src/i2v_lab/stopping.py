@@ -68,6 +68,8 @@ def stop_on_signals() -> None:
     A signal that the caller of the command ignores, as a shell does for a job in the background, stays ignored.
     """
     _watch_signals()
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as the caller may have them, in the moment of a fork
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stand_still)
