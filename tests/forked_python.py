@@ -177,6 +177,7 @@ class Command:
         os.environ.update(self._environment)
         os.chdir(self._folder)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # blocked where a fork server started this server
         sys.path[:] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *own_path]
         _read_environment_again()
         fork_the_fork_server(lambda: path)

@@ -3,9 +3,64 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
+
+from i2v_lab.errors import OutputError
+from i2v_lab.stopping import on_stop
+
+MOST_NAME_BYTES = 255
+MOST_PATH_BYTES = 4000
+MOST_STEM_BYTES = 180  # of the target's name in that of its temporary file, which is longer
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, which takes its name at the end of the scope.
+
+    It is removed if the scope ends by an error, or the command by a signal; ``path`` is then as it was before.
+
+    Args:
+        path: The target, in a folder that exists.
+
+    Yields:
+        The file to write, with the target's suffix.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full.
+
+    Example:
+        >>> with partial_file(Path("table.csv")) as part:
+        ...     written = part.write_text("peak_bytes")
+    """
+    with ExitStack() as scopes:
+        for part in _part_paths(path):
+            scopes.enter_context(on_stop(partial(part.unlink, missing_ok=True)))
+            try:
+                os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            except FileExistsError:  # another thread's
+                scopes.close()
+                continue
+            break
+        try:
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _part_paths(path: Path) -> Iterator[Path]:
+    stem = os.fsdecode(os.fsencode(path.stem)[:MOST_STEM_BYTES])
+    for number in count(1):
+        again = "" if number == 1 else f"-{number}"
+        yield path.with_name(f".{stem}.{os.getpid()}{again}.part{path.suffix[:16]}")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
@@ -26,18 +81,88 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
         PosixPath('table.csv')
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
     try:
-        write(part)
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        with partial_file(path) as part:
+            write(part)
+    except OSError as error:
+        if error.filename is None or ".part" in Path(error.filename).name:  # a name that says nothing to a reader
+            error.filename = str(path)
+        raise
     return path
 
 
 def write_text(path: Path, text: str) -> Path:
     """Write a text file in UTF-8 as :func:`write_atomically` does, and return ``path``."""
     return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what processes that were killed left of :func:`partial_file`, in a folder that none writes to now."""
+    for part in folder.glob(".*.part*"):
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """An empty folder, removed at the end of the scope, or if the command is stopped by a signal."""
+    with tempfile.TemporaryDirectory(prefix="i2v-lab-") as name, on_stop(partial(shutil.rmtree, name, True)):
+        yield Path(name)
+
+
+def check_file(path: Path, option: str, example: str, *, make_folder: bool = True) -> None:
+    """Make sure that a file can be written to ``path``; leaves nothing behind.
+
+    Args:
+        path: What the caller will write at the end.
+        option: Its name, for the message.
+        example: A file's name, for the message.
+        make_folder: Whether the caller makes the folder if there is none.
+
+    Raises:
+        OutputError: It is a folder, its name is too long, its folder is missing, or not writable.
+    """
+    _check_name(path, option)
+    if path.is_dir():
+        raise OutputError(f"{option}='{path}' is a folder; name a file in it, such as '{path / example}'", path=path)
+    if not make_folder and not path.parent.is_dir():
+        raise OutputError(f"{option}='{path}': the folder '{path.parent}' does not exist; create it first", path=path)
+    _check_place(path.parent, path, option)
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Make sure that files can be written into the folder ``path``, which need not exist; leaves nothing behind.
+
+    Args:
+        path: The folder.
+        option: Its name, for the message.
+
+    Raises:
+        OutputError: It is a file, its name is too long, or the place is not writable.
+    """
+    _check_name(path, option)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{option}='{path}' is a file; name a folder", path=path)
+    _check_place(path, path, option)
+
+
+def _check_name(path: Path, option: str) -> None:
+    if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in path.parts) or len(os.fsencode(path)) > MOST_PATH_BYTES:
+        raise OutputError(f"{option}='{path}' is too long a name; use a shorter one", path=path)
+
+
+def _check_place(folder: Path, path: Path, option: str) -> None:
+    there = folder.absolute()
+    try:
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir():
+            raise OutputError(f"{option}='{path}': '{there}' is a file; choose another folder", path=path)
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{option}='{path}': the folder '{folder if folder.exists() else there}' is not writable "
+            f"({error.strerror}); choose another",
+            path=path,
+        ) from error

@@ -1,5 +1,5 @@
 """``python -m i2v_lab.cli``."""
 
-from i2v_lab.cli.app import main
+from i2v_lab.cli import main
 
 main()

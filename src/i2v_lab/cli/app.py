@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import sys
-from types import FrameType
 from typing import NoReturn
 
 import typer
@@ -13,6 +12,9 @@ import typer
 from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, reproduce, show
 from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.workers import enable_mkl_cnr
+from i2v_lab.stopping import stop_on_signals
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 app = typer.Typer(
     name="i2v-lab",
@@ -41,22 +43,30 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line: an I2VLabError becomes one line on stderr and an exit status, without a traceback."""
+    stop_on_signals()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     enable_mkl_cnr()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except I2VLabError as error:
         print(f"i2v-lab: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("i2v-lab: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _end_without_room(error)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)  # raised as an exception, so that partial files are removed
+def _end_without_room(error: OSError) -> NoReturn:
+    where = f" for '{error.filename}'" if error.filename else ""
+    print(f"i2v-lab: {error.strerror}{where}; free some space or choose another place, and run again", file=sys.stderr)
+    if error.filename is None:  # perhaps stdout, which Python would write to once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -17,6 +18,8 @@ from jupyter_core.utils import ensure_event_loop
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
+from i2v_lab.errors import OutputError
+from i2v_lab.files import partial_file, scratch_folder
 from i2v_lab.reproduce.kernel import InterpreterKernelManager
 
 ENGINE = "i2v-lab-executor"
@@ -73,14 +76,29 @@ class Executor:
             on_cell: Called before each cell, with its index and the number of cells.
 
         Returns:
-            The error in one line; ``None`` if there was none.
+            The error in one line; ``None`` if there was none. If the copy could not be written, that is the error, and
+            ``executed`` is as it was.
 
         Raises:
             Stopped: The executor was stopped; ``executed`` is not replaced.
         """
-        executed.parent.mkdir(parents=True, exist_ok=True)
-        part = executed.with_name(f".{executed.name}.part.ipynb").resolve()
-        error: str | None = None
+        try:
+            executed.parent.mkdir(parents=True, exist_ok=True)
+            with partial_file(executed.resolve()) as part:
+                error = self._execute_into(part, notebook, parameters, on_cell)
+                if self._stopped:
+                    raise Stopped
+                if not is_notebook(part):  # papermill could not write it: the disk is full, or a text is not UTF-8
+                    raise OutputError(str(error), path=executed)
+        except OutputError as failure:
+            return str(failure)
+        except OSError as failure:
+            return f"'{executed}' could not be written ({failure.strerror})"
+        return error
+
+    def _execute_into(
+        self, part: Path, notebook: Path, parameters: Mapping[str, Any], on_cell: Callable[[int, int], None]
+    ) -> str | None:
         try:
             papermill.execute_notebook(
                 str(notebook.resolve()),
@@ -93,17 +111,14 @@ class Executor:
                 on_cell=on_cell,
             )
         except papermill.PapermillExecutionError as failure:
-            error = f"{failure.ename}: {str(failure.evalue).strip().splitlines()[0] if failure.evalue else ''}"
+            return f"{failure.ename}: {str(failure.evalue).strip().splitlines()[0] if failure.evalue else ''}"
+        except OSError as failure:
+            return f"{failure.strerror or failure}; free some space, and run again"
         except Exception as failure:  # not raised by a cell: the kernel died, or did not start
-            error = f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+            return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
         finally:
             ensure_event_loop().close()  # nbclient leaves one open in every thread
-            if self._stopped:
-                part.unlink(missing_ok=True)
-        if self._stopped:
-            raise Stopped
-        part.replace(executed)
-        return error
+        return None
 
     @contextmanager
     def track(self, client: PapermillNotebookClient) -> Iterator[Callable[[], None]]:
@@ -142,16 +157,27 @@ class Executor:
                     os.killpg(process_id, signal.SIGINT)  # each kernel leads its own process group
 
     def kill(self) -> None:
-        """Kill the remaining kernels and all their descendants."""
+        """Kill the remaining kernels and all their descendants, and remove the files that name their ports."""
         with self._lock:
-            kernels = [_process_id(client) for client in self._in_a_cell]
-        for process_id in kernels:
+            clients = list(self._in_a_cell)
+        for client in clients:
+            process_id = _process_id(client)
             if process_id is not None:
                 with suppress(psutil.NoSuchProcess):
                     kernel = psutil.Process(process_id)
                     for process in [*kernel.children(recursive=True), kernel]:
                         with suppress(psutil.NoSuchProcess):
                             process.kill()
+            with suppress(Exception):
+                client.km.cleanup_connection_file()
+
+
+def is_notebook(path: Path) -> bool:
+    """Whether a file is there and holds a notebook, rather than what an interrupted writer left of one."""
+    try:
+        return "cells" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _process_id(client: PapermillNotebookClient) -> int | None:
@@ -174,14 +200,15 @@ class _Engine(NBClientEngine):
             startup_timeout=60,
             log=_log,
         )
-        with executor.track(client) as cell_starts:
+        with scratch_folder() as temporary, executor.track(client) as cell_starts:
 
             def on_cell_start(cell: Any, cell_index: int) -> None:
                 cell_starts()
                 on_cell(cell_index, len(nb_man.nb.cells))
 
             client.on_cell_start = on_cell_start
-            client.execute(env={**os.environ, **KERNEL_ENVIRONMENT})
+            # With a folder for temporary files of its own: a kernel that is killed leaves them.
+            client.execute(env={**os.environ, **KERNEL_ENVIRONMENT, "TMPDIR": str(temporary)})
 
 
 papermill_engines.register(ENGINE, _Engine)

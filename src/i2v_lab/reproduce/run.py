@@ -24,12 +24,13 @@ from i2v_lab.reproduce.stamps import (
     stamp_path,
     write_stamp,
 )
+from i2v_lab.stopping import on_stop
 
 if TYPE_CHECKING:
     from i2v_lab.reproduce.execution import Executor  # imports papermill: not needed if all notebooks are up to date
 
 NOTEBOOKS = notebooks_dir()
-GRACE_S = 10.0
+GRACE_S = 1.3
 """Seconds that interrupted cells have to clean up before their kernels are killed."""
 SITE = "index"
 """Name of the stamp of the site; no notebook has it, since its page would replace the index."""
@@ -144,21 +145,28 @@ def _run_all(planned: Sequence[_Job], out: Path, stems: Sequence[str], jobs: int
 
         executor, pool = Executor(), ThreadPoolExecutor(jobs)
         futures: dict[Path, Future[Outcome]] = {}
-        try:
-            for job in stale:
-                futures[job.notebook] = pool.submit(_run, executor, job, out, stems, report)
-            for future in as_completed(futures.values()):
-                future.result()
-        except BaseException:  # including Ctrl-C and SIGTERM
+
+        def stop() -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             executor.interrupt()
+            running = [future for future in futures.values() if not future.cancelled()]
             try:
-                wait([future for future in futures.values() if not future.cancelled()], timeout=GRACE_S)
+                wait(running, timeout=GRACE_S)
             finally:
                 executor.kill()
-            raise
-        finally:
-            pool.shutdown()
+                wait(running, timeout=0.3)  # for the threads to remove what the kernels were written to
+
+        with on_stop(stop, children_first=False):
+            try:
+                for job in stale:
+                    futures[job.notebook] = pool.submit(_run, executor, job, out, stems, report)
+                for future in as_completed(futures.values()):
+                    future.result()
+            except BaseException:  # in a program or a notebook, where Ctrl-C is an exception
+                stop()
+                raise
+            finally:
+                pool.shutdown()
         outcomes |= {notebook: future.result() for notebook, future in futures.items()}
     return [outcomes[job.notebook] for job in planned]
 

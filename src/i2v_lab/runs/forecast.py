@@ -22,7 +22,7 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.provenance import code_digest, runner_packages, usable_cores, versions
 from i2v_lab.runs.spec import FULL_SIZE_MODEL, RunSpec
-from i2v_lab.runs.workers import worker_context
+from i2v_lab.runs.workers import end_on_interrupt, worker_context
 
 Result = tuple[tuple[Record, ...], int]  # records, and the bytes of the CUDA context
 
@@ -99,7 +99,7 @@ def forecast_specs(specs: Sequence[RunSpec], *, jobs: int | None = None, progres
                 forecast_spec(spec)
                 bar.update()
         else:
-            with ProcessPoolExecutor(jobs, mp_context=worker_context()) as pool:
+            with ProcessPoolExecutor(jobs, worker_context(), end_on_interrupt) as pool:
                 for future in as_completed([pool.submit(forecast_spec, spec) for spec in todo]):
                     future.result()
                     bar.update()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.files import scratch_folder
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.registry import RUNNERS
@@ -111,9 +111,9 @@ def _generate(spec: RunSpec, weights: Any, device: torch.device) -> tuple[float,
         timers.append(_EventTimer(sink))
         return timers[-1]
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         start = time.perf_counter()
-        run_dir = None if spec.profiler is ProfilerMode.NONE else Path(folder) / "run"
+        run_dir = None if spec.profiler is ProfilerMode.NONE else folder / "run"
         execute(spec, Mode.REAL, str(device), weights=weights, run_dir=run_dir, hooks=Hooks(wrap_profiler=timed))
         return time.perf_counter() - start, timers[0].seconds if timers else None
 

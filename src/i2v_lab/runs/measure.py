@@ -8,16 +8,19 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import I2VLabError, RecordError
+from i2v_lab.files import remove_partial_files
 from i2v_lab.profiling.records import OutOfMemoryRecord
 from i2v_lab.runs.execute import VIDEO, Mode, execute
 from i2v_lab.runs.provenance import code_digest
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, FAILED, METADATA, Run, read_run
 from i2v_lab.runs.workers import run_in_child
+from i2v_lab.stopping import on_stop
 
 GRAD_ERROR = "GradScopeError"
 REPLACEABLE = {".json", ".jsonl", ".mp4", ".part"}  # suffixes of the files in a run directory
@@ -47,7 +50,12 @@ def measure(spec: RunSpec, folder: Path, device: str = "auto") -> Run:
     if reusable is not None:
         return reusable
     _make_room(folder)
-    ended = run_in_child(_measure_here, identity, folder)
+    clean_up = partial(remove_partial_files, folder)
+    with on_stop(clean_up):
+        try:
+            ended = run_in_child(_measure_here, identity, folder)
+        finally:
+            clean_up()
     if (folder / METADATA).exists():
         run = read_run(folder)
         if is_result(run):

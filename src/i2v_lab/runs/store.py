@@ -12,15 +12,17 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from i2v_lab.errors import OutputError, RecordError
+from i2v_lab.files import write_text
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.records import KINDS, PhaseRecord, Record, record_from_json, record_to_json
+from i2v_lab.stopping import on_stop
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +69,7 @@ class RunWriter:
         self._metadata = dict(metadata)
         self._descriptor: int | None = None
         self._lock = threading.Lock()
+        self._scopes = ExitStack()
 
     def append(self, record: Record) -> None:
         """Add one record; once this returns, a kill of the process cannot lose it.
@@ -113,11 +116,13 @@ class RunWriter:
         except OSError as error:
             self._close()
             raise self._unwritable(error) from error
+        self._scopes.enter_context(on_stop(self._stopped))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._scopes.close()
         with self._lock:
             try:
                 self._finish(error)
@@ -126,6 +131,11 @@ class RunWriter:
                     raise self._unwritable(problem) from problem
             finally:
                 self._close()
+
+    def _stopped(self) -> None:
+        """The command was stopped by a signal; its main thread may stand still within an append."""
+        if self._lock.acquire(timeout=0.2):  # for good: who appends now waits for the end
+            self._finish(KeyboardInterrupt())
 
     def _finish(self, error: BaseException | None) -> None:
         """Count and hash what is on disk, not what was meant to be: an interrupt may have fallen between the two."""
@@ -149,12 +159,7 @@ class RunWriter:
             raise RecordError(f"the metadata are not made of JSON values ({error}); convert them first") from error
 
     def _replace_metadata(self, text: str) -> None:
-        part = self.folder / PART
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.folder / METADATA)
+        write_text(self.folder / METADATA, text)
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -276,7 +281,7 @@ def _read(folder: Path) -> Run:
 def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
     if not path.exists():
-        left = {entry.name: entry.stat().st_size for entry in folder.iterdir()}
+        left = {entry.name: entry.stat().st_size for entry in folder.iterdir() if not entry.match(".*.part*")}
         if left and left.keys() <= {RECORDS, PART} and left.get(RECORDS) == 0:
             raise RecordError(f"run '{folder}' was stopped before it began; delete it and run again", folder=folder)
         raise RecordError(f"run '{folder}' has no {METADATA}; give a folder that {WRITER} wrote", folder=folder)

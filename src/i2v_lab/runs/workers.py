@@ -7,17 +7,22 @@ interpreter after those imports, and no CUDA context, which does not survive a f
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
+
+from i2v_lab.files import scratch_folder
+from i2v_lab.runs import fork_server
+from i2v_lab.stopping import on_stop
 
 # What takes seconds to import and asks nothing of the device meanwhile. Not ltx_pipelines, which looks for CUDA when it
 # is imported, nor this package, so that code changed since (in a notebook's kernel, say) is the code that runs.
@@ -34,6 +39,9 @@ LIBRARIES = (
 )
 
 
+_FOR_GOOD = ExitStack()
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a process ended.
@@ -48,15 +56,34 @@ class Ended:
 
 
 @cache
+def _context() -> BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    # What multiprocessing removes when Python exits, which a stopped command does not wait for.
+    _FOR_GOOD.enter_context(on_stop(partial(shutil.rmtree, multiprocessing.util.get_temp_dir(), True)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([fork_server.__name__, *LIBRARIES])
+    return context
+
+
 def worker_context() -> BaseContext:
     """Where processes of this package come from, for :mod:`multiprocessing` and :mod:`concurrent.futures`.
 
-    Where a process cannot be forked (Windows) each one imports everything itself.
+    The fork server is started here, with SIGINT blocked: Ctrl-C in a terminal, which every process there receives, is
+    for the one that asked. Where a process cannot be forked (Windows) each one imports everything itself.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LIBRARIES))
+    context = _context()
+    if context.get_start_method() == "forkserver":
+        from multiprocessing import forkserver, resource_tracker
+
+        resource_tracker.ensure_running()  # by itself: it unblocks SIGINT at its end
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        os.environ[fork_server.CALLER_VARIABLE] = str(os.getpid())
+        try:
+            forkserver.ensure_running()
+        finally:
+            del os.environ[fork_server.CALLER_VARIABLE]
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
 
@@ -75,8 +102,8 @@ def run_in_child(function: Callable[..., None], *args: Any) -> Ended:
         >>> run_in_child(print, "hello").status  # doctest: +SKIP
         0
     """
-    with tempfile.TemporaryDirectory() as folder:
-        errors = Path(folder) / "stderr"
+    with scratch_folder() as folder:
+        errors = folder / "stderr"
         process = worker_context().Process(  # type: ignore[attr-defined]
             target=_begin, args=(dict(os.environ), str(errors), function, args), daemon=True
         )
@@ -85,14 +112,14 @@ def run_in_child(function: Callable[..., None], *args: Any) -> Ended:
             process.join()
         finally:
             if process.is_alive():
-                process.terminate()
+                process.kill()
                 process.join()
         text = errors.read_text(encoding="utf-8", errors="replace") if errors.exists() else ""
         return Ended(process.exitcode, text)
 
 
 def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt is for the one who waits; this process just ends
+    end_on_interrupt()
     start_child(environment)
     written = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(written, 1)
@@ -100,6 +127,13 @@ def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., 
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     function(*args)
+
+
+def end_on_interrupt() -> None:
+    """In a process of :func:`worker_context`: an interrupt is for the one who waits; this process just ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def start_child(environment: Mapping[str, str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -16,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from i2v_lab.errors import InvalidImage, OutputError
+from i2v_lab.files import check_file, partial_file
 
 # Without cpu-independent, x264's macroblock tree reads memory that nobody wrote (seen with AVX-512, at widths of 64,
 # 160 and 192), and the same frames may be encoded otherwise each time.
@@ -83,26 +82,9 @@ def check_output(path: Path) -> None:
     Raises:
         OutputError: Its folder does not exist or is not writable, or the name is not that of an MP4 file.
     """
-    try:
-        if path.is_dir():
-            raise OutputError(f"out='{path}' is a folder; name a file in it, such as '{path / 'video.mp4'}'", path=path)
-        if path.suffix.lower() != ".mp4":
-            raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
-        if not path.parent.is_dir():
-            raise OutputError(f"out='{path}': the folder '{path.parent}' does not exist; create it first", path=path)
-        part = _part_path(path)
-        part.touch()
-        part.unlink()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise OutputError(f"out='{path}' is too long a name; use a shorter one", path=path) from error
-        raise OutputError(
-            f"out='{path}': the folder '{path.parent}' is not writable ({error.strerror}); choose another", path=path
-        ) from error
-
-
-def _part_path(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.{os.getpid()}.part.mp4")
+    if path.suffix.lower() != ".mp4" and not path.is_dir():
+        raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
+    check_file(path, "out", "video.mp4", make_folder=False)
 
 
 def write_video(
@@ -138,11 +120,10 @@ def write_video(
         9
     """
     check_output(path)
-    part = _part_path(path)
     failures: list[OSError] = []
     try:
-        frames = _encode(_watched(chunks, failures), audio, part, frame_rate, on_frame)
-        os.replace(part, path)  # noqa: PTH105
+        with partial_file(path) as part:
+            return _encode(_watched(chunks, failures), audio, part, frame_rate, on_frame)
     except (OSError, av.FFmpegError) as error:
         if error in failures:
             raise
@@ -150,9 +131,6 @@ def write_video(
             f"out='{path}' could not be written ({error.strerror or error}); free some space or choose another folder",
             path=path,
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
-    return frames
 
 
 def _watched(chunks: Iterable[torch.Tensor], failures: list[OSError]) -> Iterator[torch.Tensor]:
@@ -167,7 +145,8 @@ def _encode(
     chunks: Iterable[torch.Tensor], audio: Any | None, part: Path, frame_rate: Fraction, on_frame: Callable[[], None]
 ) -> int:
     frames = 0
-    with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    # An absolute path: FFmpeg would take 12: in front of 12:30.mp4 for a protocol.
+    with av.open(str(part.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         video: Any = container.add_stream("libx264", rate=frame_rate, options=H264_OPTIONS)
         video.pix_fmt = "yuv420p"
         sound: Any = container.add_stream("aac", rate=audio.sampling_rate, layout="stereo") if audio else None

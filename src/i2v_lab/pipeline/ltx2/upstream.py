@@ -8,7 +8,6 @@ fields.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -27,6 +26,7 @@ from ltx_pipelines.utils import ModelLedger
 from ltx_pipelines.utils.args import ImageConditioningInput
 
 from i2v_lab.events import EventSink, Phase, broadcast
+from i2v_lab.files import scratch_folder
 from i2v_lab.pipeline.contract.generation import (
     GRAD_SCOPES,
     Generation,
@@ -95,8 +95,8 @@ class UpstreamPipeline:
     @contextmanager
     def _prepared(self, request: I2VRequest) -> Iterator[tuple[Any, list[ModelLedger]]]:
         """Upstream's pipeline over our weights, and its ledgers; runs on the device within this scope."""
-        with gemma_dimensions(self.weights.architecture.gemma), tempfile.TemporaryDirectory() as folder:
-            pipeline = self._pipeline(request, _gemma_folder(self.weights, Path(folder)))
+        with gemma_dimensions(self.weights.architecture.gemma), scratch_folder() as folder:
+            pipeline = self._pipeline(request, _gemma_folder(self.weights, folder))
             ledgers = [part for part in vars(pipeline).values() if isinstance(part, ModelLedger)]
             for ledger in ledgers:
                 _set_loader(ledger, self.weights)

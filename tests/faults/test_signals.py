@@ -1,0 +1,238 @@
+"""Commands that are stopped at random moments end at once, in one line, and leave nothing.
+
+``I2V_LAB_FAULTS=400`` sends as many signals to each command; by default a few.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from i2v_lab.paths import CACHE_VARIABLE, cache_dir
+
+COUNT = int(os.environ.get("I2V_LAB_FAULTS") or "0")
+SEED = int(os.environ.get("I2V_LAB_FAULTS_SEED") or "0")
+END_S = 3.0
+LINES = {signal.SIGINT: (130, "i2v-lab: interrupted"), signal.SIGTERM: (143, "i2v-lab: terminated")}
+# As `i2v-lab`, which says that signals are waited for: a process that is forked has no start to speak of.
+COMMAND = "from i2v_lab.stopping import stop_on_signals; stop_on_signals(); print('ready', flush=True); "
+COMMAND += "import tempfile; tempfile.tempdir = None; "  # of the server that it was forked from
+COMMAND += "import pathlib, i2v_lab.cli.app as cli; import i2v_lab.reproduce.run as run; "
+COMMAND += "run.NOTEBOOKS = pathlib.Path('nb'); cli.main()"
+SMALL = ["--width", "64", "--height", "64", "--frames", "9"]
+WARM = {"generate", "show"}  # with the session's cache; the others compute what would be in it
+LONGEST_S = {"generate": 3.5, "forecast": 3.0, "measure": 8.0, "reproduce": 9.0, "show": 0.9}
+IN_TESTS = {"generate": 3, "forecast": 3, "measure": 2, "reproduce": 1, "show": 1}
+NOTEBOOK = """
+from i2v_lab.runs.measure import measure
+from i2v_lab.runs.spec import RunSpec, make_request
+from pathlib import Path
+spec = RunSpec(request=make_request("ltx-2.3-tiny", width=64, height=64, frames=9), model="ltx-2.3-tiny")
+measure(spec, Path(out_dir) / "runs" / "one", "cpu")
+"""
+PLAN = "process_seconds: 1\ndefaults: {model: ltx-2.3-tiny, width: 64, height: 64, frames: 9, expected_seconds: 2}\n"
+PLAN += "groups:\n  - rounds: 2\n    runs:\n      - {}\n      - {decode_scope: escaped}\n"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: ``stopped`` if the signal came before its own end."""
+
+    status: int
+    seconds: float
+    errors: str
+    left: list[str]
+    processes: list[str]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, forked_python, still) -> Path:
+    """A run to show."""
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    command = [*forked_python, "-m", "i2v_lab.cli", "generate", "--image", still, "--out", folder.with_name("v.mp4")]
+    subprocess.run([*command, *SMALL, "--profile", folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def top(recorded, still) -> Iterator[Path]:
+    """The folder that commands run in, with what they read."""
+    with tempfile.TemporaryDirectory(prefix="i2v") as folder:  # a short path: there will be sockets below it
+        yield _fill(Path(folder), recorded, still)
+
+
+def _fill(tmp_path: Path, recorded: Path, still: Path) -> Path:
+    (tmp_path / "nb").mkdir()
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    shutil.copyfile(still, tmp_path / "still.png")
+    shutil.copytree(recorded, tmp_path / "recorded")
+    parameters = new_code_cell("out_dir: str = 'build'")
+    parameters.metadata["tags"] = ["parameters"]
+    notebook = new_notebook(cells=[parameters, new_code_cell("import time; time.sleep(1)"), new_code_cell(NOTEBOOK)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "i2v-lab", "language": "python"}
+    nbformat.write(notebook, tmp_path / "nb" / "a.ipynb")
+    nbformat.write(notebook, tmp_path / "nb" / "b.ipynb")
+    return tmp_path
+
+
+def _arguments(command: str) -> list[str]:
+    video = ["--image", "still.png", *SMALL, "--frames", "25"]
+    return {
+        "generate": ["generate", *video, "--out", "12:30.mp4", "--profile", "profile", "--decode-scope", "escaped"],
+        "forecast": ["forecast", *video, "--model", "ltx-2.3-tiny", "--profile", "profile"],
+        "measure": ["measure", "--plan", "plan.yaml", "--out", "runs", "--device", "cpu"],
+        "reproduce": ["reproduce", "--jobs", "2", "--out", "build"],
+        "show": ["show", "recorded", "--timeline", "figures"],
+    }[command]
+
+
+def _stop(start: list[str], command: str, top: Path, number: int, after_s: float) -> Ended | None:
+    """Start a command, send the signal, and see what is left; ``None`` if it had ended before."""
+    environment = {**os.environ, "TMPDIR": str(top / "tmp"), "JUPYTER_RUNTIME_DIR": str(top / "jupyter")}
+    (top / "tmp").mkdir()
+    (top / "jupyter").mkdir()
+    if command not in WARM:
+        environment[CACHE_VARIABLE] = str(top / "cache")
+        shutil.copytree(cache_dir() / "synthetic", top / "cache" / "synthetic", dirs_exist_ok=True)
+    before = set(top.rglob("*"))
+    said, errors = top / "stdout", top / "stderr"
+    with said.open("wb") as stdout, errors.open("wb") as stderr:
+        child = subprocess.Popen(
+            [*start, *_arguments(command)],
+            cwd=top,
+            env=environment,
+            stdout=stdout,
+            stderr=stderr,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
+        )
+    while not said.stat().st_size:
+        assert child.poll() is None, errors.read_text()
+        time.sleep(0.01)
+    time.sleep(after_s)
+    ended = child.poll() is not None
+    start_s = time.monotonic()
+    child.send_signal(number)
+    try:
+        status = child.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        status = child.wait()
+    seconds = time.monotonic() - start_s
+    deadline = time.monotonic() + 1
+    while list(_of(top)) and time.monotonic() < deadline:  # the kernel kills what was forked a moment later
+        time.sleep(0.05)
+    processes = [f"{process.pid} {process.cmdline()}" for process in _of(top)]
+    for process in _of(top):
+        process.kill()
+    if ended:
+        return None
+    left = [
+        path.relative_to(top).as_posix()
+        for path in top.rglob("*")
+        if (
+            path not in before
+            and (".part" in path.name or path.name.endswith(".lock") or path.is_relative_to(top / "tmp"))
+        )
+        or (path not in before and path.is_relative_to(top / "jupyter") and path.name.startswith("kernel"))
+    ]
+    return Ended(status, seconds, errors.read_text(), left, processes)
+
+
+def _of(top: Path) -> Iterator[psutil.Process]:
+    """The processes that run in this folder and have not ended."""
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == top and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+        except psutil.Error:
+            continue
+
+
+def _fault(number: int, ended: Ended, after_s: float) -> str | None:
+    """What is wrong with an end; a command that was done, in the moment of the signal, ends as it would have."""
+    status, line = LINES[signal.Signals(number)]
+    lines = ended.errors.splitlines()
+    wrong = []
+    if ended.status != status and not (ended.status == 0 and ended.seconds < 1):
+        wrong.append(f"status {ended.status}")
+    if ended.status == status and (not lines or lines[-1] != line or "Traceback" in ended.errors):
+        wrong.append(f"said {ended.errors!r}")
+    if "Exception ignored" in ended.errors:
+        wrong.append("an exception was ignored")
+    if ended.seconds > END_S:
+        wrong.append(f"took {ended.seconds:.1f} s")
+    left = [name for name in ended.left if ended.status != 0 or ".part" in name]
+    if left:
+        wrong.append(f"left {left}")
+    if ended.processes:
+        wrong.append(f"left processes {ended.processes}")
+    return f"{signal.Signals(number).name} after {after_s:.3f} s: {'; '.join(wrong)}" if wrong else None
+
+
+@pytest.mark.parametrize("command", list(IN_TESTS))
+@pytest.mark.timeout(0)
+def test_a_command_that_is_stopped_ends_at_once_in_one_line_and_leaves_nothing(command, top, forked_python):
+    chance = random.Random(f"{command} {SEED}")
+    count = COUNT or IN_TESTS[command]
+    faults, sent = [], 0
+    for index in range(count):
+        number = (signal.SIGINT, signal.SIGTERM)[index % 2]
+        after_s = chance.uniform(0, LONGEST_S[command])
+        here = top / str(index)
+        shutil.copytree(top, here, ignore=lambda folder, names: [name for name in names if name.isdigit()])
+        ended = _stop([*forked_python, "-c", COMMAND], command, here, number, after_s)
+        shutil.rmtree(here)
+        if ended is not None:
+            sent += 1
+            faults += filter(None, [_fault(number, ended, after_s)])
+    print(*faults, sep="\n")
+    print(f"{command}: {len(faults)} faults, {sent} of {count} signals before the end")
+    assert faults == []
+    assert sent > 0 or count < 3
+
+
+def test_a_command_that_is_stopped_while_it_starts_ends_in_one_line(top):
+    """In a process of its own: from its first statement on, and while torch is imported."""
+    chance = random.Random(SEED)
+    faults = []
+    for index in range(COUNT // 4 or 2):
+        number = (signal.SIGINT, signal.SIGTERM)[index % 2]
+        after_s = chance.uniform(0, 2)
+        here = top / str(index)
+        shutil.copytree(top, here, ignore=lambda folder, names: [name for name in names if name.isdigit()])
+        ended = _stop([sys.executable, "-c", COMMAND], "generate", here, number, after_s)
+        shutil.rmtree(here)
+        if ended is not None:
+            faults += filter(None, [_fault(number, ended, after_s)])
+    assert faults == []
+
+
+@pytest.mark.parametrize("after_s", [0.3, 1.5] * (1 + COUNT // 20))
+def test_nothing_outlives_a_killed_measure(top, after_s):
+    """Neither the fork server, which imports torch for seconds, nor who is forked from it."""
+    command = [sys.executable, "-m", "i2v_lab.cli", *_arguments("measure")]
+    with (top / "stdout").open("wb") as said, subprocess.Popen(command, cwd=top, stdout=said, stderr=said) as child:
+        while not [process for process in _of(top) if "multiprocessing.forkserver" in " ".join(process.cmdline())]:
+            assert child.poll() is None, (top / "stdout").read_text()
+            time.sleep(0.05)
+        time.sleep(after_s)
+        child.kill()
+    deadline = time.monotonic() + 2
+    while left := list(_of(top)):
+        assert time.monotonic() < deadline, [process.cmdline() for process in left]
+        time.sleep(0.05)
+    assert "Traceback" not in (top / "stdout").read_text()
