@@ -183,11 +183,11 @@ class DeviceRecord(HtmlFields):
         time_s: The moment.
         total_bytes: Of the card.
         used_bytes: By all processes and the driver.
-        own_bytes: By this process.
-        others_bytes: By all other processes.
+        own_bytes: By this process; ``None`` where NVML hides it.
+        others_bytes: ``used_bytes - own_bytes``: by all other processes and the driver.
         budget_bytes: ``total_bytes - others_bytes``.
-        others: ``(pid, name, bytes)`` of each other process.
-        reason: Why values are ``None``, in one sentence; empty when they are not.
+        others: ``(pid, name, bytes)`` of each other process that NVML lists.
+        reason: Why nothing, or no process, is known, in one sentence; else empty.
     """
 
     time_s: float
