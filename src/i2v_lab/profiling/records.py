@@ -200,6 +200,23 @@ class DeviceRecord(HtmlFields):
     reason: str
 
 
+@dataclass(frozen=True)
+class NoteRecord(HtmlFields):
+    """Something that was done to an input or to the result.
+
+    Attributes:
+        phase: In which.
+        topic: ``prompt``, ``negative_prompt`` or ``sound``.
+        count: Tokens that were dropped, or samples that were replaced.
+        text: One line for the user.
+    """
+
+    phase: str
+    topic: str
+    count: int
+    text: str
+
+
 Record = (
     PhaseRecord
     | StepRecord
@@ -210,6 +227,7 @@ Record = (
     | OutOfMemoryRecord
     | GenerationRecord
     | DeviceRecord
+    | NoteRecord
 )
 
 
@@ -257,6 +275,11 @@ class Forecast:
         return peak
 
     @property
+    def notes(self) -> list[NoteRecord]:
+        """What was done to the inputs, such as a prompt that was cut."""
+        return [record for record in self.records if isinstance(record, NoteRecord)]
+
+    @property
     def peak_reserved_bytes(self) -> int:
         """Maximum of the bytes that the caching allocator would reserve; the peak where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
@@ -277,6 +300,7 @@ KINDS: dict[str, type[Any]] = {
     "out_of_memory": OutOfMemoryRecord,
     "generation": GenerationRecord,
     "device": DeviceRecord,
+    "note": NoteRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
 
