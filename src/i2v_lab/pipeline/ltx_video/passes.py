@@ -35,6 +35,7 @@ from transformers import T5Tokenizer
 
 from i2v_lab.events import EventSink
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
+from i2v_lab.pipeline.contract.weight_folders import reading_folder
 from i2v_lab.pipeline.ltx_video.sizes import SIZES, stage_shape
 from i2v_lab.pipeline.ltx_video.weights import LtxVideoWeights
 from i2v_lab.request import I2VRequest
@@ -157,9 +158,11 @@ def still_pixels(pixels: np.ndarray, request: I2VRequest) -> np.ndarray:
 
 def encode_prompt(run: Run, vae: Any, text_encoder: Any, emit: EventSink) -> Contexts:
     """Prompt and negative prompt through T5, padded or cut to 256 tokens each, which is reported."""
-    tokenizer = T5Tokenizer.from_pretrained(
-        run.weights.text_encoder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False
-    )
+    folder = run.weights.text_encoder
+    with reading_folder("--text-encoder", folder, "tokenizer"):
+        tokenizer = T5Tokenizer.from_pretrained(
+            folder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False
+        )
     pipeline = run.pipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
     request = run.request
     for topic in ("prompt", "negative_prompt"):
