@@ -53,6 +53,10 @@ class InvalidImage(I2VLabError):
     """The still cannot be read as a picture."""
 
 
+class InvalidVideo(I2VLabError):
+    """Frames cannot be encoded as a video: there are none, or they are not uint8 RGB of one size."""
+
+
 class UnknownModel(I2VLabError):
     """No architecture of that name is in ``data/architectures``."""
 

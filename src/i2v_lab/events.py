@@ -98,7 +98,24 @@ class ComponentReleased:
     name: str
 
 
-Event = PhaseStarted | PhaseEnded | StepEnded | ComponentBuilt | ComponentReleased
+@dataclass(frozen=True)
+class Note:
+    """Something was done to an input or to the result that the user should know of.
+
+    Attributes:
+        phase: In which.
+        topic: What it was done to: ``prompt``, ``negative_prompt`` or ``sound``.
+        count: How much of it: tokens that were dropped, samples that were replaced.
+        text: One line for the user.
+    """
+
+    phase: Phase
+    topic: str
+    count: int
+    text: str
+
+
+Event = PhaseStarted | PhaseEnded | StepEnded | ComponentBuilt | ComponentReleased | Note
 
 
 class EventSink(Protocol):

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from i2v_lab.capacity.cards import context_bytes
 from i2v_lab.capacity.placement import resolve_memory
+from i2v_lab.capacity.this_machine import available_memory, memory_budget_bytes, room_bytes
 from i2v_lab.errors import DeviceUnavailable
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.profiling.meters import nvml
+from i2v_lab.profiling.records import DeviceRecord
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import SMALL_MODEL
@@ -40,3 +48,77 @@ def test_auto_refuses_with_the_nearest_request_that_fits_and_means_the_same_by_i
     nearest = I2VRequest.from_json(refused.value.fields["nearest"])
     assert nearest == smaller
     assert resolve_memory(replace(nearest, memory="auto"), need, SMALL_MODEL).request.memory is MemoryPolicy.STREAMED
+
+
+# --- The room on a card ---
+
+SIZE = st.integers(0, 200 * 2**30)
+
+
+@given(total=SIZE, free=SIZE, reserved=SIZE, allocated=SIZE, own=st.none() | SIZE, context=SIZE, limit=SIZE)
+def test_the_room_is_never_more_than_is_free_or_held_nor_than_the_device_and_its_cap(
+    total, free, reserved, allocated, own, context, limit
+):
+    held = {"reserved_bytes": reserved, "allocated_bytes": allocated, "own_bytes": own}
+    room = room_bytes(total_bytes=total, free_bytes=free, context_bytes=context, limit_bytes=limit, **held)
+    assert 0 <= room <= min(total, limit, free + max(reserved, own or 0))
+    # What the allocator gets, after a run's context: never more than is free and what it has cached.
+    assert room - context <= free + max(0, reserved - allocated)
+
+
+def _record(total: int | None, used: int | None, own: int | None) -> DeviceRecord:
+    return DeviceRecord(0.0, total, used, own, None, None, None, "")
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "reserved", "fraction", "room"),
+    [
+        (79, None, 0, 1.0, 79 * GIB),  # WSL: NVML lists nobody
+        (9, None, 0, 1.0, 9 * GIB),  # a container: 70 GiB of processes in another PID namespace
+        (9, 0, 0, 1.0, 9 * GIB),
+        (9, 90, 0, 1.0, 9 * GIB + context_bytes()),  # a process elsewhere that has our number
+        (40, 3, 3, 1.0, 43 * GIB),  # its own cached blocks, once
+        (40, 3, 3, 0.25, 20 * GIB),
+        (80, 3, 3, 1.0, 80 * GIB),
+    ],
+)
+def test_the_room_is_what_the_driver_says_is_free_and_what_this_process_holds(
+    monkeypatch, free, own, reserved, fraction, room
+):
+    record = _record(80 * GIB, (80 - free) * GIB, None if own is None else own * GIB)
+    _fake_card(monkeypatch, record, lambda _: (free * GIB, 80 * GIB), reserved * GIB, fraction)
+    assert available_memory("cuda") == ("this a card", room, "cuda")
+    assert memory_budget_bytes("cuda", 2) == min(room, 2 * GIB)
+
+
+def test_where_cuda_does_not_say_what_is_free_nvml_does_and_else_the_device_is_refused(monkeypatch):
+    def fails(_):
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    _fake_card(monkeypatch, _record(80 * GIB, 75 * GIB, None), fails)
+    assert available_memory("cuda")[1] == 5 * GIB
+    _fake_card(monkeypatch, _record(None, None, None), fails)
+    with pytest.raises(DeviceUnavailable) as refused:
+        available_memory("cuda")
+    assert refused.value.fields == {"device": "cuda:0"}
+    assert "\n" not in str(refused.value)
+
+
+def _fake_card(monkeypatch, record, mem_get_info, reserved=0, fraction=1.0):
+    parts = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_name": lambda _: "a card",
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=80 * GIB),
+        "mem_get_info": mem_get_info,
+        "memory_reserved": lambda _: reserved,
+        "memory_allocated": lambda _: 0,
+        "get_per_process_memory_fraction": lambda _: fraction,
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    monkeypatch.setattr(nvml, "card_index", lambda _: 0)
+    monkeypatch.setattr(nvml, "read_device", lambda _: record)

@@ -95,7 +95,21 @@ def test_json_is_one_object_with_every_phase_and_the_file_is_right(tmp_path, sti
     out = tmp_path / "video.mp4"
     weights = [word for name, path in tiny_files.items() for word in (f"--{name}", str(path))]
     child = subprocess.run(
-        [*CLI, "generate", "--image", still, "--out", out, *SMALL, *weights, "--json", "--seed", "3"],
+        [
+            *CLI,
+            "generate",
+            "--image",
+            still,
+            "--out",
+            out,
+            *SMALL,
+            *weights,
+            "--json",
+            "--seed",
+            "3",
+            "--prompt",
+            "a" * 1030,
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -106,7 +120,10 @@ def test_json_is_one_object_with_every_phase_and_the_file_is_right(tmp_path, sti
         "peak_bytes",
         "peak_phase",
         "phases",
+        "notes",
     ]
+    assert [(note["topic"], note["count"]) for note in report["notes"]] == [("prompt", 6)]
+    assert sum(line == report["notes"][0]["text"] for line in child.stderr.splitlines()) == 1
     phases = [phase["phase"] for phase in report["phases"]]
     assert phases == ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent", "denoise_stage_2"] + [
         "decode_audio",

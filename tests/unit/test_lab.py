@@ -19,7 +19,7 @@ import i2v_lab
 from i2v_lab import Compare, Explorer, Generate, I2VRequest, PhaseProfiler, Tiling, VramMonitor
 from i2v_lab.cli.lab import START, lab_command, lab_environment
 from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
-from i2v_lab.events import Phase, PhaseStarted
+from i2v_lab.events import Note, Phase, PhaseStarted
 from i2v_lab.lab import background_forecast as background
 from i2v_lab.lab.exploration import Exploration, Question, _downsampled
 from i2v_lab.lab.generation_job import State
@@ -388,3 +388,14 @@ def test_records_requests_and_profilers_show_themselves_as_tables(tmp_path):
     assert "<td>3.0 KiB</td>" in profiler._repr_html_().replace("<td >", "<td>")
     assert "takes 5.0 MiB from the card" in Forecast((record,), 2 * 2**20, 0.1)._repr_html_()
     assert "decode_video" in _run("one", record)._repr_html_()
+
+
+def test_what_was_done_to_an_input_is_said_while_a_generation_runs_and_escaped(tmp_path):
+    view = Generate(tmp_path, model="ltx-2.3-tiny", device="cpu")
+    view.job.state = State.RUNNING
+    view.job._follow(PhaseStarted(Phase.ENCODE_PROMPT))
+    view.job._follow(Note(Phase.ENCODE_PROMPT, "prompt", 3, "prompt: 3 <b>dropped</b>"))
+    assert view.job.notes == ["prompt: 3 <b>dropped</b>"]
+    assert '<p class="note">prompt: 3 &lt;b&gt;dropped&lt;/b&gt;</p>' in view.html()
+    view.job.state = State.IDLE
+    view.close()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
@@ -121,8 +122,10 @@ OWN = os.getpid()
     ("compute", "graphics", "own", "others", "budget", "names"),
     [
         ([(OWN, 20), (7, 30)], [(7, 30), (8, 10)], 20, 40, 60, ((7, "server-7", 30), (8, "unknown", 10))),
-        ([(7, 30)], [], 0, 30, 70, ((7, "server-7", 30),)),
-        ([(OWN, 20)], [], 20, 0, 100, ()),
+        ([(7, 30)], [], 0, 60, 40, ((7, "server-7", 30),)),
+        ([(OWN, 20)], [], 20, 40, 60, ()),  # 40 of the driver, or of processes that NVML does not list
+        ([(OWN, None)], [(OWN, 20)], 20, 40, 60, ()),
+        ([(OWN, 61)], [], None, None, None, ()),  # more than is used: of another process, or of another card
         ([(OWN, 20), (7, None)], [], 20, 40, 60, ((7, "server-7", None),)),
         ([(OWN, None), (7, None)], [], None, None, None, ((7, "server-7", None),)),
     ],
@@ -136,6 +139,38 @@ def test_own_others_and_budget(monkeypatch, compute, graphics, own, others, budg
     assert record.others == names
     assert record.reason == ""
     assert fake.open == 0
+
+
+def test_a_process_with_a_context_that_nvml_does_not_list_is_of_another_namespace(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", _FakeNvml([(7, 30)], []))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    record = read_device()
+    assert (record.total_bytes, record.used_bytes) == (100, 60)
+    assert {record.own_bytes, record.others_bytes, record.budget_bytes} == {None}
+    assert record.others == ((7, "server-7", 30),)
+
+
+@pytest.mark.parametrize("code", ["NOT_SUPPORTED", "NO_PERMISSION", "FUNCTION_NOT_FOUND", "NOT_FOUND", "UNKNOWN"])
+@pytest.mark.parametrize("query", ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"])
+def test_where_nvml_lists_no_processes_the_card_is_still_read(monkeypatch, code, query):
+    error = pynvml.NVMLError(getattr(pynvml, f"NVML_ERROR_{code}"))
+    fake = _FakeNvml([(OWN, 20)], [])
+    fake.NVMLError = pynvml.NVMLError
+    monkeypatch.setattr(fake, query, lambda _: (_ for _ in ()).throw(error))
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    record = read_device()
+    assert (record.total_bytes, record.used_bytes) == (100, 60)
+    assert {record.own_bytes, record.others_bytes, record.budget_bytes, record.others} == {None}
+    assert str(error) in record.reason
+
+
+@pytest.mark.parametrize(("enabled", "others"), [(1, None), (0, 40)])
+def test_the_processes_of_a_card_are_not_those_of_a_mig_slice(monkeypatch, enabled, others):
+    fake = _FakeNvml([(OWN, 20)], [])
+    fake.nvmlDeviceGetMigMode = lambda _: (enabled, 0)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert read_device().others_bytes == others
+    assert bool(read_device().reason) == bool(enabled)
 
 
 def test_a_card_that_is_not_there_is_named(monkeypatch):

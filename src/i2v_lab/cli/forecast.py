@@ -114,6 +114,7 @@ def forecast(
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "context_bytes": result.context_bytes,
         "fits": [asdict(fit) for fit in fits],
+        "notes": [asdict(note) for note in result.notes],
         "seconds": result.seconds,
     }
     if as_json:

@@ -150,7 +150,7 @@ def generate(
 
 
 def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler) -> dict[str, Any]:
-    from i2v_lab.profiling.records import peak_phase
+    from i2v_lab.profiling.records import NoteRecord, peak_phase
     from i2v_lab.runs.execute import WHOLE
 
     phases = [record for record in profiler.phases if record.phase != WHOLE]
@@ -169,6 +169,7 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
         "peak_bytes": peak.peak_bytes,
         "peak_phase": peak.phase,
         "phases": [{key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in phases],
+        "notes": [asdict(record) for record in profiler.records if isinstance(record, NoteRecord)],
     }
 
 

@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from i2v_lab.events import Event, Phase, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.events import Event, Note, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.units import format_seconds
 
 
@@ -48,6 +48,8 @@ class ProgressReport:
                 self._bars.stop_task(task)
                 if self._plain:
                     print(f"{phase.value:<16} {format_seconds(seconds):>9}", file=sys.stderr, flush=True)
+            case Note(text=text):
+                self.note(text)
 
     def checked(self, name: str, tensors: int, total: int) -> None:
         """Show the progress of verifying a weight file, in tensors."""

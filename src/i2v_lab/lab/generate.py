@@ -122,7 +122,8 @@ class Generate(View):
         if job.state is State.RUNNING and not rows:
             return sentence("Preparing the weights; this takes longer the first time.", "state")
         words = job.message or ("Ready." if job.state is State.IDLE else "Generating.")
-        return sentence(words, "state") + table
+        notes = [] if job.state is State.DONE else job.notes  # then the run's headline has them
+        return sentence(words, "state") + "".join(sentence(note, "note") for note in notes) + table
 
     def _result(self) -> str:
         """The phases of a generation that has ended, and its video where no widget shows it."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import GenerationStopped, I2VLabError
-from i2v_lab.events import ComponentBuilt, Event, Phase, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.events import ComponentBuilt, Event, Note, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.paths import find_still
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import VIDEO, Hooks, Mode, execute
@@ -71,6 +71,7 @@ class GenerationJob:
     Attributes:
         state: Of the latest generation.
         progress: Its phases so far.
+        notes: What was done to its inputs and its result, such as a prompt that was cut, a line each.
         message: How it ended, in one line.
         folder: Its run directory.
 
@@ -95,6 +96,7 @@ class GenerationJob:
         self.on_change = on_change
         self.state = State.IDLE
         self.progress: list[PhaseProgress] = []
+        self.notes: list[str] = []
         self.message = ""
         self.folder: Path | None = None
         self._stop = threading.Event()
@@ -133,7 +135,7 @@ class GenerationJob:
         load_still(request.image)
         self.wait()
         self.folder = self._next_folder(request)
-        self.state, self.progress, self.message = State.RUNNING, [], ""
+        self.state, self.progress, self.notes, self.message = State.RUNNING, [], [], ""
         self._stop.clear()
         self._thread = threading.Thread(
             target=self._run, args=(spec, self.folder), name="i2v-lab-generation", daemon=True
@@ -195,6 +197,8 @@ class GenerationJob:
                 self._note(phase, step=step, steps=steps)
             case PhaseEnded(phase=phase, seconds=seconds):
                 self._note(phase, seconds=seconds)
+            case Note(text=text):
+                self.notes.append(text)
         self.on_change()
         # Not at the start of a phase, which would stay open, nor after a failed one, whose error it would replace.
         if isinstance(event, StepEnded | ComponentBuilt) or (isinstance(event, PhaseEnded) and event.completed):

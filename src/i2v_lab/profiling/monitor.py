@@ -30,7 +30,7 @@ class Sample:
         time_s: Since the monitor was constructed.
         allocated_bytes: By tensors of this process.
         reserved_bytes: By the caching allocator; ``None`` where there is none.
-        others_bytes: Used by other processes on the card; ``None`` where unknown.
+        others_bytes: Used by other processes and the driver on the card; ``None`` where unknown.
         budget_bytes: Memory of the card less ``others_bytes``; ``None`` where unknown.
     """
 

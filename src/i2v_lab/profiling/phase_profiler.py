@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from i2v_lab.errors import ProfilerError, VramCapExceeded
-from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, Note, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.metered_threads import MeteredThreads
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.base import MemoryMeter
@@ -28,6 +28,7 @@ from i2v_lab.profiling.records import (
     GraphRecord,
     HolderRecord,
     ModuleRecord,
+    NoteRecord,
     OutOfMemoryRecord,
     PhaseRecord,
     Record,
@@ -162,6 +163,8 @@ class PhaseProfiler:
                 self._step(step, steps)
             case PhaseEnded(seconds=seconds, completed=completed, error=error):
                 self._end(seconds, completed, error)
+            case Note(phase=phase, topic=topic, count=count, text=text):
+                self._write(NoteRecord(phase.value, topic, count, text))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

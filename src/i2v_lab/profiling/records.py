@@ -183,11 +183,11 @@ class DeviceRecord(HtmlFields):
         time_s: The moment.
         total_bytes: Of the card.
         used_bytes: By all processes and the driver.
-        own_bytes: By this process.
-        others_bytes: By all other processes.
+        own_bytes: By this process; ``None`` where NVML hides it.
+        others_bytes: ``used_bytes - own_bytes``: by all other processes and the driver.
         budget_bytes: ``total_bytes - others_bytes``.
-        others: ``(pid, name, bytes)`` of each other process.
-        reason: Why values are ``None``, in one sentence; empty when they are not.
+        others: ``(pid, name, bytes)`` of each other process that NVML lists.
+        reason: Why nothing, or no process, is known, in one sentence; else empty.
     """
 
     time_s: float
@@ -200,6 +200,23 @@ class DeviceRecord(HtmlFields):
     reason: str
 
 
+@dataclass(frozen=True)
+class NoteRecord(HtmlFields):
+    """Something that was done to an input or to the result.
+
+    Attributes:
+        phase: In which.
+        topic: ``prompt``, ``negative_prompt`` or ``sound``.
+        count: Tokens that were dropped, or samples that were replaced.
+        text: One line for the user.
+    """
+
+    phase: str
+    topic: str
+    count: int
+    text: str
+
+
 Record = (
     PhaseRecord
     | StepRecord
@@ -210,6 +227,7 @@ Record = (
     | OutOfMemoryRecord
     | GenerationRecord
     | DeviceRecord
+    | NoteRecord
 )
 
 
@@ -257,6 +275,11 @@ class Forecast:
         return peak
 
     @property
+    def notes(self) -> list[NoteRecord]:
+        """What was done to the inputs, such as a prompt that was cut."""
+        return [record for record in self.records if isinstance(record, NoteRecord)]
+
+    @property
     def peak_reserved_bytes(self) -> int:
         """Maximum of the bytes that the caching allocator would reserve; the peak where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
@@ -277,6 +300,7 @@ KINDS: dict[str, type[Any]] = {
     "out_of_memory": OutOfMemoryRecord,
     "generation": GenerationRecord,
     "device": DeviceRecord,
+    "note": NoteRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
 

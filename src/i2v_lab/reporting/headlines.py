@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from i2v_lab.profiling.records import GraphRecord, ModuleRecord, OutOfMemoryRecord, PhaseRecord, peak_phase
+from i2v_lab.profiling.records import GraphRecord, ModuleRecord, NoteRecord, OutOfMemoryRecord, PhaseRecord, peak_phase
 from i2v_lab.reporting.run_tables import module_prefix, records_at_peak
 from i2v_lab.runs.store import FAILED, Run
 from i2v_lab.units import format_bytes, format_percent, format_seconds
@@ -16,7 +16,7 @@ OUTSIDE = "code outside any module"
 
 
 def headline(run: Run) -> str:
-    """A run in a few lines, a sentence each: how it ended, what did not fit, its peak, and what holds the peak.
+    """A run in a few lines, a sentence each: how it ended, what did not fit, its peak, what holds it, and notes.
 
     Example:
         ``peak 56.3 MiB in decode_video; 34.6 MiB (61 %) of it saved for backward by video_decoder.up_blocks``
@@ -32,6 +32,7 @@ def headline(run: Run) -> str:
         sentences.append("no phase has ended, so there is no peak")
     else:
         sentences.append(f"peak {format_bytes(peak.peak_bytes)} in {peak.phase}; {_saved_for_backward(run, peak)}")
+    sentences += [note.text for note in run.of(NoteRecord)]
     return "\n".join(sentences)
 
 

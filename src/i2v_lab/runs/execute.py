@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest
-from i2v_lab.events import EventSink
+from i2v_lab.events import EventSink, Note, Phase, broadcast
 from i2v_lab.memory_policy import OFFLOADING
 from i2v_lab.paths import find_still
 from i2v_lab.runs.provenance import run_metadata
@@ -154,6 +154,7 @@ def _execute_real(
     if weights is None:
         weights = runner.resolve_weights(spec.architecture, request.variant)
     videos = 0
+    sinks: list[EventSink] = []
 
     def consume(generation: Generation, chunks: Iterable[torch.Tensor]) -> None:
         nonlocal videos
@@ -161,18 +162,22 @@ def _execute_real(
             _drop(chunks)
             return
         videos += 1
-        media.write_video(chunks, generation.audio, video_path(videos), request.frame_rate, hooks.on_frame)
+        out, rate = video_path(videos), request.frame_rate
+        media.write_video(chunks, generation.audio, out, rate, hooks.on_frame, on_note)
+
+    def on_note(count: int, text: str) -> None:
+        broadcast(sinks)(Note(Phase.DECODE_VIDEO, text.partition(":")[0], count, text))
 
     if spec.profiler is ProfilerMode.NONE:
-        pipeline = runner.pipeline(weights, target, list(hooks.sinks), spec.technique_set)
-        perform(spec, pipeline, None, consume)
+        sinks = list(hooks.sinks)
+        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set), None, consume)
         return None
     attribute = spec.profiler is ProfilerMode.FULL
     with ExitStack() as scopes:
         profiler = scopes.enter_context(
             metered(target, run_dir, describe(str(target)), attribute=attribute, vram_cap_bytes=spec.vram_cap_bytes)
         )
-        sinks: list[EventSink] = [] if spec.profiler is ProfilerMode.OFF else [hooks.wrap_profiler(profiler)]
+        sinks = [] if spec.profiler is ProfilerMode.OFF else [hooks.wrap_profiler(profiler)]
         sinks += hooks.sinks
         if hooks.monitor is not None:
             scopes.enter_context(hooks.monitor.following(profiler))

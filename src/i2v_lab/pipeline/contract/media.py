@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from numbers import Rational
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from i2v_lab.errors import InvalidImage, OutputError
+from i2v_lab.errors import I2VLabError, InvalidImage, InvalidVideo, OutputError
 from i2v_lab.files import check_file, partial_file
+from i2v_lab.pipeline.contract.sound import OnNote, fit_audio, note_length, prepare_sound
+
+LOGGER = logging.getLogger(__name__)
+MAX_RATE = 1000  # frames per second
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 # Without cpu-independent, x264's macroblock tree reads memory that nobody wrote (seen with AVX-512, at widths of 64,
 # 160 and 192), and the same frames may be encoded otherwise each time.
@@ -93,24 +102,31 @@ def write_video(
     path: Path,
     frame_rate: Fraction,
     on_frame: Callable[[], None] = lambda: None,
+    on_note: OnNote = lambda _, text: LOGGER.warning(text),
 ) -> int:
     """Encode a stream of frames as H.264 with AAC sound, beside the target, and rename it when it is complete.
 
     The same frames and sound give the same file. An error, an interrupt or a full disk leaves no partial file and does
-    not touch an existing one.
+    not touch an existing one. Sound is no reason for an error: what cannot be encoded of it is replaced, or left out
+    (:func:`~i2v_lab.pipeline.contract.sound.prepare_sound`).
 
     Args:
-        chunks: Tensors ``(F, H, W, 3)`` uint8, on any device; consumed once.
+        chunks: Tensors or arrays ``(F, H, W, 3)`` uint8, on any device, ``F`` from 0; consumed once. An odd side is
+            padded by its last row or column, since the codec halves the colours' resolution.
         audio: Has ``waveform`` ``(2, samples)`` float in [-1, 1] and ``sampling_rate`` in Hz; or ``None`` for silence.
             Cut, or filled up with silence, to the length of the video.
         path: The MP4 to make.
         frame_rate: Frames per second.
         on_frame: Called after each frame is encoded.
+        on_note: Called with the number of samples and a line wherever sound or frames were changed; by default the
+            line is logged.
 
     Returns:
         The number of frames written.
 
     Raises:
+        InvalidVideo: There are no frames, or they are not uint8 RGB of one size; ``fields`` has the ``shape`` and the
+            ``dtype``. Or the encoder refuses them.
         OutputError: It cannot be written, for instance because the disk is full. What ``chunks`` raises comes through
             as it is.
 
@@ -120,59 +136,112 @@ def write_video(
         9
     """
     check_output(path)
-    failures: list[OSError] = []
+    if not (isinstance(frame_rate, Rational) and Fraction(1, MAX_RATE) <= frame_rate <= MAX_RATE):
+        raise InvalidVideo(
+            f"frame_rate={frame_rate!r} is not a ratio from 1/{MAX_RATE} to {MAX_RATE}; use Fraction(24)",
+            frame_rate=frame_rate,
+        )
+    rate = Fraction(frame_rate).limit_denominator(10**6)  # the codec's are of 32 bits
+    failures: list[BaseException] = []
     try:
+        sound = prepare_sound(audio, on_note)
         with partial_file(path) as part:
-            return _encode(_watched(chunks, failures), audio, part, frame_rate, on_frame)
+            return _encode(_watched(chunks, failures), sound, part, rate, on_frame, on_note)
     except (OSError, av.FFmpegError) as error:
         if error in failures:
             raise
-        raise OutputError(
-            f"out='{path}' could not be written ({error.strerror or error}); free some space or choose another folder",
-            path=path,
-        ) from error
+        raise _not_written(error, path) from error
 
 
-def _watched(chunks: Iterable[torch.Tensor], failures: list[OSError]) -> Iterator[torch.Tensor]:
+def _not_written(error: OSError | av.FFmpegError, path: Path) -> I2VLabError:
+    reason = error.strerror or str(error)
+    if error.errno in NO_SPACE:
+        words = f"could not be written ({reason}); free some space or choose another folder"
+        return OutputError(f"out='{path}' {words}", path=path)
+    if type(error) in (OSError, PermissionError, FileNotFoundError, NotADirectoryError) or error.errno in UNWRITABLE:
+        return OutputError(f"out='{path}' could not be written ({reason}); choose another folder", path=path)
+    return InvalidVideo(
+        f"out='{path}' could not be encoded ({reason}); use another size or frame rate", path=path, reason=reason
+    )
+
+
+def _watched(chunks: Iterable[torch.Tensor], failures: list[BaseException]) -> Iterator[torch.Tensor]:
     try:
         yield from chunks
-    except OSError as error:  # of the stream, which may read weights; not of the file that is being written
+    except (OSError, av.FFmpegError) as error:  # of the stream, which may read weights; not of the file being written
         failures.append(error)
         raise
 
 
 def _encode(
-    chunks: Iterable[torch.Tensor], audio: Any | None, part: Path, frame_rate: Fraction, on_frame: Callable[[], None]
+    chunks: Iterable[torch.Tensor],
+    sound: tuple[np.ndarray, int] | None,
+    part: Path,
+    frame_rate: Fraction,
+    on_frame: Callable[[], None],
+    on_note: OnNote,
 ) -> int:
     frames = 0
+    shape: tuple[int, ...] = ()
     # An absolute path: FFmpeg would take 12: in front of 12:30.mp4 for a protocol.
     with av.open(str(part.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         video: Any = container.add_stream("libx264", rate=frame_rate, options=H264_OPTIONS)
         video.pix_fmt = "yuv420p"
-        sound: Any = container.add_stream("aac", rate=audio.sampling_rate, layout="stereo") if audio else None
+        track: Any = container.add_stream("aac", rate=sound[1], layout="stereo") if sound else None
         for chunk in chunks:
-            if frames == 0:
-                video.height, video.width = chunk.shape[1:3]
-            for pixels in chunk.cpu().numpy():
-                container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            pixels = _pixels(chunk, shape)
+            del chunk
+            if not shape and len(pixels):
+                shape = pixels.shape[1:]
+                video.height, video.width = shape[0] + shape[0] % 2, shape[1] + shape[1] % 2
+                if shape[0] % 2 or shape[1] % 2:
+                    size = f"{shape[1]}x{shape[0]}"
+                    on_note(0, f"video: H.264 has even sides only; {size} is padded to {video.width}x{video.height}")
+            for frame in pixels:
+                even = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
+                container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")))
                 frames += 1
                 on_frame()
-            del chunk
+            del pixels
+        if not frames:
+            raise InvalidVideo("the video has no frames; give at least one chunk (F, H, W, 3) with F above 0", shape=())
         container.mux(video.encode())
-        if audio is not None:
-            samples = fit_audio(audio.waveform, round(frames / frame_rate * audio.sampling_rate))
-            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
-            frame.sample_rate = audio.sampling_rate
-            frame.pts = 0  # without a time the encoder's own delay would be heard, 1,024 samples of it
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode())
+        if sound is not None:
+            _encode_sound(container, track, sound, frames / frame_rate, on_note)
     return frames
 
 
-def fit_audio(waveform: torch.Tensor, samples: int) -> np.ndarray:
-    """A waveform ``(2, n)`` as float32 in [-1, 1], cut or filled up with silence to ``(2, samples)``.
+def _pixels(chunk: Any, before: tuple[int, ...]) -> np.ndarray:
+    """A chunk's frames on the CPU, if they are uint8 RGB of the size of those before."""
+    shape, dtype = tuple(getattr(chunk, "shape", ())), str(getattr(chunk, "dtype", type(chunk).__name__))
+    if not isinstance(chunk, torch.Tensor | np.ndarray) or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
+        raise InvalidVideo(f"frames of shape {shape} are not (F, H, W, 3); permute them", shape=shape, dtype=dtype)
+    pixels: np.ndarray = chunk.detach().cpu().numpy() if isinstance(chunk, torch.Tensor) else chunk
+    if pixels.dtype != np.uint8:
+        raise InvalidVideo(
+            f"frames in {dtype} are not uint8; scale them to 0..255 and convert", shape=shape, dtype=dtype
+        )
+    if before and shape[1:] != before and shape[0]:
+        was, now = (f"{size[1]}x{size[0]}" for size in (before, shape[1:]))
+        raise InvalidVideo(f"the frames change from {was} to {now}; give all of one size", shape=shape, dtype=dtype)
+    return pixels
 
-    The audio latent has one position for 40 ms, so a decoded waveform is up to some 40 ms off the video's length.
-    """
-    values = waveform.detach().float().clamp(-1, 1).cpu().numpy()[:, :samples]
-    return np.ascontiguousarray(np.pad(values, ((0, 0), (0, samples - values.shape[1]))))
+
+def _encode_sound(
+    container: Any, track: Any, sound: tuple[np.ndarray, int], seconds: Fraction, on_note: OnNote
+) -> None:
+    """Encode the sound behind the video; where its encoder fails, the video stays without it."""
+    samples, rate = sound
+    wanted = round(seconds * rate)
+    note_length(samples.shape[1], wanted, rate, on_note)
+    if not wanted:
+        return
+    frame = av.AudioFrame.from_ndarray(fit_audio(samples, wanted), format="fltp", layout="stereo")
+    frame.sample_rate = rate
+    frame.pts = 0  # without a time the encoder's own delay would be heard, 1,024 samples of it
+    try:
+        packets = [*track.encode(frame), *track.encode()]
+    except av.FFmpegError as error:
+        on_note(0, f"sound: it cannot be encoded ({error.strerror or error}); the video is written without it")
+        return
+    container.mux(packets)

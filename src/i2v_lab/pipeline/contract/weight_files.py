@@ -16,10 +16,10 @@ from safetensors import safe_open
 from i2v_lab.errors import CheckpointError
 from i2v_lab.paths import cache_dir
 from i2v_lab.pipeline.contract.architectures import Architecture
-from i2v_lab.pipeline.contract.file_kinds import kind_of, other_prefix
+from i2v_lab.pipeline.contract.file_kinds import other_prefix
 from i2v_lab.pipeline.contract.scaled_fp8 import own_keys
 from i2v_lab.pipeline.contract.weight_dtypes import verify_dtypes, verify_scales
-from i2v_lab.pipeline.contract.weight_headers import read_headers, reason, unknown_refused, weights_refused
+from i2v_lab.pipeline.contract.weight_headers import read_headers, unknown_refused, weights_refused
 
 Progress = Callable[[str, int, int], None]  # a file's name, tensors verified, tensors in all
 Layout = Mapping[str, tuple[int, ...]]  # shapes of a weight file's tensors, by their names in the file
@@ -48,37 +48,6 @@ def require_together(given: Mapping[str, Path | None], needed: Sequence[str], op
 def element_count(layout: Layout) -> int:
     """The number of elements of all tensors of a layout."""
     return sum(torch.Size(shape).numel() for shape in layout.values())
-
-
-def require_files(folder: Path, patterns: Sequence[str], option: str, what: str) -> None:
-    """Check that a folder holds the files that its reader will open, and that JSON files among them parse.
-
-    Args:
-        folder: Searched recursively.
-        patterns: File names, with wildcards.
-        option: The command-line option that named the folder.
-        what: The component whose files they are, for the messages.
-
-    Raises:
-        CheckpointError: The folder or a file does not exist, or a JSON file is damaged; ``fields`` has the ``option``,
-            the ``path``, the ``fault``, and the pattern of a missing file as ``missing``.
-    """
-    if not folder.is_dir():
-        raise weights_refused(option, folder, "not-a-folder", f"is not a folder; give the folder of {what}'s files")
-    for pattern in patterns:
-        found = next(folder.rglob(pattern), None)
-        if found is None:
-            words = f"holds no {pattern}; give a complete {what} folder"
-            raise weights_refused(option, folder, "incomplete", words, missing=pattern)
-        kind = kind_of(found)
-        if kind is not None and kind[0] == "Git LFS pointer":
-            raise weights_refused(option, found, "format", f"is {kind[1]}", kind=kind[0])
-        if found.suffix == ".json":
-            try:
-                json.loads(found.read_bytes())
-            except (OSError, ValueError) as error:
-                words = f"is not readable as JSON ({reason(error)}); download it again"
-                raise weights_refused(option, found, "format", words) from error
 
 
 def verify_tensors(

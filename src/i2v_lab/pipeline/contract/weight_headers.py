@@ -26,6 +26,7 @@ Fault = Literal[
     "dtype",
     "unknown",
     "duplicate",
+    "code",
 ]
 
 

@@ -24,12 +24,13 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from i2v_lab.events import EventSink
+from i2v_lab.events import EventSink, broadcast
 from i2v_lab.memory_policy import OFFLOADING, Technique, Techniques
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byte_tokenizer
 from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolve_device
 from i2v_lab.pipeline.contract.media import load_still
+from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.torch_compat import is_fake, uncompiled_flex_attention
@@ -46,6 +47,7 @@ CLASSES = {
     "diffusion_decoder": "LTX2VideoDiffusionDecoderModel",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
+MAX_TOKENS = 1024  # of a prompt, diffusers' default
 # Distilled weights need no guidance, of which diffusers 0.42 has three kinds on by default: 33 calls instead of 11.
 UNGUIDED: dict[str, Any] = {
     "guidance_scale": 1.0,
@@ -134,7 +136,7 @@ class DiffusersLTX2:
     Args:
         weights: Of the model.
         device: Where the components are, or where diffusers moves them.
-        sinks: Of no use: these pipelines report no phases.
+        sinks: Get a note where a prompt is cut; these pipelines report no phases.
         techniques: ``model_offload`` or ``group_offload``: components stay on the CPU and diffusers moves them.
         dtype: Of all weights.
 
@@ -187,6 +189,7 @@ class DiffusersLTX2:
             if "diffusion_decoder" in architecture.config:
                 self.decode = diffusers.LTX2VideoDiffusionDecodePipeline(build("diffusion_decoder"), scheduler)
         self._sampling = architecture.sampling
+        self._emit = broadcast(sinks)
         if Technique.MODEL_OFFLOAD in techniques:
             for pipeline in filter(None, (self.generate, self.upsample, self.decode)):
                 pipeline.enable_model_cpu_offload(device=device)
@@ -217,8 +220,10 @@ class DiffusersLTX2:
             Video and audio as ``output_type`` has them; for ``pt`` ``(1, F, 3, H, W)`` in [0, 1] and
             ``(1, 2, samples)``.
         """
+        note_dropped_tokens(self._emit, self.generate.tokenizer, "prompt", request.prompt, MAX_TOKENS)
         common: dict[str, Any] = {
             "prompt": request.prompt,
+            "max_sequence_length": MAX_TOKENS,
             "num_frames": request.frames,
             "frame_rate": float(request.fps),
             "image": Image.fromarray(load_still(request.image)),

@@ -17,13 +17,13 @@ from ltx_core.loader import SingleGPUModelBuilder as Builder
 from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
 from ltx_core.model.video_vae import VideoDecoder
 from ltx_core.quantization import QuantizationPolicy
-from ltx_core.text_encoders.gemma import GemmaTextEncoderConfigurator, module_ops_from_gemma_root
+from ltx_core.text_encoders.gemma import GemmaTextEncoderConfigurator
 from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerBlock1D
 from ltx_pipelines.utils import ModelLedger
 
 from i2v_lab.memory_policy import Techniques
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
-from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops
+from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops, tokenizer_ops
 from i2v_lab.pipeline.ltx2.layout import gemma_dimensions, transformer_key_ops
 from i2v_lab.pipeline.ltx2.memory.builders import with_techniques
 from i2v_lab.pipeline.ltx2.memory.chunked_transformer import ChunkedBlock
@@ -80,7 +80,7 @@ class Ledger(ModelLedger):
             model_class_configurator=GemmaTextEncoderConfigurator,
             model_sd_ops=gemma_key_ops(),
             registry=self.registry,
-            module_ops=(GEMMA_BUFFERS, *module_ops_from_gemma_root(self._weights.gemma_root)),
+            module_ops=(GEMMA_BUFFERS, *tokenizer_ops(self._weights.gemma_root)),
         )
         key_ops = transformer_key_ops(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)

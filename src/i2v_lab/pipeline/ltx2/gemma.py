@@ -15,10 +15,15 @@ import torch
 from ltx_core.loader import ContentReplacement, SDOps
 from ltx_core.loader.module_ops import ModuleOps
 from ltx_core.text_encoders.gemma import GEMMA_LLM_KEY_OPS, GEMMA_MODEL_OPS
-from ltx_core.text_encoders.gemma.encoders.base_encoder import GemmaTextEncoder
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from ltx_core.text_encoders.gemma.encoders.base_encoder import GemmaTextEncoder, module_ops_from_gemma_root
+from ltx_core.text_encoders.gemma.tokenizer import LTXVGemmaTokenizer
+from ltx_core.utils import find_matching_file
+from transformers import AutoImageProcessor, AutoTokenizer, Gemma3Processor, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
+from i2v_lab.pipeline.contract.weight_folders import reading_folder
+
+MAX_TOKENS = 1024  # of a prompt, as in ltx-core
 VISION_LEVEL = "vision_model"  # below the vision tower: in weight files always, in modules with transformers 4.57
 
 
@@ -78,6 +83,45 @@ def _set_buffers(module: torch.nn.Module, values: dict[str, torch.Tensor]) -> No
     assert set(values) == set(module._buffers), f"{type(module).__name__} has other buffers: {set(module._buffers)}"
     for name, value in values.items():
         module.register_buffer(name, value, persistent=False)
+
+
+def tokenizer_ops(root: str) -> tuple[ModuleOps, ...]:
+    """ltx-core's module operations that load Gemma's tokenizer and image processor, which never run code of a folder.
+
+    ltx-core leaves ``trust_remote_code`` to transformers, which then asks on the terminal.
+
+    Args:
+        root: Gemma's folder.
+    """
+    tokenizers, processors = module_ops_from_gemma_root(root)
+    tokenizer_root = str(find_matching_file(root, "tokenizer.model").parent)
+    processor_root = str(find_matching_file(root, "preprocessor_config.json").parent)
+
+    def load_tokenizer(module: Any) -> Any:
+        with reading_folder("--gemma", tokenizer_root, "tokenizer"):
+            module.tokenizer = _Tokenizer(tokenizer_root, MAX_TOKENS)
+        return module
+
+    def load_processor(module: Any) -> Any:
+        with reading_folder("--gemma", processor_root, "image processor"):
+            images = AutoImageProcessor.from_pretrained(processor_root, local_files_only=True, trust_remote_code=False)
+            module.processor = Gemma3Processor(image_processor=images, tokenizer=module.tokenizer.tokenizer)
+        return module
+
+    return tokenizers._replace(mutator=load_tokenizer), processors._replace(mutator=load_processor)
+
+
+class _Tokenizer(LTXVGemmaTokenizer):
+    """ltx-core's tokenizer, with its constructor's one call of transformers."""
+
+    def __init__(self, path: str, max_length: int) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=True, model_max_length=max_length, trust_remote_code=False
+        )
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.max_length = max_length
 
 
 GEMMA_BUFFERS = ModuleOps(

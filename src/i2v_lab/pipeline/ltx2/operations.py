@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,26 @@ from ltx_core.types import Audio
 from ltx_pipelines.utils.constants import DEFAULT_IMAGE_CRF
 from ltx_pipelines.utils.media_io import normalize_latent, preprocess, resize_and_center_crop
 
+from i2v_lab.events import EventSink
 from i2v_lab.memory_policy import Technique, Techniques
+from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
 from i2v_lab.pipeline.ltx2.memory import in_place_decode
 from i2v_lab.pipeline.ltx2.sampling import Contexts
 from i2v_lab.request import Tiling, VideoShape
+
+
+def note_cut_prompts(text_encoder: Any, prompts: Mapping[str, str], emit: EventSink) -> None:
+    """Report prompts of more tokens than Gemma is given.
+
+    Args:
+        text_encoder: From the ledger.
+        prompts: By the name of their field.
+        emit: Gets a note for each that is cut.
+    """
+    tokenizer = text_encoder.tokenizer  # ltx-core's, around that of transformers
+    for topic, prompt in prompts.items():
+        note_dropped_tokens(emit, tokenizer.tokenizer, topic, prompt, tokenizer.max_length)
 
 
 def run_text_encoder(text_encoder: Any, prompts: Sequence[str]) -> list[Any]:

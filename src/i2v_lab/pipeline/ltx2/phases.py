@@ -51,15 +51,27 @@ class Run:
     @property
     def guided(self) -> bool:
         """Whether stage 1 uses guidance, with a negative prompt and several transformer passes a step."""
-        return self.request.variant is Variant.DEV
+        return is_guided(self.request)
+
+
+def is_guided(request: I2VRequest) -> bool:
+    """Whether stage 1 of a request uses guidance."""
+    return request.variant is Variant.DEV
+
+
+def prompts_of(request: I2VRequest) -> dict[str, str]:
+    """The prompts that are encoded, by the name of their field."""
+    negative = {"negative_prompt": request.negative_prompt} if is_guided(request) else {}
+    return {"prompt": request.prompt, **negative}
 
 
 def encode_prompt(run: Run, scope: PhaseScope) -> list[Contexts]:
     """Contexts of the prompt, and for the guided variant of the negative prompt."""
-    prompts = [run.request.prompt, run.request.negative_prompt] if run.guided else [run.request.prompt]
+    prompts = prompts_of(run.request)
     ledger = run.ledger()
     with scope.component("text_encoder", ledger.text_encoder) as text_encoder:
-        hidden = operations.run_text_encoder(text_encoder, prompts)
+        operations.note_cut_prompts(text_encoder, prompts, scope.emit)
+        hidden = operations.run_text_encoder(text_encoder, list(prompts.values()))
     with scope.component("embeddings_processor", ledger.gemma_embeddings_processor) as processor:
         return operations.run_embeddings_processor(processor, hidden)
 

@@ -8,7 +8,7 @@ fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,8 @@ from i2v_lab.pipeline.contract.lifecycle import phase_scope
 from i2v_lab.pipeline.ltx2.components import quantization_policy
 from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops, ltx_core_fits
 from i2v_lab.pipeline.ltx2.layout import gemma_dimensions
-from i2v_lab.pipeline.ltx2.operations import tiling_config
+from i2v_lab.pipeline.ltx2.operations import note_cut_prompts, tiling_config
+from i2v_lab.pipeline.ltx2.phases import prompts_of
 from i2v_lab.pipeline.ltx2.sampling import sampling_params
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
@@ -80,7 +81,7 @@ class UpstreamPipeline:
         scopes = GRAD_SCOPES[request.decode_scope]
         with (
             self._prepared(request) as (pipeline, ledgers),
-            self._phase_events(MODULES[request.variant], ledgers),
+            self._phase_events(MODULES[request.variant], ledgers, prompts_of(request)),
             scopes.body(),
         ):
             video, audio = pipeline(**self._arguments(request))
@@ -141,12 +142,13 @@ class UpstreamPipeline:
             yield from decode_chunks(video, chunk_count(request), scopes, scope)
 
     @contextmanager
-    def _phase_events(self, module: Any, ledgers: Sequence[ModelLedger]) -> Iterator[None]:
+    def _phase_events(self, module: Any, ledgers: Sequence[ModelLedger], prompts: Mapping[str, str]) -> Iterator[None]:
         """Within this scope upstream's calls begin and end phases; one that is open when a call fails ends incomplete.
 
         Args:
             module: Upstream's, whose functions are wrapped.
             ledgers: Whose builders are wrapped.
+            prompts: Those that are encoded.
         """
         denoising = [Phase.DENOISE_STAGE_1, Phase.DENOISE_STAGE_2]
         with ExitStack() as scopes:
@@ -173,6 +175,14 @@ class UpstreamPipeline:
                 setattr(owner, name, call)
                 scopes.callback(setattr, owner, name, original)
 
+            def noting(build: Callable[[], Any]) -> Any:
+                encoder = build()
+                note_cut_prompts(encoder, prompts, self._emit)
+                return encoder
+
+            for ledger in ledgers:
+                ledger.text_encoder = partial(noting, ledger.text_encoder)
+                scopes.callback(delattr, ledger, "text_encoder")
             for ledger in ledgers:  # phases that begin with the building of a component
                 wrap(ledger, "transformer", None, ends=False)
                 wrap(ledger, "spatial_upsampler", Phase.UPSAMPLE_LATENT, ends=False)

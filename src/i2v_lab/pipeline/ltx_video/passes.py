@@ -6,6 +6,7 @@ returns the latent encoded before. And it is asked for latents, because it would
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from einops import rearrange
 from ltx_video.inference import load_image_to_tensor_with_resize_and_crop
 from ltx_video.models.autoencoders.vae_encode import vae_decode
 from ltx_video.models.transformers.symmetric_patchifier import SymmetricPatchifier
+from ltx_video.pipelines import pipeline_ltx_video
 from ltx_video.pipelines.pipeline_ltx_video import (
     ConditioningItem,
     LTXMultiScalePipeline,
@@ -31,6 +33,9 @@ from ltx_video.utils.skip_layer_strategy import SkipLayerStrategy
 from PIL import Image
 from transformers import T5Tokenizer
 
+from i2v_lab.events import EventSink
+from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
+from i2v_lab.pipeline.contract.weight_folders import reading_folder
 from i2v_lab.pipeline.ltx_video.sizes import SIZES, stage_shape
 from i2v_lab.pipeline.ltx_video.weights import LtxVideoWeights
 from i2v_lab.request import I2VRequest
@@ -42,6 +47,7 @@ STG_MODES = {
     "residual": SkipLayerStrategy.Residual,
     "transformer_block": SkipLayerStrategy.TransformerBlock,
 }
+MAX_TOKENS = 256  # of a prompt, the package's default
 OPTIONAL = (  # components that the package's pipeline takes, and that are None outside their phase
     "tokenizer",
     "text_encoder",
@@ -150,14 +156,29 @@ def still_pixels(pixels: np.ndarray, request: I2VRequest) -> np.ndarray:
         return np.asarray(tensor.numpy())
 
 
-def encode_prompt(run: Run, vae: Any, text_encoder: Any) -> Contexts:
-    """Prompt and negative prompt through T5, padded to 256 tokens each."""
-    tokenizer = T5Tokenizer.from_pretrained(run.weights.text_encoder, subfolder="tokenizer")
+def encode_prompt(run: Run, vae: Any, text_encoder: Any, emit: EventSink) -> Contexts:
+    """Prompt and negative prompt through T5, padded or cut to 256 tokens each, which is reported."""
+    folder = run.weights.text_encoder
+    with reading_folder("--text-encoder", folder, "tokenizer"):
+        tokenizer = T5Tokenizer.from_pretrained(
+            folder, subfolder="tokenizer", local_files_only=True, trust_remote_code=False
+        )
     pipeline = run.pipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
     request = run.request
-    return Contexts(
-        *pipeline.encode_prompt(request.prompt, True, negative_prompt=request.negative_prompt, device=run.device)
-    )
+    for topic in ("prompt", "negative_prompt"):
+        note_dropped_tokens(emit, tokenizer, topic, getattr(request, topic), MAX_TOKENS)
+    logger = logging.getLogger(pipeline_ltx_video.__name__)
+    logger.addFilter(_is_no_truncation)  # it names another encoder, and not the negative prompt
+    try:
+        return Contexts(
+            *pipeline.encode_prompt(request.prompt, True, negative_prompt=request.negative_prompt, device=run.device)
+        )
+    finally:
+        logger.removeFilter(_is_no_truncation)
+
+
+def _is_no_truncation(record: logging.LogRecord) -> bool:
+    return "was truncated" not in record.getMessage()
 
 
 def encode_still(run: Run, vae: Any, still: torch.Tensor, stage: int) -> torch.Tensor:

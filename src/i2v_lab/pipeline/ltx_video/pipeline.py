@@ -85,7 +85,7 @@ class LtxVideoPipeline:
             with self._phase(Phase.ENCODE_PROMPT) as scope:
                 build = partial(components.build_text_encoder, weights, device)
                 with scope.component("text_encoder", build) as encoder:
-                    contexts = passes.encode_prompt(run, vae, encoder)
+                    contexts = passes.encode_prompt(run, vae, encoder, scope.emit)
             with self._phase(Phase.ENCODE_IMAGE) as scope:
                 build = partial(components.build_vae, weights, device, "encoder")
                 with scope.component("video_encoder", build) as encoder:

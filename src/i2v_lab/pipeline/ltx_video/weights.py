@@ -18,11 +18,11 @@ from i2v_lab.pipeline.contract.synthetic import TensorsOnDemand, is_on_demand
 from i2v_lab.pipeline.contract.weight_files import (
     Progress,
     config_matches,
-    require_files,
     require_together,
     verify_tensors,
     verify_values,
 )
+from i2v_lab.pipeline.contract.weight_folders import require_files
 from i2v_lab.pipeline.ltx_video.layout import FILES, UNREAD, file_layout
 from i2v_lab.pipeline.ltx_video.synthetic import SYNTHETIC
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -178,8 +179,10 @@ def card_index(device: torch.device) -> int:
 def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:
     """Query a card's memory and processes once.
 
-    NVML lists the processes on a card but may hide what each uses (in a container, or of another user); then
-    ``others_bytes`` is the used memory less our own, if our own is known, and ``None`` if not.
+    ``others_bytes`` is the used memory less our own, so that memory counts which NVML attributes to no process: the
+    driver's, and that of processes in other PID namespaces. It is ``None`` where our own is not known: under WSL and
+    WDDM, on vGPUs and MIG slices NVML does not list the processes, or hides what each uses; in a container it may list
+    none, or those of another PID namespace.
 
     Args:
         index: The card, as NVML counts: see :func:`card_index`.
@@ -201,26 +204,48 @@ def read_device(index: int = 0, time_s: float = 0.0) -> DeviceRecord:
 def _read_card(nvml: Any, index: int, time_s: float) -> DeviceRecord:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    queries = (nvml.nvmlDeviceGetGraphicsRunningProcesses, nvml.nvmlDeviceGetComputeRunningProcesses)
-    used_bytes = {process.pid: process.usedGpuMemory for query in queries for process in query(handle)}
+    used_bytes, reason = _processes(nvml, handle)
     own_pid = os.getpid()
-    others = tuple((pid, _process_name(nvml, pid), used) for pid, used in sorted(used_bytes.items()) if pid != own_pid)
-    own_bytes = used_bytes.get(own_pid, 0)
-    others_bytes: int | None
-    if all(used is not None for _, _, used in others):
-        others_bytes = sum(used or 0 for _, _, used in others)
+    others = own_bytes = others_bytes = None
+    if used_bytes is not None:
+        others = tuple((pid, _process_name(nvml, pid), n) for pid, n in sorted(used_bytes.items()) if pid != own_pid)
+        own_bytes = used_bytes[own_pid] if own_pid in used_bytes else _none_held()
+    if own_bytes is not None and own_bytes <= memory.used:  # more is not of this process, or not of this card
+        others_bytes = memory.used - own_bytes
     else:
-        others_bytes = None if own_bytes is None else memory.used - own_bytes
+        own_bytes = None
     return DeviceRecord(
         time_s=time_s,
         total_bytes=memory.total,
         used_bytes=memory.used,
         own_bytes=own_bytes,
         others_bytes=others_bytes,
-        budget_bytes=None if others_bytes is None else memory.total - others_bytes,
+        budget_bytes=None if others_bytes is None else max(0, memory.total - others_bytes),
         others=others,
-        reason="",
+        reason=reason,
     )
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[dict[int, int | None] | None, str]:
+    """The bytes of each process on a card, ``None`` where NVML hides them; or ``None`` in all, and why."""
+    with suppress(nvml.NVMLError, AttributeError):  # most cards have no MIG
+        if nvml.nvmlDeviceGetMigMode(handle)[0]:
+            return None, "MIG is enabled: what NVML reports is the whole card's, not that of a slice."
+    used_bytes: dict[int, int | None] = {}
+    try:
+        for query in (nvml.nvmlDeviceGetGraphicsRunningProcesses, nvml.nvmlDeviceGetComputeRunningProcesses):
+            for process in query(handle):
+                known = [n for n in (used_bytes.get(process.pid), process.usedGpuMemory) if n is not None]
+                used_bytes[process.pid] = max(known, default=None)
+    except nvml.NVMLError as error:
+        return None, f"NVML does not list the processes of this card ({error})."
+    return used_bytes, ""
+
+
+def _none_held() -> int | None:
+    """What this process holds where NVML does not list it: nothing, or what is not known if it has a CUDA context."""
+    torch = sys.modules.get("torch")
+    return None if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def _process_name(nvml: Any, pid: int) -> str:
