@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, reproduce, show
+from i2v_lab.cli.output import log
+from i2v_lab.display import printable
 from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.workers import enable_mkl_cnr
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""The base of all errors of a command line; typer exports one of its kinds only."""
 
 app = typer.Typer(
     name="i2v-lab",
@@ -45,14 +51,28 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     enable_mkl_cnr()
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):  # a terminal of Latin-1 or ASCII: what it lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        from typer.rich_utils import rich_format_error
+
+        # What it quotes of the command line is printed here, not by typer, which would print it raw.
+        text = printable(error.format_message())
+        error.format_message = lambda: text
+        rich_format_error(error)
+        sys.exit(error.exit_code)
     except I2VLabError as error:
-        print(f"i2v-lab: {error}", file=sys.stderr)
+        log(f"i2v-lab: {error}")
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("i2v-lab: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        log("i2v-lab: interrupted")
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
