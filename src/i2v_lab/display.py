@@ -1,14 +1,55 @@
-"""How a dataclass shows itself in a notebook: its fields as an HTML table, with units."""
+"""What a notebook and a terminal show of values: fields as an HTML table with units, and text that steers neither."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from html import escape
 
 from i2v_lab.units import format_value
 
+HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode categories of what is acted on, not shown: controls, formats such as bidi overrides, surrogates, breaks."""
+JOINERS = "\u200c\u200d"  # of Cf, but letters and emoji are spelt with them
 LEFT = 'style="text-align:left"'
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    r"""Text with control characters, bidi overrides and lone surrogates as backslash escapes.
+
+    A terminal, and a notebook, acts on them: they recolour, move the cursor, retitle the window, fill the clipboard, or
+    show a name backwards. Everything that prints text of a user or of a record passes it through this function.
+
+    Args:
+        text: Any text.
+        lines: Keep line breaks and tabs; else they are escaped too, so that one line stays one line.
+
+    Example:
+        >>> print(printable("a\x1b]0;title\x07.mp4"))
+        a\x1b]0;title\x07.mp4
+        >>> print(printable("two\nlines", lines=False))
+        two\nlines
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    kept = "\n\t" + JOINERS if lines else JOINERS
+    return "".join(
+        letter
+        if letter in kept or unicodedata.category(letter) not in HIDDEN
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def escaped(text: str) -> str:
+    """Text for HTML: markup in it is shown as it is written, and so is what :func:`printable` escapes.
+
+    Example:
+        >>> escaped("<b>")
+        '&lt;b&gt;'
+    """
+    return escape(printable(text))
 
 
 class HtmlFields:
@@ -40,9 +81,9 @@ def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         >>> table_html(["phase"], [["a < b"]]).count("a &lt; b")
         1
     """
-    top = "".join(f"<th {LEFT if index == 0 else ''}>{escape(head)}</th>" for index, head in enumerate(headings))
+    top = "".join(f"<th {LEFT if index == 0 else ''}>{escaped(head)}</th>" for index, head in enumerate(headings))
     body = "".join(
-        "<tr>" + "".join(f"<td {LEFT if i == 0 else ''}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
+        "<tr>" + "".join(f"<td {LEFT if i == 0 else ''}>{escaped(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from chromium import drag_slider, run_all_cells
 from lab_server import LabServer, lab_server
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 from small_notebooks import SMALL
 
@@ -44,7 +46,7 @@ ASKED_OF = """(card) => new Promise((resolve) => {
 FILE = """(data) => {
   const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
   const transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], "my tower.png", {type: "image/png"}));
+  transfer.items.add(new File([bytes], "my tower.avif", {type: "image/avif"}));
   return transfer;
 }"""
 
@@ -82,6 +84,15 @@ def page(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert problems == []
+
+
+def _turned_photo() -> bytes:
+    """The tower, 640x960, with EXIF that says it is to be shown on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(data_dir() / "stills" / "tower.png") as picture:
+        picture.save(buffer := io.BytesIO(), "AVIF", exif=exif)
+    return buffer.getvalue()
 
 
 def _kept(page: Page, name: str, at: Locator | None = None) -> None:
@@ -160,11 +171,14 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     _kept(page, "generate", generate)
     page.locator(".jp-OutputArea svg[aria-label*='Peak of each phase']").wait_for()  # Compare's
     _kept(page, "compare", page.locator(".jp-OutputArea svg[aria-label*='Peak of each phase']"))
-    content = base64.b64encode((data_dir() / "stills" / "tower.png").read_bytes()).decode()
+    content = base64.b64encode(_turned_photo()).decode()
     zone = generate.locator(".i2v-drop")
     zone.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILE, content)})
-    generate.get_by_text("my tower.png is selected.").wait_for()
-    generate.locator("img.still[alt=my_tower]").wait_for()
+    generate.get_by_text("my tower.avif is selected.").wait_for()
+    still = generate.locator("img.still[alt=my_tower]")
+    still.wait_for()
+    assert still.evaluate("part => part.naturalWidth > part.naturalHeight"), "as the pipeline gets it: turned"
+    _kept(page, "dropped", generate)
     generate.locator(".widget-dropdown", has_text="size").locator("select").select_option("128x64")
     frames = generate.locator(".widget-slider", has_text="frames").locator(".noUi-handle")
     frames.press("ArrowLeft")

@@ -51,6 +51,41 @@ def test_magics_show_exact_bytes_and_the_value():
     assert [output.output_type for output in notebook.cells[4].outputs] == ["display_data", "error"]
 
 
+def test_what_a_magic_cannot_run_is_one_line_and_nothing_of_it_runs():
+    refused = {
+        "%%vram\nran = 1\nimport asyncio\nawait asyncio.sleep(0)": "top-level await",
+        "%vram await asyncio.sleep(0)": "top-level await",
+        "%%vram\nran = 1\n[x async for x in y()]": "top-level await",
+        "%%vram\nran = 1\nreturn 3": "line 2: 'return' outside function",
+        "%%vram\nran = 1\nyield 3": "line 2: 'yield' outside function",
+        "%%vram\nran = 1\nx = (": "line 2: '(' was never closed",
+        "%%vram 3\nran = 1": "takes no arguments",
+        "%%vram": "cell body is empty",
+    }
+    works = [
+        "%vram",
+        "%%vram\n# only a comment",
+        "%%vram\nasync def f():\n    await g()\n    yield 3",
+        (
+            "from i2v_lab import PhaseProfiler\nimport asyncio\n"
+            "with PhaseProfiler() as profiler, profiler.phase('cell'):\n    x = await asyncio.sleep(0, torch.ones(9))"
+        ),
+        "'ran' in globals(), profiler.peak.peak_bytes",
+    ]
+    sources = [SETUP, *refused, *works]
+    cells = [nbformat.v4.new_code_cell(source, metadata={"tags": ["raises-exception"]}) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, kernel_manager_class=InterpreterKernelManager, timeout=120).execute()
+    for cell in notebook.cells[1 : 1 + len(refused)]:
+        (said,) = (output.text for output in cell.outputs if output.output_type == "stream")
+        assert said.startswith("UsageError: "), cell.source
+        assert said.count("\n") == 1, cell.source
+        assert refused[cell.source] in said
+    for cell in notebook.cells[1 + len(refused) :]:
+        assert [output for output in cell.outputs if output.output_type in ("error", "stream")] == [], cell.source
+    assert _texts(notebook.cells[-1]) == ["(False, 36)"]
+
+
 def _notebook(path, *sources: str) -> str:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]})]

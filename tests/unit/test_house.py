@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -55,3 +56,25 @@ def test_modules_import_each_other_and_not_through_the_facade(imports):
         for each in imports.get_import_details(importer=module, imported="i2v_lab")
     }
     assert {line for line in lines if not line.endswith("from i2v_lab import __version__")} == set()
+
+
+def test_every_text_file_is_read_and_written_in_utf_8():
+    """Whatever the locale: under LC_ALL=C the default is ASCII."""
+    without = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            named = any(keyword.arg == "encoding" for keyword in node.keywords)
+            first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            ours = len(node.args) == 2 and name == "write_text"  # i2v_lab.files.write_text
+            if name in ("read_text", "write_text") and not (named or ours):
+                without.append(f"{path.name}:{node.lineno}")
+            if any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords) and not named:
+                without.append(f"{path.name}:{node.lineno}")
+            if name == "open" and isinstance(node.func, ast.Attribute) and first in (None, "r", "w", "a") and not named:
+                owner = node.func.value
+                if not (isinstance(owner, ast.Name) and owner.id in ("os", "Image", "av")):
+                    without.append(f"{path.name}:{node.lineno}")
+    assert without == []

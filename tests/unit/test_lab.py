@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
 import json
 import re
 import sys
@@ -11,21 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from endurance import MIB, change_controls, stop_at_random
+from PIL import Image
 
 import i2v_lab
 from i2v_lab import Compare, Explorer, Generate, I2VRequest, PhaseProfiler, Tiling, VramMonitor
 from i2v_lab.cli.lab import START, lab_command, lab_environment
-from i2v_lab.errors import ForecastError, InvalidImage, ProfilerError
+from i2v_lab.errors import ForecastError, InvalidImage, OutputError, ProfilerError
 from i2v_lab.events import Note, Phase, PhaseStarted
 from i2v_lab.lab import background_forecast as background
 from i2v_lab.lab.exploration import Exploration, Question, _downsampled
 from i2v_lab.lab.generation_job import State
-from i2v_lab.lab.stills import add_still, list_stills
+from i2v_lab.lab.stills import add_still, list_stills, preview
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import CACHE_VARIABLE
+from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
 from i2v_lab.reporting.comparison import find_runs
@@ -262,9 +267,10 @@ def test_a_dropped_file_that_is_no_picture_is_refused_in_words(tmp_path):
     generate = Generate(tmp_path, _request(), TINY, "cpu")
     assert generate.widget is not None
     generate.add_still("notes.txt", b"hello")
-    assert "notes.txt&#x27; is not a picture" in generate._note.value
-    generate.add_still("broken.png", b"hello")
-    assert "broken.png&#x27; cannot be read as a picture" in generate._note.value
+    assert "&#x27;notes.txt&#x27; is not a picture" in generate._note.value
+    cut = Path(i2v_lab.paths.data_dir() / "stills" / "tower.png").read_bytes()[:5000]
+    generate.add_still("broken.png", cut)
+    assert "&#x27;broken.png&#x27; is damaged or truncated" in generate._note.value
     assert not list((tmp_path / "stills").glob("*"))
     generate.add_still("../../a b.png", Path(i2v_lab.paths.data_dir() / "stills" / "tower.png").read_bytes())
     assert generate.request.image == str(tmp_path / "stills" / "a_b.png")
@@ -272,7 +278,55 @@ def test_a_dropped_file_that_is_no_picture_is_refused_in_words(tmp_path):
     assert ("a_b.png", generate.request.image) in list_stills(tmp_path, "")
     with pytest.raises(InvalidImage):
         add_still(tmp_path, "x", b"")
+    (tmp_path / "stills" / "notes.txt").write_text("hello")
+    (tmp_path / "stills" / "folder.png").mkdir()
+    assert {label for label, _ in list_stills(tmp_path, "stills/tower.png")} == {"a_b.png", "lighthouse", "tower"}
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        add_still(tmp_path / "file", "tower.png", (tmp_path / "stills" / "a_b.png").read_bytes())
     generate.close()
+
+
+def _pictures() -> dict[str, bytes]:
+    """Pictures whose pixels are not what a plain conversion to RGB gives, and formats by other names."""
+    rng = np.random.default_rng(3)
+    noise = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    rgb = Image.fromarray(noise)
+    upside = Image.Exif()
+    upside[0x0112] = 6  # the camera was held upright
+    clear = Image.fromarray(np.dstack([noise, noise[:, :, 0]]))
+    deep = Image.fromarray((noise[:, :, 0].astype(np.uint16) << 8) + 255)
+    made = {
+        "turned.jpg": (rgb, "JPEG", {"exif": upside}),
+        "grey16.png": (deep, "PNG", {}),
+        "float.tiff": (Image.fromarray(rng.random((40, 60), dtype=np.float32)), "TIFF", {}),
+        "clear.png": (clear, "PNG", {}),
+        "palette.gif": (clear.convert("RGB").quantize(7), "GIF", {"transparency": 3}),
+        "cmyk.tif": (rgb.convert("CMYK"), "TIFF", {}),
+        "photo.avif": (rgb, "AVIF", {}),
+        "photo.jfif": (rgb, "JPEG", {}),
+        "photo.jp2": (rgb, "JPEG2000", {}),
+        "photo.webp": (clear, "WEBP", {}),
+        "photo.bmp": (rgb, "BMP", {}),
+        "no suffix": (rgb, "PNG", {}),
+        "wrong.txt": (rgb, "PNG", {}),
+        "\N{HIRAGANA LETTER A}" * 300 + ".png": (rgb, "PNG", {}),
+    }
+    contents = {}
+    for name, (picture, kind, options) in made.items():
+        picture.save(buffer := io.BytesIO(), kind, **options)
+        contents[name] = buffer.getvalue()
+    return contents
+
+
+def test_the_preview_of_a_still_has_the_pixels_that_the_pipeline_gets(tmp_path):
+    for name, content in _pictures().items():
+        path = add_still(tmp_path, name, content)
+        assert str(path) in [known for _, known in list_stills(tmp_path, "stills/tower.png")], name
+        data = re.search(r"base64,([^\"]+)", preview(str(path)))[1]
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        np.testing.assert_array_equal(shown, load_still(path), err_msg=name)
+    assert preview("gone.png") == preview("a\0b") == preview("x" * 300) == ""
 
 
 def test_a_request_that_will_not_fit_this_machine_gets_a_warning_before_it_runs(tiny, tmp_path):

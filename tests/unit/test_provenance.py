@@ -315,7 +315,8 @@ def test_the_model_of_workspaces_counts_by_its_bytes(package):
 
 # What a run imports besides, on which no figure of it depends: errors and their words, where files are, how they are
 # written and shown, and this description itself.
-WITHOUT_FIGURES = {"__init__", "errors", "paths", "files", "units", "display", "runs.store", "runs.provenance"}
+WITHOUT_FIGURES = {"__init__", "errors", "paths", "files", "units", "display"}
+WITHOUT_FIGURES |= {"runs.store", "runs.record_files", "runs.provenance"}
 
 
 @pytest.mark.parametrize("runner", OWN)

@@ -21,12 +21,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2v_lab.errors import OutputError, RecordError
-from i2v_lab.profiling.records import KINDS, DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
+from i2v_lab.profiling.records import (
+    CATEGORIES,
+    KINDS,
+    SECONDS_BELOW,
+    WHOLE_BELOW,
+    DeviceRecord,
+    GraphRecord,
+    OutOfMemoryRecord,
+    PhaseRecord,
+)
 from i2v_lab.runs import store
 from i2v_lab.runs.store import FORMAT_VERSION, RunWriter, read_run
 
-WHOLE = st.integers(0, 2**63 - 1)
-SECONDS = st.floats(allow_nan=False, allow_infinity=False)
+WHOLE = st.integers(0, WHOLE_BELOW - 1)
+SECONDS = st.floats(0, SECONDS_BELOW, exclude_max=True, allow_nan=False)
 OTHERS = st.lists(st.tuples(WHOLE, st.text(), st.none() | WHOLE)).map(tuple)
 BY_HINT = {
     str: st.text(),
@@ -38,9 +47,15 @@ BY_HINT = {
     tuple[int, ...]: st.lists(WHOLE).map(tuple),
     tuple[tuple[int, str, int | None], ...] | None: st.none() | OTHERS,
 }
+
+
+def _values(name: str, hint: object) -> st.SearchStrategy:
+    return st.sampled_from(CATEGORIES) if name == "category" else BY_HINT[hint]
+
+
 RECORDS = st.one_of(
     *(
-        st.builds(kind, **{name: BY_HINT[hint] for name, hint in get_type_hints(kind).items()})
+        st.builds(kind, **{name: _values(name, hint) for name, hint in get_type_hints(kind).items()})
         for kind in KINDS.values()
     )
 )

@@ -37,7 +37,7 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
     """
     source = measurements or data_dir() / "measured" / MEASUREMENTS
     try:
-        device = json.loads(source.read_text())
+        device = json.loads(source.read_text(encoding="utf-8"))
         table = pd.read_csv(source.with_suffix(".csv"))
     except (OSError, ValueError) as error:
         raise RecordError(

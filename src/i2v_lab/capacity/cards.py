@@ -51,7 +51,7 @@ def judge(forecast: Forecast, gpu: str, memory_bytes: int) -> Fit:
 
 def context_bytes() -> int:
     """Device memory of the CUDA context and loaded kernels, outside the allocator, from ``data/workspaces.json``."""
-    return int(json.loads((data_dir() / "workspaces.json").read_text())["context_bytes"])
+    return int(json.loads((data_dir() / "workspaces.json").read_text(encoding="utf-8"))["context_bytes"])
 
 
 def gpu_table() -> pd.DataFrame:

@@ -1,11 +1,27 @@
 """The command line: one module a command."""
 
+import os
+import sys
+
 from i2v_lab.stopping import stop_on_signals
 
 
 def main() -> None:
-    """Run the command line, which a signal can stop from here on: what it imports takes a while."""
-    stop_on_signals()
-    from i2v_lab.cli.app import main as run
+    """Run the command line, which a signal can stop from here on: what it imports takes a while.
 
-    run()
+    What the machine refuses, during the imports too, ends in one line.
+    """
+    stop_on_signals()
+    from i2v_lab.cli.starvation import refusal
+
+    try:
+        from i2v_lab.cli.app import main as run
+
+        run()
+    except Exception as error:
+        line = refusal(error)
+        if line is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python would write once more, and perhaps fail again
+        print(f"i2v-lab: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from i2v_lab.cli.output import plain_console
+from i2v_lab.cli.output import plain_console, say
 
 EXAMPLES = """
 **Examples**
@@ -32,7 +32,7 @@ def accuracy(
 
     measured = measured_table(folder=folder)
     if measured.empty:
-        print("no runs measured on a GPU here; record one with `i2v-lab generate --device cuda --profile DIR`")
+        say("no runs measured on a GPU here; record one with `i2v-lab generate --device cuda --profile DIR`")
         return
     table = accuracy_table(measured)
     if csv is not None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
 import sys
-from typing import NoReturn
+from typing import Any
 
 import typer
 
 from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, reproduce, show
+from i2v_lab.cli.output import log
+from i2v_lab.display import printable
 from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.workers import enable_mkl_cnr
 from i2v_lab.stopping import stop_on_signals
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""The base of all errors of a command line; typer exports one of its kinds only."""
 
 app = typer.Typer(
     name="i2v-lab",
@@ -47,26 +50,29 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     enable_mkl_cnr()
+    for stream in (sys.stdout, sys.stderr):  # a terminal of Latin-1 or ASCII: what it lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            app()
+            status = app(standalone_mode=False) or 0
         finally:
             sys.stdout.flush()
+        sys.exit(status)
+    except USAGE_ERROR as error:
+        from typer.rich_utils import rich_format_error
+
+        # What it quotes of the command line is printed here, not by typer, which would print it raw.
+        text = printable(error.format_message())
+        error.format_message = lambda: text
+        rich_format_error(error)
+        sys.exit(error.exit_code)
     except I2VLabError as error:
-        print(f"i2v-lab: {error}", file=sys.stderr)
+        log(f"i2v-lab: {error}")
         sys.exit(error.exit_status)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        _end_without_room(error)
-
-
-def _end_without_room(error: OSError) -> NoReturn:
-    where = f" for '{error.filename}'" if error.filename else ""
-    print(f"i2v-lab: {error.strerror}{where}; free some space or choose another place, and run again", file=sys.stderr)
-    if error.filename is None:  # perhaps stdout, which Python would write to once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(1)
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would write there once more
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from i2v_lab.cli.output import say
 from i2v_lab.errors import OutputError
 
 EXAMPLES = """
@@ -35,7 +36,7 @@ def calibrate(
 
     try:
         for line in run(measurements, out):
-            print(line)
+            say(line)
     except OSError as error:
         raise OutputError(
             f"'{error.filename}' cannot be written ({error.strerror}); use --out FILE", out=out

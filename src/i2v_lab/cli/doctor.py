@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from i2v_lab.cli import options
-from i2v_lab.cli.output import plain_console
+from i2v_lab.cli.output import plain_console, print_json
+from i2v_lab.display import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +38,7 @@ def doctor(as_json: options.AsJson = False) -> None:
     checks = examine()
     broken = any(check.state is State.BROKEN for check in checks)
     if as_json:
-        print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in checks]}))
+        print_json({"ok": not broken, "checks": [asdict(check) for check in checks]})
     else:
         console = plain_console()
         console.print(doctor_table(checks))
@@ -56,7 +56,7 @@ def doctor_table(checks: Sequence[Check]) -> RenderableType:
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for check in checks:
         state = Text(check.state.value, style=STYLES[check.state.value])
-        table.add_row(Text(check.name), state, Text(check.found), Text(check.advice))
+        table.add_row(Text(check.name), state, Text(printable(check.found)), Text(printable(check.advice)))
     return table
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from i2v_lab.cli import options
-from i2v_lab.cli.output import log
+from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.request import I2VRequest, Variant
@@ -89,16 +88,16 @@ def fit(
     if as_json:
         chosen = found.request.to_json() if found.request else None
         answer = {"gpu": gpu, "memory_bytes": memory_bytes, "model": model, "sought": sought, "request": chosen}
-        print(json.dumps({**answer, "at_the_bound": found.at_the_bound, "peak_bytes": peak.peak_bytes}))
+        print_json({**answer, "at_the_bound": found.at_the_bound, "peak_bytes": peak.peak_bytes})
     elif found.request is None:
-        print(
+        say(
             f"nothing fits {gpu} ({format_bytes(memory_bytes)}): the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "
             f"{format_bytes(found.forecast.context_bytes)}"
         )
     else:
         more = "; the search ends there, more may fit" if found.at_the_bound else ""
-        print(
+        say(
             f"{_described(found.request)} fits {gpu} ({format_bytes(memory_bytes)}): "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}{more}"
         )

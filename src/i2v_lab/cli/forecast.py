@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options
-from i2v_lab.cli.output import plain_console
+from i2v_lab.cli.output import plain_console, print_json
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
@@ -118,7 +117,7 @@ def forecast(
         "seconds": result.seconds,
     }
     if as_json:
-        print(json.dumps(report))
+        print_json(report)
     else:
         _print(request, model, result, fits)
 
@@ -128,9 +127,9 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
 
     if not sys.stderr.isatty():
         return forecast_request(request, model)
-    from rich.console import Console
+    from i2v_lab.reporting.console import PlainConsole
 
-    with Console(stderr=True).status("forecasting; about 20 s unless the forecast is cached"):
+    with PlainConsole(stderr=True).status("forecasting; about 20 s unless the forecast is cached"):
         return forecast_request(request, model)
 
 

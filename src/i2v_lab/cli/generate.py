@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from i2v_lab.cli import options
-from i2v_lab.cli.output import plain_console
+from i2v_lab.cli.output import plain_console, print_json
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import find_still
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
@@ -144,7 +143,7 @@ def generate(
     assert profiler is not None
     report = _report(request, model, out, profiler)
     if as_json:
-        print(json.dumps(report))
+        print_json(report)
     else:
         _print_report(report)
 

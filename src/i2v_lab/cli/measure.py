@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli.output import log, wide_console
+from i2v_lab.cli.output import log, say
 from i2v_lab.errors import I2VLabError, MeasureError
 from i2v_lab.units import format_bytes, format_seconds
 
@@ -58,13 +58,10 @@ def measure(
     planned = load_plan(plan)
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     expected = format_seconds(sum(each.expected_seconds for each in todo), rough=True)
-    print(
-        f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {expected}",
-        flush=True,
-    )
+    say(f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {expected}")
     if dry_run:
         for each in todo:
-            print(f"{each.name:<60} {format_seconds(each.expected_seconds, rough=True):>7}")
+            say(f"{each.name:<60} {format_seconds(each.expected_seconds, rough=True):>7}")
         return
     outcomes = _measure_all(planned, {each.name for each in todo}, out, device)
     _print_summary(outcomes)
@@ -106,6 +103,7 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     from rich.table import Table
 
     from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord, peak_phase
+    from i2v_lab.reporting.console import wide_console
 
     table = Table("run", "outcome", "peak", "phase", "time", box=None, header_style="bold", pad_edge=False)
     for column in (table.columns[2], table.columns[4]):

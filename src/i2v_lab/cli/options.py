@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -35,6 +36,22 @@ DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode while th
 MemoryOption = Annotated[MemoryPolicy, typer.Option(help="Memory policy; auto: the fastest whose forecast fits.")]
 VramCapGib = Annotated[float | None, typer.Option(help="Limit memory to that of a card of this size, GiB.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
+
+
+def as_text(words: str, name: str) -> str:
+    """Text of the command line as UTF-8, whatever the locale: under ``LC_ALL=C`` Python takes it for ASCII.
+
+    Args:
+        words: As Python decoded it.
+        name: The option's, for the error.
+
+    Raises:
+        InvalidRequest: It is not UTF-8.
+    """
+    try:
+        return os.fsencode(words).decode("utf-8")
+    except UnicodeError:
+        raise InvalidRequest(f"{name}={words!r} is not UTF-8 text; encode it as UTF-8", **{name: words}) from None
 
 
 def check_cap(vram_cap_gib: float | None) -> None:
@@ -84,6 +101,7 @@ def build_request(
         RunnerUnavailable: The model's package is not installed.
     """
     given = {name: value for name, value in values.items() if value is not None}
+    given |= {name: as_text(given[name], name) for name in ("prompt", "negative_prompt") if name in given}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
     tiles = {name: value for name, value in zip(names, tile, strict=True) if value is not None}
     tiling = architecture.request.get("tiling", Tiling())

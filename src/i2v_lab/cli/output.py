@@ -1,33 +1,34 @@
-"""Consoles for the output of commands: nothing in it is interpreted as markup or emoji."""
+"""Output of commands: lines and JSON that hold nothing a terminal acts on."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from i2v_lab.display import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-TABLE_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe, where rich would assume 80."""
+    from i2v_lab.reporting.console import PlainConsole
 
 
-def plain_console(*, width: int | None = None) -> Console:
-    """Return a console on stdout that prints paths, names and prompts verbatim.
+def plain_console() -> PlainConsole:
+    """Return a console on stdout that prints paths, names and prompts verbatim."""
+    from i2v_lab.reporting.console import PlainConsole
 
-    Args:
-        width: In columns; the terminal's by default.
-    """
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return PlainConsole()
 
 
-def wide_console() -> Console:
-    """Return a :func:`plain_console` that is ``TABLE_WIDTH`` columns wide unless stdout is a terminal."""
-    return plain_console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+def say(line: str) -> None:
+    """Print one line on stdout at once."""
+    print(printable(line, lines=False), flush=True)
 
 
 def log(line: str) -> None:
     """Print one line on stderr at once."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, lines=False), file=sys.stderr, flush=True)
+
+
+def print_json(values: Any) -> None:
+    """Print JSON on one line of stdout: ASCII, without control characters."""
+    print(json.dumps(values).replace("\x7f", "\\u007f"))

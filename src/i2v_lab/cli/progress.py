@@ -6,10 +6,10 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from i2v_lab.events import Event, Note, Phase, PhaseEnded, PhaseStarted, StepEnded
+from i2v_lab.reporting.console import PlainConsole
 from i2v_lab.units import format_seconds
 
 
@@ -21,14 +21,15 @@ class ProgressReport:
     """
 
     def __init__(self, frames: int) -> None:
-        console = Console(stderr=True)
-        self._plain = not sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR in a notebook makes true
+        self._plain = (
+            not sys.stderr.isatty()
+        )  # not the console's is_terminal, which FORCE_COLOR in a notebook makes true
         self._bars = Progress(
             TextColumn("{task.description:<16}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            console=console,
+            console=PlainConsole(stderr=True),
             disable=self._plain,
         )
         self._tasks: dict[Phase | str, TaskID] = {}
@@ -60,7 +61,7 @@ class ProgressReport:
 
     def note(self, text: str) -> None:
         """Print a line about the run."""
-        self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bars.console.print(text, soft_wrap=True)
 
     def frame_written(self) -> None:
         """Count a frame that was written to the file."""

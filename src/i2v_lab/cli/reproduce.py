@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from i2v_lab.cli.options import as_text
 from i2v_lab.errors import InvalidRequest, ReproduceError
 
 EXAMPLES = """
@@ -54,7 +55,7 @@ def _pair(text: str) -> tuple[str, str]:
         raise InvalidRequest(
             f"parameter={name!r} is not a name and a value; give two words, -p NAME VALUE", parameter=name
         )
-    return name, value
+    return name, as_text(value, name)
 
 
 def reproduce(

@@ -163,7 +163,7 @@ class Generate(View):
         }
         for name in ("prompt", "seed"):
             controls[name].style.description_width = "70px"
-        upload = widgets.FileUpload(accept="image/*", description="Choose a file")
+        upload = widgets.FileUpload(description="Choose a file")
         upload.observe(self._uploaded, "value")
         self._dropped = widgets.Textarea()
         self._dropped.add_class("i2v-dropped")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Protocol
 
-from i2v_lab.display import table_html
+from i2v_lab.display import escaped, table_html
 from i2v_lab.units import format_bytes
 
 
@@ -53,4 +52,4 @@ def phases_html(phases: Sequence[ShownPhase], words: str, *, times: bool = True)
         ]
         for record in phases
     ]
-    return f"<p>{escape(words)}</p>" + (table_html(heads, rows) if rows else "")
+    return f"<p>{escaped(words)}</p>" + (table_html(heads, rows) if rows else "")

@@ -12,7 +12,7 @@ from i2v_lab.reporting.figures import live
 from i2v_lab.reporting.headlines import difference_headline, headline
 from i2v_lab.reporting.run_tables import difference_table
 from i2v_lab.reporting.tables import as_sentence, html_table, readable
-from i2v_lab.runs.store import METADATA, Run, read_run
+from i2v_lab.runs.store import Run, read_run, run_folders
 
 BARS = "With a caching allocator, bars end at the reserved bytes; the table has the allocated bytes."
 COLUMNS = {
@@ -29,8 +29,7 @@ def find_runs(folders: Sequence[Path]) -> dict[str, Path]:
     """All run directories below these folders, by a short unique name, in the order of the folders."""
     found: dict[str, Path] = {}
     for folder in folders:
-        for metadata in sorted(folder.rglob(METADATA)):
-            run = metadata.parent
+        for run in run_folders(folder) if folder.is_dir() else []:
             name = run.relative_to(folder).as_posix() if run != folder else run.name
             found[name if name not in found else f"{folder.name}/{name}"] = run
     return found

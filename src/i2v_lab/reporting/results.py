@@ -33,7 +33,7 @@ def read_results(notebook: Path) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     found: dict[str, Any] = {}
-    for cell in json.loads(notebook.read_text())["cells"]:
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         for output in cell.get("outputs", []):
             found |= output.get("data", {}).get(MIME, {})
     return found

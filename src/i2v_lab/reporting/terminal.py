@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from i2v_lab.display import printable
 from i2v_lab.reporting.tables import cell_text
 
 OUTSIDE = "(outside any module)"
@@ -47,7 +48,9 @@ def rich_table(table: pd.DataFrame, title: str, *, bold: str | None = None) -> T
         >>> rows = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2**30]})
         >>> Console().print(rich_table(rows, "Phases"))  # doctest: +SKIP
     """
-    shown = Table(title=Text(title), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(
+        title=Text(printable(title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     shown.collapse_padding = True  # eight columns of bytes fit a terminal of 80
     columns = [name for name in table.columns if _has_content(name, table[name])]
     depths = _depths(table) if "parent" in table else {}
@@ -66,7 +69,7 @@ def rich_table(table: pd.DataFrame, title: str, *, bold: str | None = None) -> T
         if depths:
             cells[columns.index("phase")] = "  " * depths[values["phase"], values["parent"]] + str(values["phase"])
         style = "bold" if bold is not None and values.get("phase") == bold else ""
-        shown.add_row(*(Text(cell) for cell in cells), style=style)
+        shown.add_row(*(Text(printable(cell)) for cell in cells), style=style)
     return shown
 
 

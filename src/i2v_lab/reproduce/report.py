@@ -9,11 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from i2v_lab.display import printable
+from i2v_lab.reporting.console import PlainConsole
 from i2v_lab.units import format_seconds
 
 
@@ -46,14 +47,16 @@ class RunReport:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._plain = not sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR in a notebook makes true
+        self._plain = (
+            not sys.stderr.isatty()
+        )  # not the console's is_terminal, which FORCE_COLOR in a notebook makes true
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[unit]}", markup=False),
             TimeElapsedColumn(),
-            console=Console(stderr=True, highlight=False, markup=False, emoji=False),
+            console=PlainConsole(stderr=True),
             disable=self._plain,
             transient=True,  # the lines and the table remain
         )
@@ -80,7 +83,9 @@ class RunReport:
     def _line(self, name: str, text: str) -> None:
         line = f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}"
         if self._plain:
-            sys.stderr.write(f"{line}\n")  # one call, so that lines of several threads do not mix
+            sys.stderr.write(
+                f"{printable(line, lines=False)}\n"
+            )  # one call, so that lines of several threads do not mix
             sys.stderr.flush()
         else:
             self._bars.console.print(line, soft_wrap=True)
@@ -102,7 +107,7 @@ def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
     for outcome in outcomes:
         style = "bold red" if outcome.error else ""
         seconds = "" if outcome.seconds is None else format_seconds(outcome.seconds, rough=True)
-        table.add_row(outcome.notebook.stem, Text(str(outcome), style=style), seconds)
-    console = Console(highlight=False, markup=False, emoji=False)
+        table.add_row(outcome.notebook.stem, Text(printable(str(outcome)), style=style), seconds)
+    console = PlainConsole()
     console.print(table)
-    console.print(out / "site" / "index.html", soft_wrap=True)
+    console.print(str(out / "site" / "index.html"), soft_wrap=True)

@@ -17,7 +17,7 @@ from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.files import write_text
 from i2v_lab.paths import cache_dir, find_still
 from i2v_lab.profiling.fake.garbage import no_collection
-from i2v_lab.profiling.records import Forecast, Record, record_from_json, record_to_json
+from i2v_lab.profiling.records import Forecast, PhaseRecord, Record, record_from_json, record_to_json
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.provenance import code_digest, runner_packages, usable_cores, versions
@@ -151,10 +151,12 @@ def _still_size(image: str) -> str:
 
 def _read(path: Path) -> Result | None:
     """A cached forecast; a damaged file counts as none."""
-    with suppress(OSError, ValueError, KeyError, TypeError, RecordError):
-        values = json.loads(path.read_text())
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RecordError):
+        values = json.loads(path.read_text(encoding="utf-8"))
         records = tuple(record_from_json(record) for record in values["records"])
-        return records, values["context_bytes"]
+        context_bytes = values["context_bytes"]
+        if type(context_bytes) is int and context_bytes >= 0 and any(isinstance(each, PhaseRecord) for each in records):
+            return records, context_bytes
     return None
 
 

@@ -147,7 +147,7 @@ def recorded_rounds(names: Sequence[str] = PROFILER_ROUNDS, folder: Path | None 
     for name in names:
         path = (folder or data_dir() / "measured") / name
         if path.exists():
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             size = f"{values['request']['width']}x{values['request']['height']}"
             parts.append(pd.DataFrame(values["rounds"], columns=COLUMNS).assign(size=size, gpu=values["device"]))
     return pd.concat(parts[1:] or parts, ignore_index=True)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from i2v_lab.display import printable
 from i2v_lab.errors import I2VLabError, RecordError
 from i2v_lab.files import remove_partial_files
 from i2v_lab.profiling.records import OutOfMemoryRecord
@@ -111,5 +112,5 @@ def _measure_here(identity: dict[str, Any], folder: Path) -> None:
             video_path=lambda number: folder / (VIDEO if number == 1 else f"video_{number}.mp4"),
         )
     except I2VLabError as error:
-        print(f"i2v-lab: {error}", file=sys.stderr)
+        print(f"i2v-lab: {printable(str(error), lines=False)}", file=sys.stderr)
         sys.exit(error.exit_status)

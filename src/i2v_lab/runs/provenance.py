@@ -189,7 +189,12 @@ def git_commit(top: Path | None = None) -> tuple[str | None, bool | None]:
 
     def ask(*words: str) -> str:
         return subprocess.run(  # noqa: S603
-            [git, "-C", str(top), *words], capture_output=True, text=True, check=True, timeout=10, env=environment
+            [git, "-C", str(top), *words],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+            timeout=10,
+            env=environment,
         ).stdout.strip()
 
     try:

@@ -14,7 +14,7 @@ from i2v_lab.paths import data_dir
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.runs.measure import is_result
 from i2v_lab.runs.spec import DEFAULT_STILL, RunSpec
-from i2v_lab.runs.store import METADATA, Run, read_run
+from i2v_lab.runs.store import METADATA, Run, read_run, run_folders
 
 # Of format 1, whose diffusers records named LTX-2.3, fp8-cast and tiles: what ran was LTX-2 in bf16, untiled.
 _DIFFUSERS_MODELS = {"ltx-2.3-22b": "ltx-2-19b", "ltx-2.3-tiny": "ltx-2-tiny"}
@@ -23,6 +23,7 @@ _DIFFUSERS_OFFLOADS = {
     "diffusers, model offloading": ["model_offload"],
     "diffusers, group offloading": ["group_offload"],
 }
+LONGEST_REASON = 200  # characters of what is wrong with a spec, which quotes its values
 
 
 def spec_of(run: Run) -> RunSpec:
@@ -35,8 +36,9 @@ def spec_of(run: Run) -> RunSpec:
     try:
         values = dict(known["spec"]) if "spec" in known else _spec_of_format_1(known)
         return RunSpec.from_json({**values, "request": {**values["request"], "image": DEFAULT_STILL}})
-    except (KeyError, TypeError, ValueError, AttributeError, I2VLabError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, I2VLabError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         raise RecordError(
             f"run '{run.folder}' does not say what it ran ({reason}); give a run that i2v-lab recorded",
             folder=run.folder,
@@ -124,14 +126,22 @@ def recorded_runs(folder: Path | None = None) -> RecordedRuns:
     """All runs below a folder, ``data/measured`` by default.
 
     Raises:
-        RecordError: One of them is damaged.
+        RecordError: The folder is missing; or one of them is damaged, or does not say what it ran, or where.
     """
     return _read_all(folder or data_dir() / "measured")
 
 
 @cache
 def _read_all(folder: Path) -> RecordedRuns:
-    return RecordedRuns(tuple(read_run(metadata.parent) for metadata in sorted(folder.rglob(METADATA))))
+    return RecordedRuns(tuple(_recorded(each) for each in run_folders(folder)))
+
+
+def _recorded(folder: Path) -> Run:
+    run = read_run(folder)
+    spec_of(run)
+    if not run.metadata.get("device"):
+        raise RecordError(f"'{folder / METADATA}' names no device; give a run that i2v-lab recorded", folder=folder)
+    return run
 
 
 def card_of(run: Run) -> str:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType, UnionType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.files import write_text
 from i2v_lab.profiling.phase_html import phases_html
-from i2v_lab.profiling.records import KINDS, PhaseRecord, Record, record_from_json, record_to_json
+from i2v_lab.profiling.records import HINTS, KINDS, PhaseRecord, Record, record_to_json
+from i2v_lab.runs.record_files import file_content, json_fault, read_record, strict_json
 from i2v_lab.stopping import on_stop
 
 if TYPE_CHECKING:
@@ -39,7 +41,14 @@ RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
 FORECAST = "forecast"  # in the place of a device
 WRITER = "`i2v-lab generate --profile DIR`"
 DTYPES: dict[Any, str] = {int: "int64", int | None: "Int64", float: "float64", bool: "bool", str: "str"}
-HINTS = {kind: get_type_hints(kind) for kind in KINDS.values()}
+METADATA_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("model", "runner", "pipeline", "device", "device_name", "driver_version"), str),
+    **dict.fromkeys(("error", "started_at", "git_commit", "platform", "processor", "profiler", "code"), str),
+    **dict.fromkeys(("spec", "request", "versions", "experiment"), dict),
+    "argv": list,
+    "seed": int,
+}
+"""Of what a run may say of itself; what is not known is ``None``, or left out."""
 
 
 class RunWriter:
@@ -255,6 +264,29 @@ def read_run(folder: str | Path) -> Run:
         ) from error
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """All run directories below a folder, itself included, in the order of their paths.
+
+    Raises:
+        RecordError: The folder is missing, or one in it cannot be looked into.
+    """
+    found = []
+    try:
+        for root, folders, files in os.walk(folder, onerror=_raise):
+            if METADATA in files or METADATA in folders:
+                found.append(Path(root))
+    except OSError as error:
+        raise RecordError(
+            f"'{error.filename}' cannot be searched for runs ({error.strerror}); give a folder of runs",
+            folder=folder,
+        ) from error
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _read(folder: Path) -> Run:
     if not folder.exists():
         raise RecordError(f"run '{folder}' does not exist; check the path", folder=folder)
@@ -265,13 +297,13 @@ def _read(folder: Path) -> Run:
     path = folder / RECORDS
     if not path.exists():
         raise RecordError(f"run '{folder}' has lost its {RECORDS}; restore it or run again", folder=folder)
-    content = path.read_bytes()
+    content = file_content(path)
     if status == RUNNING:
         content = content[: content.rfind(b"\n") + 1]
     else:
         _verify(path, content, metadata)
     lines = content.split(b"\n")[:-1]
-    records = tuple(_read_line(path, number, line) for number, line in enumerate(lines, start=1))
+    records = tuple(read_record(path, number, line) for number, line in enumerate(lines, start=1))
     return Run(folder, metadata, records, status)
 
 
@@ -286,9 +318,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             raise RecordError(f"run '{folder}' was stopped before it began; delete it and run again", folder=folder)
         raise RecordError(f"run '{folder}' has no {METADATA}; give a folder that {WRITER} wrote", folder=folder)
     try:
-        metadata = json.loads(path.read_bytes())
+        metadata = strict_json(file_content(path))
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"'{path}' is not JSON ({_reason(error)}); restore it or run again", path=path) from error
+        raise RecordError(f"'{path}' is not JSON ({json_fault(error)}); restore it or run again", path=path) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise RecordError(f"'{path}' is not of an i2v-lab run; give a folder that {WRITER} wrote", path=path)
     number = metadata.get("format_version")
@@ -303,10 +335,14 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     if expected["status"] and metadata["status"] != RUNNING:
         expected["records"] = type(metadata.get("records")) is int
         expected["sha256"] = isinstance(metadata.get("sha256"), str)
+    known = {key: kind for key, kind in METADATA_TYPES.items() if metadata.get(key) is not None}
+    expected |= {key: type(metadata[key]) is kind for key, kind in known.items()}
     for key, right in expected.items():
         if not right:
-            value = metadata.get(key)
-            raise RecordError(f"'{path}' has {key}={value!r}, which no run has; restore it or run again", path=path)
+            value = reprlib.repr(metadata.get(key))
+            raise RecordError(
+                f"'{path}' has {key}={value}, which no run has; restore it or run again", path=path, key=key
+            )
     return metadata
 
 
@@ -324,44 +360,6 @@ def _verify(path: Path, content: bytes, metadata: dict[str, Any]) -> None:
             "restore it or run again",
             path=path,
         )
-
-
-def _read_line(path: Path, number: int, line: bytes) -> Record:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(
-            f"'{path}' line {number} is not JSON ({_reason(error)}); restore it or run again", path=path, line=number
-        ) from error
-    if not isinstance(values, dict):
-        raise RecordError(
-            f"'{path}' line {number} is not a JSON object; restore it or run again", path=path, line=number
-        )
-    try:
-        record = record_from_json(values)
-    except RecordError as error:
-        raise RecordError(f"'{path}' line {number}: {error}", path=path, line=number) from error
-    for name, hint in HINTS[type(record)].items():
-        value = getattr(record, name)
-        if not _fits(value, hint):
-            raise RecordError(
-                f"'{path}' line {number} has {name}={value!r}, which is of the wrong type; restore it or run again",
-                path=path,
-                line=number,
-            )
-    return record
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple)
-    return type(value) in (int, float) if hint is float else type(value) is hint
-
-
-def _reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
 
 
 # --- Writing ---

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope
 from i2v_lab.runs.forecast import forecast_specs
-from i2v_lab.runs.recorded import by_generation, recorded_runs, spec_of
+from i2v_lab.runs.recorded import by_generation, card_of, recorded_runs, spec_of
 from i2v_lab.runs.store import Run
 
 SUMMARY_COLUMNS = (
@@ -52,7 +53,7 @@ def measured_table(model: str | None = None, *, folder: Path | None = None, runs
     compared = [run for run in recorded_runs(folder).runs if _is_comparable(run, model)]
     for run in compared[:runs]:
         spec = spec_of(run)
-        asked = {"gpu": run.metadata["device_name"], "run": run.folder.name, "model": spec.model}
+        asked = {"gpu": card_of(run), "run": run.folder.name, "model": spec.model}
         for generation, phase in by_generation(run.of(PhaseRecord)):
             if phase.completed:
                 measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
@@ -73,6 +74,9 @@ def _is_comparable(run: Run, model: str | None) -> bool:
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
     """Each measured phase with its forecast.
 
+    Raises:
+        RecordError: A phase that no run of its spec has.
+
     Returns:
         ``measured`` with ``spec`` as the spec's name, then ``forecast_bytes, error, forecast_reserved_bytes,
         reserved_error``. Errors are relative to the measured peak, negative where the forecast is below it.
@@ -86,12 +90,26 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
         for generation, phase in by_generation(forecast.phases)
     }
     table = measured.assign(spec=[spec.name for spec in measured["spec"]])
-    phases = [forecasts[row] for row in zip(keys, table["generation"], table["phase"], strict=True)]
+    rows = list(zip(keys, table["generation"], table["phase"], strict=True))
+    for run, row in zip(table["run"], rows, strict=True):
+        if row not in forecasts:
+            raise RecordError(
+                f"run {run!r} has phase {row[2]!r} in generation {row[1]}, which its spec does not; was it edited?",
+                run=run,
+                phase=row[2],
+            )
+    phases = [forecasts[row] for row in rows]
     table["forecast_bytes"] = [phase.peak_bytes for phase in phases]
-    table["error"] = table["forecast_bytes"] / table["peak_bytes"] - 1
+    table["error"] = _relative(table["forecast_bytes"], table["peak_bytes"])
     table["forecast_reserved_bytes"] = [phase.peak_reserved_bytes for phase in phases]
-    table["reserved_error"] = table["forecast_reserved_bytes"] / table["peak_reserved_bytes"] - 1
+    table["reserved_error"] = _relative(table["forecast_reserved_bytes"], table["peak_reserved_bytes"])
     return table
+
+
+def _relative(forecast: pd.Series[Any], measured: pd.Series[Any]) -> pd.Series[Any]:
+    """The error relative to what was measured; NaN where that is nothing, or not known."""
+    known = measured.astype("float64")
+    return forecast.astype("float64") / known.where(known > 0) - 1
 
 
 def summary_table(accuracy: pd.DataFrame) -> pd.DataFrame:

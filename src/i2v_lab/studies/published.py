@@ -23,7 +23,7 @@ KEYS = ["model", "width", "height", "frames", "decode_scope", "tile_px", "tile_f
 @cache
 def published() -> dict[str, Any]:
     """All of ``data/published/no_grad_study.json``."""
-    return dict(json.loads((data_dir() / "published" / "no_grad_study.json").read_text()))
+    return dict(json.loads((data_dir() / "published" / "no_grad_study.json").read_text(encoding="utf-8")))
 
 
 def published_runs() -> pd.DataFrame:
@@ -87,7 +87,7 @@ def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
     """
     if given:
         return list(given)
-    known = json.loads((data_dir() / "studies.json").read_text())
+    known = json.loads((data_dir() / "studies.json").read_text(encoding="utf-8"))
     if model not in known:
         raise InvalidRequest(
             f"model={model!r} has no entry in data/studies.json; give {what} as a parameter", model=model

@@ -89,7 +89,7 @@ def _cache_path(image: str, model: str) -> Path:
 
 def _cached(path: Path) -> list[Any] | None:
     with suppress(OSError, ValueError):
-        rows: list[Any] = json.loads(path.read_text())
+        rows: list[Any] = json.loads(path.read_text(encoding="utf-8"))
         return rows
     return None
 

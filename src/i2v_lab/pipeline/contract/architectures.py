@@ -75,7 +75,7 @@ def load_architecture(name: str) -> Architecture:
     names = architecture_names()
     if name not in names:
         raise UnknownModel(f"model={name!r} is not a known architecture; use one of: {', '.join(names)}", model=name)
-    values = json.loads((data_dir() / "architectures" / f"{name}.json").read_text())
+    values = json.loads((data_dir() / "architectures" / f"{name}.json").read_text(encoding="utf-8"))
     known = set(Architecture.__dataclass_fields__)
     fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
     if "variants" in fields:

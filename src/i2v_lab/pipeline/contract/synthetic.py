@@ -69,7 +69,7 @@ class SyntheticWeights:
             OutputError: The cache cannot be written.
         """
         sources = (__file__, str(random_tensors.__file__), self.source)
-        code = "".join(Path(source).read_text() for source in sources)
+        code = "".join(Path(source).read_text(encoding="utf-8") for source in sources)
         recipe = f"{architecture.to_json()}:{code}:{version(self.package)}"
 
         def fill(folder: Path) -> None:

@@ -57,7 +57,7 @@ def cached_layout(
     """
     path = cache_dir() / "layouts" / f"{name}-{_digest(recipe)}.json"
     with suppress(OSError, ValueError, AttributeError):
-        return {key: tuple(shape) for key, shape in json.loads(path.read_text()).items()}
+        return {key: tuple(shape) for key, shape in json.loads(path.read_text(encoding="utf-8")).items()}
     layout = compute()
     with suppress(OSError):  # reported by cached_folder, for files that cannot be done without
         write_text(path, json.dumps(layout))

@@ -141,7 +141,7 @@ def file_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, .
         >>> file_layout(load_architecture("ltx-2.3-tiny"), "checkpoint")["model.diffusion_model.scale_shift_table"]
         (2, 64)
     """
-    code = "".join(Path(source).read_text() for source in (__file__, str(gemma.__file__)))
+    code = "".join(Path(source).read_text(encoding="utf-8") for source in (__file__, str(gemma.__file__)))
     recipe = f"{architecture.to_json()}:{version('ltx-core')}:{code}"
     return cached_layout(file, recipe, lambda: _compute_layout(architecture, file))
 

@@ -95,7 +95,7 @@ def write_gemma_folder(architecture: Architecture, folder: Path) -> None:
         "preprocessor_config.json": processor,
         "config.json": config,
     }.items():
-        (folder / name).write_text(json.dumps(values, indent=1))
+        (folder / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
     # ltx-core finds the tokenizer's folder by this file's name and reads tokenizer.json beside it.
     (folder / "tokenizer.model").touch()
 

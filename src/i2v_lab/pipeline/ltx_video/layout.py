@@ -68,7 +68,8 @@ def file_layout(architecture: Architecture, file: str) -> dict[str, tuple[int, .
         architecture: The model.
         file: ``checkpoint``, ``text_encoder`` or ``upsampler``.
     """
-    recipe = f"{architecture.to_json()}:{version('ltx-video')}:{Path(__file__).read_text()}"
+    code = Path(__file__).read_text(encoding="utf-8")
+    recipe = f"{architecture.to_json()}:{version('ltx-video')}:{code}"
     return cached_layout(f"ltxv-{file}", recipe, lambda: _compute_layout(architecture, file))
 
 

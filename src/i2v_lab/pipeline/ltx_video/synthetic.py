@@ -33,7 +33,7 @@ def write_t5_folder(architecture: Architecture, folder: Path) -> None:
     (folder / "text_encoder").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
     config = {"architectures": ["T5EncoderModel"], "model_type": "t5", **architecture.text_encoder}
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["waves roll in below the lighthouse", "a tower against the evening sky"] * 10),
@@ -51,7 +51,7 @@ def write_t5_folder(architecture: Architecture, folder: Path) -> None:
     )
     (folder / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
     settings = {"tokenizer_class": "T5Tokenizer", "legacy": True, "extra_ids": 100, "model_max_length": 512}
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 SYNTHETIC = SyntheticWeights(

@@ -71,5 +71,5 @@ def load_workspaces() -> Workspaces:
         >>> load_workspaces().cublas_bytes
         33554432
     """
-    values = json.loads((data_dir() / "workspaces.json").read_text())
+    values = json.loads((data_dir() / "workspaces.json").read_text(encoding="utf-8"))
     return Workspaces(**{name: values[name] for name in Workspaces.__dataclass_fields__})

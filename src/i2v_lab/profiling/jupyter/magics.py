@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
+from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from IPython.display import display
 
@@ -65,19 +68,45 @@ class VramMagics(Magics):
         ``%vram model(x)``, or ``%%vram`` on top of a cell. On CUDA the bytes are the caching allocator's; elsewhere
         those of all storages that the cell touches, each from the first operator that touches it. The value of the
         last expression is shown as usual; so is an error, after the figures.
+
+        Raises:
+            UsageError: There is a syntax error, a top-level ``await``, or text behind ``%%vram``; nothing is run then.
         """
+        if cell is not None and line.strip():
+            raise UsageError(f"%%vram takes no arguments, so not {line.strip()!r}; put the code below it")
         code = self.shell.transform_cell(line if cell is None else cell)
-        body = ast.parse(code).body
-        last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+        body, last = _compiled(code, self.shell.compile.cache(code))
         profiler = PhaseProfiler("cuda" if torch.cuda.is_available() else "cpu")
         try:
             with profiler, profiler.phase("cell"):
-                exec(compile(ast.Module(body, []), "<vram>", "exec"), self.shell.user_ns)  # noqa: S102
-                if last is None:
-                    return None
-                return eval(compile(ast.Expression(last.value), "<vram>", "eval"), self.shell.user_ns)  # noqa: S307
+                exec(body, self.shell.user_ns)  # noqa: S102
+                return None if last is None else eval(last, self.shell.user_ns)  # noqa: S307
         finally:
             display(CellMemory(profiler.peak))
+
+
+def _compiled(code: str, name: str) -> tuple[CodeType, CodeType | None]:
+    """The statements of a cell, and its last expression if it ends with one.
+
+    Args:
+        code: As Python.
+        name: Under which tracebacks find its lines.
+    """
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    try:
+        body = ast.parse(code, name).body
+        last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+        first = compile(ast.Module(body, []), name, "exec", flags)
+        second = None if last is None else compile(ast.Expression(last.value), name, "eval", flags)
+    except (SyntaxError, ValueError) as error:  # ValueError: a NUL
+        line = f" in line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UsageError(f"SyntaxError{line}: {getattr(error, 'msg', error)}; correct it, nothing was run") from error
+    if any(part is not None and part.co_flags & inspect.CO_COROUTINE for part in (first, second)):
+        raise UsageError(
+            "a magic cannot run a top-level await; measure it with "
+            "`with PhaseProfiler() as profiler, profiler.phase('cell'):` in a cell without the magic"
+        )
+    return first, second
 
 
 def load_ipython_extension(shell: Any) -> None:

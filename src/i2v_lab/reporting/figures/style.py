@@ -7,7 +7,9 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
+from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
 from i2v_lab.units import GIB, MIB
 
@@ -56,6 +58,7 @@ STYLE: Any = {
     "axes.axisbelow": True,
     "svg.hashsalt": "i2v-lab",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # a dollar in a name is one
 }
 
 
@@ -65,6 +68,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     Returns:
         The paths of both, SVG first.
     """
+    _make_printable(figure)
     with mpl.rc_context(STYLE):
         figure.draw_without_rendering()  # with a fixed aspect the constrained layout converges on the second pass
         svg = write_atomically(folder / f"{name}.svg", lambda part: figure.savefig(part, metadata={"Date": None}))
@@ -73,8 +77,17 @@ def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG."""
+    _make_printable(figure)
     with mpl.rc_context(STYLE):
         return write_atomically(path, lambda part: figure.savefig(part, dpi=160))
+
+
+def _make_printable(figure: Figure) -> None:
+    """Escape control characters, which are in no SVG, and lone surrogates, which no font has."""
+    for part in figure.findobj(Text):
+        text = part.get_text()
+        if text != printable(text):
+            part.set_text(printable(text))
 
 
 def byte_scale(largest_bytes: float) -> tuple[int, str]:
