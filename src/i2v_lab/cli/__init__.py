@@ -11,10 +11,10 @@ def main() -> None:
 
     What the machine refuses, during the imports too, ends in one line.
     """
-    stop_on_signals()
     from i2v_lab.cli.starvation import refusal
 
     try:
+        stop_on_signals()
         from i2v_lab.cli.app import main as run
 
         run()

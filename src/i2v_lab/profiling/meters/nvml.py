@@ -72,7 +72,8 @@ def nvml_session() -> Iterator[Any]:
     except pynvml.NVMLError as error:
         raise NvmlUnavailable(f"NVML does not answer ({error}).", cause=NO_ANSWER, reason=str(error)) from error
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(pynvml.NVMLError):  # a driver that has gone is not there to be left in order
+            pynvml.nvmlShutdown()
 
 
 # --- The driver and its cards -----------------------------------------------------------------------------------------
