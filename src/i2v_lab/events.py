@@ -7,7 +7,7 @@ side imports the other.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import entry_points
@@ -154,4 +154,9 @@ def environment_sinks(device: Any) -> list[EventSink]:
     """
     if os.environ.get(VRAM_VARIABLE, "0") in ("", "0"):
         return []
-    return [point.load()(device) for point in entry_points(group=SINK_GROUP)]
+    return [sink(device) for sink in installed_sinks()]
+
+
+def installed_sinks() -> list[Callable[[Any], EventSink]]:
+    """What makes the sinks of entry point group ``i2v_lab.sinks``; in a forecast, where nothing is to be read, none."""
+    return [point.load() for point in entry_points(group=SINK_GROUP)]

@@ -54,6 +54,21 @@ class Autocast:
             torch.clear_autocast_cache()
 
 
+@contextmanager
+def thread_state_restored() -> Iterator[None]:
+    """Restore the default device of this thread at the end of this scope, and forget casts of autocast before and then.
+
+    The casts are kept by weight, so that code outside this scope would be given a fake one, and the other way round.
+    """
+    before = ModeStacks.current()
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        replace(ModeStacks.current(), function=before.function, default=before.default).apply()
+        torch.clear_autocast_cache()
+
+
 class _Flag:
     """A mode that a producer is given, or finds as its consumer has it, until it sets its own across a yield."""
 

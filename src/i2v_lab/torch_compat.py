@@ -6,11 +6,13 @@ Written for torch 2.11; every item is the same in 2.12.1, 2.13.0, 2.14.1 and 2.1
 
 from __future__ import annotations
 
+import importlib
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._higher_order_ops.flex_attention import sdpa_dense as dense_flex_attention  # by ordinary operators
@@ -37,6 +39,8 @@ from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only  # torch.utils has no public pytree
 
+from i2v_lab.thread_patches import patched_here
+
 __all__ = [
     "CALL",
     "CONVOLUTION_BASE",
@@ -60,12 +64,15 @@ __all__ = [
     "UnsupportedOperatorException",
     "active_fake_mode",
     "alias_annotations",
+    "compiler_home",
     "convert_module",
     "dense_flex_attention",
     "disable_current_modes",
     "gpu_context_patch",
     "in_kernel_invocation_manager",
     "is_fake",
+    "keep_device_guard",
+    "lifting_restored",
     "no_dispatch",
     "returns_new_tensors",
     "storage_key",
@@ -168,7 +175,7 @@ def _exchange(
 
 @contextmanager
 def uncompiled_flex_attention(attend: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Do not let torch trace ``flex_attention`` within this scope, where its caller does not compile it.
+    """Do not let torch trace ``flex_attention`` in this thread within this scope, unless its caller compiles it.
 
     Uncompiled, it runs ordinary operators, which materialize all scores; torch traces every call only to run the same.
     It hands it to a dispatch mode as one operator that takes functions, which shows nothing of what it allocates.
@@ -184,10 +191,10 @@ def uncompiled_flex_attention(attend: Callable[..., Any] | None = None) -> Itera
         ...     flex_attention(query, query, query).shape
         torch.Size([1, 1, 128, 16])
     """
-    substitutes: dict[str, Any] = {"_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG": True}
-    if attend is not None:  # otherwise as it is, or as a scope outside has it
-        substitutes["flex_attention_hop"] = attend
-    with patch.multiple(flex_attention, **substitutes):
+    with ExitStack() as scopes:
+        scopes.enter_context(patched_here(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True))
+        if attend is not None:  # otherwise as it is, or as a scope outside has it
+            scopes.enter_context(patched_here(flex_attention, "flex_attention_hop", attend))
         yield
 
 
@@ -200,9 +207,77 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def compiler_home(*, load: bool = True) -> Any:
+    """Module and name of the function that every call of a compiled function asks for its compiler.
+
+    Args:
+        load: Import dynamo, which takes most of a second; otherwise ``None`` if nothing has yet.
+    """
+    if not load and "torch._dynamo.eval_frame" not in sys.modules:
+        return None
+    return importlib.import_module("torch._dynamo.eval_frame"), "_callback_from_stance"
+
+
 def gpu_context_patch() -> tuple[Any, str, Callable[[Any], None]]:
     """What to patch, and with what, so that a fake tensor on ``cuda`` does not initialise CUDA."""
     return fake_tensor, "init_gpu_context", lambda device: None
+
+
+_guard_is_kept = False
+
+
+def keep_device_guard() -> None:
+    """Give a torch without a CUDA driver the device guard that does nothing, for as long as the process lives.
+
+    A fake mode does it, where it is the first to be entered, but the guard is destroyed with the thread that asked for
+    it, and used by all others: the next fake mode in any thread would read freed memory. So a thread asks that ends
+    with the process, the main one or one that waits for ever.
+    """
+    global _guard_is_kept
+    with _LIFTING:
+        if _guard_is_kept:
+            return
+        done = threading.Event()
+
+        def ask() -> None:
+            torch._C._ensureCUDADeviceGuardSet()
+            done.set()
+
+        if threading.current_thread() is threading.main_thread():
+            ask()
+        else:
+
+            def ask_and_wait() -> None:
+                ask()
+                threading.Event().wait()
+
+            threading.Thread(target=ask_and_wait, name="i2v-lab-device-guard", daemon=True).start()
+            done.wait()
+        _guard_is_kept = True
+
+
+_LIFTING = threading.Lock()
+_lifting_scopes = 0
+_lifted_before = False
+
+
+@contextmanager
+def lifting_restored() -> Iterator[None]:
+    """Restore how ``torch.tensor`` reaches a device, once the last of several fake modes, in any threads, has ended.
+
+    A fake mode sets it for the whole process, and one that ends puts back what it found, which is another's.
+    """
+    global _lifting_scopes, _lifted_before
+    with _LIFTING:
+        if not _lifting_scopes:
+            _lifted_before = torch._C._only_lift_cpu_tensors()
+        _lifting_scopes += 1
+    try:
+        yield
+    finally:
+        with _LIFTING:
+            _lifting_scopes -= 1
+            torch._C._set_only_lift_cpu_tensors(_lifting_scopes > 0 or _lifted_before)
 
 
 def active_fake_mode() -> FakeTensorMode:

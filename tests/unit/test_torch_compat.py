@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from i2v_lab import torch_compat as compat
 from i2v_lab.profiling.storages import StorageSet
+from i2v_lab.thread_patches import patched_here
 from i2v_lab.torch_compat import storage_key
 
 aten = torch.ops.aten
@@ -308,3 +311,62 @@ def test_the_default_device_of_a_thread_is_what_torch_says(scope):
     torch.set_default_device(None)  # leaves it as if torch had entered it
     assert compat.ModeStacks.current() == before
     assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_the_compilers_home_is_asked_by_every_compiled_function_and_by_excluded_ones_for_none():
+    home, name = compat.compiler_home()
+    asked = []
+
+    def none_for(callback):
+        asked.append(callback)
+
+    with patched_here(home, name, none_for):
+        assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+        assert torch.compiler.disable(lambda x: x + 1)(torch.ones(2)).tolist() == [2, 2]
+    assert [callback in (None, False) for callback in asked[-2:]] == [False, True]
+
+
+def test_how_tensors_are_lifted_is_as_before_after_the_last_of_overlapping_fake_modes():
+    before = torch._C._only_lift_cpu_tensors()
+    scopes = [(compat.lifting_restored(), compat.HardwareFreeFakeMode()) for _ in range(2)]
+    entered = []
+
+    def run(index: int) -> None:
+        lifting, mode = scopes[index]
+        with lifting, mode:
+            entered.append(torch._C._only_lift_cpu_tensors())
+            steps[index].set()
+            steps[index + 2].wait(60)
+
+    steps = [threading.Event() for _ in range(4)]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for index in range(2):
+        threads[index].start()
+        steps[index].wait(60)
+    for index in range(2):  # the first to begin is the first to end
+        steps[index + 2].set()
+        threads[index].join()
+    assert entered == [True, True]
+    assert torch._C._only_lift_cpu_tensors() is before
+
+
+def test_a_fake_mode_can_be_entered_after_the_thread_of_the_first_one_has_ended():
+    code = """
+import threading, torch
+from i2v_lab import torch_compat as compat
+
+def enter():
+    compat.keep_device_guard()
+    with compat.HardwareFreeFakeMode():
+        made.append(torch.empty(3, device="cuda") + 1)
+
+made = []
+for _ in range(3):
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+enter()
+print(len(made))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("4\n", 0), done.stderr

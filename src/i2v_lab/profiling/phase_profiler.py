@@ -19,7 +19,8 @@ from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.base import MemoryMeter
 from i2v_lab.profiling.meters.cuda import CudaMeter
 from i2v_lab.profiling.meters.devices import device_support, make_meter
-from i2v_lab.profiling.meters.live_storages import LiveStorageMeter, StorageRecord
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
+from i2v_lab.profiling.meters.storage_record import StorageRecord
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.phase_html import phases_html
@@ -60,6 +61,7 @@ class PhaseProfiler:
             only.
         ambient: Let another profiler start while this one is active. Until that one ends, what is saved for backward
             counts there.
+        independent: The meter sees the work of this profiler alone, as in a forecast: others may be active beside it.
 
     Attributes:
         records: All records so far, oldest first.
@@ -90,6 +92,7 @@ class PhaseProfiler:
         on_record: Callable[[Record], None] | None = None,
         snapshot: Path | None = None,
         ambient: bool = False,
+        independent: bool = False,
     ) -> None:
         self._meter = make_meter(torch.device(device), meter, vram_cap_bytes) if isinstance(meter, str) else meter
         self._live = self._meter if isinstance(self._meter, LiveStorageMeter) else None
@@ -111,6 +114,8 @@ class PhaseProfiler:
         self._scopes = ExitStack()
         self._closed = False
         self._ambient = ambient
+        self._independent = independent
+        self._entered = False
         self._outer: PhaseProfiler | None = None
         self.threads = MeteredThreads([part for part in (self._live, self._probe) if part is not None])
         self.records: list[Record] = []
@@ -353,7 +358,7 @@ class PhaseProfiler:
     def _require_active(self) -> None:
         if self._closed:
             raise ProfilerError("this profiler is closed; make a new one for the next run", state="closed")
-        if PhaseProfiler._active is not self:
+        if not self._entered or (PhaseProfiler._active is not self and not self._independent):
             raise ProfilerError(
                 "this profiler is not active; run the pipeline inside `with profiler:`", state="inactive"
             )
@@ -361,7 +366,8 @@ class PhaseProfiler:
     def __enter__(self) -> Self:
         if self._closed:
             raise ProfilerError("this profiler is closed; make a new one for the next run", state="closed")
-        if PhaseProfiler._active is not None and not PhaseProfiler._active._ambient:
+        outer = None if self._independent else PhaseProfiler._active
+        if outer is not None and not outer._ambient:
             raise ProfilerError("another profiler is active; leave its with block first", state="another active")
         MeteredThreads.clear_thread()
         with ExitStack() as scopes:
@@ -372,14 +378,17 @@ class PhaseProfiler:
                 torch.cuda.memory._record_memory_history(max_entries=1_000_000)
                 scopes.callback(_dump_snapshot, self._snapshot)
             self._scopes = scopes.pop_all()
-        self._outer, PhaseProfiler._active = PhaseProfiler._active, self
+        self._entered = True
+        if not self._independent:
+            self._outer, PhaseProfiler._active = PhaseProfiler._active, self
         self.threads.entered()
         self._origin_s = time.perf_counter()
         self._meter.reset_peak()
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        PhaseProfiler._active, self._outer = self._outer, None
+        if not self._independent:
+            PhaseProfiler._active, self._outer = self._outer, None
         self._closed = True
         self._scopes.__exit__(*exc)
         self.threads.end()

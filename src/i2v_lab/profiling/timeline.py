@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from i2v_lab.profiling.meters.live_storages import CATEGORIES, LiveStorageMeter
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
+from i2v_lab.profiling.meters.storage_record import CATEGORIES
 from i2v_lab.profiling.records import TimelineRecord
 
 POINTS = 400  # maximum for one phase

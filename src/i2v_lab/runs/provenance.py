@@ -38,6 +38,7 @@ EXECUTED = (
     "runs/execute.py",
     "runs/spec.py",
     "thread_modes.py",
+    "thread_patches.py",
     "torch_compat.py",
 )
 

@@ -43,6 +43,7 @@ from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.weight_cache import cached_layout
 from i2v_lab.pipeline.ltx2 import gemma
 from i2v_lab.pipeline.ltx2.gemma import gemma_key_ops
+from i2v_lab.thread_patches import patched_here, unpatched
 
 FILES = {  # the synthetic weight files' paths below their folder
     "checkpoint": "checkpoint.safetensors",
@@ -83,23 +84,20 @@ COMPONENTS: Mapping[str, ComponentSpec] = {
 
 @contextmanager
 def gemma_dimensions(overrides: Mapping[str, Any]) -> Iterator[None]:
-    """Within this scope ltx-core builds Gemma, and what reads its hidden states, at the given size.
+    """Within this scope ltx-core builds Gemma, and what reads its hidden states, at the given size in this thread.
 
     ltx-core 1.0.0 takes the dimensions of Gemma 3 12B from a module constant; with empty ``overrides`` it is unchanged.
 
     Args:
         overrides: Fields of Gemma's configuration, sections as mappings; see ``Architecture.gemma``.
     """
-    original = encoder_configurator.GEMMA3_CONFIG_FOR_LTX
+    original = unpatched(encoder_configurator, "GEMMA3_CONFIG_FOR_LTX")
     sections = {
         key: replace(getattr(original, key), **value) if isinstance(value, Mapping) else value
         for key, value in overrides.items()
     }
-    encoder_configurator.GEMMA3_CONFIG_FOR_LTX = replace(original, **sections)
-    try:
+    with patched_here(encoder_configurator, "GEMMA3_CONFIG_FOR_LTX", replace(original, **sections)):
         yield
-    finally:
-        encoder_configurator.GEMMA3_CONFIG_FOR_LTX = original
 
 
 def gemma_config() -> dict[str, Any]:

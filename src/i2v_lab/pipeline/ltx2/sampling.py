@@ -36,6 +36,7 @@ from ltx_pipelines.utils.types import PipelineComponents
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
 from i2v_lab.request import VideoShape
+from i2v_lab.thread_patches import patched_here
 
 
 @dataclass(frozen=True)
@@ -140,19 +141,15 @@ def set_still_tokens(transformer: Any, still: torch.Tensor) -> None:
 
 @contextmanager
 def _reported_steps(on_step: Callable[[int, int], None]) -> Iterator[None]:
-    """Within this scope ltx-pipelines' Euler loop calls ``on_step`` where it would update a progress bar."""
+    """Within this scope ltx-pipelines' Euler loop, in this thread, calls ``on_step`` instead of a progress bar."""
 
     def report(sigmas: torch.Tensor) -> Iterator[torch.Tensor]:
         for step, sigma in enumerate(sigmas, start=1):
             yield sigma
             on_step(step, len(sigmas))
 
-    bar = samplers.tqdm
-    samplers.tqdm = report
-    try:
+    with patched_here(samplers, "tqdm", report):
         yield
-    finally:
-        samplers.tqdm = bar
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import ltx_pipelines.distilled
 import ltx_pipelines.ti2vid_two_stages
@@ -45,6 +44,7 @@ from i2v_lab.pipeline.ltx2.sampling import sampling_params
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import I2VRequest, Variant
+from i2v_lab.thread_patches import patched_here, unpatched
 
 MODULES = {Variant.DISTILLED: ltx_pipelines.distilled, Variant.DEV: ltx_pipelines.ti2vid_two_stages}
 
@@ -159,7 +159,7 @@ class UpstreamPipeline:
                 phases[phase].enter_context(phase_scope(phase, self.device, self._emit))
 
             def wrap(owner: Any, name: str, phase: Phase | None, *, ends: bool) -> None:
-                original = getattr(owner, name)
+                original = unpatched(owner, name)
 
                 def call(*args: Any, **kwargs: Any) -> Any:
                     current = phase or denoising[0]
@@ -172,8 +172,11 @@ class UpstreamPipeline:
                             denoising.pop(0)
                     return result
 
-                setattr(owner, name, call)
-                scopes.callback(setattr, owner, name, original)
+                if owner is module:  # which other runs share
+                    scopes.enter_context(patched_here(owner, name, call))
+                else:
+                    setattr(owner, name, call)
+                    scopes.callback(setattr, owner, name, original)
 
             def noting(build: Callable[[], Any]) -> Any:
                 encoder = build()
@@ -221,4 +224,4 @@ def _set_loader(ledger: Any, weights: Weights) -> None:
 
 def _cuda_synchronize_skipped(device: torch.device) -> AbstractContextManager[Any]:
     """On a CPU, within this scope ``torch.cuda.synchronize``, which upstream calls on any device, does nothing."""
-    return nullcontext() if device.type == "cuda" else patch.object(torch.cuda, "synchronize", lambda *_: None)
+    return nullcontext() if device.type == "cuda" else patched_here(torch.cuda, "synchronize", lambda *_: None)

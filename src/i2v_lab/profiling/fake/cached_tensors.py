@@ -1,34 +1,122 @@
-"""Clears tensors from ``functools`` caches, so that fake and real ones do not mix."""
+"""Keeps the fake tensors of a forecast out of ``functools`` caches, and real ones out of the forecast."""
 
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from i2v_lab.thread_patches import patched_here, unpatched
+
+OWN_CACHES = ("i2v_lab.", "torch.")  # modules whose caches hold no tensors of a pipeline
+_LruCache = functools._lru_cache_wrapper
+
+_without_tensors: set[int] = set()  # of caches that exist as long as their modules: their results held no tensors
+_found: tuple[int, list[tuple[Any, str, Any]]] = (0, [])
+
 
 @contextmanager
-def no_cached_tensors() -> Iterator[None]:
-    """Clear every ``functools.lru_cache`` that holds a tensor, on entry and on exit of this scope.
+def own_caches() -> Iterator[None]:
+    """Give this thread empty ``functools.lru_cache`` caches for functions that return tensors, within this scope.
 
-    ltx-core caches its grids of frequencies this way. A fake one would be useless to a later real run; a real one would
-    be memory whose allocation a forecast does not see.
+    ltx-core caches its grids of frequencies this way. A fake one would be useless to a real run, now in another thread
+    or later; a real one would be memory whose allocation a forecast does not see. Found are caches of functions that
+    are attributes of a module or class; those of modules that are imported within the scope are cleared at its end.
     """
-    _clear_caches_with_tensors()
+    private: dict[int, Callable[..., Any]] = {}
+    with ExitStack() as scopes:
+        for target, name, function in _cached_functions():
+            scopes.enter_context(patched_here(target, name, _with_own_cache(function, private)))
+        try:
+            yield
+        finally:
+            for _, _, function in _cached_functions():
+                cache = _cache_of(function)
+                if id(cache) not in private:
+                    cache.cache_clear()
+
+
+def _cached_functions() -> list[tuple[Any, str, Any]]:
+    """Where functions with a cache are attributes of a module or class: owner, name and function.
+
+    Not by ``gc.get_objects()``: it references tuples that other threads are about to build, which fails there.
+    """
+    global _found
+    modules = list(sys.modules.items())
+    if _found[0] != len(modules):
+        found = []
+        for name, module in modules:
+            if module is None or f"{name}.".startswith(OWN_CACHES):
+                continue
+            owners = [module, *(each for each in list(vars(module).values()) if _is_class_of(each, name))]
+            found += [
+                (owner, key, unpatched(owner, key))
+                for owner in owners
+                for key, value in list(vars(owner).items())
+                if (cache := _cache_of(value)) is not None and _is_of_torch(cache)
+            ]
+        _found = (len(modules), found)
+    return _found[1]
+
+
+def _is_class_of(value: Any, module: str) -> bool:
+    return isinstance(value, type) and value.__module__ == module
+
+
+def _cache_of(value: Any) -> Any:
+    """The cache that is this value, or that a function wraps."""
+    if type(value) is _LruCache:
+        return value
+    if type(value) is types.FunctionType and value.__closure__:
+        return next((cell for cell in map(_contents, value.__closure__) if type(cell) is _LruCache), None)
+    return None
+
+
+def _contents(cell: Any) -> Any:
     try:
-        yield
-    finally:
-        _clear_caches_with_tensors()
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
-def _clear_caches_with_tensors() -> None:
-    for candidate in gc.get_objects():
-        if type(candidate) is functools._lru_cache_wrapper and _contains_tensor(gc.get_referents(candidate), depth=3):
-            candidate.cache_clear()
+def _is_of_torch(cache: Any) -> bool:
+    """Whether a cached function can name torch, and was defined outside :data:`OWN_CACHES`."""
+    function = cache.__wrapped__
+    module = f"{getattr(function, '__module__', '')}."
+    names = getattr(function, "__globals__", {})
+    return not module.startswith(OWN_CACHES) and any(value is torch for value in names.values())
+
+
+def _with_own_cache(function: Any, private: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
+    cache = _cache_of(function)
+    own = private.setdefault(id(cache), _own_cache(cache))
+    if function is cache:
+        return own
+    cells = tuple(types.CellType(own) if _contents(cell) is cache else cell for cell in function.__closure__)
+    copied = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _own_cache(cache: Any) -> Callable[..., Any]:
+    own = functools.lru_cache(**cache.cache_parameters())(cache.__wrapped__)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if id(cache) in _without_tensors:
+            return cache(*args, **kwargs)
+        result = own(*args, **kwargs)
+        if not _contains_tensor([result, args, kwargs], depth=3):
+            _without_tensors.add(id(cache))
+        return result
+
+    return call
 
 
 def _contains_tensor(values: Any, depth: int) -> bool:

@@ -12,13 +12,18 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
+from i2v_lab.profiling.fake.card import FakeCard
+from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator, data_dependent_error, known_values
+from i2v_lab.profiling.fake.random_state import random_patches
+from i2v_lab.profiling.fake.threads import ForecastMode, one_thread
+from i2v_lab.thread_modes import thread_state_restored
+from i2v_lab.thread_patches import patched_here, unpatched
 from i2v_lab.torch_compat import (
     CONVOLUTION_BASE,
     DATA,
@@ -27,11 +32,12 @@ from i2v_lab.torch_compat import (
     FakeTensor,
     FakeTensorConverter,
     FakeTensorMode,
-    HardwareFreeFakeMode,
     convert_module,
     dense_flex_attention,
     disable_current_modes,
     gpu_context_patch,
+    keep_device_guard,
+    lifting_restored,
     no_dispatch,
     tree_map_only,
     uncompiled_flex_attention,
@@ -43,29 +49,39 @@ def fake_device(
     device: torch.device,
     current_module: Callable[[], str],
     on_operator: OnOperator = lambda *_: None,
-    on_empty_cache: Callable[[], None] = lambda: None,
+    card: FakeCard | None = None,
 ) -> Iterator[FakeTensorMode]:
-    """Make every tensor fake, and ``device`` available, within this scope.
+    """Make every tensor of this thread fake, and ``device`` available to it, within this scope.
+
+    Other threads are not affected: functions that are replaced are replaced for this thread alone.
 
     Args:
         device: What the code asks for: ``cpu`` or ``cuda``. No CUDA call is made, on any machine.
         current_module: Returns the path of the running module, for errors.
         on_operator: Called after every operator.
-        on_empty_cache: Called instead of ``torch.cuda.empty_cache()``.
+        card: What ``torch.cuda`` tells about the device; with ``cuda`` alone.
 
     Raises:
-        ForecastError: An operator without a fake kernel, or one whose result depends on unknown data; or a backward
-            pass on ``cuda`` where there is no CUDA driver.
+        ForecastError: An operator without a fake kernel, or one whose result depends on unknown data; work in another
+            thread; a compiled function; a question about the card that none can answer; or a backward pass on ``cuda``
+            where there is no CUDA driver.
     """
-    mode = HardwareFreeFakeMode(allow_non_fake_inputs=True)
+    keep_device_guard()
     with ExitStack() as scopes:
-        for target, name, substitute in _patches(device, current_module, on_empty_cache):
-            scopes.enter_context(patch.object(target, name, substitute))
+        mode = ForecastMode()
+        scopes.enter_context(thread_state_restored())
+        scopes.enter_context(lifting_restored())
         scopes.enter_context(uncompiled_flex_attention(_flex_attention))
         scopes.enter_context(disable_current_modes())  # a meter outside would count fake storages
         scopes.enter_context(mode)
         operators = FakeOperators(mode, current_module, on_operator)
         scopes.callback(operators.restore_gradients)
+        for target, name, substitute in _patches(device, operators, current_module, card):
+            scopes.enter_context(patched_here(target, name, substitute))
+        scopes.enter_context(no_compiled_functions())
+        scopes.enter_context(one_thread(mode))
+        # A backward pass runs in this thread too, even where a driver is there to run it in another one.
+        scopes.enter_context(torch.autograd.set_multithreading_enabled(False))
         scopes.enter_context(operators)
         try:
             yield mode
@@ -103,9 +119,8 @@ def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
 # --- Functions that are intercepted before torch decomposes them into operators ---------------------------------------
 
 
-def _attention(
-    original: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    original = unpatched(torch.nn.functional, "scaled_dot_product_attention")
     attend = fused_attention if query.device.type == "cuda" else original
     result: torch.Tensor = attend(query, key, value, *args, **kwargs)
     return result
@@ -114,13 +129,17 @@ def _attention(
 def _flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     with ExitStack() as scopes:
         if query.device.type == "cuda":  # whose allocator counts the steps of the softmax
-            scopes.enter_context(patch.object(torch, "_safe_softmax", safe_softmax))
+            scopes.enter_context(patched_here(torch, "_safe_softmax", safe_softmax))
         return dense_flex_attention(query, *args, **kwargs)
 
 
-def _tensor(original: Any, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _tensor(operators: FakeOperators, data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    original = unpatched(torch, "tensor")
+    plain = isinstance(data, list | tuple | int | float | complex)
     data = _without_tensors(data) if isinstance(data, list | tuple) else data
     result: torch.Tensor = original(data, *args, **kwargs)
+    if plain and kwargs.get("dtype") is None and result.is_floating_point() and result.dtype != operators.default_dtype:
+        return original(data, *args, **{**kwargs, "dtype": operators.default_dtype})
     return result
 
 
@@ -147,10 +166,10 @@ def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
         tensor._i2v_lab_known = getattr(value, "_i2v_lab_known", None)  # type: ignore[attr-defined]
 
 
-def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any], original: Any) -> torch.Tensor:
+def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     """Clone a fake: torch would copy its storage, which has no data, past the meter and without the known values."""
     if not isinstance(tensor, FakeTensor):
-        result: torch.Tensor = original(tensor, memo)
+        result: torch.Tensor = unpatched(torch.Tensor, "__deepcopy__")(tensor, memo)
         return result
     if id(tensor) not in memo:
         copied = tensor.detach().clone()
@@ -164,41 +183,31 @@ def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any], original: Any) -> torc
 
 
 def _patches(
-    device: torch.device, current_module: Callable[[], str], on_empty_cache: Callable[[], None]
+    device: torch.device, operators: FakeOperators, current_module: Callable[[], str], card: FakeCard | None
 ) -> Iterator[tuple[Any, str, Any]]:
-    functional = torch.nn.functional
     # By patches: a TorchFunctionMode would also be called for every shape and dtype that is read.
-    yield torch, "tensor", functools.partial(_tensor, torch.tensor)
-    attention = functools.partial(_attention, functional.scaled_dot_product_attention)
-    yield functional, "scaled_dot_product_attention", attention
-    yield torch.Tensor, "numpy", functools.partialmethod(_numpy, current_module)
+    yield torch, "tensor", functools.partial(_tensor, operators)
+    yield torch.nn.functional, "scaled_dot_product_attention", _attention
+    yield torch.Tensor, "numpy", functools.partial(_numpy, current_module=current_module)
     yield torch.Tensor, "data", property(DATA.__get__, _set_data)
-    yield torch.Tensor, "__deepcopy__", functools.partialmethod(_deepcopy, original=torch.Tensor.__deepcopy__)
+    yield torch.Tensor, "__deepcopy__", _deepcopy
     yield torch.nn.Module, "_apply", _apply
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
     yield *TRUNCATED_NORMAL, lambda tensor, *_, **__: tensor
+    yield torch, "set_default_dtype", operators.set_default_dtype  # torch's own is that of all threads
+    yield torch, "get_default_dtype", lambda: operators.default_dtype
     yield gpu_context_patch()
+    yield from random_patches()
     if device.type == "cuda":
-        yield torch, "Generator", _CpuGenerator
-        yield torch.cuda, "is_available", lambda: True
-        yield torch.cuda, "device_count", lambda: 1
-        yield torch.cuda, "current_device", lambda: 0
-        yield torch.cuda, "synchronize", lambda device=None: None
-        yield torch.cuda, "empty_cache", on_empty_cache
-        yield torch.cuda, "is_current_stream_capturing", lambda: False  # optimizers ask
+        yield torch, "Generator", lambda device="cpu": unpatched(torch, "Generator")("cpu")
+        if card is not None:
+            yield from card.patches()
         try:
             from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
         except ImportError:
             return
         yield JITFunction, "run", _skip_kernel
-
-
-class _CpuGenerator(torch.Generator):
-    """Replaces a generator on the fake device."""
-
-    def __new__(cls, device: Any = "cpu") -> _CpuGenerator:
-        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 def _apply(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

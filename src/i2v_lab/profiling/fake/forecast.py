@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
-from unittest.mock import patch
 
 import torch
 
-from i2v_lab.events import VRAM_VARIABLE
+from i2v_lab import events
 from i2v_lab.profiling.fake.block_trace import TracingAllocator
-from i2v_lab.profiling.fake.cached_tensors import no_cached_tensors
+from i2v_lab.profiling.fake.cached_tensors import own_caches
+from i2v_lab.profiling.fake.card import FakeCard
 from i2v_lab.profiling.fake.device import fake_device, to_fake
 from i2v_lab.profiling.fake.garbage import no_collection
 from i2v_lab.profiling.fake.memoization import MemoryKey, ModuleMemo
@@ -21,6 +20,7 @@ from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast
+from i2v_lab.thread_patches import patched_here
 from i2v_lab.torch_compat import active_fake_mode, tree_leaves
 
 
@@ -36,6 +36,9 @@ class ForecastMeter(LiveStorageMeter):
         self.allocator = allocator
         self._workspaces = workspaces
         self._initialized: set[str] = set()
+        self._max_allocated_bytes = 0
+        self._max_reserved_bytes = 0
+        self._reserved_bytes = 0  # without a model of the allocator: what it has to keep until its cache is emptied
 
     def on_operator(self, func: Any, args: Any, result: Any, tensors: list[torch.Tensor]) -> None:
         """Count the tensors that an operator takes and returns, and its kernel's workspaces."""
@@ -48,6 +51,45 @@ class ForecastMeter(LiveStorageMeter):
             nbytes = self._workspaces.transient(func, args, result)
             if nbytes:
                 self.add_transient_workspace(nbytes, "cuDNN workspace")
+
+    def _update_peak(self, before_bytes: int) -> None:
+        super()._update_peak(before_bytes)
+        self._raise_max(self._live_bytes)
+
+    def raise_peak(self, nbytes: int) -> None:
+        """As of a real run too, whose peak this is."""
+        super().raise_peak(nbytes)
+        self._raise_max(nbytes)
+
+    def _raise_max(self, nbytes: int) -> None:
+        self._max_allocated_bytes = max(self._max_allocated_bytes, nbytes)
+        self._reserved_bytes = max(self._reserved_bytes, nbytes)
+        self._max_reserved_bytes = max(self._max_reserved_bytes, self.reserved_bytes())
+
+    # --- What ``torch.cuda`` tells the code: other peaks than those of phases ---
+
+    def max_allocated_bytes(self) -> int:
+        """As ``torch.cuda.max_memory_allocated()``."""
+        return self._max_allocated_bytes
+
+    def reserved_bytes(self) -> int:
+        """As ``torch.cuda.memory_reserved()``."""
+        return self._reserved_bytes if self.allocator is None else self.allocator.reserved_bytes
+
+    def max_reserved_bytes(self) -> int:
+        """As ``torch.cuda.max_memory_reserved()``."""
+        return self._max_reserved_bytes
+
+    def reset_max(self) -> None:
+        """As ``torch.cuda.reset_peak_memory_stats()``."""
+        self._max_allocated_bytes = self.allocated_bytes()
+        self._max_reserved_bytes = self.reserved_bytes()
+
+    def empty_cache(self) -> None:
+        """As ``torch.cuda.empty_cache()``."""
+        self._reserved_bytes = self.allocated_bytes()
+        if self.allocator is not None:
+            self.allocator.empty_cache()
 
     def __enter__(self) -> Self:
         return self
@@ -86,19 +128,19 @@ def forecasting(
     """
     device = torch.device(device)
     meter = ForecastMeter(device.type, workspaces)
-    profiler = PhaseProfiler(device, meter=meter)
+    profiler = PhaseProfiler(device, meter=meter, independent=True)
     paths = profiler.paths
     assert paths is not None
-    on_empty_cache = meter.allocator.empty_cache if meter.allocator is not None else lambda: None
+    context_bytes = workspaces.context_bytes if workspaces is not None else 0
     with (
         no_collection(),
-        no_cached_tensors(),
-        patch.dict(os.environ, {VRAM_VARIABLE: "0"}),  # that sink would read the real allocator
+        own_caches(),
+        patched_here(events, "installed_sinks", list),  # they would read the real allocator
         fake_device(
             device,
             current_module=lambda: paths.current,
             on_operator=meter.on_operator,
-            on_empty_cache=on_empty_cache,
+            card=FakeCard(meter, context_bytes),
         ),
         ModuleMemo(meter, meter.allocator, paths, memoize or {}).active(),
         profiler,

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -21,6 +20,7 @@ from i2v_lab.profiling.fake.block_trace import BlockTrace, TracingAllocator
 from i2v_lab.profiling.fake.operators import are_new
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
+from i2v_lab.thread_patches import patched_here, unpatched
 
 # Called with a module and the arguments of a call: all that, besides shapes, decides which operators run.
 MemoryKey = Callable[..., Hashable]
@@ -76,8 +76,8 @@ class ModuleMemo:
         """Memoize calls within this scope."""
         with ExitStack() as scopes:
             for kind, memory_key in self._memory_keys.items():
-                forward = functools.partial(self._forward, kind.forward, memory_key)
-                scopes.enter_context(patch.object(kind, "forward", functools.partialmethod(_call, forward)))
+                forward = functools.partial(self._forward, unpatched(kind, "forward"), memory_key)
+                scopes.enter_context(patched_here(kind, "forward", functools.partial(_call, forward)))
             yield
 
     def _forward(self, forward: Any, memory_key: MemoryKey, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ class ModuleMemo:
         return self._layouts[module]
 
 
-def _call(module: torch.nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(forward: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return forward(module, args, kwargs)
 
 
@@ -141,8 +141,8 @@ def _flatten(value: Any, tensors: list[torch.Tensor], known: int, weak: bool = F
         names = [field.name for field in dataclasses.fields(value)]
         items = tuple((name, _flatten(getattr(value, name), tensors, known, weak)) for name in names)
         return ("dataclass", type(value), items)
-    if not isinstance(value, Hashable):
-        return ("other", id(value), None)
+    if not isinstance(value, Hashable):  # nor can an equal one be told: as an argument it equals nothing
+        return ("other", object() if weak else value, None)
     with suppress(TypeError):  # numbers and the like, which hold nothing
         return ("other", weakref.ref(value) if weak else value, None)
     return ("other", value, None)

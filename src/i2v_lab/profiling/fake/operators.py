@@ -148,6 +148,9 @@ class FakeOperators(DispatchMode):
         mode: The fake mode below this one.
         current_module: Returns the path of the running module, for errors.
         on_operator: Called after every operator.
+
+    Attributes:
+        default_dtype: Of floating-point results that follow from none; torch's own is that of all threads.
     """
 
     def __init__(self, mode: FakeTensorMode, current_module: Callable[[], str], on_operator: OnOperator) -> None:
@@ -156,6 +159,7 @@ class FakeOperators(DispatchMode):
         self._current_module = current_module
         self._on_operator = on_operator
         self._outputs: dict[Any, _Outputs | None] = {}
+        self.default_dtype = torch.get_default_dtype()
         self._real_leaves: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | None]] = {}  # with their gradients
 
     def __torch_dispatch__(
@@ -170,7 +174,8 @@ class FakeOperators(DispatchMode):
         others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
         if _is_meta(kwargs, inputs, others):  # has no memory on any device
             with no_dispatch():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            return result if inputs else self._with_default_dtype(func, args, kwargs, result)
         written = written_tensors(func, args, kwargs)
         if written and any(_is_real(tensor) for tensor in written):
             module = self._current_module()
@@ -203,6 +208,8 @@ class FakeOperators(DispatchMode):
                 result = self._run(func, *self._fake_real_inputs(args, kwargs))
             else:
                 result = self._run(func, args, kwargs, inputs)
+            if not any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in inputs):
+                result = self._with_default_dtype(func, args, kwargs, result)
         except DATA_DEPENDENT as error:
             if not all_known:
                 raise data_dependent_error(func, self._current_module()) from error
@@ -222,6 +229,25 @@ class FakeOperators(DispatchMode):
         lifted = func is aten.lift_fresh.default  # its input is the same tensor before it became fake
         self._on_operator(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result
+
+    def set_default_dtype(self, dtype: torch.dtype) -> None:
+        """``torch.set_default_dtype`` for this forecast."""
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"only floating-point types are supported as the default type, not {dtype}")
+        self.default_dtype = dtype
+
+    def _with_default_dtype(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """The result of an operator that was given no floating-point dtype, with the default one of this forecast."""
+        if func.namespace != "aten" or any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())):
+            return result
+        return tree_map_only(torch.Tensor, self._in_default_dtype, result)
+
+    def _in_default_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dtype.is_floating_point or tensor.dtype == self.default_dtype:
+            return tensor
+        with no_dispatch():
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=self.default_dtype, device=META)
+        return FakeTensor(self._mode, meta, tensor.fake_device) if isinstance(tensor, FakeTensor) else meta
 
     def _fake_real_inputs(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[torch.Tensor]]:
         """Replace real tensors by fakes whose storages are marked as real, so that writes to them are detected.
@@ -258,8 +284,7 @@ class FakeOperators(DispatchMode):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
         if not makes_new_tensors(func):
             return func(*args, **kwargs)
-        # The default dtype is part of the key: it is that of a factory's result where none is given.
-        key = (func, torch.get_default_dtype(), _layout(args), _layout(kwargs))
+        key = (func, _layout(args), _layout(kwargs))
         outputs = self._outputs.get(key)
         if outputs is None:
             result = func(*args, **kwargs)
@@ -304,6 +329,9 @@ class FakeOperators(DispatchMode):
         for fake, value in zip(outputs, real, strict=True):
             if isinstance(fake, FakeTensor):
                 valid = flags.get(storage_key(value), [True])
+                if value.dtype != fake.dtype:  # which is the default one of this forecast
+                    with no_dispatch():
+                        value = value.to(fake.dtype)
                 fake._i2v_lab_known = KnownValues(value, valid)  # type: ignore[attr-defined]
 
     def _run_on_values(self, func: Any, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ import torch
 
 from i2v_lab.errors import VramCapExceeded
 from i2v_lab.profiling.meters.base import Allocator, Block
+from i2v_lab.profiling.meters.storage_record import StorageRecord
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.torch_compat import (
     ModeStacks,
@@ -24,61 +25,6 @@ from i2v_lab.torch_compat import (
     tree_leaves,
     uncompiled_flex_attention,
 )
-
-CATEGORIES = ("weight", "saved", "activation", "other")
-
-
-@dataclass(slots=True)
-class StorageRecord:
-    """Allocation record of one storage, from the first operator that touched it until it was freed.
-
-    Moments are ticks of the meter's logical clock, which advances at every allocation, free, save and release.
-
-    Attributes:
-        nbytes: Its size.
-        shape: Of the first tensor seen on it.
-        dtype: Of that tensor.
-        module: Path of the module that was running then; empty outside any.
-        is_weight: Whether a module has it as a parameter or buffer.
-        allocated_at: First tick at which it was allocated.
-        freed_at: First tick at which it was freed; ``None`` while it is allocated.
-        saved: Intervals ``[from, to)`` in which an autograd graph saved it; ``to`` is ``None`` while it does.
-        is_workspace: Whether a library allocated it internally; then it is no tensor and ``module`` names the library.
-    """
-
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module: str
-    is_weight: bool
-    allocated_at: int
-    freed_at: int | None = None
-    saved: list[list[int | None]] = field(default_factory=list)
-    is_workspace: bool = False
-
-    def mark_weight(self, tensor: torch.Tensor, module: str) -> None:
-        """Reclassify a storage that was loaded first and became a parameter or buffer of a module afterwards."""
-        self.is_weight, self.module = True, module
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-
-    def is_live_at(self, tick: int) -> bool:
-        """Whether it was allocated at a tick."""
-        return self.allocated_at <= tick and (self.freed_at is None or tick < self.freed_at)
-
-    def category_at(self, tick: int) -> str:
-        """What it was for at a tick: one of ``CATEGORIES``, the first that fits."""
-        if self.is_weight:
-            return "weight"
-        if any(start is not None and start <= tick and (end is None or tick < end) for start, end in self.saved):
-            return "saved"
-        return self.unsaved_category
-
-    @property
-    def unsaved_category(self) -> str:
-        """What it is for while no autograd graph saves it."""
-        if self.is_weight:
-            return "weight"
-        return "activation" if self.module and not self.is_workspace else "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +44,13 @@ class LocalPeak:
     """
 
     bytes: int
+
+
+class _FlexAttention(threading.local):
+    """How a thread runs it."""
+
+    def __init__(self) -> None:
+        self.scopes = ExitStack()
 
 
 class LiveStorageMeter(TorchDispatchMode):
@@ -147,12 +100,12 @@ class LiveStorageMeter(TorchDispatchMode):
         self._peak_tick = 0
         self._times_s: list[float] = [time.perf_counter()]  # of every tick since drop_freed
         self._first_tick = 0
-        self._scopes = ExitStack()
+        self._thread = _FlexAttention()
         self._is_over = False
         self._lock = threading.RLock()  # storages may be freed in any thread
 
     def __enter__(self) -> Self:
-        self._scopes.enter_context(uncompiled_flex_attention(dense_flex_attention))
+        self._enter_flex_attention()
         super().__enter__()
         self._is_over = False
         return self
@@ -162,17 +115,23 @@ class LiveStorageMeter(TorchDispatchMode):
         self.leave_thread()
         self.enter_thread()  # torch takes the innermost mode of this thread away, which may be another
         super().__exit__(*exc)
-        self._scopes.close()
+        self._thread.scopes.close()
 
     def enter_thread(self) -> None:
         """Meter this thread too: a dispatch mode sees the operators of the thread that entered it."""
         stacks = ModeStacks.current()
         replace(stacks, dispatch=(*stacks.dispatch, self)).apply()
+        self._enter_flex_attention()
 
     def leave_thread(self) -> None:
         """Meter this thread no more."""
         stacks = ModeStacks.current()
         replace(stacks, dispatch=tuple(mode for mode in stacks.dispatch if mode is not self)).apply()
+        self._thread.scopes.close()
+
+    def _enter_flex_attention(self) -> None:
+        self._thread.scopes.close()
+        self._thread.scopes.enter_context(uncompiled_flex_attention(dense_flex_attention))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -325,8 +284,9 @@ class LiveStorageMeter(TorchDispatchMode):
     def mark_saved(self, tensor: torch.Tensor) -> None:
         """An autograd graph saved a tensor on this storage, the first one to do so."""
         self.observe([tensor])
-        record = self._live[storage_key(tensor)][0]
-        record.saved.append([self._advance(), None])
+        known = self._live.get(storage_key(tensor))
+        if known is not None:  # otherwise on another device
+            known[0].saved.append([self._advance(), None])
 
     def mark_released(self, key: int) -> None:
         """No graph saves the storage with this key any more."""
