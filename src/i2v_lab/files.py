@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from i2v_lab.errors import OutputError
 from i2v_lab.stopping import on_stop
@@ -96,6 +99,31 @@ def write_text(path: Path, text: str) -> Path:
     return write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
+def write_json(path: Path, value: Any) -> Path:
+    """Write a JSON value with its digest, for :func:`read_json`, and return ``path``."""
+    text = json.dumps(value)
+    return write_text(path, json.dumps({"sha256": _digest(text), "value": value}))
+
+
+def read_json(path: Path) -> Any:
+    """The value that :func:`write_json` wrote; ``None`` if there is none, or a character of it has changed.
+
+    Example:
+        >>> read_json(write_json(Path("cache.json"), [1, 2.5]))
+        [1, 2.5]
+    """
+    try:
+        stored = json.loads(path.read_bytes())
+        value, digest = stored["value"], stored["sha256"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return value if _digest(json.dumps(value)) == digest else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what processes that were killed left of :func:`partial_file`, in a folder that none writes to now."""
     for part in folder.glob(".*.part*"):
@@ -122,12 +150,12 @@ def check_file(path: Path, option: str, example: str, *, make_folder: bool = Tru
     Raises:
         OutputError: It is a folder, its name is too long, its folder is missing, or not writable.
     """
-    _check_name(path, option)
-    if path.is_dir():
+    _check_name(path, option, path=path)
+    if _is_folder(path):
         raise OutputError(f"{option}='{path}' is a folder; name a file in it, such as '{path / example}'", path=path)
-    if not make_folder and not path.parent.is_dir():
+    if not make_folder and not _is_folder(path.parent):
         raise OutputError(f"{option}='{path}': the folder '{path.parent}' does not exist; create it first", path=path)
-    _check_place(path.parent, path, option)
+    _check_place(path.parent, path, option, path=path)
 
 
 def check_folder(path: Path, option: str) -> None:
@@ -140,29 +168,46 @@ def check_folder(path: Path, option: str) -> None:
     Raises:
         OutputError: It is a file, its name is too long, or the place is not writable.
     """
-    _check_name(path, option)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{option}='{path}' is a file; name a folder", path=path)
-    _check_place(path, path, option)
+    _check_name(path, option, folder=path)
+    with suppress(OSError):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{option}='{path}' is a file; name a folder", folder=path)
+    _check_place(path, path, option, folder=path)
 
 
-def _check_name(path: Path, option: str) -> None:
-    if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in path.parts) or len(os.fsencode(path)) > MOST_PATH_BYTES:
-        raise OutputError(f"{option}='{path}' is too long a name; use a shorter one", path=path)
+def check_new_folder(path: Path, option: str) -> None:
+    """:func:`check_folder` for a folder that must be empty, if it exists.
+
+    Raises:
+        OutputError: It is not, or cannot be written.
+    """
+    check_folder(path, option)
+    if _is_folder(path) and any(path.iterdir()):
+        raise OutputError(f"{option}='{path}' is not empty; give a new folder or empty it", folder=path)
 
 
-def _check_place(folder: Path, path: Path, option: str) -> None:
-    there = folder.absolute()
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # below a folder that may not be entered, which _check_place says
+        return path.is_dir()
+    return False
+
+
+def _check_name(name: Path, option: str, **fields: Path) -> None:
+    if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in name.parts) or len(os.fsencode(name)) > MOST_PATH_BYTES:
+        raise OutputError(f"{option}='{name}' is too long a name; use a shorter one", **fields)
+
+
+def _check_place(place: Path, name: Path, option: str, **fields: Path) -> None:
+    there = place.absolute()
     try:
         while not there.exists():
             there = there.parent
         if not there.is_dir():
-            raise OutputError(f"{option}='{path}': '{there}' is a file; choose another folder", path=path)
+            raise OutputError(f"{option}='{name}': '{there}' is a file; choose another folder", **fields)
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise OutputError(
-            f"{option}='{path}': the folder '{folder if folder.exists() else there}' is not writable "
-            f"({error.strerror}); choose another",
-            path=path,
+            f"{option}='{name}': the folder '{there}' is not writable ({error.strerror}); choose another",
+            **fields,
         ) from error

@@ -214,8 +214,8 @@ class I2VRequest(HtmlFields):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise InvalidRequest(f"{name}={value!r} is not a text; put it in quotes", **{name: value})
-            if any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise InvalidRequest(f"{name}={value!r} has bytes that are not UTF-8; decode it first", **{name: value})
+            if any("\ud800" <= character <= "\udfff" for character in value):  # of bytes that the shell passed on
+                raise InvalidRequest(f"{name}={value!r} is not UTF-8; write it in UTF-8", **{name: value})
         if self.tiling is not None and not isinstance(self.tiling, Tiling):
             raise InvalidRequest(f"tiling={self.tiling!r} is not a Tiling; use one, or None", tiling=self.tiling)
         for name in ("width", "height", "frames"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -444,6 +445,42 @@ def test_a_stopped_run_leaves_no_process_and_no_partial_file(tmp_path, number, s
     assert left == {"parent.ready", "stubborn.ready"}
     assert "d_waits" not in printed
     assert "i2v_lab" not in printed  # no traceback of this package
+
+
+def test_a_full_disk_leaves_the_executed_notebook_and_the_next_run_works(tmp_path, monkeypatch, forked_kernels):
+    """Its outputs do not fit: the error is that, the copy is the one before, and the folder is as good as ever."""
+    _write(tmp_path / "nb", "a", "print('x' * size)", parameters="size: int = 1")
+    monkeypatch.setattr("i2v_lab.reproduce.run.NOTEBOOKS", tmp_path / "nb")
+    out = tmp_path / "out"
+    reproduce(out=out)
+    executed = out / "notebooks" / "a.ipynb"
+    before = executed.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(ReproduceError, match=r"failed: a\.ipynb: File too large") as caught:
+            reproduce(["a"], {"size": 500_000}, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert executed.read_bytes() == before
+    assert not [path for path in out.rglob("*") if ".part" in path.name or path.name == ".lock"]
+    assert read_stamp(stamp_path(out, "a")).error is not None
+    executed.write_bytes(b"")  # what an earlier version left
+    _write(tmp_path / "nb", "b", "1", parameters="size: int = 1")
+    assert [outcome.error for outcome in reproduce(["b"], out=out)] == [None]
+    assert [outcome.error for outcome in reproduce(out=out)] == [None, None]
+    assert nbformat.read(executed, 4).cells[-1].outputs[0].text == "x\n"
+
+
+def test_a_parameter_may_be_too_long_for_a_path_and_must_be_utf8(two, tmp_path):
+    for prompt in ("rain " * 100, "a\0b", "ä" * 200, "/" * 5000):
+        assert input_digests(two[0], {"prompt": prompt}, {})["parameter prompt"] == repr(prompt)
+    for value in ("rain \udcff", {"a": ["\ud800"]}):
+        name = "prompt" if isinstance(value, str) else "free"
+        with pytest.raises(InvalidRequest) as caught:
+            plan_parameters(two[:1], two, {name: value})
+        assert caught.value.fields == {name: value}
 
 
 def test_a_terminal_shows_bars_and_whole_lines(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,3 +287,21 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path):
         measured.measure(TINY_SPEC, folder, "cpu")
     assert refused.value.fields == {"folder": folder}
     assert (folder / "thesis.tex").exists()
+
+
+def test_two_that_measure_the_same_do_so_once_and_the_second_says_on_whom_it_waits(tmp_path, capfd):
+    folder = tmp_path / "run"
+    runs: list[object] = []
+    threads = [
+        threading.Thread(target=lambda: runs.append(measured.measure(TINY_SPEC, folder, "cpu"))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 2
+    assert runs[0] == runs[1]
+    assert runs[0].status == "complete"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in folder.iterdir()) == ["metadata.json", "records.jsonl", "video.mp4"]
+    assert f"is being written by process {os.getpid()} on" in capfd.readouterr().err

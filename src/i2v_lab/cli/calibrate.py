@@ -9,6 +9,7 @@ import typer
 
 from i2v_lab.cli.output import say
 from i2v_lab.errors import OutputError
+from i2v_lab.files import check_file
 
 EXAMPLES = """
 **Examples**
@@ -35,8 +36,12 @@ def calibrate(
     from i2v_lab.capacity.calibration import calibrate as run
 
     try:
+        if out is not None:
+            check_file(out, "out", "workspaces.json")
         for line in run(measurements, out):
             say(line)
+    except OutputError as error:
+        raise OutputError(str(error), out=out) from error
     except OSError as error:
         raise OutputError(
             f"'{error.filename}' cannot be written ({error.strerror}); use --out FILE", out=out

@@ -12,6 +12,7 @@ import typer
 from i2v_lab.cli import options
 from i2v_lab.cli.output import plain_console, print_json
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
@@ -66,6 +67,8 @@ def forecast(
     from i2v_lab.pipeline.contract.architectures import load_architecture
 
     options.check_cap(vram_cap_gib)
+    if profile is not None:
+        check_new_folder(profile, "profile")
     if memory is MemoryPolicy.AUTO and vram_cap_gib is None:
         raise InvalidRequest(
             "memory=auto depends on the card; give its size with --vram-cap-gib", memory=memory.value, vram_cap_gib=None

@@ -11,6 +11,8 @@ import typer
 
 from i2v_lab.cli import options
 from i2v_lab.cli.output import plain_console, print_json
+from i2v_lab.files import check_new_folder
+from i2v_lab.locks import exclusive, lock_on_this_machine
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import find_still
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
@@ -108,6 +110,8 @@ def generate(
     from i2v_lab.pipeline.contract import media  # imports torch, so only once the options are valid
 
     media.check_output(out)
+    if profile is not None:
+        check_new_folder(profile, "profile")
     media.load_still(image)
 
     from i2v_lab.capacity.this_machine import memory_budget_bytes
@@ -126,7 +130,7 @@ def generate(
         profiler=ProfilerMode.BOUNDARIES if profile is None and runner.emits_events else ProfilerMode.FULL,
         vram_cap_bytes=None if vram_cap_gib is None else int(vram_cap_gib * GIB),
     )
-    with ProgressReport(request.frames) as progress:
+    with exclusive(lock_on_this_machine(out), out), ProgressReport(request.frames) as progress:
         weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
         for note in getattr(weights, "notes", ()):  # what was applied of the files
             progress.note(note)

@@ -7,13 +7,14 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import typer
 
 from i2v_lab.cli.output import log
 from i2v_lab.errors import OutputError
-from i2v_lab.files import write_text
+from i2v_lab.files import write_atomically, write_text
 from i2v_lab.paths import cache_dir, checkout_dir, notebooks_dir
 
 START = "README.md"
@@ -73,7 +74,7 @@ def editable_notebooks(folder: Path) -> Path:
             target = copy / path.name
             if path.is_file() and not target.exists():
                 copy.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+                write_atomically(target, partial(shutil.copyfile, path))
     except OSError as error:
         raise OutputError(
             f"the notebooks cannot be copied to '{copy}' ({error.strerror}); start in a folder that is writable",

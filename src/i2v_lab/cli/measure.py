@@ -12,6 +12,7 @@ import typer
 
 from i2v_lab.cli.output import log, say
 from i2v_lab.errors import I2VLabError, MeasureError
+from i2v_lab.files import check_folder
 from i2v_lab.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def measure(
     from i2v_lab.runs.measure import reusable_run, run_identity
     from i2v_lab.runs.plans import load_plan
 
+    check_folder(out, "out")
     planned = load_plan(plan)
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     expected = format_seconds(sum(each.expected_seconds for each in todo), rough=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from i2v_lab.errors import OutputError
 from i2v_lab.files import partial_file, scratch_folder
 from i2v_lab.reproduce.kernel import InterpreterKernelManager
+from i2v_lab.reproduce.stamps import is_notebook
 
 ENGINE = "i2v-lab-executor"
 KERNEL_ENVIRONMENT = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -170,14 +170,6 @@ class Executor:
                             process.kill()
             with suppress(Exception):
                 client.km.cleanup_connection_file()
-
-
-def is_notebook(path: Path) -> bool:
-    """Whether a file is there and holds a notebook, rather than what an interrupted writer left of one."""
-    try:
-        return "cells" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _process_id(client: PapermillNotebookClient) -> int | None:

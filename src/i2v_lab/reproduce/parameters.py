@@ -169,6 +169,10 @@ def plan_parameters(
                     f"{declared[stem][name]}; give one that does",
                     **{name: value},
                 )
+            try:
+                json.dumps(value, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"{name}={value!r} is not UTF-8; write it in UTF-8", **{name: value}) from error
     return [plans[stem] for stem in stems]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import InvalidRequest, ReproduceError
+from i2v_lab.files import check_folder
+from i2v_lab.locks import exclusive
 from i2v_lab.paths import notebooks_dir
 from i2v_lab.reproduce.parameters import OUT_DIR, declared_parameters, plan_parameters
 from i2v_lab.reproduce.report import Outcome, RunReport
@@ -19,6 +21,7 @@ from i2v_lab.reproduce.stamps import (
     code_digests,
     file_digest,
     input_digests,
+    is_notebook,
     made_files,
     read_stamp,
     stamp_path,
@@ -79,6 +82,7 @@ def reproduce(
     Raises:
         InvalidRequest: There is no such notebook, no notebook declares a parameter, or a value has the wrong type;
             raised before anything is executed.
+        OutputError: ``out`` cannot be written, or another process writes it; also before anything is executed.
         ReproduceError: At least one notebook failed; raised after all the others have ended.
 
     Example:
@@ -86,6 +90,14 @@ def reproduce(
     """
     known, notebooks = find_notebooks(), find_notebooks(names)
     plans = plan_parameters(notebooks, known, parameters or {}, files, named=bool(names))
+    check_folder(out, "out")
+    with exclusive(out / ".lock", out):
+        return _reproduce(known, notebooks, plans, out, jobs, force)
+
+
+def _reproduce(
+    known: Sequence[Path], notebooks: Sequence[Path], plans: Sequence[dict[str, Any]], out: Path, jobs: int, force: bool
+) -> list[Outcome]:
     code = code_digests()
     planned = [_job(notebook, plan, code, out, force) for notebook, plan in zip(notebooks, plans, strict=True)]
     stems = [notebook.stem for notebook in known]
@@ -177,7 +189,10 @@ def _run(executor: Executor, job: _Job, out: Path, stems: Sequence[str], report:
     start_s = time.monotonic()
     error = executor.execute(job.notebook, job.parameters, executed, partial(report.cell, name))
     outcome = Outcome(executed, error, time.monotonic() - start_s)
-    write_stamp(stamp_path(out, name), Stamp(job.inputs, made_files(out, name, stems), error))
+    try:
+        write_stamp(stamp_path(out, name), Stamp(job.inputs, made_files(out, name, stems), error))
+    except OSError as failure:  # without its stamp it is stale
+        outcome = replace(outcome, error=error or f"its stamp could not be written ({failure.strerror})")
     report.ended(name, outcome)
     return outcome
 
@@ -185,7 +200,7 @@ def _run(executor: Executor, job: _Job, out: Path, stems: Sequence[str], report:
 def _render(out: Path, known: Sequence[Path], code: Mapping[str, str]) -> None:
     """Render the site unless it is up to date."""
     stamps = {out / "notebooks" / path.name: read_stamp(stamp_path(out, path.stem)) for path in known}
-    executed = {copy: stamp for copy, stamp in stamps.items() if stamp is not None and copy.is_file()}
+    executed = {copy: stamp for copy, stamp in stamps.items() if stamp is not None and is_notebook(copy)}
     failed = [copy for copy, stamp in executed.items() if stamp.error is not None]
     inputs = {**code, "failed": ", ".join(copy.name for copy in failed)}
     inputs |= {copy.name: file_digest(copy) for copy in executed}

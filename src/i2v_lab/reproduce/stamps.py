@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,10 @@ def input_digests(notebook: Path, parameters: Mapping[str, Any], code: Mapping[s
     inputs = {"the notebook": file_digest(notebook), **code}
     for name, value in parameters.items():
         inputs[f"parameter {name}"] = repr(value)
-        if isinstance(value, str) and Path(value).is_file():
-            inputs[f"the file of parameter {name}"] = file_digest(Path(value))
+        if isinstance(value, str):
+            with suppress(OSError, ValueError):  # too long for a path, or with a null: a text
+                if Path(value).is_file():
+                    inputs[f"the file of parameter {name}"] = file_digest(Path(value))
     return inputs
 
 
@@ -111,6 +114,14 @@ def made_files(out: Path, stem: str, stems: Sequence[str]) -> dict[str, str]:
                 for path in [entry] if entry.is_file() else _files(entry):
                     made[path.relative_to(out).as_posix()] = file_digest(path)
     return made
+
+
+def is_notebook(path: Path) -> bool:
+    """Return whether a file is there and holds a notebook, rather than what a full disk left of one."""
+    try:
+        return "cells" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def file_digest(path: Path) -> str:

@@ -14,9 +14,11 @@ from typing import Any
 
 from i2v_lab.display import printable
 from i2v_lab.errors import I2VLabError, RecordError
-from i2v_lab.files import remove_partial_files
+from i2v_lab.files import check_folder, remove_partial_files
+from i2v_lab.locks import exclusive, lock_beside
 from i2v_lab.profiling.records import OutOfMemoryRecord
 from i2v_lab.runs.execute import VIDEO, Mode, execute
+from i2v_lab.runs.forecast import is_quiet
 from i2v_lab.runs.provenance import code_digest
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, FAILED, METADATA, Run, read_run
@@ -31,7 +33,8 @@ def measure(spec: RunSpec, folder: Path, device: str = "auto") -> Run:
     """Generate for real, in a process of its own, with synthetic weights.
 
     A run that is in ``folder`` already is reused if it ended and has the same spec, device and code; otherwise it is
-    replaced. Videos are written beside the records, as ``video.mp4`` and, for later generations, ``video_2.mp4``.
+    replaced. If another process measures there, this one waits, and says on which. Videos are written beside the
+    records, as ``video.mp4`` and, for later generations, ``video_2.mp4``.
 
     Args:
         spec: What to do.
@@ -45,10 +48,20 @@ def measure(spec: RunSpec, folder: Path, device: str = "auto") -> Run:
     Raises:
         I2VLabError: It failed in any other way; with its own message.
         RecordError: ``folder`` holds something else.
+        OutputError: ``folder`` cannot be written.
     """
     identity = run_identity(spec, device)
     reusable = reusable_run(folder, identity)
     if reusable is not None:
+        return reusable
+    check_folder(folder, "folder")
+    with exclusive(lock_beside(folder), folder, wait=_say):
+        return _measure(spec, identity, folder)
+
+
+def _measure(spec: RunSpec, identity: dict[str, Any], folder: Path) -> Run:
+    reusable = reusable_run(folder, identity)
+    if reusable is not None:  # another process has just made it
         return reusable
     _make_room(folder)
     clean_up = partial(remove_partial_files, folder)
@@ -89,6 +102,11 @@ def is_result(run: Run) -> bool:
     """Whether a run shows something: it is complete, ran out of memory, or its grad mode was refused."""
     refused = str(run.metadata.get("error", "")).startswith(GRAD_ERROR)
     return run.status == COMPLETE or (run.status == FAILED and (refused or bool(run.of(OutOfMemoryRecord))))
+
+
+def _say(line: str) -> None:
+    if not is_quiet(progress=True):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _make_room(folder: Path) -> None:

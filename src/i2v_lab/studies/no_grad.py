@@ -107,7 +107,7 @@ def refusal(observation: Observation) -> str:
 def frames_digest(video: Path) -> str:
     """The SHA-256 of the RGB pixels of all frames of a video file, in hex."""
     digest = hashlib.sha256()
-    with av.open(str(video)) as container:
+    with av.open(str(video.absolute())) as container:
         for frame in container.decode(video=0):
             digest.update(frame.to_ndarray(format="rgb24").tobytes())
     return digest.hexdigest()
