@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import nbformat
 import papermill
 import pytest
@@ -123,3 +125,32 @@ def test_a_failing_cell_keeps_its_figures(tmp_path):
     failed = next(cell for cell in cells if "1 / 0" in cell.source)
     assert failed.metadata["i2v_lab"]["vram"]["peak_bytes"] == 4096
     assert "vram" not in cells[-1].metadata.get("i2v_lab", {})
+
+
+def test_a_cell_that_is_run_again_closes_the_view_that_it_showed(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    show = "import gc, ipywidgets\nfrom i2v_lab import VramMonitor\nview = VramMonitor('cpu')\nview"
+    count = "gc.collect() < 0 or sum(issubclass(type(each), ipywidgets.Widget) for each in gc.get_objects())"
+    first, *others = asyncio.run(_values(["a", "a", "b", "b"], show, count))
+    assert first > 0
+    assert others == [first, 2 * first, 2 * first]
+
+
+async def _values(cells: list[str], code: str, expression: str) -> list[int]:
+    """An expression's value after each of some cells, which are told apart as JupyterLab does it."""
+    manager = InterpreterKernelManager()
+    await manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    values = []
+    try:
+        await client.wait_for_ready(timeout=120)
+        for cell in cells:
+            content = {"code": code, "silent": False, "store_history": True, "user_expressions": {"n": expression}}
+            client.shell_channel.send(client.session.msg("execute_request", content, metadata={"cellId": cell}))
+            reply = (await client.get_shell_msg(timeout=120))["content"]
+            values.append(int(reply["user_expressions"]["n"]["data"]["text/plain"]))
+    finally:
+        client.stop_channels()
+        await manager.shutdown_kernel(now=True)
+    return values

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import base64
+import gc
 import inspect
 import io
 import json
 import re
 import sys
+import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import comm
 import numpy as np
 import pytest
 import torch
 from endurance import MIB, change_controls, stop_at_random
+from ipywidgets import Widget
 from PIL import Image
 
 import i2v_lab
@@ -28,6 +33,7 @@ from i2v_lab.lab import background_forecast as background
 from i2v_lab.lab.exploration import Exploration, Question, _downsampled
 from i2v_lab.lab.generation_job import State
 from i2v_lab.lab.stills import add_still, list_stills, preview
+from i2v_lab.lab.view import View
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import CACHE_VARIABLE
 from i2v_lab.pipeline.contract.media import load_still
@@ -35,6 +41,7 @@ from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.profiling.records import Forecast, GraphRecord, ModuleRecord, PhaseRecord, TimelineRecord
 from i2v_lab.reporting.comparison import find_runs
 from i2v_lab.reporting.figures import live as pictures
+from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, Run, RunWriter
 
@@ -220,6 +227,90 @@ def test_a_view_is_widgets_for_those_who_watch_and_html_for_everybody(tiny, tmp_
         assert "<script" not in bundle["text/html"]
         assert view._widget is None
         view.close()
+
+
+# --- Closing ---
+
+
+def _widgets_alive() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), Widget) for each in gc.get_objects())
+
+
+def _opened(kind: str, folder: Path) -> View:
+    views = {
+        "Explorer": lambda: Explorer(_request(), TINY),
+        "VramMonitor": lambda: VramMonitor("cpu", interval_s=0.01),
+        "Generate": lambda: Generate(folder, _request(), TINY, "cpu"),
+        "Compare": lambda: Compare([folder]),
+    }
+    return views[kind]()
+
+
+@pytest.mark.parametrize("kind", ["Explorer", "VramMonitor", "Generate", "Compare"])
+def test_a_closed_view_leaves_no_widget_and_no_memory(tiny, tmp_path, kind):
+    for name in ("a", "b"):
+        with RunWriter(tmp_path / name, {"device": "cpu"}) as writer:
+            writer.append(_phase("decode_video", 400))
+
+    for device in ("cuda", "cpu"):  # what is not cached would be forecast in a process, each time
+        forecast_spec(RunSpec(request=_request(), model=TINY), device)
+
+    def open_and_close() -> weakref.ref:
+        view = _opened(kind, tmp_path)
+        assert view.widget is view.widget
+        if kind == "VramMonitor":
+            with view:
+                time.sleep(0.02)
+        view.close()
+        view.close()
+        return weakref.ref(view)
+
+    open_and_close()
+    before = _widgets_alive()
+    threads = threading.active_count()
+    comms = len(comm.get_comm_manager().comms)
+    blocks = []
+    for _ in range(2):
+        views = [open_and_close() for _ in range(10)]
+        assert _widgets_alive() <= before
+        assert [view() for view in views] == [None] * 10
+        blocks.append(sys.getallocatedblocks())
+    assert blocks[1] - blocks[0] < 1000  # a view has tens of thousands
+    assert len(comm.get_comm_manager().comms) <= comms
+    assert threading.active_count() <= threads
+
+
+def test_a_view_that_is_closed_while_it_works_ends_its_work_and_can_be_shown_again(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    before = _widgets_alive()
+    monitor = VramMonitor("cpu", interval_s=0.01)
+    generate = Generate(tmp_path, _request(), TINY, "cpu", monitor=monitor)
+    assert generate.widget is not None
+    own = monitor.widget
+    generate.start()
+    while not generate.job.progress:
+        time.sleep(0.01)
+    generate.close()
+    assert generate.job.state is State.STOPPED
+    assert not monitor.monitor.running
+    assert own.comm is not None, "a monitor that was given belongs to whoever gave it"
+    assert "Stopped by the user" in generate.html()
+    assert generate._repr_mimebundle_()[WIDGET]
+    generate.start()
+    generate.job.wait()
+    assert generate.job.state is State.DONE
+    assert len(generate._video_box.children) == 1
+    generate.start()
+    generate.job.wait()
+    generate.close()
+    monitor.close()
+    unknown = Explorer(_request(width=320, frames=17, seed=5), TINY)
+    assert unknown.widget is not None
+    unknown.close()
+    assert not unknown.exploration.working
+    del generate, monitor, unknown, own
+    assert _widgets_alive() <= before
 
 
 # --- VramMonitor ---

@@ -91,6 +91,10 @@ def reproduce(
     from i2v_lab.reproduce.report import print_summary
     from i2v_lab.reproduce.run import reproduce as run
 
+    try:
+        str(out.absolute()).encode()
+    except UnicodeError:
+        raise InvalidRequest(f"out='{out}' is not UTF-8 text, which the notebooks need; use another", out=out) from None
     given = {name: Text(value) for name, value in map(_pair, parameter or [])}
     try:
         outcomes = run(notebooks or [], given, out, files=parameters_file or [], jobs=jobs, force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -250,7 +251,7 @@ class Exploration:
 
 
 def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(text, ensure_ascii=False)  # a Python literal too, line breaks escaped
 
 
 def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from html import escape
 from typing import Any
 
@@ -55,7 +54,6 @@ class Explorer(View):
         super().__init__()
         question = Question(request=with_supported_policy(request or study_request(model), model), model=model, gpu=gpu)
         self.exploration = Exploration(question, self._show)
-        self._drawing = threading.RLock()
         self.exploration.ask(question, wait=is_quiet(progress=True))
 
     def __repr__(self) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from i2v_lab.lab.exploration import Exploration, Question
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
-from i2v_lab.lab.view import View, page, sentence
+from i2v_lab.lab.view import View, close_widgets, page, sentence
 from i2v_lab.pipeline.contract.architectures import architecture_names
 from i2v_lab.reporting.figures.style import VERDICT_COLOURS
 from i2v_lab.reporting.headlines import headline
@@ -68,12 +67,11 @@ class Generate(View):
         self.model = choose_model(model, "measure", device)
         initial = request or study_request(self.model, prompt="waves roll in below the lighthouse")
         self.request = with_supported_policy(initial, self.model)
+        self._own_monitor = monitor is None
         self.monitor = monitor or VramMonitor(device)
         self.job = GenerationJob(self.runs_dir, device, self.monitor.monitor, self._show)
         self.device_memory = available_memory(device)
         self.exploration = Exploration(self._question(), self._show)
-        self._drawing = threading.RLock()
-        self._shown: Path | None = None
 
     def __repr__(self) -> str:
         request = self.request
@@ -176,6 +174,7 @@ class Generate(View):
         self._still_box, self._verdict_box, self._progress_box = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self._result_box = widgets.HTML()
         self._video_box = widgets.VBox([])
+        self._shown: Path | None = None
         self._note = widgets.HTML()
         self._form = RequestForm(controls, self.model, self.request, self._edited)
         drop = widgets.VBox([widgets.HTML(page(DROP_ZONE)), self._dropped, upload, self._note])
@@ -217,6 +216,7 @@ class Generate(View):
     def _uploaded(self, change: Any) -> None:
         for file in change["new"]:
             self.add_still(file["name"], bytes(file["content"]))
+        change["owner"].value = ()  # which would keep its bytes
 
     def _drop(self, change: Any) -> None:
         if change["new"]:
@@ -267,21 +267,23 @@ class Generate(View):
         if video == self._shown:
             return
         self._shown = video
-        for old in self._video_box.children:
-            old.close()
-        new = partial(
-            widgets.Video.from_file,
-            format="mp4",
-            autoplay=True,
-            loop=True,
-            controls=True,
-            layout=widgets.Layout(width="384px"),
-        )
-        self._video_box.children = [] if video is None else [new(video)]
+        old, new = self._video_box.children, []
+        if video is not None:
+            layout = widgets.Layout(width="384px")
+            options = {"format": "mp4", "autoplay": True, "loop": True, "controls": True, "layout": layout}
+            new.append(widgets.Video.from_file(video, **options))
+        self._video_box.children = new
+        for each in old:
+            close_widgets(each)
+
+    def _foreign_widgets(self) -> Sequence[Any]:
+        return () if self._own_monitor or self.monitor._widget is None else (self.monitor._widget,)
 
     def close(self) -> None:
-        """Stop a running generation, wait for its end, and close the widgets."""
+        """Stop a running generation, wait for its end, and close the widgets; not a monitor that was given."""
         self.job.stop()
         self.job.wait()
         self.exploration.close()
         super().close()
+        if self._own_monitor:
+            self.monitor.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from i2v_lab.lab.view import View, page, sentence
@@ -39,7 +38,6 @@ class VramMonitor(View):
     def __init__(self, device: str = "auto", interval_s: float = 0.25) -> None:
         super().__init__()
         self.monitor = MemoryMonitor(device, interval_s, on_sample=self._show)
-        self._drawing = threading.Lock()
 
     def __repr__(self) -> str:
         samples = self.monitor.samples

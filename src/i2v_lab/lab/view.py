@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from weakref import WeakSet
 
+from i2v_lab.display import escaped, printable
 from i2v_lab.runs.forecast import is_quiet
 
 STYLE = """<style>
@@ -29,8 +32,13 @@ class View(ABC):
     created.
     """
 
+    _opened: ClassVar[WeakSet[View]] = WeakSet()
+
     def __init__(self) -> None:
         self._widget: Any = None
+        self._cell: tuple[str, str] | None = None
+        self._drawing = threading.RLock()
+        self._kept: frozenset[str] = frozenset()
 
     @abstractmethod
     def html(self) -> str:
@@ -42,23 +50,74 @@ class View(ABC):
 
     @property
     def widget(self) -> Any:
-        """The widgets, created on first access."""
+        """The widgets, created on first access.
+
+        A view that an earlier run of the same cell has shown is closed: its output is gone from the page.
+        """
         if self._widget is None:
+            self._cell = _running_cell()
+            for view in list(View._opened):
+                if self._cell and view._cell and view._cell[0] == self._cell[0] and view._cell[1] != self._cell[1]:
+                    view.close()
+            self._kept = frozenset(vars(self))
             self._widget = self._build()
+            View._opened.add(self)
         return self._widget
 
     def close(self) -> None:
-        """Cancel background work and close the widgets."""
-        if self._widget is not None:
-            self._widget.close()
-            self._widget = None
+        """Cancel background work, and close all widgets; the view may be shown again, with new ones."""
+        with self._drawing:
+            whole, self._widget = self._widget, None
+            if whole is None:
+                return
+            View._opened.discard(self)
+            for name in vars(self).keys() - self._kept:  # widgets that are not closed yet, in part
+                delattr(self, name)
+        close_widgets(whole, self._foreign_widgets())
+
+    def _foreign_widgets(self) -> Sequence[Any]:
+        """Widgets in the tree that belong to another view."""
+        return ()
 
     def _repr_html_(self) -> str:
         return page(self.html() + f"<p><small><em>{HINT}</em></small></p>")
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         widgets = {} if is_quiet(progress=True) else self.widget._repr_mimebundle_(include=include, exclude=exclude)
-        return {**widgets, "text/html": self._repr_html_(), "text/plain": repr(self)}
+        return {**widgets, "text/html": self._repr_html_(), "text/plain": printable(repr(self))}
+
+
+def close_widgets(widget: Any, without: Sequence[Any] = ()) -> None:
+    """Close a widget and all that it is made of: its children, layouts and styles, which live on if only it is closed.
+
+    Args:
+        widget: The outermost.
+        without: Widgets inside of it that stay open, with what they are made of.
+    """
+    from ipywidgets import Widget
+
+    todo, found = [widget], {id(each): each for each in without}
+    while todo:
+        part = todo.pop()
+        if id(part) in found:
+            continue
+        found[id(part)] = part
+        for value in (getattr(part, name) for name in part.keys):
+            todo += [
+                each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, Widget)
+            ]
+    for part in list(found.values())[len(without) :]:
+        part.unobserve_all()
+        part.close()
+
+
+def _running_cell() -> tuple[str, str] | None:
+    """The cell that is being run and its run; ``None`` where that cannot be told."""
+    from IPython import get_ipython
+
+    parent: dict[str, Any] = getattr(get_ipython(), "get_parent", dict)()
+    cell, run = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
+    return (cell, run) if cell and run else None
 
 
 HINT = "Interactive in JupyterLab: <code>make lab</code>."
@@ -71,4 +130,4 @@ def page(body: str) -> str:
 
 def sentence(words: str, kind: str = "") -> str:
     """One escaped paragraph; empty for no text."""
-    return f'<p class="{kind}">{escape(words)}</p>' if words else ""
+    return f'<p class="{kind}">{escaped(words)}</p>' if words else ""

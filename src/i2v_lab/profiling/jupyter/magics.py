@@ -95,9 +95,11 @@ def _compiled(code: str, name: str) -> tuple[CodeType, CodeType | None]:
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     try:
         body = ast.parse(code, name).body
-        last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+        second = None
+        if body and isinstance(last := body[-1], ast.Expr):
+            second = compile(ast.Expression(last.value), name, "eval", flags)
+            body = body[:-1]
         first = compile(ast.Module(body, []), name, "exec", flags)
-        second = None if last is None else compile(ast.Expression(last.value), name, "eval", flags)
     except (SyntaxError, ValueError) as error:  # ValueError: a NUL
         line = f" in line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise UsageError(f"SyntaxError{line}: {getattr(error, 'msg', error)}; correct it, nothing was run") from error
