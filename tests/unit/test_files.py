@@ -179,8 +179,8 @@ def test_a_full_disk_ends_a_command_in_one_line(tmp_path, forked_python):
     with Path("/dev/full").open("w") as full:
         command = [*forked_python, "-m", "i2v_lab.cli", "doctor", "--help"]
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("i2v-lab: No space left on device")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("i2v-lab: there is no room on the disk; free some space")
     assert ended.stderr.count("\n") == 1
 
 

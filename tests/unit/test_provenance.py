@@ -77,6 +77,7 @@ def test_what_cannot_be_found_out_is_none(monkeypatch):
 class _Nvml:
     """Two cards, as the driver numbers them."""
 
+    NVMLError = type("NVMLError", (Exception,), {})
     names = ("first card", "second card")
 
     def __init__(self) -> None:

@@ -37,6 +37,7 @@ EXECUTED = (
     "profiling",
     "runs/execute.py",
     "runs/spec.py",
+    "stopping.py",
     "thread_modes.py",
     "thread_patches.py",
     "torch_compat.py",
