@@ -159,8 +159,8 @@ class Command:
             status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
         threading._shutdown()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         _end(status or 0)
 
     def _run(self, own_path: list[str], path: str) -> None:

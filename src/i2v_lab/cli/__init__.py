@@ -1,6 +1,5 @@
 """The command line: one module a command."""
 
-import os
 import sys
 
 from i2v_lab.stopping import stop_on_signals
@@ -22,6 +21,6 @@ def main() -> None:
         line = refusal(error)
         if line is None:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python would write once more, and perhaps fail again
+        sys.stdout = None  # what it has left would be written, and perhaps fail again
         print(f"i2v-lab: {line}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ REFUSALS: tuple[tuple[set[int], str, str, str], ...] = (
         {errno.ENOMEM},
         (
             r"cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|failed to map segment"
-            r"|can't start new thread|cannot create thread|failed to create thread"
+            r"|can't start new thread|cannot create thread|failed to create thread|could not create a primitive"
         ),
         "host memory is exhausted",
         "close other programs or raise the limit, or choose a smaller model or size",
@@ -33,6 +33,12 @@ REFUSALS: tuple[tuple[set[int], str, str, str], ...] = (
         r"permission denied|operation not permitted|read-only file system",
         "there is no permission",
         "change it, or choose another place",
+    ),
+    (
+        set(),
+        r"generic error in an external library",
+        "a codec failed",
+        "often for want of host memory: close other programs, and run again",
     ),
     (
         {errno.EIO, errno.ESTALE},
