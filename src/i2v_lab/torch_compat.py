@@ -307,7 +307,7 @@ def alias_annotations(operator: Any) -> Iterator[tuple[str, bool]]:
 def convert_module(
     module: torch.nn.Module,
     convert: Callable[[torch.Tensor], torch.Tensor],
-    check_parameter: Callable[[torch.nn.Module, torch.Tensor], None],
+    check_parameter: Callable[[torch.nn.Module, torch.Tensor], bool],
     *,
     recurse: bool = True,
 ) -> torch.nn.Module:
@@ -319,19 +319,22 @@ def convert_module(
     Args:
         module: Converted in place.
         convert: Called with each parameter and buffer.
-        check_parameter: Called with the module and its parameter before that is replaced; may raise.
+        check_parameter: Called with the module and its parameter before its data are replaced; may raise, or return
+            whether the parameter itself is to be replaced, as torch does with one on the meta device.
         recurse: Whether its children are converted too.
     """
     if recurse:
         for child in module.children():
             convert_module(child, convert, check_parameter)
-    for parameter in module._parameters.values():
+    for name, parameter in list(module._parameters.items()):
         if parameter is not None:
             with torch.no_grad():
                 converted = convert(parameter)
             if converted is not parameter:
-                check_parameter(module, parameter)
-                parameter.data = converted
+                if check_parameter(module, parameter):
+                    module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+                else:
+                    parameter.data = converted
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = convert(buffer)

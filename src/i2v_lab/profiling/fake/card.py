@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
-from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake.refusals import no_answer
 from i2v_lab.thread_patches import unpatched
 from i2v_lab.torch_compat import FakeTensor
 
 DEVICE = torch.device("cuda", 0)
+OF_A_REAL_ALLOCATOR = ("memory_summary", "memory_snapshot", "caching_allocator_alloc", "list_gpu_processes")
+OF_A_REAL_CARD = ("utilization", "memory_usage", "temperature", "power_draw", "clock_rate", "CUDAGraph", "cudart")
 
 
 class CountedBytes(Protocol):
@@ -78,6 +80,12 @@ class FakeStream:
 
     wait = record = synchronize = wait_stream = wait_event = _nothing
 
+    def __enter__(self) -> FakeStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
     def record_event(self, event: Any = None) -> Any:
         """The event."""
         return event or FakeStream()
@@ -89,20 +97,6 @@ class FakeStream:
             ForecastError: Always.
         """
         raise no_answer("torch.cuda.Event.elapsed_time", "seconds, which are not forecast")
-
-
-def no_answer(call: str, what: str) -> ForecastError:
-    """The error for a question that only a real card can answer.
-
-    Args:
-        call: What was called.
-        what: What it asks for.
-    """
-    return ForecastError(
-        f"{call} asks for {what}; leave the call out of what is forecast, or measure a real run",
-        cause="needs a card",
-        operator=call,
-    )
 
 
 class FakeCard:
@@ -162,25 +156,18 @@ class FakeCard:
             if hasattr(torch.accelerator, name):
                 yield torch.accelerator, name, substitute
         yield torch.Tensor, "record_stream", _on_fakes("record_stream", lambda tensor, stream: None)
-        yield torch.Tensor, "pin_memory", _on_fakes("pin_memory", lambda tensor, device=None: tensor.clone())
-        yield torch.Tensor, "is_pinned", _on_fakes("is_pinned", lambda tensor, device=None: False)
+        for name in ("Stream", "Event"):
+            yield torch, name, FakeStream
 
     def _of_memory(self) -> dict[str, Callable[..., Any]]:
         counted = self._counted
-
-        def refuse(name: str) -> Callable[..., Any]:
-            def ask(*_: Any, **__: Any) -> Any:
-                raise no_answer(f"torch.cuda.{name}", "blocks of a real allocator")
-
-            return ask
-
         return {
             "memory_stats_as_nested_dict": self.memory_stats,
             "reset_peak_memory_stats": lambda device=None: counted.reset_max(),
             "reset_accumulated_memory_stats": lambda device=None: None,
             "empty_cache": counted.empty_cache,
             "mem_get_info": self.mem_get_info,
-            **{name: refuse(name) for name in ("memory_summary", "memory_snapshot", "caching_allocator_alloc")},
+            **{name: _refusal(name) for name in OF_A_REAL_ALLOCATOR},
         }
 
     def _of_the_card(self) -> dict[str, Any]:
@@ -205,6 +192,7 @@ class FakeCard:
             "default_stream": lambda device=None: FakeStream(),
             "stream": self.stream,
             "set_stream": self.set_stream,
+            **{name: _refusal(name) for name in OF_A_REAL_CARD},
         }
 
     def _of_the_accelerator(self) -> dict[str, Any]:
@@ -251,6 +239,13 @@ def _on_fakes(name: str, substitute: Callable[..., Any]) -> Callable[..., Any]:
         return method(tensor, *args, **kwargs)
 
     return call
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def ask(*_: Any, **__: Any) -> Any:
+        raise no_answer(f"torch.cuda.{name}", "what only a real card or its allocator knows")
+
+    return ask
 
 
 def _refuse_card() -> None:

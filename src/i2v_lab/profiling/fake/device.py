@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,8 +22,13 @@ from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
 from i2v_lab.profiling.fake.card import FakeCard
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
-from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator, data_dependent_error, known_values
+from i2v_lab.profiling.fake.operators import (
+    FakeOperators,
+    OnOperator,
+    known_values,
+)
 from i2v_lab.profiling.fake.random_state import random_patches
+from i2v_lab.profiling.fake.refusals import data_dependent_error, no_answer, no_kernel_error
 from i2v_lab.profiling.fake.threads import ForecastMode, one_thread
 from i2v_lab.thread_modes import thread_state_restored
 from i2v_lab.thread_patches import patched_here, unpatched
@@ -39,6 +47,7 @@ from i2v_lab.torch_compat import (
     keep_device_guard,
     lifting_restored,
     no_dispatch,
+    storage_key,
     tree_map_only,
     uncompiled_flex_attention,
 )
@@ -85,26 +94,58 @@ def fake_device(
         scopes.enter_context(operators)
         try:
             yield mode
-        except RuntimeError as error:
-            if "hasPrimaryContext" not in str(error):
+        except (RuntimeError, AssertionError) as error:
+            understood = _understood(error, device)
+            if understood is None:
                 raise
-            raise ForecastError(
-                f"a backward pass on a fake device={str(device)!r} needs a CUDA driver, whose context autograd's "
-                "engine asks for; forecast it with device='cpu'",
-                cause="backward without a driver",
-                device=str(device),
-            ) from error
+            raise understood from error
+
+
+def _understood(error: Exception, device: torch.device) -> ForecastError | None:
+    """What an error of torch's own code means in a forecast; ``None`` where it is the code's under forecast."""
+    message = str(error)
+    frame = deque(traceback.walk_tb(error.__traceback__), 1)[0][0]
+    call = f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
+    if "hasPrimaryContext" in message:
+        return ForecastError(
+            f"a backward pass on a fake device={str(device)!r} needs a CUDA driver, whose context autograd's "
+            "engine asks for; forecast it with device='cpu'",
+            cause="backward without a driver",
+            device=str(device),
+        )
+    if message.startswith("CUDA error"):  # C++ code that asks the driver, to choose a kernel
+        return no_answer(call, "a kernel that is chosen on a real card")
+    if any(words in message for words in ("NVIDIA driver", "not compiled with CUDA", "create a new Stream")):
+        return no_answer(call, "a real card")
+    lacking = re.match(r"Could not run 'aten::(\w+)", message)
+    if lacking is not None:
+        return no_kernel_error(f"aten.{lacking[1]}", "")
+    if "saved tensor hooks" in message:
+        return ForecastError(
+            f"{call} runs without the hooks of saved tensors that a forecast counts by; use torch.autograd.grad",
+            cause="no saved tensor hooks",
+            operator=call,
+        )
+    return None
 
 
 def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     """Replace modules and tensors among ``values`` by fake copies on ``device``; the originals are not modified.
+
+    Also those on the meta device: a module without memory is forecast as if it were on ``device``.
 
     Since they are copies, a write to one is not seen by code that reaches the original in another way.
     """
     converter = FakeTensorConverter(copy_data=False, export=False)
 
     def fake(original: torch.Tensor) -> FakeTensor:
-        return converter.from_real_tensor(mode, original)
+        if original.device.type != "meta" or isinstance(original, FakeTensor):
+            return converter.from_real_tensor(mode, original)
+        with no_dispatch():  # the skeleton of a module, whose weights will be on the device
+            meta = torch.empty_strided(original.shape, original.stride(), dtype=original.dtype, device="meta")
+        skeleton = FakeTensor(mode, meta, device)
+        skeleton.requires_grad = original.requires_grad
+        return skeleton
 
     def module(original: torch.nn.Module) -> torch.nn.Module:
         memo: dict[int, Any] = {id(t): fake(t) for t in (*original.parameters(), *original.buffers())}
@@ -158,6 +199,16 @@ def _numpy(tensor: torch.Tensor, current_module: Callable[[], str], **kwargs: An
         return NUMPY(known.real if known is not None else tensor, **kwargs)
 
 
+def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+    pinned = tensor.clone()
+    pinned._i2v_lab_pinned = True  # type: ignore[attr-defined]
+    return pinned
+
+
+def _save(*_: Any, current_module: Callable[[], str], **__: Any) -> None:
+    raise data_dependent_error("torch.save", current_module())
+
+
 def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """``tensor.data = value``, which offloading uses to move a tensor; a fake's device and values have to follow."""
     DATA.__set__(tensor, value)
@@ -191,7 +242,10 @@ def _patches(
     yield torch.Tensor, "numpy", functools.partial(_numpy, current_module=current_module)
     yield torch.Tensor, "data", property(DATA.__get__, _set_data)
     yield torch.Tensor, "__deepcopy__", _deepcopy
-    yield torch.nn.Module, "_apply", _apply
+    yield torch.nn.Module, "_apply", lambda module, fn, recurse=True: _apply(operators, module, fn, recurse)
+    yield torch.Tensor, "pin_memory", _pin_memory
+    yield torch.Tensor, "is_pinned", lambda tensor, device=None: getattr(tensor, "_i2v_lab_pinned", False)
+    yield torch, "save", functools.partial(_save, current_module=current_module)
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
     yield *TRUNCATED_NORMAL, lambda tensor, *_, **__: tensor
@@ -210,18 +264,22 @@ def _patches(
         yield JITFunction, "run", _skip_kernel
 
 
-def _apply(module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    return convert_module(module, fn, _check_fake, recurse=recurse)
-
-
-def _check_fake(module: torch.nn.Module, parameter: torch.Tensor) -> None:
-    if not isinstance(parameter, FakeTensor):
+def _apply(
+    operators: FakeOperators, module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> Any:
+    def check(module: torch.nn.Module, parameter: torch.Tensor) -> bool:
+        if isinstance(parameter, FakeTensor):
+            return False
+        if storage_key(parameter) in operators.made_on_meta:
+            return True
         raise ForecastError(
             f"a forecast would turn the real weights of {type(module).__name__} into fakes; build the module inside "
             "the callable, or pass it as an argument",
             cause="real weights",
             module=type(module).__name__,
         )
+
+    return convert_module(module, fn, check, recurse=recurse)
 
 
 def _skip_kernel(kernel: Any, *args: Any, **kwargs: Any) -> None:

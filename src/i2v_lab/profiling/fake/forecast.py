@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from i2v_lab import events
+from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.block_trace import TracingAllocator
 from i2v_lab.profiling.fake.cached_tensors import own_caches
 from i2v_lab.profiling.fake.card import FakeCard
@@ -170,7 +171,7 @@ def forecast(
         The records of one phase, ``call``.
 
     Raises:
-        ForecastError: As in :func:`forecasting`.
+        ForecastError: As in :func:`forecasting`; or the call allocated nothing.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024))
@@ -187,5 +188,12 @@ def forecast(
                 profiler.observe([leaf])
         with profiler.phase("call"):
             run(*args, **kwargs)
+    if not profiler.peak.peak_bytes:
+        raise ForecastError(
+            f"the call allocated nothing on device={str(device)!r} and was given no tensor or module; let it make its "
+            "tensors there, or pass them as arguments",
+            cause="nothing allocated",
+            device=str(device),
+        )
     context_bytes = workspaces.context_bytes if workspaces is not None else 0
     return Forecast(tuple(profiler.records), context_bytes, time.perf_counter() - start_s)

@@ -11,6 +11,14 @@ import torch
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.operator_kinds import FACTORIES, VIEWS, makes_new_tensors, tensors_in, written_tensors
+from i2v_lab.profiling.fake.refusals import (
+    data_dependent_error,
+    math_attention_error,
+    no_kernel_error,
+    not_strided_error,
+    real_write_error,
+)
+from i2v_lab.profiling.storages import StorageSet
 from i2v_lab.torch_compat import (
     DATA_DEPENDENT,
     DEVICE,
@@ -30,6 +38,9 @@ aten = torch.ops.aten
 
 KNOWN_ELEMENTS = 4096  # a tensor of up to this many elements keeps its values, where they are known
 META = torch.device("meta")
+UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_.default  # writes whether a gradient is not finite
+NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1}  # positions of their weights
+ONEDNN_RNN = aten.mkldnn_rnn_layer.default
 
 # Called after every operator with the operator, its arguments, its result, and all tensors in both.
 OnOperator = Callable[[Any, tuple[Any, ...], Any, list[torch.Tensor]], None]
@@ -56,15 +67,8 @@ def known_values(tensor: torch.Tensor) -> KnownValues | None:
     return KnownValues(tensor, [True]) if tensor.numel() <= KNOWN_ELEMENTS and tensor.device.type == "cpu" else None
 
 
-def data_dependent_error(operator: Any, module: str) -> ForecastError:
-    """The error for an operator that reads values which are not known."""
-    return ForecastError(
-        f"operator {operator} in {module or 'no module'} reads values that a forecast does not know; what depends on "
-        "them can only be measured by a real run",
-        cause="data dependent",
-        operator=str(operator),
-        module=module,
-    )
+def _lacks_kernel(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "no fake impl" in str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ class FakeOperators(DispatchMode):
         on_operator: Called after every operator.
 
     Attributes:
+        made_on_meta: Storages of tensors on the meta device that were made in this forecast.
         default_dtype: Of floating-point results that follow from none; torch's own is that of all threads.
     """
 
@@ -159,6 +164,7 @@ class FakeOperators(DispatchMode):
         self._current_module = current_module
         self._on_operator = on_operator
         self._outputs: dict[Any, _Outputs | None] = {}
+        self.made_on_meta = StorageSet()
         self.default_dtype = torch.get_default_dtype()
         self._real_leaves: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | None]] = {}  # with their gradients
 
@@ -170,35 +176,26 @@ class FakeOperators(DispatchMode):
         kwargs = kwargs or {}
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": None}  # of the host, whose memory is never a fake device's
         inputs = tensors_in((args, kwargs), [])
         others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
         if _is_meta(kwargs, inputs, others):  # has no memory on any device
             with no_dispatch():
                 result = func(*args, **kwargs)
-            return result if inputs else self._with_default_dtype(func, args, kwargs, result)
+            if not inputs:
+                result = self._with_default_dtype(func, args, kwargs, result)
+            self.made_on_meta.add(tensors_in(result, []))
+            return result
         written = written_tensors(func, args, kwargs)
         if written and any(_is_real(tensor) for tensor in written):
-            module = self._current_module()
-            raise ForecastError(
-                f"operator {func} in {module or 'no module'} would write to a real tensor, which a forecast must not "
-                "change; write to its clone(), make it inside the callable, or pass it or its module as an argument",
-                cause="writes to a real tensor",
-                operator=str(func),
-                module=module,
-            )
+            raise real_write_error(func, self._current_module())
         known = [known_values(tensor) for tensor in inputs]
         all_known = all(k is not None for k in known) and bool(inputs or func in FACTORIES)
         if func is LOCAL_SCALAR:
             return self._scalar(func, known[0])
         if func is SAFE_SOFTMAX and inputs[0].device.type == "cuda":
-            module = self._current_module()
-            raise ForecastError(
-                f"attention in {module or 'no module'} was called through another name, which a forecast cannot "
-                "replace by the kernel of a real card; call torch.nn.functional.scaled_dot_product_attention",
-                cause="math attention",
-                operator=str(func),
-                module=module,
-            )
+            raise math_attention_error(func, self._current_module())
         if func is aten.convolution.default:
             _check_devices(inputs)
         if func is aten.index.Tensor:
@@ -208,24 +205,29 @@ class FakeOperators(DispatchMode):
                 result = self._run(func, *self._fake_real_inputs(args, kwargs))
             else:
                 result = self._run(func, args, kwargs, inputs)
+            if func in NORMS and inputs[0].device.type == "cpu" and (weight := args[NORMS[func]]) is not None:
+                # Mean and deviation have the dtype of the weight; torch's fake kernel takes that of the input.
+                result = (result[0], *(self._in_dtype(each, weight.dtype) for each in result[1:]))
             if not any(tensor.dtype.is_floating_point or tensor.dtype.is_complex for tensor in inputs):
                 result = self._with_default_dtype(func, args, kwargs, result)
+        except ForecastError as error:
+            if error.fields.get("cause") != "needs a card":
+                raise
+            raise no_kernel_error(func, self._current_module()) from error  # torch would run it on real tensors
         except DATA_DEPENDENT as error:
             if not all_known:
                 raise data_dependent_error(func, self._current_module()) from error
             result = self._to_fake(self._run_on_values(func, args, kwargs), args[0].device)
         except (UnsupportedOperatorException, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "no fake impl" not in str(error):
+            if not isinstance(error, UnsupportedOperatorException) and not _lacks_kernel(error):
                 raise
-            raise ForecastError(
-                f"operator {func} has no fake kernel, so what it allocates cannot be forecast; it ran in "
-                f"{self._current_module() or 'no module'}; register one with torch.library.register_fake",
-                cause="no fake kernel",
-                operator=str(func),
-                module=self._current_module(),
-            ) from error
+            raise no_kernel_error(func, self._current_module()) from error
         outputs = tensors_in(result, [])
+        if func is UNSCALE:  # gradients are taken to be finite: a step that GradScaler skips allocates less
+            written = tensors_in(args[0], [])
         self._propagate_values(func, args, kwargs, outputs, written, known, all_known)
+        if any(tensor.layout is not torch.strided for tensor in outputs):
+            raise not_strided_error(func, self._current_module())
         lifted = func is aten.lift_fresh.default  # its input is the same tensor before it became fake
         self._on_operator(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result
@@ -240,13 +242,13 @@ class FakeOperators(DispatchMode):
         """The result of an operator that was given no floating-point dtype, with the default one of this forecast."""
         if func.namespace != "aten" or any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values())):
             return result
-        return tree_map_only(torch.Tensor, self._in_default_dtype, result)
+        return tree_map_only(torch.Tensor, lambda tensor: self._in_dtype(tensor, self.default_dtype), result)
 
-    def _in_default_dtype(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.dtype.is_floating_point or tensor.dtype == self.default_dtype:
+    def _in_dtype(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if not tensor.dtype.is_floating_point or tensor.dtype == dtype:
             return tensor
         with no_dispatch():
-            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=self.default_dtype, device=META)
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=META)
         return FakeTensor(self._mode, meta, tensor.fake_device) if isinstance(tensor, FakeTensor) else meta
 
     def _fake_real_inputs(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[torch.Tensor]]:
@@ -284,6 +286,8 @@ class FakeOperators(DispatchMode):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
         if not makes_new_tensors(func):
             return func(*args, **kwargs)
+        if func is ONEDNN_RNN:
+            return self._on_zeros(func, args, inputs[0])
         key = (func, _layout(args), _layout(kwargs))
         outputs = self._outputs.get(key)
         if outputs is None:
@@ -297,6 +301,15 @@ class FakeOperators(DispatchMode):
             ]
         fakes = [FakeTensor(self._mode, meta, layout[3]) for meta, layout in zip(metas, outputs.tensors, strict=True)]
         return fakes if outputs.many else fakes[0]
+
+    def _on_zeros(self, func: Any, args: Any, source: torch.Tensor) -> list[FakeTensor | None]:
+        """Results as large as those on real zeros, for the workspace of oneDNN, whose size only it knows."""
+        with no_dispatch():
+            real = func(*tree_map_only(torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), args))
+            metas = [
+                t if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=META) for t in real
+            ]
+        return [meta if meta is None else FakeTensor(self._mode, meta, _device(source)) for meta in metas]
 
     def _fake(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         with in_kernel_invocation_manager(self._mode):

@@ -1,0 +1,76 @@
+"""Errors for operators whose memory a forecast cannot know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from i2v_lab.errors import ForecastError
+
+
+def data_dependent_error(operator: Any, module: str) -> ForecastError:
+    """The error for an operator that reads values which are not known."""
+    return ForecastError(
+        f"operator {operator} in {module or 'no module'} reads values that a forecast does not know; what depends on "
+        "them can only be measured by a real run",
+        cause="data dependent",
+        operator=str(operator),
+        module=module,
+    )
+
+
+def no_kernel_error(operator: Any, module: str) -> ForecastError:
+    """The error for an operator whose results' shapes only its real kernel tells."""
+    return ForecastError(
+        f"operator {operator} has no fake kernel, so what it allocates cannot be forecast; it ran in "
+        f"{module or 'no module'}; register one with torch.library.register_fake",
+        cause="no fake kernel",
+        operator=str(operator),
+        module=module,
+    )
+
+
+def real_write_error(operator: Any, module: str) -> ForecastError:
+    """The error for an operator that writes to a real tensor."""
+    return ForecastError(
+        f"operator {operator} in {module or 'no module'} would write to a real tensor, which a forecast must not "
+        "change; write to its clone(), make it inside the callable, or pass it or its module as an argument",
+        cause="writes to a real tensor",
+        operator=str(operator),
+        module=module,
+    )
+
+
+def math_attention_error(operator: Any, module: str) -> ForecastError:
+    """The error for attention on a card by operators that a card would not run."""
+    return ForecastError(
+        f"attention in {module or 'no module'} was called through another name, which a forecast cannot "
+        "replace by the kernel of a real card; call torch.nn.functional.scaled_dot_product_attention",
+        cause="math attention",
+        operator=str(operator),
+        module=module,
+    )
+
+
+def not_strided_error(operator: Any, module: str) -> ForecastError:
+    """The error for a sparse result, or another without a storage of its own."""
+    return ForecastError(
+        f"operator {operator} in {module or 'no module'} returned a tensor that is not strided, whose memory a "
+        "forecast does not count; use dense tensors, or measure a real run",
+        cause="not strided",
+        operator=str(operator),
+        module=module,
+    )
+
+
+def no_answer(call: str, what: str) -> ForecastError:
+    """The error for a question that only a real card can answer.
+
+    Args:
+        call: What was called.
+        what: What it asks for.
+    """
+    return ForecastError(
+        f"{call} asks for {what}; leave the call out of what is forecast, or measure a real run",
+        cause="needs a card",
+        operator=call,
+    )
