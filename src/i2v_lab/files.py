@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import OutputError
+from i2v_lab.paths import cache_dirs
 from i2v_lab.stopping import on_stop
 
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 MOST_NAME_BYTES = 255
 MOST_PATH_BYTES = 4000
 MOST_STEM_BYTES = 180  # of the target's name in that of its temporary file, which is longer
@@ -118,6 +121,35 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
     return value if _digest(json.dumps(value)) == digest else None
+
+
+def read_cached(file: Path) -> Any:
+    """What :func:`write_cached` wrote, whole; ``None`` if there is no such file in the cache.
+
+    Args:
+        file: Its path below the cache folder.
+    """
+    values = (read_json(cache / file) for cache in cache_dirs())
+    return next((value for value in values if value is not None), None)
+
+
+def write_cached(file: Path, value: Any) -> None:
+    """Write a JSON value into the cache, or into the user's own where that may not be written.
+
+    Args:
+        file: Its path below the cache folder.
+        value: Not ``None``.
+
+    Raises:
+        OSError: Neither can be written.
+    """
+    shared, *own = cache_dirs()
+    try:
+        write_json(shared / file, value)
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED or not own:
+            raise
+        write_json(own[0] / file, value)
 
 
 def _digest(text: str) -> str:

@@ -51,6 +51,12 @@ def exclusive(lock: Path, target: Path, *, wait: Callable[[str], object] | None 
         os.close(descriptor)
 
 
+def say(line: str) -> None:
+    """A line on stderr, except where progress is not shown, as in a kernel whose output goes into a page."""
+    if os.environ.get("TQDM_DISABLE", "0") in ("", "0"):
+        print(line, file=sys.stderr, flush=True)
+
+
 def lock_beside(target: Path) -> Path:
     """A lock's path in the folder that ``target`` is in; short, whatever the target's name."""
     return target.with_name(f".{_digest(target.name)}.lock")

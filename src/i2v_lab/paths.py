@@ -41,7 +41,13 @@ def cache_dir() -> Path:
 
     It is safe to delete.
     """
-    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("i2v-lab", appauthor=False))
+    return cache_dirs()[0]
+
+
+def cache_dirs() -> list[Path]:
+    """Return :func:`cache_dir`, and the user's own cache, which serves where that may not be written."""
+    own = platformdirs.user_cache_dir("i2v-lab", appauthor=False)
+    return [Path(path) for path in dict.fromkeys([os.environ.get(CACHE_VARIABLE) or own, own])]
 
 
 def find_still(image: str | Path) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pynvml
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from i2v_lab.errors import ProfilerError
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.meters.nvml import NvmlSampler, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import DeviceRecord, GraphRecord, ModuleRecord, OutOfMemoryRecord
@@ -226,3 +229,50 @@ def test_attribution_hooks_into_no_call_of_a_module():
         hooks = (module._global_forward_hooks, module._global_forward_pre_hooks, net._forward_hooks)
         assert not any(hooks)
         assert not any(net._forward_pre_hooks for net in net.modules())
+
+
+def test_an_interrupt_at_any_moment_leaves_the_clock_of_the_meter_right():
+    """Ctrl-C in a notebook: raised before each bytecode in turn of what advances the clock and what cuts it off."""
+    methods = {LiveStorageMeter._advance.__code__, LiveStorageMeter.drop_freed.__code__}
+
+    def interrupted(meter: LiveStorageMeter, after: int) -> bool:
+        left = after
+
+        def trace(frame: FrameType, event: str, _: object) -> object:
+            nonlocal left
+            if frame.f_code not in methods:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            meter.add_transient_workspace(16, "workspace")
+            meter.drop_freed()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    for after in itertools.count():
+        meter = LiveStorageMeter()
+        meter.add_transient_workspace(8, "workspace")
+        if not interrupted(meter, after):
+            break
+        first = meter.tick
+        times_s = [time.perf_counter()]
+        for _ in range(3):
+            meter.add_transient_workspace(32, "workspace")
+            times_s.append(meter.time_s(meter.tick))
+        times_s.append(time.perf_counter())
+        assert meter.tick >= first + 6
+        assert times_s == sorted(times_s)
+        with pytest.raises(IndexError):
+            meter.time_s(meter.tick + 1)
+    assert after > 30

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from i2v_lab.errors import OutputError, RecordError
-from i2v_lab.files import write_text
-from i2v_lab.paths import cache_dir, find_still
+from i2v_lab.errors import OutputError
+from i2v_lab.files import read_cached, write_cached
+from i2v_lab.paths import CACHE_VARIABLE, cache_dir, find_still
 from i2v_lab.profiling.fake.garbage import no_collection
-from i2v_lab.profiling.records import Forecast, PhaseRecord, Record, record_from_json, record_to_json
+from i2v_lab.profiling.records import Forecast, Record, record_from_json, record_to_json
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.provenance import code_digest, runner_packages, usable_cores, versions
@@ -87,7 +87,7 @@ def forecast_specs(specs: Sequence[RunSpec], *, jobs: int | None = None, progres
     """
     paths = [cache_path(spec) for spec in specs]
     # The longest first, so that no core is left alone with it at the end.
-    missing = {path: spec for path, spec in zip(paths, specs, strict=True) if not path.exists()}
+    missing = {path: spec for path, spec in zip(paths, specs, strict=True) if _read(path) is None}
     todo = sorted(missing.values(), key=lambda spec: -spec.generations)
     bar = tqdm(
         total=len(specs), initial=len(specs) - len(todo), desc="forecasts", disable=is_quiet(progress and bool(todo))
@@ -124,7 +124,7 @@ def _compute(spec: RunSpec, device: str) -> Result:
 
 
 def cache_path(spec: RunSpec, device: str = "cuda") -> Path:
-    """Where the forecast of a run is cached: by everything that its records depend on."""
+    """Where the forecast of a run is, below the cache folder: by everything that its records depend on."""
     architecture = spec.architecture
     parts = [
         spec.memory_key(),
@@ -138,7 +138,7 @@ def cache_path(spec: RunSpec, device: str = "cuda") -> Path:
         code_digest(spec.runner),
     ]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
-    return cache_dir() / "forecasts" / f"{key}.json"
+    return Path("forecasts", f"{key}.json")
 
 
 def _still_size(image: str) -> str:
@@ -151,19 +151,20 @@ def _still_size(image: str) -> str:
 
 def _read(path: Path) -> Result | None:
     """A cached forecast; a damaged file counts as none."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RecordError):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        records = tuple(record_from_json(record) for record in values["records"])
-        context_bytes = values["context_bytes"]
-        if type(context_bytes) is int and context_bytes >= 0 and any(isinstance(each, PhaseRecord) for each in records):
-            return records, context_bytes
-    return None
+    values = read_cached(path)
+    if values is None:
+        return None
+    return tuple(record_from_json(record) for record in values["records"]), values["context_bytes"]
 
 
 def _write(path: Path, result: Result) -> None:
     records, context_bytes = result
     values = {"records": [record_to_json(record) for record in records], "context_bytes": context_bytes}
     try:
-        write_text(path, json.dumps(values))
+        write_cached(path, values)
     except OSError as error:
-        raise OutputError(f"the cache folder '{cache_dir()}' cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"the cache folder '{cache_dir()}' cannot be written ({error.strerror}); free some space, or name another "
+            f"folder in {CACHE_VARIABLE}",
+            path=cache_dir(),
+        ) from error

@@ -15,10 +15,9 @@ from typing import Any
 from i2v_lab.display import printable
 from i2v_lab.errors import I2VLabError, RecordError
 from i2v_lab.files import check_folder, remove_partial_files
-from i2v_lab.locks import exclusive, lock_beside
+from i2v_lab.locks import exclusive, lock_beside, say
 from i2v_lab.profiling.records import OutOfMemoryRecord
 from i2v_lab.runs.execute import VIDEO, Mode, execute
-from i2v_lab.runs.forecast import is_quiet
 from i2v_lab.runs.provenance import code_digest
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, FAILED, METADATA, Run, read_run
@@ -55,7 +54,7 @@ def measure(spec: RunSpec, folder: Path, device: str = "auto") -> Run:
     if reusable is not None:
         return reusable
     check_folder(folder, "folder")
-    with exclusive(lock_beside(folder), folder, wait=_say):
+    with exclusive(lock_beside(folder), folder, wait=say):
         return _measure(spec, identity, folder)
 
 
@@ -102,11 +101,6 @@ def is_result(run: Run) -> bool:
     """Whether a run shows something: it is complete, ran out of memory, or its grad mode was refused."""
     refused = str(run.metadata.get("error", "")).startswith(GRAD_ERROR)
     return run.status == COMPLETE or (run.status == FAILED and (refused or bool(run.of(OutOfMemoryRecord))))
-
-
-def _say(line: str) -> None:
-    if not is_quiet(progress=True):
-        print(line, file=sys.stderr, flush=True)
 
 
 def _make_room(folder: Path) -> None:

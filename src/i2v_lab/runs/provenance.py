@@ -29,6 +29,7 @@ RENDERING = ("matplotlib", "pandas", "nbconvert", "papermill")
 # Ground floor and code that every run executes; the runner's own folder and contract come in besides.
 EXECUTED = (
     "events.py",
+    "locks.py",
     "memory_policy.py",
     "metered_threads.py",
     "request.py",

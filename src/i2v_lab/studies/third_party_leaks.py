@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from i2v_lab.files import write_text
-from i2v_lab.paths import cache_dir, find_still
+from i2v_lab.files import read_cached, write_cached
+from i2v_lab.paths import find_still
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.provenance import code_digest, normalized_code, runner_packages, versions
 from i2v_lab.runs.spec import SMALL_MODEL
@@ -62,10 +62,11 @@ def leak_table(image: str = "stills/lighthouse.png", model: str = SMALL_MODEL) -
         through ``guard_stream``, missing for a pipeline that returns decoded frames.
     """
     path = _cache_path(image, model)
-    rows = _cached(path)
+    rows = read_cached(path)
     if rows is None:
         rows = _leak_rows(image, model)
-        write_text(path, json.dumps(rows))
+        with suppress(OSError):  # then they are computed again the next time
+            write_cached(path, rows)
     return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(COLUMNS[3:], "Int64"))
 
 
@@ -84,14 +85,7 @@ def _cache_path(image: str, model: str) -> Path:
     runners = ("ltx-pipelines", "diffusers")
     code = [normalized_code(Path(__file__)), *map(code_digest, runners)]
     parts = [str(find_still(image)), model, *code, json.dumps(versions(runner_packages(runners)))]
-    return cache_dir() / "leaks" / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.json"
-
-
-def _cached(path: Path) -> list[Any] | None:
-    with suppress(OSError, ValueError):
-        rows: list[Any] = json.loads(path.read_text(encoding="utf-8"))
-        return rows
-    return None
+    return Path("leaks") / f"{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()[:24]}.json"
 
 
 def _leak_rows(image: str, model: str) -> list[list[Any]]:

@@ -98,8 +98,7 @@ class LiveStorageMeter(TorchDispatchMode):
         self._peak_bytes = 0
         self._tick = 0
         self._peak_tick = 0
-        self._times_s: list[float] = [time.perf_counter()]  # of every tick since drop_freed
-        self._first_tick = 0
+        self._clock = (0, [time.perf_counter()])  # the first tick since drop_freed, and the time of each since
         self._thread = _FlexAttention()
         self._is_over = False
         self._lock = threading.RLock()  # storages may be freed in any thread
@@ -312,18 +311,20 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def time_s(self, tick: int) -> float:
         """Time of a tick on ``time.perf_counter``'s clock."""
-        return self._times_s[tick - self._first_tick]
+        first_tick, times_s = self._clock
+        return times_s[tick - first_tick]
 
     def drop_freed(self, tick: int | None = None) -> None:
         """Drop the records of storages freed by a tick, by default now, once they have been written."""
         tick = self._tick if tick is None else tick
         self.storages = [record for record in self.storages if record.freed_at is None or record.freed_at > tick]
-        del self._times_s[: tick - self._first_tick]
-        self._first_tick = tick
+        first_tick, times_s = self._clock
+        self._clock = (tick, times_s[tick - first_tick :])
 
     def _advance(self) -> int:
-        self._tick += 1
-        self._times_s.append(time.perf_counter())
+        first_tick, times_s = self._clock
+        times_s.append(time.perf_counter())  # the tick follows from it: Ctrl-C in a notebook may come between the two
+        self._tick = first_tick + len(times_s) - 1
         return self._tick
 
     def _on_freed(self, key: int, reference: weakref.ref[Any]) -> None:
