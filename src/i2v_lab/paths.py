@@ -48,4 +48,11 @@ def find_still(image: str | Path) -> Path:
     """Return an image file by its path, or by its path below ``data``, such as ``stills/lighthouse.png``."""
     path = Path(image)
     below = data_dir() / path
-    return below if not path.exists() and below.exists() else path
+    return below if not _exists(path) and _exists(below) else path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long a name, or a null character: whoever opens it says so
+        return False

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from i2v_lab.cli.output import require_file
 from i2v_lab.errors import OutputError
 
 EXAMPLES = """
@@ -33,6 +34,8 @@ def calibrate(
     """Fit the model of cuDNN and cuBLAS workspaces to measurements."""
     from i2v_lab.capacity.calibration import calibrate as run
 
+    if out is not None:
+        require_file(out, "--out")
     try:
         for line in run(measurements, out):
             print(line)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli.output import plain_console
+from i2v_lab.cli.output import plain_console, require_folder
 
 if TYPE_CHECKING:
     from i2v_lab.runs.store import Run
@@ -43,6 +43,8 @@ def show(
     from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.runs.store import read_run
 
+    if timeline is not None:
+        require_folder(timeline, "--timeline")
     console = plain_console()
     first = read_run(run)
     if timeline is not None:
