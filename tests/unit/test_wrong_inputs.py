@@ -164,11 +164,11 @@ def test_outputs_are_refused_before_anything_runs_and_nothing_is_left(tmp_path):
         for path in bad:
             with pytest.raises(OutputError) as caught:
                 check(path, "--out")
-            assert caught.value.fields == {"path": path}
-    _refused(lambda: require_file(tmp_path, "--csv"), "path")
-    _refused(lambda: require_file(Path("/dev/null"), "--csv"), "path")
-    _refused(lambda: require_folder(tmp_path / "file", "--timeline"), "path")
-    _refused(lambda: require_new_folder(tmp_path / "full"), "path")
+            assert caught.value.fields == {"path": path, "out": path}
+    _refused(lambda: require_file(tmp_path, "--csv"), "path", "csv")
+    _refused(lambda: require_file(Path("/dev/null"), "--csv"), "path", "csv")
+    _refused(lambda: require_folder(tmp_path / "file", "--timeline"), "path", "timeline")
+    _refused(lambda: require_new_folder(tmp_path / "full"), "path", "profile")
     require_file(tmp_path / "file", "--csv")
     require_file(tmp_path / "new" / "below" / "a.csv", "--csv")
     require_folder(tmp_path / "new", "--timeline")

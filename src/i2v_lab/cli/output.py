@@ -42,7 +42,7 @@ def require_writable(path: Path, option: str) -> None:
         option: The command-line option that named it, for the message.
 
     Raises:
-        OutputError: With the ``path``.
+        OutputError: With the ``path``, also under the option's name.
     """
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -56,40 +56,46 @@ def require_writable(path: Path, option: str) -> None:
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"{option} '{path}' cannot be written ({reason}); choose another", path=path) from error
+        raise OutputError(
+            f"{option} '{path}' cannot be written ({reason}); choose another", **_named(path, option)
+        ) from error
 
 
 def require_file(path: Path, option: str) -> None:
     """:func:`require_writable` for a path that must not be a folder.
 
     Raises:
-        OutputError: With the ``path``.
+        OutputError: With the ``path``, also under the option's name.
     """
     require_writable(path, option)
     if path.is_dir() or (path.exists() and not path.is_file()):
-        raise OutputError(f"{option} '{path}' is a folder or a device; name a file", path=path)
+        raise OutputError(f"{option} '{path}' is a folder or a device; name a file", **_named(path, option))
 
 
 def require_folder(path: Path, option: str) -> None:
     """:func:`require_writable` for a path that must not be a file.
 
     Raises:
-        OutputError: With the ``path``.
+        OutputError: With the ``path``, also under the option's name.
     """
     require_writable(path, option)
     if path.exists() and not path.is_dir():
-        raise OutputError(f"{option} '{path}' is a file; name a folder", path=path)
+        raise OutputError(f"{option} '{path}' is a file; name a folder", **_named(path, option))
 
 
 def require_new_folder(path: Path) -> None:
     """Make sure that a run can be recorded in a folder: it can be made, or is empty.
 
     Raises:
-        OutputError: With the ``path``.
+        OutputError: With the ``path``, also under the option's name.
     """
     require_folder(path, "--profile")
     if path.is_dir() and any(path.iterdir()):
-        raise OutputError(f"--profile '{path}' is not empty; name a new folder", path=path)
+        raise OutputError(f"--profile '{path}' is not empty; name a new folder", **_named(path, "--profile"))
+
+
+def _named(path: Path, option: str) -> dict[str, Path]:
+    return {"path": path, option.removeprefix("--"): path}
 
 
 def log(line: str) -> None:
