@@ -6,7 +6,26 @@ a child process can hand its error to the parent whole.
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlong = 500
+
+
+def shown(value: Any) -> str:
+    """A value in one short line, for the message of an error: whatever it is, however large and however nested.
+
+    Example:
+        >>> shown("height"), shown([[[[[1]]]]] * 1000), shown(10**9999)
+        ("'height'", '[[[[[1]]]], [[[[1]]]], [[[[1]]]], [[[[1]]]], [[[[1]]]], [[[[1]]]], ...]', 'a huge int')
+    """
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # more digits than Python prints, or a repr that fails
+        text = f"a huge {type(value).__name__}"
+    return " ".join(text.split())
 
 
 class I2VLabError(Exception):
@@ -29,7 +48,7 @@ class I2VLabError(Exception):
 
     exit_status = 2
 
-    def __init__(self, message: str, **fields: Any) -> None:
+    def __init__(self, message: str, /, **fields: Any) -> None:
         super().__init__(message)
         self.message = message
         self.fields = fields

@@ -185,6 +185,9 @@ def check_file(path: Path, option: str, example: str, *, make_folder: bool = Tru
     _check_name(path, option, path=path)
     if _is_folder(path):
         raise OutputError(f"{option}='{path}' is a folder; name a file in it, such as '{path / example}'", path=path)
+    with suppress(OSError):
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{option}='{path}' is a device or a pipe; name a file", path=path)
     if not make_folder and not _is_folder(path.parent):
         raise OutputError(f"{option}='{path}': the folder '{path.parent}' does not exist; create it first", path=path)
     _check_place(path.parent, path, option, path=path)
@@ -225,6 +228,8 @@ def _is_folder(path: Path) -> bool:
 
 
 def _check_name(name: Path, option: str, **fields: Path) -> None:
+    if "\0" in str(name):
+        raise OutputError(f"{option}={str(name)!r} has a null character; use another name", **fields)
     if any(len(os.fsencode(part)) > MOST_NAME_BYTES for part in name.parts) or len(os.fsencode(name)) > MOST_PATH_BYTES:
         raise OutputError(f"{option}='{name}' is too long a name; use a shorter one", **fields)
 
@@ -232,7 +237,7 @@ def _check_name(name: Path, option: str, **fields: Path) -> None:
 def _check_place(place: Path, name: Path, option: str, **fields: Path) -> None:
     there = place.absolute()
     try:
-        while not there.exists():
+        while not os.path.lexists(there):
             there = there.parent
         if not there.is_dir():
             raise OutputError(f"{option}='{name}': '{there}' is a file; choose another folder", **fields)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.events import Phase
 
 
@@ -120,10 +120,12 @@ def to_techniques(names: Iterable[str]) -> Techniques:
         [<Technique.TEXT_ONLY: 'text_only'>]
     """
     known = set(Technique)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise InvalidRequest(f"techniques={shown(names)} is not a list of names; use one", techniques=names)
     found = list(names)
     for name in found:
-        if name not in known:
-            raise InvalidRequest(f"technique={name!r} is unknown; use {', '.join(Technique)}", technique=name)
+        if not isinstance(name, str) or name not in known:
+            raise InvalidRequest(f"technique={shown(name)} is unknown; use {', '.join(Technique)}", technique=name)
     chosen = frozenset(Technique(name) for name in found)
     for technique, other in NEEDS.items():
         if technique in chosen and other not in chosen:

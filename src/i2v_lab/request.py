@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from i2v_lab.display import HtmlFields
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import MemoryPolicy
 
 
@@ -68,6 +71,11 @@ CHOICES: dict[str, type[StrEnum]] = {
 }
 
 
+MAX_SIDE = 2**20  # pixels
+MAX_FRAMES = 2**20
+MAX_TILE = 2**16  # pixels or frames
+
+
 class VideoShape(NamedTuple):
     """A video in pixels.
 
@@ -113,16 +121,46 @@ class Tiling(HtmlFields):
             "tile_frames", self.tile_frames, "tile_overlap_frames", self.tile_overlap_frames, minimum=16, multiple=8
         )
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Tiling:
+        """A tiling by its fields, of which those that are missing have their defaults.
+
+        Raises:
+            InvalidRequest: It is no mapping, or has an unknown field.
+        """
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, Mapping) or not set(values) <= known:
+            words = f"tiling={shown(values)} is not a mapping of {', '.join(sorted(known))}; use some of these"
+            raise InvalidRequest(words, tiling=values)
+        return cls(**values)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name}={shown(value)} is not a text; put it in quotes", **{name: value})
+    if name == "image":  # a path may have bytes that are no UTF-8
+        if "\0" in value:
+            raise InvalidRequest(f"{name}={shown(value)} has a null character; use another path", **{name: value})
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        words = f"{name}={shown(value)} is not UTF-8; set a UTF-8 locale, or remove what is no character"
+        raise InvalidRequest(words, **{name: value}) from None
+
 
 def _check_tile(name: str, size: int, overlap_name: str, overlap: int, *, minimum: int, multiple: int) -> None:
+    for each, value in ((name, size), (overlap_name, overlap)):
+        if value > MAX_TILE:
+            raise InvalidRequest(f"{each}={shown(value)} is above {MAX_TILE}; use that or less", **{each: value})
     if size < minimum:
-        raise InvalidRequest(f"{name}={size} is below the smallest tile; use {minimum} or more", **{name: size})
+        raise InvalidRequest(f"{name}={shown(size)} is below the smallest tile; use {minimum} or more", **{name: size})
     if size % multiple:
         raise InvalidRequest(
             f"{name}={size} is not a multiple of {multiple}; use {neighbours(size, multiple, minimum)}", **{name: size}
         )
     if overlap < 0:
-        raise InvalidRequest(f"{overlap_name}={overlap} is negative; use 0 or more", **{overlap_name: overlap})
+        raise InvalidRequest(f"{overlap_name}={shown(overlap)} is negative; use 0 or more", **{overlap_name: overlap})
     if overlap >= size:
         raise InvalidRequest(
             f"{overlap_name}={overlap} is not smaller than {name}={size}; use {size - multiple} or less",
@@ -152,9 +190,11 @@ def _make_whole(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         try:
+            if isinstance(value, bool):
+                raise TypeError
             object.__setattr__(owner, name, operator.index(value))
         except TypeError:
-            raise InvalidRequest(f"{name}={value!r} is not a whole number; use one", **{name: value}) from None
+            raise InvalidRequest(f"{name}={shown(value)} is not a whole number; use one", **{name: value}) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,31 +246,34 @@ class I2VRequest(HtmlFields):
         _make_whole(self, "width", "height", "frames", "seed")
         for name, kind in CHOICES.items():
             value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, kind(value))
-            except ValueError:
-                raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
-        for name in ("prompt", "negative_prompt"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise InvalidRequest(f"{name}={value!r} is not a text; put it in quotes", **{name: value})
-            if any("\ud800" <= character <= "\udfff" for character in value):  # of bytes that the shell passed on
-                raise InvalidRequest(f"{name}={value!r} is not UTF-8; write it in UTF-8", **{name: value})
+            if not isinstance(value, str) or value not in list(kind):
+                words = f"{name}={shown(value)} is unknown; use {' or '.join(kind)}"
+                raise InvalidRequest(words, **{name: value})
+            object.__setattr__(self, name, kind(value))
+        if isinstance(self.image, os.PathLike):
+            object.__setattr__(self, "image", os.fspath(self.image))
+        for name in ("image", "prompt", "negative_prompt"):
+            _check_text(name, getattr(self, name))
         if self.tiling is not None and not isinstance(self.tiling, Tiling):
-            raise InvalidRequest(f"tiling={self.tiling!r} is not a Tiling; use one, or None", tiling=self.tiling)
-        for name in ("width", "height", "frames"):
+            raise InvalidRequest(f"tiling={shown(self.tiling)} is not a Tiling; use one, or None", tiling=self.tiling)
+        for name, most in {"width": MAX_SIDE, "height": MAX_SIDE, "frames": MAX_FRAMES}.items():
             value = getattr(self, name)
             if value < 1:
-                raise InvalidRequest(f"{name}={value} is not above 0; use 1 or more", **{name: value})
+                raise InvalidRequest(f"{name}={shown(value)} is not above 0; use 1 or more", **{name: value})
+            if value > most:
+                raise InvalidRequest(f"{name}={shown(value)} is above {most}; use that or less", **{name: value})
         try:
-            object.__setattr__(self, "fps", float(self.fps))  # 24 and 24.0 are one request, with one digest
+            fps: Any = self.fps
+            if isinstance(fps, bool) or not isinstance(fps, Real):
+                raise TypeError
+            object.__setattr__(self, "fps", float(fps))  # 24 and 24.0 are one request, with one digest
         except (TypeError, ValueError, OverflowError):
-            raise InvalidRequest(f"fps={self.fps!r} is not a number; use 24 or 25", fps=self.fps) from None
+            raise InvalidRequest(f"fps={shown(self.fps)} is not a number; use 24 or 25", fps=self.fps) from None
         if not 1 <= self.fps <= 240:  # nor is NaN
             raise InvalidRequest(f"fps={self.fps} is not between 1 and 240; use 24 or 25", fps=self.fps)
         if not 0 <= self.seed < 2**63:
             raise InvalidRequest(
-                f"seed={self.seed} is not between 0 and 2**63-1; use a number such as 10", seed=self.seed
+                f"seed={shown(self.seed)} is not between 0 and 2**63-1; use a number such as 10", seed=self.seed
             )
 
     @property
@@ -251,12 +294,20 @@ class I2VRequest(HtmlFields):
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> I2VRequest:
-        """Build a request from what :meth:`to_json` returned."""
+    def from_json(cls, values: Mapping[str, Any]) -> I2VRequest:
+        """Build a request from what :meth:`to_json` returned.
+
+        Raises:
+            InvalidRequest: It is no mapping, has no image, or breaks a rule.
+        """
+        if not isinstance(values, Mapping):
+            raise InvalidRequest(f"a request of {shown(values)} is not a mapping; give its fields", request=values)
         known = {f.name for f in fields(cls)}
         converted: dict[str, Any] = {name: value for name, value in values.items() if name in known}
-        if converted.get("tiling"):
-            converted["tiling"] = Tiling(**converted["tiling"])
+        if "image" not in converted:
+            raise InvalidRequest("image is missing; give the path of a still", image=None)
+        if converted.get("tiling") is not None:
+            converted["tiling"] = Tiling.from_json(converted["tiling"])
         return cls(**converted)
 
     def digest(self) -> str:

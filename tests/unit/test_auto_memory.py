@@ -91,7 +91,7 @@ def test_the_room_is_what_the_driver_says_is_free_and_what_this_process_holds(
     record = _record(80 * GIB, (80 - free) * GIB, None if own is None else own * GIB)
     _fake_card(monkeypatch, record, lambda _: (free * GIB, 80 * GIB), reserved * GIB, fraction)
     assert available_memory("cuda") == ("this a card", room, "cuda")
-    assert memory_budget_bytes("cuda", 2) == min(room, 2 * GIB)
+    assert memory_budget_bytes("cuda", 2 * GIB) == min(room, 2 * GIB)
 
 
 def test_where_cuda_does_not_say_what_is_free_nvml_does_and_else_the_device_is_refused(monkeypatch):

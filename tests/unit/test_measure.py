@@ -101,7 +101,7 @@ def test_a_plan_that_is_none_is_refused(tmp_path):
         load_plan(_written(tmp_path, "groups: ["))
     with pytest.raises(InvalidRequest, match="rounds=0 is not a whole number above 0"):
         load_plan(_plan(tmp_path, {"runs": [{}], "rounds": 0}))
-    with pytest.raises(InvalidRequest, match="are more than 10000 in one plan; use fewer"):
+    with pytest.raises(InvalidRequest, match="are over 10000 in one plan; use fewer"):
         load_plan(_plan(tmp_path, {"runs": [{}, {"seed": 3}], "rounds": 5001}))
     for huge in (10**400, 1e308):
         with pytest.raises(InvalidRequest):

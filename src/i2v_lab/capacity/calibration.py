@@ -15,6 +15,8 @@ from i2v_lab.paths import data_dir
 
 MEASUREMENTS = "libraries-h100.json"
 COLUMNS = {"contiguous", "grouped", "input_bytes", "weight_bytes", "output_bytes", "workspace_bytes"}
+FLAGS = {"contiguous", "grouped"}
+DEVICE = {"gpu", "torch", "cudnn", "cublas_bytes", "context_bytes"}
 LARGE_BYTES = 8 * 2**20  # below, the allocator's rounding and the choice of algorithm dominate
 
 
@@ -37,16 +39,30 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
     """
     source = measurements or data_dir() / "measured" / MEASUREMENTS
     try:
+        for file in (source, source.with_suffix(".csv")):
+            if file.exists() and not file.is_file():  # to open a pipe would wait for a writer
+                raise ValueError(f"{file.name} is no regular file")
         device = json.loads(source.read_text(encoding="utf-8"))
         table = pd.read_csv(source.with_suffix(".csv"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(
-            f"measurements '{source}' cannot be read ({error}); give the JSON file", path=source
+            f"measurements '{source}' cannot be read ({' '.join(str(error).split())}); give the JSON file", path=source
         ) from error
     missing = COLUMNS - set(table.columns)
     if missing:
         raise RecordError(f"measurements '{source}' lack columns: {', '.join(sorted(missing))}", path=source)
+    lacking = DEVICE - set(device) if isinstance(device, dict) else DEVICE
+    if lacking:
+        raise RecordError(f"measurements '{source}' lack {', '.join(sorted(lacking))}; measure again", path=source)
+    kinds = {name: table[name].dtype.kind for name in COLUMNS}
+    odd = sorted(name for name, kind in kinds.items() if kind not in ("b" if name in FLAGS else "iu"))
+    if odd:
+        raise RecordError(
+            f"measurements '{source}' have other values than numbers in {odd[0]}; measure again", path=source
+        )
     large = table[table["contiguous"] & ~table["grouped"] & (table["workspace_bytes"] >= LARGE_BYTES)]
+    if large.empty:
+        raise RecordError(f"measurements '{source}' have no convolution with a workspace of 8 MiB or more", path=source)
     parts = large[["input_bytes", "output_bytes", "weight_bytes"]].to_numpy(float)
     observed = large["workspace_bytes"].to_numpy(float)
     factors = _least_absolute(parts / observed[:, None], np.ones(len(large)))

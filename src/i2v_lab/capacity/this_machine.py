@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def memory_budget_bytes(device: str, vram_cap_gib: float | None) -> int:
+def memory_budget_bytes(device: str, vram_cap_bytes: int | None) -> int:
     """The bytes that a run may use: what is available on the device, at most the cap.
 
     Raises:
         DeviceUnavailable: There is no such device.
     """
     available_bytes = available_memory(device)[1]
-    return available_bytes if vram_cap_gib is None else min(available_bytes, int(vram_cap_gib * 2**30))
+    return available_bytes if vram_cap_bytes is None else min(available_bytes, vram_cap_bytes)
 
 
 def available_memory(device: str = "auto") -> tuple[str, int, str]:

@@ -28,7 +28,7 @@ def accuracy(
     csv: Annotated[Path | None, typer.Option(help="Also write every phase of every run to this file.")] = None,
 ) -> None:
     """Compare forecasts with every run that was measured on a GPU."""
-    from i2v_lab.reporting.tables import save_table
+    from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
 
@@ -42,7 +42,7 @@ def accuracy(
         return
     table = accuracy_table(measured)
     if csv is not None:
-        save_table(table, csv.parent, csv.stem)
+        write_atomically(csv, lambda part: table.to_csv(part, index=False))
     console = plain_console()
     worst = table.reindex(table["error"].abs().sort_values(ascending=False).index).head(10)
     columns = ["run", "phase", "peak_bytes", "forecast_bytes", "error"]

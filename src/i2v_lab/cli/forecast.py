@@ -16,7 +16,6 @@ from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
-from i2v_lab.units import GIB
 
 if TYPE_CHECKING:
     from i2v_lab.capacity.cards import Fit
@@ -66,7 +65,7 @@ def forecast(
     from i2v_lab.capacity.cards import judge, judge_all
     from i2v_lab.pipeline.contract.architectures import load_architecture
 
-    options.check_cap(vram_cap_gib)
+    vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     if profile is not None:
         check_new_folder(profile, "profile")
     if memory is MemoryPolicy.AUTO and vram_cap_gib is None:
@@ -90,12 +89,12 @@ def forecast(
         decode_scope=decode_scope,
         memory=memory,
     )
-    if vram_cap_gib is not None:
-        request = options.resolved(request, model, int(vram_cap_gib * GIB))
+    if vram_cap_bytes is not None:
+        request = options.resolved(request, model, vram_cap_bytes)
     result = _forecast(request, model)
     fits = judge_all(result)
-    if vram_cap_gib is not None:
-        fits.insert(0, judge(result, f"cap of {vram_cap_gib:g} GiB", int(vram_cap_gib * GIB)))
+    if vram_cap_bytes is not None:
+        fits.insert(0, judge(result, f"cap of {vram_cap_gib:g} GiB", vram_cap_bytes))
     if profile is not None:
         _write_run(profile, request, model, result)
     report = {

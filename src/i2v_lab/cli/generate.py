@@ -17,7 +17,6 @@ from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import find_still
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import SMALL_MODEL
-from i2v_lab.units import GIB
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -106,12 +105,13 @@ def generate(
         decode_scope=decode_scope,
         memory=memory,
     )
-    options.check_cap(vram_cap_gib)
+    vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     from i2v_lab.pipeline.contract import media  # imports torch, so only once the options are valid
 
     media.check_output(out)
     if profile is not None:
         check_new_folder(profile, "profile")
+    media.check_size(request.width, request.height)
     media.load_still(image)
 
     from i2v_lab.capacity.this_machine import memory_budget_bytes
@@ -122,13 +122,13 @@ def generate(
 
     target = resolve_device(device)
     if memory is MemoryPolicy.AUTO:
-        request = options.resolved(request, model, memory_budget_bytes(device, vram_cap_gib), target.type)
+        request = options.resolved(request, model, memory_budget_bytes(device, vram_cap_bytes), target.type)
     spec = RunSpec(
         request=request,
         model=model,
         # Attribution to modules and autograd graphs is only recorded with --profile; peaks need neither.
         profiler=ProfilerMode.BOUNDARIES if profile is None and runner.emits_events else ProfilerMode.FULL,
-        vram_cap_bytes=None if vram_cap_gib is None else int(vram_cap_gib * GIB),
+        vram_cap_bytes=vram_cap_bytes,
     )
     with exclusive(lock_on_this_machine(out), out), ProgressReport(request.frames) as progress:
         weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)

@@ -14,6 +14,7 @@ from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
+from i2v_lab.units import GIB
 
 Prompt = Annotated[str, typer.Option(help="Description of the video.")]
 NegativePrompt = Annotated[str, typer.Option(help="Description of what to avoid (dev variant).")]
@@ -35,6 +36,7 @@ NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode without tile
 DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode while the video is decoded.")]
 MemoryOption = Annotated[MemoryPolicy, typer.Option(help="Memory policy; auto: the fastest whose forecast fits.")]
 VramCapGib = Annotated[float | None, typer.Option(help="Limit memory to that of a card of this size, GiB.")]
+MAX_CAP_GIB = 2**20
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 
@@ -54,17 +56,20 @@ def as_text(words: str, name: str) -> str:
         raise InvalidRequest(f"{name}={words!r} is not UTF-8 text; encode it as UTF-8", **{name: words}) from None
 
 
-def check_cap(vram_cap_gib: float | None) -> None:
-    """Check a memory limit.
+def cap_bytes(vram_cap_gib: float | None) -> int | None:
+    """A memory limit in bytes.
 
     Raises:
-        InvalidRequest: It is not positive.
+        InvalidRequest: It is not a number above 0 that a device could have.
     """
-    if vram_cap_gib is not None and not vram_cap_gib > 0:
+    if vram_cap_gib is None:
+        return None
+    if not (0 < vram_cap_gib <= MAX_CAP_GIB and int(vram_cap_gib * GIB)):
         raise InvalidRequest(
-            f"vram_cap_gib={vram_cap_gib} is not above 0; use the card's GiB",
+            f"vram_cap_gib={vram_cap_gib} is not above 0 and at most {MAX_CAP_GIB}; use the card's GiB",
             vram_cap_gib=vram_cap_gib,
         )
+    return int(vram_cap_gib * GIB)
 
 
 def resolved(request: I2VRequest, model: str, memory_bytes: int, device: str = "cuda") -> I2VRequest:

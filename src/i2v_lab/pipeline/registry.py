@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.pipeline import diffusers, ltx2, ltx_video
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
@@ -38,8 +38,8 @@ def find_runner(name: str) -> RunnerSpec:
     Raises:
         InvalidRequest: There is none of that name; with those that there are.
     """
-    if name not in RUNNERS:
-        raise InvalidRequest(f"pipeline={name!r} is unknown; use {' or '.join(RUNNERS)}", pipeline=name)
+    if not isinstance(name, str) or name not in RUNNERS:
+        raise InvalidRequest(f"pipeline={shown(name)} is unknown; use {' or '.join(RUNNERS)}", pipeline=name)
     return RUNNERS[name]
 
 

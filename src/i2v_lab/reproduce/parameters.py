@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.plain_yaml import load_yaml
 
 OUT_DIR = "out_dir"
 
@@ -193,8 +194,8 @@ def _read_file(
     file: Path, declared: Mapping[str, Mapping[str, Parameter]]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_NoDates)  # noqa: S506 - a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = load_yaml(file, _NoDates)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InvalidRequest(f"{str(file)!r} cannot be read as YAML ({reason}); correct it", file=str(file)) from error
     content = {} if content is None else content

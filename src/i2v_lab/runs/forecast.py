@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -142,10 +143,14 @@ def cache_path(spec: RunSpec, device: str = "cuda") -> Path:
 
 
 def _still_size(image: str) -> str:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    with suppress(OSError, UnidentifiedImageError), Image.open(image) as picture:
-        return str(picture.size)
+    # What Pillow raises and warns of is for the pipeline, which reads the picture itself; a pipe would make it wait.
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if Path(image).is_file():
+            with Image.open(image) as picture:
+                return str(picture.size)
     return "unreadable"  # which the pipeline will report
 
 

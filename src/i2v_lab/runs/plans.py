@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from i2v_lab.errors import I2VLabError, InvalidRequest
+from i2v_lab.errors import I2VLabError, InvalidRequest, shown
+from i2v_lab.plain_yaml import load_yaml
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.spec import FULL_SIZE_MODEL, ProfilerMode, RunSpec, make_request
 
@@ -60,15 +58,16 @@ def load_plan(path: str | Path) -> list[PlannedRun]:
         ['1024x768x97_1', '1024x768x97_escaped_1']
     """
     try:
-        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        plan = load_yaml(path)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InvalidRequest(f"plan '{path}' cannot be read ({reason}); give a YAML file", plan=path) from error
     _check_fields(plan, PLAN_FIELDS, f"plan '{path}'")
     groups = plan.get("groups")
     if not isinstance(groups, list) or not groups:
         raise InvalidRequest(f"plan '{path}' has no groups; give a list of them, each with its runs", plan=path)
-    defaults = plan.get("defaults") or {}
+    defaults = plan.get("defaults")
+    defaults = {} if defaults is None else defaults
     _check_fields(defaults, RUN_FIELDS, f"plan '{path}', defaults")
     process_seconds = _number(plan.get("process_seconds", 0), f"plan '{path}': process_seconds")
     asked: list[PlannedRun] = []
@@ -77,13 +76,16 @@ def load_plan(path: str | Path) -> list[PlannedRun]:
         _check_fields(group, GROUP_FIELDS, where)
         rounds = group.get("rounds", 1)
         if type(rounds) is not int or rounds < 1:
-            raise InvalidRequest(f"{where}: rounds={rounds!r} is not a whole number above 0; use 1", rounds=rounds)
+            raise InvalidRequest(
+                f"{where}: rounds={shown(rounds)} is not a whole number above 0; use 1",
+                rounds=rounds,
+            )
         listed = group.get("runs")
         if not isinstance(listed, list) or not listed:
             raise InvalidRequest(f"{where} has no runs; give a list of them", plan=path)
         if len(asked) + rounds * len(listed) > MOST_RUNS:
             raise InvalidRequest(
-                f"{where}: rounds={rounds} of {len(listed)} runs are more than {MOST_RUNS} in one plan; use fewer",
+                f"{where}: rounds={shown(rounds)} of {len(listed)} runs are over {MOST_RUNS} in one plan; use fewer",
                 rounds=rounds,
             )
         runs = [
@@ -111,7 +113,7 @@ def _run(values: Any, defaults: Mapping[str, Any], process_seconds: float, where
 def _spec(given: Mapping[str, Any]) -> RunSpec:
     asked = {name: value for name, value in given.items() if name in REQUEST_FIELDS}
     if asked.get("tiling") is not None:
-        asked["tiling"] = Tiling(**asked["tiling"])
+        asked["tiling"] = Tiling.from_json(asked["tiling"])
     model = given.get("model", FULL_SIZE_MODEL)
     cap = given.get("vram_cap_gib")
     mode: Any = given.get("profiler", "full")
@@ -151,22 +153,26 @@ def _numbered(asked: list[PlannedRun], path: str | Path) -> list[PlannedRun]:
 def _yes_or_no(values: Mapping[str, Any], name: str) -> bool:
     value = values.get(name, True)
     if not isinstance(value, bool):
-        raise InvalidRequest(f"{name}={value!r} is neither; use true or false", **{name: value})
+        raise InvalidRequest(f"{name}={shown(value)} is neither; use true or false", **{name: value})
     return value
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-        raise InvalidRequest(f"{name}={value!r} is not a number of 0 or more; use one", **{name.split(": ")[-1]: value})
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        words = f"{name}={shown(value)} is not a number of 0 or more; use one"
+        raise InvalidRequest(words, **{name.split(": ")[-1]: value})
+    try:
+        return float(value)
+    except OverflowError:
+        words = f"{name}={shown(value)} is too large; use less"
+        raise InvalidRequest(words, **{name.split(": ")[-1]: value}) from None
 
 
 def _check_fields(values: Any, known: set[str], where: str) -> None:
     if not isinstance(values, dict):
         raise InvalidRequest(f"{where} is not a mapping of names to values; write it as 'name: value' lines")
-    for name in values:
+    for name, value in values.items():
         if name not in known:
-            raise InvalidRequest(
-                f"{where}: {name}={values[name]!r} is unknown; use {', '.join(sorted(known))}",
-                **{str(name): values[name]},
-            )
+            label = shown(name).strip("'")
+            words = f"{where}: {label}={shown(value)} is unknown; use {', '.join(sorted(known))}"
+            raise InvalidRequest(words, **{str(name): value})

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques, policy_of, to_techniques
 from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
@@ -18,6 +18,7 @@ from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Varia
 
 FULL_SIZE_MODEL = "ltx-2.3-22b"
 SMALL_MODEL = "ltx-2.3-tiny"
+MAX_GENERATIONS = 10_000
 DEFAULT_STILL = "stills/lighthouse.png"
 # Fields of a request that runs are compared without: the still is scaled, a prompt of up to 1,024 tokens is padded to
 # these, and the policy is resolved to techniques.
@@ -89,8 +90,11 @@ class RunSpec:
     write_video: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.request, I2VRequest):
+            raise InvalidRequest(f"request={shown(self.request)} is not an I2VRequest; use one", request=self.request)
         architecture = load_architecture(self.model)
-        runner = find_runner(self.runner or architecture.runner)
+        unnamed = isinstance(self.runner, str) and not self.runner
+        runner = find_runner(architecture.runner if unnamed else self.runner)
         object.__setattr__(self, "runner", runner.name)
         object.__setattr__(self, "consumer", _choice(Consumer, "consumer", self.consumer))
         object.__setattr__(self, "profiler", _choice(ProfilerMode, "profiler", self.profiler))
@@ -112,9 +116,10 @@ class RunSpec:
         self._check_conditions(runner)
 
     def _check_conditions(self, runner: RunnerSpec) -> None:
-        if type(self.generations) is not int or self.generations < 1:
+        if type(self.generations) is not int or not 1 <= self.generations <= MAX_GENERATIONS:
             raise InvalidRequest(
-                f"generations={self.generations!r} is not a whole number above 0; use 1 or more",
+                f"generations={shown(self.generations)} is not a whole number above 0 and at most {MAX_GENERATIONS}; "
+                "use 1",
                 generations=self.generations,
             )
         if self.generations > 1 and not runner.repeatable:
@@ -137,12 +142,12 @@ class RunSpec:
         cap_bytes = self.vram_cap_bytes
         if cap_bytes is not None and not (type(cap_bytes) is int and 0 < cap_bytes < 2**63):
             raise InvalidRequest(
-                f"vram_cap_bytes={cap_bytes!r} is not a whole number above 0; use the card's bytes",
+                f"vram_cap_bytes={shown(cap_bytes)} is not a whole number above 0; use the card's bytes",
                 vram_cap_bytes=cap_bytes,
             )
         if not isinstance(self.write_video, bool):
             raise InvalidRequest(
-                f"write_video={self.write_video!r} is neither; use True or False", write_video=self.write_video
+                f"write_video={shown(self.write_video)} is neither; use True or False", write_video=self.write_video
             )
 
     # --- What follows from it ---
@@ -237,15 +242,22 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunSpec:
-        """Build a spec from what :meth:`to_json` returned."""
+        """Build a spec from what :meth:`to_json` returned.
+
+        Raises:
+            InvalidRequest: It is no mapping, has an unknown field, or breaks a rule.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping) or "request" not in values or not set(values) <= names:
+            words = f"a run of {shown(values)} is not a mapping of {', '.join(sorted(names))}; give these"
+            raise InvalidRequest(words, spec=values)
         return cls(**{**values, "request": I2VRequest.from_json(values["request"])})
 
 
 def _choice(kind: type[StrEnum], name: str, value: Any) -> StrEnum:
-    try:
-        return kind(value)
-    except ValueError:
-        raise InvalidRequest(f"{name}={value!r} is unknown; use {' or '.join(kind)}", **{name: value}) from None
+    if not isinstance(value, str) or value not in list(kind):
+        raise InvalidRequest(f"{name}={shown(value)} is unknown; use {' or '.join(kind)}", **{name: value})
+    return kind(value)
 
 
 def _techniques_name(techniques: Techniques) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from i2v_lab.errors import UnknownModel
+from i2v_lab.errors import UnknownModel, shown
 from i2v_lab.paths import data_dir
 from i2v_lab.request import Tiling
 
@@ -61,7 +61,6 @@ def architecture_names() -> list[str]:
     return sorted(path.stem for path in (data_dir() / "architectures").glob("*.json"))
 
 
-@cache
 def load_architecture(name: str) -> Architecture:
     """Read one architecture.
 
@@ -73,8 +72,15 @@ def load_architecture(name: str) -> Architecture:
         48
     """
     names = architecture_names()
-    if name not in names:
-        raise UnknownModel(f"model={name!r} is not a known architecture; use one of: {', '.join(names)}", model=name)
+    if not isinstance(name, str) or name not in names:
+        raise UnknownModel(
+            f"model={shown(name)} is not a known architecture; use one of: {', '.join(names)}", model=name
+        )
+    return _read(name)
+
+
+@cache
+def _read(name: str) -> Architecture:
     values = json.loads((data_dir() / "architectures" / f"{name}.json").read_text(encoding="utf-8"))
     known = set(Architecture.__dataclass_fields__)
     fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from i2v_lab.errors import I2VLabError, InvalidImage, InvalidVideo, OutputError
+from i2v_lab.errors import I2VLabError, InvalidImage, InvalidRequest, InvalidVideo, OutputError
 from i2v_lab.files import check_file, partial_file
 from i2v_lab.pipeline.contract.sound import OnNote, fit_audio, note_length, prepare_sound
 
 LOGGER = logging.getLogger(__name__)
+MAX_SIDE = 16384  # pixels
 MAX_RATE = 1000  # frames per second
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -50,9 +51,13 @@ def load_still(path: str | Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # damaged EXIF and the like: the picture itself is what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            if path.exists() and not path.is_file() and not path.is_dir():  # to open a pipe would wait for a writer
+                raise InvalidImage(f"image '{path}' is no regular file; give a picture file", path=path)
+            with Image.open(path, formats=_formats()) as picture:
                 picture.load()
                 pixels = np.array(_as_rgb(ImageOps.exif_transpose(picture)))
+    except InvalidImage:
+        raise
     except FileNotFoundError as error:
         raise InvalidImage(f"image '{path}' does not exist; check the path", path=path) from error
     except IsADirectoryError as error:
@@ -72,6 +77,12 @@ def load_still(path: str | Path) -> np.ndarray:
         if pixels.shape[axis] == 1:
             pixels = np.repeat(pixels, 2, axis=axis)
     return pixels
+
+
+def _formats() -> list[str]:
+    """What Pillow reads by itself: for PostScript it would run another program."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
@@ -94,6 +105,18 @@ def check_output(path: Path) -> None:
     if path.suffix.lower() != ".mp4" and not path.is_dir():
         raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
     check_file(path, "out", "video.mp4", make_folder=False)
+
+
+def check_size(width: int, height: int) -> None:
+    """Make sure that frames of a size can be encoded.
+
+    Raises:
+        InvalidRequest: A side is longer than the encoder takes.
+    """
+    for name, side in {"width": width, "height": height}.items():
+        if side > MAX_SIDE:
+            words = f"{name}={side} is above {MAX_SIDE}, the most that H.264 takes; use that or less"
+            raise InvalidRequest(words, **{name: side})
 
 
 def write_video(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import I2VRequest, VideoShape, neighbours
+from i2v_lab.request import MAX_SIDE, I2VRequest, VideoShape, neighbours
+
+NORM_GROUPS = 32  # of the latent upsamplers of LTX-2 and LTX-Video
 
 
 class LatentShape(NamedTuple):
@@ -75,6 +78,25 @@ class SizeRule:
                 f"frames={request.frames} is not {self.frame_step}k+1; use {remedy}", frames=request.frames
             )
 
+    def check_normalized(self, request: I2VRequest, channels: int, model: str) -> None:
+        """Refuse a video whose latent at half size is one value in each group that a latent upsampler normalizes.
+
+        Args:
+            request: For the size.
+            channels: Of the upsampler, which are normalized in 32 groups.
+            model: The architecture's name.
+
+        Raises:
+            InvalidRequest: With the number of frames; only a model of few channels has such a video.
+        """
+        half = VideoShape(request.frames, request.height // 2, request.width // 2)
+        if channels // NORM_GROUPS * self.latent(half).tokens == 1:
+            raise InvalidRequest(
+                f"frames={request.frames} at {request.width}x{request.height} is a single latent position, which the "
+                f"upsampler of model={model!r} cannot normalize; use {1 + self.frame_step} frames or more",
+                frames=request.frames,
+            )
+
     def latent(self, shape: VideoShape) -> LatentShape:
         """The latent grid: a causal first frame, then one position for each ``temporal_scale`` frames.
 
@@ -89,8 +111,10 @@ class SizeRule:
     def sizes(self, aspect: tuple[int, int], max_height: int) -> Iterator[tuple[int, int]]:
         """Every allowed height up to a limit with its width at an aspect ratio, as ``(width, height)``."""
         for height in range(self.min_pixels, max_height + 1, self.pixel_multiple):
-            steps = round(height * aspect[0] / aspect[1] / self.pixel_multiple)
-            yield max(self.min_pixels, steps * self.pixel_multiple), height
+            steps = round(Fraction(height * aspect[0], aspect[1] * self.pixel_multiple))
+            width = max(self.min_pixels, steps * self.pixel_multiple)
+            if width <= MAX_SIDE or height == self.min_pixels:
+                yield width, height
 
     def frame_counts(self, max_frames: int) -> range:
         """Every allowed number of frames up to a limit."""

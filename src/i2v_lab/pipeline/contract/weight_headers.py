@@ -102,6 +102,8 @@ def _read_header(path: Path, option: str) -> dict[str, Stored]:
     try:
         if path.is_dir():
             raise weights_refused(option, path, "not-a-file", "is a folder; name the safetensors file in it")
+        if path.exists() and not path.is_file():  # to open a pipe would wait for a writer
+            raise weights_refused(option, path, "not-a-file", "is no regular file; name the safetensors file")
         if not path.is_file():
             raise weights_refused(option, path, "not-found", "does not exist; check the path")
         with safe_open(path, framework="pt") as file:

@@ -8,12 +8,24 @@ from i2v_lab.pipeline.contract.sizes import SizeRule
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
 
 SIZES = SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8)
+MID_CHANNELS = 1024  # diffusers' default of the latent upsampler
 PATCH_PX = 4  # of the diffusion decoder's last stage
 
 
 def has_diffusion_decoder(architecture: Architecture) -> bool:
     """Whether a model decodes with LTX-2.5's diffusion decoder instead of its autoencoder."""
     return "diffusion_decoder" in architecture.config
+
+
+def check_latent(architecture: Architecture, request: I2VRequest) -> None:
+    """Refuse a video that the upsampler cannot normalize, or that the diffusion decoder cannot attend in.
+
+    Raises:
+        InvalidRequest: With the side or the number of frames.
+    """
+    channels = architecture.config.get("latent_upsampler", {}).get("mid_channels", MID_CHANNELS)
+    SIZES.check_normalized(request, channels, architecture.name)
+    check_windows(architecture, request)
 
 
 def check_windows(architecture: Architecture, request: I2VRequest) -> None:
@@ -69,5 +81,5 @@ RUNNER = RunnerSpec(
     repeatable=False,
     emits_events=False,
     third_party=True,
-    check_model=check_windows,
+    check_model=check_latent,
 )

@@ -6,9 +6,20 @@
 from dataclasses import replace
 
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
 from i2v_lab.pipeline.ltx2.tiles import SIZES
-from i2v_lab.request import Quantization
+from i2v_lab.request import I2VRequest, Quantization
+
+
+def check_latent(architecture: Architecture, request: I2VRequest) -> None:
+    """Refuse a video that the upsampler cannot normalize: see ``SizeRule.check_normalized``.
+
+    Raises:
+        InvalidRequest: With the number of frames.
+    """
+    SIZES.check_normalized(request, architecture.upsampler["mid_channels"], architecture.name)
+
 
 RUNNER = RunnerSpec(
     name="ltx-2",
@@ -28,6 +39,7 @@ RUNNER = RunnerSpec(
     quantizations=(Quantization.FP8_CAST, Quantization.BF16),
     techniques=TECHNIQUES[MemoryPolicy.STREAMED],
     tiled=True,
+    check_model=check_latent,
 )
 UPSTREAM = replace(
     RUNNER,
