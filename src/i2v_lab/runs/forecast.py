@@ -142,9 +142,9 @@ def cache_path(spec: RunSpec, device: str = "cuda") -> Path:
 
 
 def _still_size(image: str) -> str:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    with suppress(OSError, UnidentifiedImageError), Image.open(image) as picture:
+    with suppress(Exception), Image.open(image) as picture:  # a bomb and a NUL in the path are neither OSError
         return str(picture.size)
     return "unreadable"  # which the pipeline will report
 
