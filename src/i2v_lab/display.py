@@ -86,4 +86,4 @@ def table_html(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td {LEFT if i == 0 else ''}>{escaped(cell)}</td>" for i, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table class='tex2jax_ignore'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

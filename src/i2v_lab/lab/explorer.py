@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from i2v_lab.capacity.cards import gpu_table
+from i2v_lab.display import escaped
 from i2v_lab.lab.controls import RequestForm, choose, two_columns, with_supported_policy
 from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
 from i2v_lab.lab.view import View, page, sentence
@@ -92,7 +92,7 @@ class Explorer(View):
         holders = modules_table(answer.run).head(6)
         body = "".join(
             [
-                f'<p class="verdict" style="border-color:{colour}">{escape(answer.sentence)}</p>',
+                f'<p class="verdict" style="border-color:{colour}">{escaped(answer.sentence)}</p>',
                 pictures.phase_bars(answer.run, answer.context_bytes, line),
                 sentence(as_sentence(headline(answer.run))),
                 pictures.timeline(answer.run),
@@ -100,7 +100,7 @@ class Explorer(View):
             ]
         )
         kind = "answer" if answer.question == question else "answer older"
-        return f'<div class="{kind}" data-of="{answer.question.spec.name}">{body}</div>'
+        return f'<div class="{kind}" data-of="{escaped(answer.question.spec.name)}">{body}</div>'
 
     # --- Widgets ---
 

@@ -6,12 +6,12 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from i2v_lab.capacity.cards import FITS
 from i2v_lab.capacity.this_machine import available_memory
+from i2v_lab.display import escaped
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.controls import RequestForm, choose, two_columns, with_supported_policy
 from i2v_lab.lab.exploration import Exploration, Question
@@ -103,7 +103,7 @@ class Generate(View):
             return ""
         colour = VERDICT_COLOURS[answer.fit.verdict]
         words = answer.sentence if answer.fit.verdict == FITS else f"Warning. {answer.sentence}"
-        return f'<p class="verdict" style="border-color:{colour}">{escape(words)}</p>'
+        return f'<p class="verdict" style="border-color:{colour}">{escaped(words)}</p>'
 
     def _progress(self) -> str:
         job = self.job
@@ -113,8 +113,8 @@ class Generate(View):
             count = f"{phase.step} of {phase.steps}" if phase.steps else ""
             time = format_seconds(phase.seconds) if phase.seconds is not None else "…"
             rows.append(
-                f"<tr><td>{phase.phase.replace('_', ' ')}</td><td><span class='bar'><span style='width:{share:.0f}%'>"
-                f"</span></span></td><td>{count}</td><td>{time}</td></tr>"
+                f"<tr><td>{escaped(phase.phase.replace('_', ' '))}</td><td><span class='bar'>"
+                f"<span style='width:{share:.0f}%'></span></span></td><td>{count}</td><td>{time}</td></tr>"
             )
         table = f"<table>{''.join(rows)}</table>" if rows else ""
         if job.state is State.RUNNING and not rows:

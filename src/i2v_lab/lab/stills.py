@@ -7,9 +7,9 @@ import io
 import re
 from contextlib import suppress
 from functools import lru_cache
-from html import escape
 from pathlib import Path
 
+from i2v_lab.display import escaped
 from i2v_lab.errors import InvalidImage, OutputError
 from i2v_lab.files import write_atomically
 from i2v_lab.paths import data_dir, find_still
@@ -87,7 +87,7 @@ def preview(image: str) -> str:
         data = _thumbnail(path, (status.st_mtime_ns, status.st_size))
     except (InvalidImage, OSError, ValueError):  # ValueError: a path with a NUL
         return ""
-    return f'<img class="still" alt="{escape(path.stem)}" src="data:image/png;base64,{data}"/>'
+    return f'<img class="still" alt="{escaped(path.stem)}" src="data:image/png;base64,{data}"/>'
 
 
 @lru_cache(maxsize=8)  # a view asks again whenever any of its controls has changed

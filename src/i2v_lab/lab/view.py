@@ -124,10 +124,10 @@ HINT = "Interactive in JupyterLab: <code>make lab</code>."
 
 
 def page(body: str) -> str:
-    """An HTML fragment with the views' style sheet."""
-    return f'{STYLE}<div class="i2v-view">{body}</div>'
+    """An HTML fragment with the views' style sheet, in which JupyterLab looks for no formulas."""
+    return f'{STYLE}<div class="i2v-view tex2jax_ignore">{body}</div>'
 
 
 def sentence(words: str, kind: str = "") -> str:
     """One escaped paragraph; empty for no text."""
-    return f'<p class="{kind}">{escaped(words)}</p>' if words else ""
+    return f'<p class="{escaped(kind)}">{escaped(words)}</p>' if words else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pandas as pd
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
+from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
 from i2v_lab.reporting.figures.runs import NO_TIMELINE, has_timeline, timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
@@ -91,13 +94,25 @@ class Cells:
         return SVG(filename=str(svg))
 
 
+def markdown_text(text: str) -> str:
+    r"""Text for Markdown, in which nothing of it is markup, HTML or a formula.
+
+    Example:
+        >>> print(markdown_text("[a](b) <c> it's"))
+        \[a\]\(b\) &lt;c&gt; it&#x27;s
+    """
+    return escape(re.sub(r"([\\`*_{}\[\]()#!|$~])", r"\\\1", printable(text)))
+
+
 def sentence(results: Mapping[str, Any]) -> Markdown:
-    """A study's verdict in bold, and the finding behind it."""
-    return Markdown(f"**{str(results['verdict']).capitalize()}.** {results['finding']}")
+    """A study's verdict in bold, and the finding behind it, in which nothing is markup."""
+    return Markdown(
+        f"**{markdown_text(str(results['verdict'])).capitalize()}.** {markdown_text(str(results['finding']))}"
+    )
 
 
 def absent(names: Sequence[str]) -> Markdown:
     """A sentence that lists runs without a record; empty if ``names`` is."""
     if not names:
         return Markdown("")
-    return Markdown(f"*`data/measured` has no record of {', '.join(names)}.*")
+    return Markdown(f"*`data/measured` has no record of {', '.join(map(markdown_text, names))}.*")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
+from i2v_lab.display import escaped
 from i2v_lab.errors import RecordError
 from i2v_lab.reporting.figures import live
 from i2v_lab.reporting.headlines import difference_headline, headline
@@ -70,9 +70,9 @@ class Comparison:
         table = readable(difference_table(self.first, self.second), COLUMNS)
         return "".join(
             [
-                f"<p><strong>{escape(as_sentence(self.headline))}</strong></p>",
+                f"<p><strong>{escaped(as_sentence(self.headline))}</strong></p>",
                 *(
-                    f"<p>{words}: {escape(run.folder.name)}. {escape(as_sentence(headline(run)))}</p>"
+                    f"<p>{words}: {escaped(run.folder.name)}. {escaped(as_sentence(headline(run)))}</p>"
                     for words, run in (("First (upper bars, areas)", self.first), ("Second (lower bars)", self.second))
                 ),
                 live.phase_bars(self.first, other=self.second),
@@ -91,4 +91,4 @@ def compare_html(first: Path, second: Path) -> str:
     try:
         return Comparison.read(first, second).html()
     except RecordError as error:
-        return f"<p><em>{escape(str(error))}</em></p>"
+        return f"<p><em>{escaped(str(error))}</em></p>"

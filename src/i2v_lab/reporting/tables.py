@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
 from i2v_lab.units import format_value
 
@@ -62,8 +63,9 @@ def readable(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
 
 
 def html_table(table: pd.DataFrame) -> str:
-    """A table of text as HTML, without a style of its own."""
-    return str(table.to_html(border=0, escape=True))
+    """A table of text as HTML, without a style of its own; controls in it are escaped, and a dollar is no formula."""
+    shown = table.map(lambda cell: printable(str(cell))).rename(index=lambda name: printable(str(name)))
+    return str(shown.to_html(border=0, escape=True, classes="tex2jax_ignore"))
 
 
 def cell_text(name: str, value: Any) -> str:

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
+from i2v_lab.display import escaped
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord, TimelineRecord, peak_phase
 from i2v_lab.reporting.figures.runs import NO_TIMELINE
 from i2v_lab.reporting.figures.style import BLUE, CATEGORIES, byte_scale
@@ -294,7 +294,7 @@ class _Plot:
 def _svg(parts: Sequence[str], height: float, words: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'aria-label="{escape(words)}" style="width:100%;max-width:{WIDTH}px;height:auto;display:block" {FONT}>'
+        f'aria-label="{escaped(words)}" style="width:100%;max-width:{WIDTH}px;height:auto;display:block" {FONT}>'
         f"{''.join(parts)}</svg>"
     )
 
@@ -302,19 +302,19 @@ def _svg(parts: Sequence[str], height: float, words: str) -> str:
 def _rect(x: float, y: float, width: float, height: float, colour: str, title: str, opacity: float) -> str:
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height}" fill="{colour}" '
-        f'fill-opacity="{opacity:g}"><title>{escape(title)}</title></rect>'
+        f'fill-opacity="{opacity:g}"><title>{escaped(title)}</title></rect>'
     )
 
 
 def _vertical(x: float, top: float, bottom: float, style: str, title: str = "") -> str:
-    inner = f"<title>{escape(title)}</title>" if title else ""
+    inner = f"<title>{escaped(title)}</title>" if title else ""
     return f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}" stroke="currentColor" {style}>{inner}</line>'
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", size: float = 12, more: str = "") -> str:
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" dominant-baseline="middle"{more}>'
-        f"{escape(words)}</text>"
+        f"{escaped(words)}</text>"
     )
 
 
@@ -330,4 +330,4 @@ def _legend(entries: Iterable[tuple[str, str]], y: float, last: str = "") -> str
 
 
 def _sentence(words: str) -> str:
-    return f"<p><em>{escape(words)}</em></p>"
+    return f"<p><em>{escaped(words)}</em></p>"

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import TimelineRecord
-from i2v_lab.reporting.figures.style import CATEGORIES, STYLE, byte_scale, phase_label
+from i2v_lab.reporting.figures.style import CATEGORIES, STYLE, byte_scale, phase_label, short_name
 from i2v_lab.runs.store import Run
 
 NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs on a CPU."
@@ -49,7 +49,7 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
                 linewidth=1.4,
                 linestyle="--",
                 drawstyle="steps-post",
-                label=f"all of {other.folder.name}",
+                label=f"all of {short_name(other.folder.name)}",
             )
         _mark_phases(axes, table, top / scale)
         axes.set_ylim(0, top / scale * 1.32)
@@ -58,7 +58,7 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         if run.is_forecast:
             axes.set_xticks([])
         axes.set_ylabel(f"live tensor storages ({unit})")
-        axes.set_title(f"Live tensor storages by category: {run.folder.name}", loc="left", fontsize=11)
+        axes.set_title(f"Live tensor storages by category: {short_name(run.folder.name)}", loc="left", fontsize=11)
         axes.legend(loc="upper left", frameon=False, ncols=5, fontsize=8, bbox_to_anchor=(0, 1.0))
     return figure
 

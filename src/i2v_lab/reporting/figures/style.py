@@ -47,6 +47,7 @@ MARKERS: dict[str, Any] = {
     "escaped": {"marker": "o", "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 2},
     "no_grad": {"marker": "s", "markersize": 5},
 }
+LONGEST_NAME = 40  # characters of a run or a phase: a longer one leaves no room for the axes
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -102,4 +103,10 @@ def byte_scale(largest_bytes: float) -> tuple[int, str]:
 
 def phase_label(phase: str) -> str:
     """A phase's name in two short lines, for an axis."""
-    return phase.replace("_", "\n", 1).replace("_", " ")
+    return short_name(phase).replace("_", "\n", 1).replace("_", " ")
+
+
+def short_name(name: str) -> str:
+    """A name of a user or a record, cut where it would leave no room for the figure."""
+    shown = printable(name, lines=False)
+    return shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from markupsafe import Markup
 from nbconvert import HTMLExporter
 from nbconvert.filters import markdown2html
 
+from i2v_lab.display import printable
 from i2v_lab.files import write_text
 from i2v_lab.reporting.results import MIME
 from i2v_lab.reporting.site.inline_svg import inline_svg
@@ -52,12 +55,15 @@ def render_site(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is Markup already
     )
     environment.filters["inline"] = inline_markdown
     environment.filters["plain"] = plain_markdown
+    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
     environment.globals.update(
         css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
-        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        script=Markup(script),  # noqa: S704 - our own
+        policy=content_security_policy(script),
         provenance=dict(provenance),
         pages=pages,
     )
@@ -78,6 +84,25 @@ def render_site(
         headline=headline(pages), stems={page.stem[:2]: page for page in pages}
     )
     return write_text(folder / "index.html", index_html)
+
+
+def content_security_policy(script: str) -> str:
+    """The policy of a page: this one script, what the page itself holds, and nothing from any network.
+
+    Styles are inline: figures and bars have ``style`` attributes.
+
+    Args:
+        script: The text of the page's ``script`` element, every character of it.
+
+    Example:
+        >>> content_security_policy("").partition(";")[0]
+        "default-src 'none'"
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page]) -> str:
