@@ -131,6 +131,7 @@ TRAINING: dict[str, tuple[Callable[[], torch.nn.Module], Callable[..., Any]]] = 
     "two backward passes": (_mlp, _twice),
     "hooks": (_mlp, _hooked_and_offloaded),
     "LSTM": (lambda: Recurrent(torch.nn.LSTM), _step(SGD, lr=0.1)),
+    "LSTM backward": (lambda: Recurrent(torch.nn.LSTM), lambda model, x: model(x[:5]).sum().backward()),
     "LSTM forward": (lambda: Recurrent(torch.nn.LSTM), lambda model, x: model(x)),
     "norms of mixed dtypes": (_mlp, _norms),
     "GRU": (lambda: Recurrent(torch.nn.GRU), _step(SGD, lr=0.1)),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from i2v_lab.thread_patches import patched_here, unpatched
+from i2v_lab.torch_compat import FakeTensor
 
 OWN_CACHES = ("i2v_lab.", "torch.")  # modules whose caches hold no tensors of a pipeline
 _LruCache = functools._lru_cache_wrapper
@@ -25,27 +27,30 @@ def own_caches() -> Iterator[None]:
     """Give this thread empty ``functools.lru_cache`` caches for functions that return tensors, within this scope.
 
     ltx-core caches its grids of frequencies this way. A fake one would be useless to a real run, now in another thread
-    or later; a real one would be memory whose allocation a forecast does not see. Found are caches of functions that
-    are attributes of a module or class; those of modules that are imported within the scope are cleared at its end.
+    or later; a real one would be memory whose allocation a forecast does not see. Caches that are no attribute of a
+    module or class cannot be replaced for a thread: those that hold tensors are cleared, for all threads.
     """
     private: dict[int, Callable[..., Any]] = {}
     with ExitStack() as scopes:
         for target, name, function in _cached_functions():
             scopes.enter_context(patched_here(target, name, _with_own_cache(function, private)))
+        _clear_caches_with(torch.Tensor, apart_from=private)
         try:
             yield
         finally:
-            for _, _, function in _cached_functions():
-                cache = _cache_of(function)
-                if id(cache) not in private:
-                    cache.cache_clear()
+            _clear_caches_with(FakeTensor, apart_from=private)
+
+
+def _clear_caches_with(kind: type[torch.Tensor], apart_from: Mapping[int, Any]) -> None:
+    # Not by gc.get_objects(): it references tuples that other threads are about to build, which then fails there.
+    for candidate in gc.get_referrers(_LruCache):
+        is_other = type(candidate) is _LruCache and id(candidate) not in apart_from
+        if is_other and _contains(gc.get_referents(candidate), kind, depth=3):
+            candidate.cache_clear()
 
 
 def _cached_functions() -> list[tuple[Any, str, Any]]:
-    """Where functions with a cache are attributes of a module or class: owner, name and function.
-
-    Not by ``gc.get_objects()``: it references tuples that other threads are about to build, which fails there.
-    """
+    """Where functions with a cache are attributes of a module or class: owner, name and function."""
     global _found
     modules = list(sys.modules.items())
     if _found[0] != len(modules):
@@ -112,20 +117,20 @@ def _own_cache(cache: Any) -> Callable[..., Any]:
         if id(cache) in _without_tensors:
             return cache(*args, **kwargs)
         result = own(*args, **kwargs)
-        if not _contains_tensor([result, args, kwargs], depth=3):
+        if not _contains([result, args, kwargs], torch.Tensor, depth=3):
             _without_tensors.add(id(cache))
         return result
 
     return call
 
 
-def _contains_tensor(values: Any, depth: int) -> bool:
+def _contains(values: Iterable[Any], kind: type[torch.Tensor], depth: int) -> bool:
     """Whether ``values``, or containers among them, hold a tensor; functions and their globals are not followed."""
     for value in values:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, kind):
             return True
-        if depth and isinstance(value, dict) and _contains_tensor(value.values(), depth - 1):
+        if depth and isinstance(value, dict) and _contains(list(value.values()), kind, depth - 1):
             return True
-        if depth and isinstance(value, list | tuple) and _contains_tensor(value, depth - 1):
+        if depth and isinstance(value, list | tuple) and _contains(value, kind, depth - 1):
             return True
     return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,6 @@ def known_values(tensor: torch.Tensor) -> KnownValues | None:
         known: KnownValues | None = getattr(tensor, "_i2v_lab_known", None)
         return known if known is not None and known.valid[0] else None
     return KnownValues(tensor, [True]) if tensor.numel() <= KNOWN_ELEMENTS and tensor.device.type == "cpu" else None
-
-
-def _lacks_kernel(error: Exception) -> bool:
-    return isinstance(error, NotImplementedError) or "no fake impl" in str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +215,8 @@ class FakeOperators(DispatchMode):
                 raise data_dependent_error(func, self._current_module()) from error
             result = self._to_fake(self._run_on_values(func, args, kwargs), args[0].device)
         except (UnsupportedOperatorException, RuntimeError) as error:
-            if not isinstance(error, UnsupportedOperatorException) and not _lacks_kernel(error):
+            missing = isinstance(error, UnsupportedOperatorException | NotImplementedError)
+            if not missing and "no fake impl" not in str(error):
                 raise
             raise no_kernel_error(func, self._current_module()) from error
         outputs = tensors_in(result, [])
@@ -247,9 +244,10 @@ class FakeOperators(DispatchMode):
     def _in_dtype(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not tensor.dtype.is_floating_point or tensor.dtype == dtype:
             return tensor
+        if isinstance(tensor, FakeTensor):
+            return self._empty(tensor.shape, tensor.stride(), dtype, tensor.fake_device)
         with no_dispatch():
-            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=META)
-        return FakeTensor(self._mode, meta, tensor.fake_device) if isinstance(tensor, FakeTensor) else meta
+            return tensor.to(dtype)  # on the meta device
 
     def _fake_real_inputs(self, args: Any, kwargs: Any) -> tuple[Any, Any, list[torch.Tensor]]:
         """Replace real tensors by fakes whose storages are marked as real, so that writes to them are detected.
@@ -291,16 +289,32 @@ class FakeOperators(DispatchMode):
         key = (func, _layout(args), _layout(kwargs))
         outputs = self._outputs.get(key)
         if outputs is None:
-            result = func(*args, **kwargs)
+            result = self._apart(func(*args, **kwargs))
             self._outputs[key] = _outputs(result, inputs)
             return result
-        with no_dispatch():
-            metas = [
-                torch.empty_strided(size, stride, dtype=dtype, device=META)
-                for size, stride, dtype, _ in outputs.tensors
-            ]
-        fakes = [FakeTensor(self._mode, meta, layout[3]) for meta, layout in zip(metas, outputs.tensors, strict=True)]
+        fakes = [self._empty(*layout) for layout in outputs.tensors]
         return fakes if outputs.many else fakes[0]
+
+    def _empty(
+        self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> FakeTensor:
+        with no_dispatch():
+            meta = torch.empty_strided(size, stride, dtype=dtype, device=META)
+        return FakeTensor(self._mode, meta, device)
+
+    def _apart(self, result: Any) -> Any:
+        """The results, each on a storage of its own, also where a fake kernel returned one tensor twice.
+
+        Torch's cache of fake results gives a second call two, as a real kernel does.
+        """
+        if not isinstance(result, list | tuple):
+            return result
+        return [
+            self._empty(each.shape, each.stride(), each.dtype, each.fake_device)
+            if isinstance(each, FakeTensor) and any(each is other for other in result[:index])
+            else each
+            for index, each in enumerate(result)
+        ]
 
     def _on_zeros(self, func: Any, args: Any, source: torch.Tensor) -> list[FakeTensor | None]:
         """Results as large as those on real zeros, for the workspace of oneDNN, whose size only it knows."""
