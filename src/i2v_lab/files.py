@@ -178,7 +178,8 @@ def _is_running(process: int) -> bool:
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """An empty folder, removed at the end of the scope, or if the command is stopped by a signal."""
-    with tempfile.TemporaryDirectory(prefix="i2v-lab-") as name, on_stop(partial(shutil.rmtree, name, True)):
+    folder = tempfile.TemporaryDirectory(prefix="i2v-lab-", ignore_cleanup_errors=True)
+    with on_stop(partial(shutil.rmtree, folder.name, ignore_errors=True)), folder as name:
         yield Path(name)
 
 
