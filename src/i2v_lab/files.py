@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from i2v_lab.errors import OutputError
 from i2v_lab.paths import cache_dirs
@@ -157,16 +160,26 @@ def _digest(text: str) -> str:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what processes that were killed left of :func:`partial_file`, in a folder that none writes to now."""
-    for part in folder.glob(".*.part*"):
-        with suppress(OSError):
-            part.unlink()
+    """Remove what processes of this machine that were killed left of :func:`partial_file`, in a folder and below it."""
+    for part in folder.rglob(".*.part*"):
+        named = re.search(r"\.(\d+)(-\d+)?\.part", part.name)
+        if named is not None and not _is_running(int(named[1])):
+            with suppress(OSError):
+                part.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """An empty folder, removed at the end of the scope, or if the command is stopped by a signal."""
-    with tempfile.TemporaryDirectory(prefix="i2v-lab-") as name, on_stop(partial(shutil.rmtree, name, True)):
+    folder = tempfile.TemporaryDirectory(prefix="i2v-lab-", ignore_cleanup_errors=True)
+    with on_stop(partial(shutil.rmtree, folder.name, ignore_errors=True)), folder as name:
         yield Path(name)
 
 

@@ -44,10 +44,12 @@ def exclusive(lock: Path, target: Path, *, wait: Callable[[str], object] | None 
     remove = partial(lock.unlink, missing_ok=True)
     try:
         with on_stop(remove):
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    remove()
     finally:
-        with suppress(OSError):
-            remove()
         os.close(descriptor)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 GRACE_S = 1.9
@@ -34,6 +34,7 @@ _lock = threading.Lock()
 _first: dict[object, Action] = {}
 _last: dict[object, Action] = {}
 _undoing: set[int] = set()  # threads
+_psutil: list[Any] = []  # the module, once it is imported
 _stopped_by: int | None = None  # the signal
 
 
@@ -62,12 +63,15 @@ def on_stop(action: Action, *, children_first: bool = True) -> Iterator[None]:
         actions.pop(key, None)
 
 
-def stop_on_signals() -> None:
+def stop_on_signals(*, say: bool = True) -> None:
     """Have SIGINT and SIGTERM end this process as this module says; for a command, before all else. Again is no harm.
 
     A signal that the caller of the command ignores, as a shell does for a job in the background, stays ignored.
+
+    Args:
+        say: Print a line at the end; not for a process of which the user knows nothing.
     """
-    _watch_signals()
+    _watch_signals(say)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # as the caller may have them, in the moment of a fork
     for number in SIGNALS:
@@ -76,10 +80,11 @@ def stop_on_signals() -> None:
 
 
 @cache
-def _watch_signals() -> None:
+def _watch_signals(say: bool) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    threading.Thread(target=_wait_for_signal, args=(reader, writer), daemon=True).start()
+    threading.Thread(target=_wait_for_signal, args=(reader, writer, say), daemon=True).start()
+    threading.Thread(target=_import_psutil, daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to even while the main thread is in a kernel
 
 
@@ -89,10 +94,8 @@ def _stand_still(number: int, frame: FrameType | None = None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _wait_for_signal(reader: int, writer: int) -> None:
+def _wait_for_signal(reader: int, writer: int, say: bool) -> None:
     global _stopped_by
-    import psutil  # noqa: F401 - now: at the end the main thread may stand still while it holds the lock of an import
-
     while True:
         number = os.read(reader, 1)[0]
         if signal.getsignal(number) is _stand_still:  # other handlers write here too
@@ -105,7 +108,8 @@ def _wait_for_signal(reader: int, writer: int) -> None:
     _call(_last, reader, writer, LAST_S)
     words = f"i2v-lab: {SIGNALS[signal.Signals(number)]}\n"
     with suppress(OSError):
-        os.write(2, (f"\n\x1b[?25h{words}" if os.isatty(2) else words).encode())  # bars hide the cursor
+        if say:
+            os.write(2, (f"\n\x1b[?25h{words}" if os.isatty(2) else words).encode())  # bars hide the cursor
     os._exit(128 + number)
 
 
@@ -128,9 +132,17 @@ def _call(actions: dict[object, Action], reader: int, writer: int, most_s: float
                 return
 
 
-def _kill_children() -> None:
+def _import_psutil() -> None:
+    """Ahead of need, and apart from who waits: the main thread may stand still with the lock of an import."""
     import psutil
 
+    _psutil.append(psutil)
+
+
+def _kill_children() -> None:
+    if not _psutil:  # in the first moments, in which there are none
+        return
+    (psutil,) = _psutil
     children = psutil.Process().children(recursive=True)
     for child in children:
         with suppress(psutil.Error):

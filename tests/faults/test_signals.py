@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ COMMAND = "from i2v_lab.stopping import stop_on_signals; stop_on_signals(); prin
 COMMAND += "import tempfile; tempfile.tempdir = None; "  # of the server that it was forked from
 COMMAND += "import pathlib, i2v_lab.cli.app as cli; import i2v_lab.reproduce.run as run; "
 COMMAND += "run.NOTEBOOKS = pathlib.Path('nb'); cli.main()"
+PARTIAL = re.compile(r"\.part|\.lock$|^tmp/|^jupyter/kernel")  # files of a moment
 SMALL = ["--width", "64", "--height", "64", "--frames", "9"]
 WARM = {"generate", "show", "accuracy", "doctor", "calibrate"}  # with the cache of the session, not one of their own
 LONGEST_S = {"generate": 3.5, "forecast": 3.0, "measure": 8.0, "reproduce": 9.0, "show": 0.9}
@@ -146,15 +148,8 @@ def _stop(start: list[str], command: str, top: Path, number: int, after_s: float
         process.kill()
     if ended:
         return None
-    left = [
-        path.relative_to(top).as_posix()
-        for path in top.rglob("*")
-        if (
-            path not in before
-            and (".part" in path.name or path.name.endswith(".lock") or path.is_relative_to(top / "tmp"))
-        )
-        or (path not in before and path.is_relative_to(top / "jupyter") and path.name.startswith("kernel"))
-    ]
+    new = {path.relative_to(top).as_posix() for path in set(top.rglob("*")) - before}
+    left = [name for name in sorted(new) if PARTIAL.search(name) and "torchinductor" not in name]
     return Ended(status, seconds, errors.read_text(), left, processes)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import InvalidRequest, ReproduceError
-from i2v_lab.files import check_folder
+from i2v_lab.files import check_folder, remove_partial_files
 from i2v_lab.locks import exclusive
 from i2v_lab.paths import notebooks_dir
 from i2v_lab.reproduce.parameters import OUT_DIR, declared_parameters, plan_parameters
@@ -167,6 +167,7 @@ def _run_all(planned: Sequence[_Job], out: Path, stems: Sequence[str], jobs: int
             finally:
                 executor.kill()
                 wait(running, timeout=0.3)  # for the threads to remove what the kernels were written to
+                remove_partial_files(out)
 
         with on_stop(stop, children_first=False):
             try:

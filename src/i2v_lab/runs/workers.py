@@ -13,16 +13,18 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from typing import Any
 
 from i2v_lab.files import scratch_folder
 from i2v_lab.runs import fork_server
-from i2v_lab.stopping import on_stop
+from i2v_lab.stopping import on_stop, stop_on_signals
 
 # What takes seconds to import and asks nothing of the device meanwhile. Not ltx_pipelines, which looks for CUDA when it
 # is imported, nor this package, so that code changed since (in a notebook's kernel, say) is the code that runs.
@@ -38,6 +40,9 @@ LIBRARIES = (
     "ltx_core.text_encoders.gemma",
 )
 
+
+END_S = 1.0
+"""Seconds that a worker has to remove its partial files before it is killed."""
 
 _FOR_GOOD = ExitStack()
 
@@ -59,6 +64,7 @@ class Ended:
 def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    _FOR_GOOD.enter_context(on_stop(_end_workers, children_first=False))
     # What multiprocessing removes when Python exits, which a stopped command does not wait for.
     _FOR_GOOD.enter_context(on_stop(partial(shutil.rmtree, multiprocessing.util.get_temp_dir(), True)))
     context = multiprocessing.get_context("forkserver")
@@ -112,6 +118,8 @@ def run_in_child(function: Callable[..., None], *args: Any) -> Ended:
             process.join()
         finally:
             if process.is_alive():
+                process.terminate()
+                process.join(END_S)
                 process.kill()
                 process.join()
         text = errors.read_text(encoding="utf-8", errors="replace") if errors.exists() else ""
@@ -130,10 +138,20 @@ def _begin(environment: Mapping[str, str], errors: str, function: Callable[..., 
 
 
 def end_on_interrupt() -> None:
-    """In a process of :func:`worker_context`: an interrupt is for the one who waits; this process just ends."""
+    """In a process of :func:`worker_context`: a signal ends it without a word, its partial files removed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    stop_on_signals(say=False)
+
+
+def _end_workers() -> None:
+    """Before they are killed: they can then remove their partial files."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    deadline_s = time.monotonic() + END_S
+    left = [worker.sentinel for worker in workers]
+    while left and (left_s := deadline_s - time.monotonic()) > 0:
+        left = [sentinel for sentinel in left if sentinel not in wait(left, left_s)]
 
 
 def start_child(environment: Mapping[str, str]) -> None:
