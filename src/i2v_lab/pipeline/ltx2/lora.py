@@ -2,8 +2,8 @@
 
 Layers are named after ComfyUI (``diffusion_model.``), after diffusers (``transformer.``) or without a prefix, each also
 below PEFT's ``base_model.model.``; pairs as in :data:`PAIRS`. A pair's product is scaled by alpha / rank, with alpha
-from ``<layer>.alpha``, or from the adapter's configuration that diffusers writes into the metadata; by 1 without an alpha.
-ltx-core's own key map knows the first prefix and the first names, and no alpha; what it does not know it drops.
+from ``<layer>.alpha``, or from the adapter's configuration that diffusers writes into the metadata; by 1 without an
+alpha. ltx-core's own key map knows the first prefix and the first names, and no alpha; what it does not know it drops.
 """
 
 from __future__ import annotations
