@@ -18,6 +18,8 @@ from i2v_lab.request import Quantization
 from i2v_lab.runs.store import read_run
 
 CPU = torch.device("cpu")
+NAMES = [("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")]
+NAMES += [("lora_A.default", "lora_B.default")]
 LAYER = "transformer_blocks.1.attn1.to_q"
 Tensors = dict[str, torch.Tensor]
 
@@ -64,8 +66,16 @@ def _assert_equal(seen: Tensors, expected: Tensors) -> None:
     assert [key for key in seen if not torch.equal(seen[key], expected[key])] == []
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", ""])
-@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+@pytest.mark.parametrize(
+    ("prefix", "names"),
+    [
+        *((prefix, names) for prefix in ("diffusion_model.", "transformer.", "") for names in NAMES[:2]),
+        ("transformer.", NAMES[2]),
+        ("", NAMES[3]),
+        ("base_model.model.", NAMES[3]),
+        ("base_model.model.transformer.", NAMES[0]),
+    ],
+)
 def test_every_prefix_and_name_of_pairs_gives_the_same_weights(tiny, lora, resolved, prefix, names):
     weights = resolved(_named(lora, prefix, *names))
     assert weights.notes == ("LoRA: 68 of 68 layers",)
@@ -95,7 +105,9 @@ def test_alpha_scales_by_alpha_over_rank_from_the_file_or_its_metadata(tiny, lor
     _assert_equal(_fused(weights), _fused(tiny))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.float8_e4m3fn, torch.bfloat16)]
+)
 def test_a_pair_of_two_dtypes_is_multiplied_in_float32(lora, resolved, dtypes):
     mixed = {key: tensor.to(dtypes[".lora_B." in key]) for key, tensor in lora.items()}
     weights = resolved(mixed)
@@ -207,3 +219,18 @@ def test_generate_tells_what_was_applied_and_records_it(tiny_files, still, tmp_p
     assert "LoRA: 68 of 68 layers" in result.stderr.splitlines()
     assert json.loads(result.stdout)["output"] == str(tmp_path / "v.mp4")
     assert read_run(tmp_path / "run").metadata["weights"] == ["LoRA: 68 of 68 layers"]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_half_a_pair_names_the_other_half_in_the_same_way(lora, resolved, names):
+    tensors = _named(lora, "", *names)
+    gone = f"{LAYER}.{names[1]}.weight"
+    with pytest.raises(CheckpointError) as caught:
+        resolved({key: tensor for key, tensor in tensors.items() if key != gone})
+    assert (caught.value.fields["fault"], caught.value.fields["missing"]) == ("incomplete", [gone])
+
+
+def test_two_adapters_in_one_file_are_refused(lora, resolved):
+    with pytest.raises(CheckpointError) as caught:
+        resolved(_named(lora, "", *NAMES[3]) | _named(lora, ""))
+    assert caught.value.fields["fault"] == "duplicate"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.paths import data_dir
+from i2v_lab.units import GIB
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from i2v_lab.profiling.records import Forecast
 
+NOISE = {"nvidia", "geforce", "tesla", "gpu", "generation", "graphics", "card", "corporation", "edition", "server"}
+NOISE |= {"workstation", "design", "with", "max", "q", "mobile", ""}
+USABLE = {"consumer": 0.97, "workstation": 0.92, "data-centre": 0.92}  # of the nominal memory; with ECC less
+TOLERANCE = 0.13  # between a nominal memory and what CUDA reports
+MOST_PLAIN_GIB, MOST_GIB = 1024, 2**20  # a larger number alone is the name of a card, such as 4090
 FITS, TIGHT, NO = "fits", "tight", "no"
 
 
@@ -67,14 +75,66 @@ def judge_all(forecast: Forecast) -> list[Fit]:
     return [judge(forecast, gpu, int(size)) for gpu, size in zip(rows["gpu"], rows["memory_bytes"], strict=True)]
 
 
-def gpu_memory_bytes(name: str) -> int:
-    """A GPU's memory as CUDA reports it, by its name in any case.
+def gpu_memory_bytes(gpu: str) -> int:
+    """A GPU's memory as CUDA reports it, by a size or by its name, as ``nvidia-smi`` prints it or shorter.
+
+    Names of ``data/gpus.csv`` have a memory that was measured or published; those of ``data/gpus-nominal.csv`` have
+    their nominal one less a margin (:data:`USABLE`). Makers' words, form factors, case and spaces do not count.
+
+    Args:
+        gpu: A size such as ``24``, ``24GB``, ``24 GiB``, which is in GiB as makers name it, or a name.
 
     Raises:
-        InvalidRequest: It is not in ``data/gpus.csv``; the message lists the names.
+        InvalidRequest: It is neither; the message has the names that are nearest.
+
+    Example:
+        >>> gpu_memory_bytes("NVIDIA GeForce RTX 4090") == gpu_memory_bytes("rtx4090")
+        True
+        >>> gpu_memory_bytes("24 gb") == 24 * GIB
+        True
     """
+    size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(gib|gb|g)?\s*", gpu, re.IGNORECASE | re.ASCII)
+    if size is not None and (size[2] or float(size[1]) <= MOST_PLAIN_GIB):
+        if not 0 < float(size[1]) <= MOST_GIB:
+            raise InvalidRequest(f"gpu={shown(gpu)} is no size of a card; use one such as 24GiB", gpu=gpu)
+        return int(float(size[1]) * GIB)
+    known = _memory_by_name()
+    keys = {name: _key(name) for name in known}
+    base, gib = _key(gpu)
+    same = [name for name, key in keys.items() if key[0] in (base, f"rtx{base}")]
+    # A name may leave out the memory where there is one card of it, or give it where the table does not.
+    fits = [name for name in same if gib is None or keys[name][1] == gib]
+    if gib is not None and not fits:
+        fits = [n for n in same if keys[n][1] is None and abs(known[n] / GIB / gib - 1) < TOLERANCE]
+    if base and len(fits) == 1:
+        return known[fits[0]]
+    joined = {"".join(map(str, filter(None, key))): name for name, key in keys.items()}
+    close = difflib.get_close_matches("".join(map(str, filter(None, (base, gib)))), joined, n=3, cutoff=0.6)
+    near = same or [joined[each] for each in close]
+    near = near or [name for name, key in keys.items() if base.startswith(key[0]) and len(key[0]) > 2]
+    listed = ", ".join(gpu_table()["gpu"])
+    remedy = f"did you mean {' or '.join(near)}?" if near else f"use one of: {listed}; or a size such as 24GiB"
+    raise InvalidRequest(f"gpu={shown(gpu)} is not in data/gpus.csv; {remedy}", gpu=gpu)
+
+
+def _memory_by_name() -> dict[str, int]:
+    import pandas as pd
+
     table = gpu_table()
-    found = table[table["gpu"].str.lower() == name.strip().lower()]
-    if found.empty:
-        raise InvalidRequest(f"gpu={name!r} is not in data/gpus.csv; use one of: {', '.join(table['gpu'])}", gpu=name)
-    return int(found["memory_bytes"].iloc[0])
+    nominal = pd.read_csv(data_dir() / "gpus-nominal.csv")
+    sizes = {
+        str(name): int(gib * USABLE[kind] * GIB)
+        for name, kind, gib in zip(nominal["gpu"], nominal["kind"], nominal["nominal_gib"], strict=True)
+    }
+    return sizes | {str(name): int(size) for name, size in zip(table["gpu"], table["memory_bytes"], strict=True)}
+
+
+def _key(name: str) -> tuple[str, int | None]:
+    """A card's name without what its spellings differ in, and the memory in it, in GiB."""
+    text = re.sub(r"\((r|tm|c)\)|[®™]", " ", name.lower())
+    memory = re.search(r"(?<![\d.])(\d{1,3})\s*gi?b\b", text, re.ASCII)
+    if memory is not None:
+        text = text[: memory.start()] + " " + text[memory.end() :]
+    words = re.split(r"[\s_/-]+", text)
+    rest = (word for word in words if word not in NOISE and not re.fullmatch(r"hbm\w*|sxm\w*|pcie|nvlink", word))
+    return "".join(rest), int(memory[1]) if memory else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,6 @@ from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
-from i2v_lab.units import GIB
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
@@ -30,7 +30,7 @@ The largest 4:3 video of 97 frames, then the most frames at 1024x768, then the f
 
 
 def fit(
-    gpu: Annotated[str, typer.Option(help="A card of data/gpus.csv, or a size such as 24GiB.")],
+    gpu: Annotated[str, typer.Option(help="A card as nvidia-smi names it, or a size such as 24GiB.")],
     frames: Annotated[int | None, typer.Option(help="Frames. [default: searched for]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; with --height. [default: searched for]")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; with --width. [default: searched for]")] = None,
@@ -45,9 +45,12 @@ def fit(
     """Search for the largest video that fits a card, over whichever is not given: size, frames or tiling.
 
     Without --width and --height the largest size; without --frames the most frames; with all three the fastest tiling.
+    The exit status is 1 if nothing fits; then the memory policy that does is named, or the memory that is needed.
     """
-    from i2v_lab.capacity.fit import FitSearch
+    from i2v_lab.capacity.cards import gpu_memory_bytes
+    from i2v_lab.capacity.fit import FitSearch, Largest
     from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.units import format_bytes
 
     if (width is None) != (height is None):
@@ -57,10 +60,11 @@ def fit(
     sides = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", aspect)
     if sides is None:
         raise InvalidRequest(f"aspect={aspect!r} is not two numbers; write it as 4:3", aspect=aspect)
-    memory_bytes = _memory_bytes(gpu)
+    memory_bytes = gpu_memory_bytes(gpu)
     # A dimension that is searched for starts at the default.
+    architecture = load_architecture(model)
     request = options.build_request(
-        load_architecture(model),
+        architecture,
         (None,) * 4,
         no_tiling=False,
         image=DEFAULT_STILL,
@@ -78,36 +82,58 @@ def fit(
         log(f"{_described(tried)}: {format_bytes(result.peak.peak_bytes)} in {result.peak.phase}, {verdict}")
 
     search = FitSearch(memory_bytes, model, report)
-    if width is None:
-        sought, found = "size", search.largest_size(request, (int(sides[1]), int(sides[2])))
-    elif frames is None:
-        sought, found = "frames", search.most_frames(request)
-    else:
-        sought, found = "tiling", search.fastest_tiling(request)
-    peak = found.forecast.peak
+
+    def largest(asked: I2VRequest) -> tuple[str, Largest]:
+        if width is None:
+            return "size", search.largest_size(asked, (int(sides[1]), int(sides[2])))
+        return ("frames", search.most_frames(asked)) if frames is None else ("tiling", search.fastest_tiling(asked))
+
+    sought, found = largest(request)
+    # What would fit instead: the same search under the policies that hold less.
+    others = {}
+    if found.request is None:
+        policies: list[MemoryPolicy] = [p for p in runner_of(architecture).memory if p is not MemoryPolicy.AUTO]
+        for policy in policies[policies.index(request.memory) + 1 :]:
+            others[policy] = largest(replace(request, memory=policy))[1]
+            if others[policy].request is not None:
+                break
+    instead = next((other for other in others.values() if other.request is not None), None)
+    least = min([found, *others.values()], key=lambda each: each.forecast.peak.peak_bytes)
+    needed_bytes = least.forecast.peak_reserved_bytes + least.forecast.context_bytes
     if as_json:
-        chosen = found.request.to_json() if found.request else None
-        answer = {"gpu": gpu, "memory_bytes": memory_bytes, "model": model, "sought": sought, "request": chosen}
-        print_json({**answer, "at_the_bound": found.at_the_bound, "peak_bytes": peak.peak_bytes})
+        answer = {
+            "gpu": gpu,
+            "memory_bytes": memory_bytes,
+            "model": model,
+            "sought": sought,
+            "request": found.request.to_json() if found.request else None,
+            "at_the_bound": found.at_the_bound,
+            "peak_bytes": found.forecast.peak.peak_bytes,
+            "instead": instead.request.to_json() if instead and instead.request else None,
+            "needed_bytes": needed_bytes,
+        }
+        print_json(answer)
     elif found.request is None:
+        peak = found.forecast.peak
+        remedy = (
+            f"with --memory {instead.request.memory}, {_described(instead.request)} fits"
+            if instead and instead.request
+            else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
+        )
         say(
             f"nothing fits {gpu} ({format_bytes(memory_bytes)}): the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "
-            f"{format_bytes(found.forecast.context_bytes)}"
+            f"{format_bytes(found.forecast.context_bytes)}; {remedy}"
         )
     else:
+        peak = found.forecast.peak
         more = "; the search ends there, more may fit" if found.at_the_bound else ""
         say(
             f"{_described(found.request)} fits {gpu} ({format_bytes(memory_bytes)}): "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}{more}"
         )
-
-
-def _memory_bytes(gpu: str) -> int:
-    from i2v_lab.capacity.cards import gpu_memory_bytes
-
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", gpu)
-    return int(float(size[1]) * GIB) if size else gpu_memory_bytes(gpu)
+    if found.request is None:
+        raise typer.Exit(1)
 
 
 def _described(request: I2VRequest) -> str:

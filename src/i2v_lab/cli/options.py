@@ -66,7 +66,8 @@ def cap_bytes(vram_cap_gib: float | None) -> int | None:
         return None
     if not (0 < vram_cap_gib <= MAX_CAP_GIB and int(vram_cap_gib * GIB)):
         raise InvalidRequest(
-            f"vram_cap_gib={vram_cap_gib} is not above 0 and at most {MAX_CAP_GIB}; use the card's GiB",
+            f"vram_cap_gib={vram_cap_gib} is {'above' if vram_cap_gib > MAX_CAP_GIB else 'not above'} "
+            f"{MAX_CAP_GIB if vram_cap_gib > MAX_CAP_GIB else 0}; use the card's GiB",
             vram_cap_gib=vram_cap_gib,
         )
     return int(vram_cap_gib * GIB)

@@ -1,9 +1,9 @@
 """LoRA files of LTX-2: their formats, what is applied of them, and how it is scaled.
 
-Layers are named after ComfyUI (``diffusion_model.``), after diffusers (``transformer.``) or without a prefix, and pairs
-``lora_A``/``lora_B`` or ``lora_down``/``lora_up``. A pair's product is scaled by alpha / rank, with alpha from
-``<layer>.alpha``, or from the adapter's configuration that diffusers writes into the metadata; by 1 without an alpha.
-ltx-core's own key map knows the first prefix and the first names, and no alpha; what it does not know it drops.
+Layers are named after ComfyUI (``diffusion_model.``), after diffusers (``transformer.``) or without a prefix, each also
+below PEFT's ``base_model.model.``; pairs as in :data:`PAIRS`. A pair's product is scaled by alpha / rank, with alpha
+from ``<layer>.alpha``, or from the adapter's configuration that diffusers writes into the metadata; by 1 without an
+alpha. ltx-core's own key map knows the first prefix and the first names, and no alpha; what it does not know it drops.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ from i2v_lab.pipeline.ltx2.layout import file_layout, transformer_key_ops
 
 OPTION = "--lora"
 PREFIXES = ("diffusion_model.", "transformer.", "")
-PARTS = {".lora_A.weight": "A", ".lora_down.weight": "A", ".lora_B.weight": "B", ".lora_up.weight": "B"}
-TWINS = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
+PEFT_PREFIX = "base_model.model."  # before the others, where PEFT's own module was saved
+PAIRS = (  # endings of the two matrices' names
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora.down.weight", ".lora.up.weight"),  # diffusers before it had PEFT
+    (".lora_A.default.weight", ".lora_B.default.weight"),  # PEFT, with the name of its adapter
+)
+PARTS = {ending: part for pair in PAIRS for ending, part in zip(pair, "AB", strict=True)}
+TWINS = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
 ALPHA = ".alpha"
 CHECKPOINT_PREFIX = "model.diffusion_model."
 OTHER_FORMATS = {  # what is in a key of a format that is not a plain LoRA
@@ -144,8 +151,9 @@ def _layers(stored: Mapping[str, Stored], path: Path, architecture: Architecture
     unknown = []
     for key, item in stored.items():
         suffix = next((suffix for suffix in (*PARTS, ALPHA) if key.endswith(suffix)), None)
-        prefix = next(prefix for prefix in PREFIXES if key.startswith(prefix))
-        name = key.removeprefix(prefix).removesuffix(suffix or "")
+        inner = key.removeprefix(PEFT_PREFIX)
+        prefix = next(prefix for prefix in PREFIXES if inner.startswith(prefix))
+        name = inner.removeprefix(prefix).removesuffix(suffix or "")
         if suffix is None or f"{CHECKPOINT_PREFIX}{name}.weight" not in checkpoint:
             unknown.append(key)
         elif name not in transformer:
@@ -182,9 +190,9 @@ def _verify_pair(
 ) -> int:
     """Check a layer's pair of matrices; returns its rank."""
     if len(layer.parts) < 2:
-        key = next(iter(layer.parts.values()), f"{layer.name}.lora_A.weight")
-        stem, name, _ = key.rsplit(".", 2)
-        missing = f"{stem}.{TWINS[name]}.weight" if layer.parts else key
+        key = next(iter(layer.parts.values()), f"{layer.name}.lora_B.weight")
+        ending = next(ending for ending in TWINS if key.endswith(ending))
+        missing = key.removesuffix(ending) + TWINS[ending]
         words = f"lacks {missing}; download or export it again"
         raise weights_refused(OPTION, path, "incomplete", words, missing=[missing])
     a, b = (layer.parts[part] for part in "AB")
