@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from i2v_lab.display import printable
+
 
 class I2VLabError(Exception):
     """Base of all errors of this package.
@@ -35,7 +37,7 @@ class I2VLabError(Exception):
         self.fields = fields
 
     def __str__(self) -> str:
-        return self.message
+        return printable(self.message)  # it quotes names and paths, and is shown by terminals, notebooks and logs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.fields)
