@@ -9,6 +9,8 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+from i2v_lab.display import printable
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlong = 500
@@ -54,7 +56,7 @@ class I2VLabError(Exception):
         self.fields = fields
 
     def __str__(self) -> str:
-        return self.message
+        return printable(self.message)  # it quotes names and paths, and is shown by terminals, notebooks and logs
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.fields)

@@ -28,6 +28,7 @@ from i2v_lab.reporting.headlines import headline
 from i2v_lab.reporting.run_tables import holders_table, modules_table, phase_table
 from i2v_lab.reporting.terminal import rich_table
 from i2v_lab.runs.forecast import forecast_specs
+from i2v_lab.runs.interleaved import recorded_rounds
 from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.runs.recorded import _read_all, recorded_runs, seconds_of, spec_of
 from i2v_lab.runs.spec import RunSpec, make_request
@@ -331,3 +332,11 @@ def test_accuracy_needs_a_folder_of_our_own_runs(tmp_path, whole):
     assert type(CliRunner().invoke(app, ["accuracy", str(file)]).exception) is RecordError
     (tmp_path / "empty").mkdir()
     assert CliRunner().invoke(app, ["accuracy", str(tmp_path / "empty")]).exit_code == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"request": {}}', '{"rounds": [[1]], "request": 3}', "NaN", "\\xff"])
+def test_damaged_rounds_are_one_error(text, tmp_path):
+    (tmp_path / "rounds.json").write_text(text)
+    with pytest.raises(RecordError) as refused:
+        recorded_rounds(["rounds.json"], tmp_path)
+    assert refused.value.fields == {"path": tmp_path / "rounds.json"}

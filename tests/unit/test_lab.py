@@ -488,8 +488,8 @@ def test_two_runs_are_compared_by_name(tmp_path):
 def test_jupyterlab_is_told_to_listen_here_and_to_ask_nobody(tmp_path):
     command = lab_command(["--port=1234"])
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
-    assert "--ip=127.0.0.1" in command
-    assert not any("token" in word or "password" in word for word in command)
+    assert "--ServerApp.ip=127.0.0.1" in command
+    assert not any("token=" in word or "password=" in word for word in command), "others see it in the process list"
     assert command[-1] == "--port=1234"
     assert "--ServerApp.kernel_spec_manager_class=i2v_lab.reproduce.kernel.InterpreterKernelSpecs" in command
     environment = lab_environment(tmp_path / "jupyter", {"JUPYTER_CONFIG_PATH": "/elsewhere", "TQDM_DISABLE": "1"})

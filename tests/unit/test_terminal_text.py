@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import sys
 import unicodedata
@@ -20,8 +21,10 @@ from i2v_lab.cli.app import main
 from i2v_lab.cli.progress import ProgressReport
 from i2v_lab.display import escaped, printable
 from i2v_lab.doctor.checks import Check, State
+from i2v_lab.errors import I2VLabError
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord
 from i2v_lab.reporting.console import PlainConsole
+from i2v_lab.reporting.tables import save_table
 from i2v_lab.reporting.terminal import rich_table
 from i2v_lab.reproduce.report import Outcome, RunReport, print_summary
 from i2v_lab.runs.store import RunWriter
@@ -71,6 +74,18 @@ def test_whatever_is_printed_is_shown_and_not_acted_on(text):
     for each in (Text(text), table, frame):
         console.print(each)
     assert _acted_on(console.file.getvalue()) == []
+
+
+def test_an_error_of_ours_shows_what_it_quotes_and_keeps_it():
+    error = I2VLabError(f"image '{HOSTILE[5]}' is missing", path=HOSTILE[5])
+    assert _acted_on(str(error)) == []
+    assert "\\x1b]8;;" in str(error)
+    assert pickle.loads(pickle.dumps(error)).fields == {"path": HOSTILE[5]}
+
+
+def test_a_name_that_is_not_utf_8_is_escaped_in_a_csv_file(tmp_path):
+    path = save_table(pd.DataFrame({"run": ["r\udcff\u00fc"], "peak_bytes": [1]}), tmp_path, "table")
+    assert path.read_text(encoding="utf-8") == "run,peak_bytes\nr\\udcff\u00fc,1\n"
 
 
 @pytest.mark.parametrize("hostile", ["[/]\x1b[31m\x07", "".join(HOSTILE[:-2]), "\n\u202e:bug:"])

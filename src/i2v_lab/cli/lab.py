@@ -13,10 +13,21 @@ from pathlib import Path
 import typer
 
 from i2v_lab.cli.output import log
-from i2v_lab.errors import OutputError
+from i2v_lab.errors import InvalidRequest, OutputError
 from i2v_lab.files import write_atomically, write_text
 from i2v_lab.paths import cache_dir, checkout_dir, notebooks_dir
 
+LOCAL = {
+    "ServerApp.ip": "127.0.0.1",
+    "ServerApp.sock": "",
+    "ServerApp.allow_origin": "",
+    "ServerApp.allow_origin_pat": "",
+    "ServerApp.allow_credentials": "False",
+    "ServerApp.allow_remote_access": "False",
+    "ServerApp.disable_check_xsrf": "False",
+    "ServerApp.identity_provider_class": "i2v_lab.cli.lab_server.RequiredToken",
+}
+"""What makes the server one for this machine; on its command line, which no configuration file overrides."""
 START = "README.md"
 """The notebook folder's page that JupyterLab opens first."""
 COPY = "i2v-lab-notebooks"
@@ -40,15 +51,34 @@ Over SSH: forward the port, then open the printed address on your own machine:
 def lab(context: typer.Context) -> None:
     """Open JupyterLab on the notebooks; every other option is one of JupyterLab, such as --no-browser or --port.
 
-    It listens on this machine only, requires its token, and fetches neither news nor updates. The notebooks of an
-    installed package are copied to ./i2v-lab-notebooks first; files that are there already stay as they are.
+    It listens on this machine only and requires its token, whatever is configured for Jupyter, and fetches neither news
+    nor updates. The notebooks of an installed package are copied to ./i2v-lab-notebooks first; files that are there
+    already stay as they are.
     """
+    check_options(context.args)
     notebooks = editable_notebooks(Path.cwd())
     remote = "SSH_CONNECTION" in os.environ  # the browser would open on the wrong machine
     options = [*(["--no-browser"] if remote and "--no-browser" not in context.args else []), *context.args]
     environment = lab_environment(cache_dir() / "jupyter", os.environ)
     command = lab_command(options, notebooks)
     os.execve(command[0], command, environment)  # noqa: S606 - replaces this process: JupyterLab gets the signals
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Check that no option of JupyterLab opens the server to others.
+
+    Raises:
+        InvalidRequest: One sets something of ``LOCAL``.
+    """
+    reserved = {name.partition(".")[2] for name in LOCAL}
+    for option in options:
+        name = option.lstrip("-").partition("=")[0].rpartition(".")[2].replace("-", "_")
+        if option.startswith("-") and name in reserved:
+            raise InvalidRequest(
+                f"option {option.partition('=')[0]} is not for a server of this machine only; to reach it from another "
+                "machine, forward its port with ssh -L",
+                option=option,
+            )
 
 
 def editable_notebooks(folder: Path) -> Path:
@@ -95,7 +125,7 @@ def lab_command(options: Sequence[str] = (), notebooks: Path | None = None) -> l
         sys.executable,
         "-m",
         "jupyterlab",
-        "--ip=127.0.0.1",
+        *(f"--{name}={value}" for name, value in LOCAL.items()),
         f"--ServerApp.root_dir={notebooks or notebooks_dir()}",
         "--ServerApp.kernel_spec_manager_class=i2v_lab.reproduce.kernel.InterpreterKernelSpecs",
         f"--LabApp.default_url=/lab/tree/{START}",

@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.display import printable
 from i2v_lab.errors import GenerationStopped, I2VLabError
 from i2v_lab.events import ComponentBuilt, Event, Note, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.paths import find_still
@@ -165,7 +166,7 @@ class GenerationJob:
         except I2VLabError as error:
             state, message = State.FAILED, str(error)
         except Exception as error:
-            traceback.print_exc(file=sys.stderr)  # unexpected: the log shows where
+            print(printable(traceback.format_exc()), file=sys.stderr)  # unexpected: the log shows where
             state, message = State.FAILED, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         gc.collect()  # an exception's traceback references frames, and those reference tensors
         _empty_cuda_cache()

@@ -37,7 +37,11 @@ def save_table(table: pd.DataFrame, folder: Path, name: str) -> Path:
     Raises:
         OSError: The file cannot be written.
     """
-    return write_atomically(folder / f"{name}.csv", lambda part: table.to_csv(part, index=False))
+    # A name of a run need not be UTF-8: its other bytes are escaped.
+    return write_atomically(
+        folder / f"{name}.csv",
+        lambda part: table.to_csv(part, index=False, encoding="utf-8", errors="backslashreplace"),
+    )
 
 
 def readable(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:

@@ -7,19 +7,20 @@ round to round, so that drift of the machine, and what the run before left behin
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.errors import RecordError
 from i2v_lab.files import scratch_folder
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.registry import RUNNERS
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.execute import Hooks, Mode, execute
+from i2v_lab.runs.record_files import file_content, json_fault, strict_json
 from i2v_lab.runs.spec import ProfilerMode, RunSpec
 
 if TYPE_CHECKING:
@@ -138,6 +139,9 @@ def recorded_rounds(names: Sequence[str] = PROFILER_ROUNDS, folder: Path | None 
         names: Of files; one that is not there has no rounds.
         folder: Where they are; ``data/measured`` by default.
 
+    Raises:
+        RecordError: A file is damaged.
+
     Returns:
         The columns that :func:`run_interleaved` yields, ``size`` such as ``1024x768``, and ``gpu``.
     """
@@ -147,9 +151,20 @@ def recorded_rounds(names: Sequence[str] = PROFILER_ROUNDS, folder: Path | None 
     for name in names:
         path = (folder or data_dir() / "measured") / name
         if path.exists():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            size = f"{values['request']['width']}x{values['request']['height']}"
-            parts.append(pd.DataFrame(values["rounds"], columns=COLUMNS).assign(size=size, gpu=values["device"]))
+            try:
+                values = strict_json(file_content(path))
+                size = f"{values['request']['width']}x{values['request']['height']}"
+                rounds = pd.DataFrame(values["rounds"], columns=COLUMNS)
+                parts.append(
+                    rounds.astype({"seconds": float, "event_seconds": float}).assign(
+                        size=size, gpu=str(values["device"])
+                    )
+                )
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                reason = json_fault(error)
+                raise RecordError(
+                    f"'{path}' holds no rounds ({reason}); restore it or measure again", path=path
+                ) from error
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 
