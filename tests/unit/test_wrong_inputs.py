@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from i2v_lab.cli import options
+from i2v_lab.cli.app import app
 from i2v_lab.cli.output import require_file, require_folder, require_new_folder
 from i2v_lab.errors import I2VLabError, InvalidImage, InvalidRequest, OutputError, UnknownModel, shown
 from i2v_lab.paths import data_dir, find_still
@@ -243,3 +245,26 @@ def test_a_model_is_asked_for_by_name():
     for name in (None, ["ltx-2.3-tiny"], {}, 3, "", "../x"):
         with pytest.raises(UnknownModel):
             load_architecture(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["forecast", "--width", "inf"], "--width"),
+        (["forecast", "--seed", "9" * 5000], "--seed"),
+        (["forecast", "--fps", "fast"], "--fps"),
+        (["forecast", "--memory", "none"], "--memory"),
+        (["forecast", "--nothing", "3"], "--nothing"),
+        (["generate"], "--image"),
+        (["fit"], "--gpu"),
+        (["show", "a", "b", "c"], "c"),
+        (["nothing"], "nothing"),
+    ],
+    ids=range(9),
+)
+def test_an_option_that_does_not_parse_is_one_line_too(arguments, named):
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, InvalidRequest)
+    assert named in str(error)
+    assert "\n" not in str(error)
+    assert error.exit_status == 2

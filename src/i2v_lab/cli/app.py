@@ -6,15 +6,36 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, reproduce, show
-from i2v_lab.errors import I2VLabError
+from i2v_lab.errors import I2VLabError, InvalidRequest
 from i2v_lab.runs.workers import enable_mkl_cnr
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or that of the click within typer
+
+
+class OneLineErrors(TyperGroup):
+    """The group of commands, whose options that do not parse are an error of this package: one line, not a box."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command of a context.
+
+        Raises:
+            InvalidRequest: An option or a command is unknown, or its value is of another type.
+        """
+        try:
+            return super().invoke(ctx)
+        except USAGE_ERROR as error:
+            words = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+            raise InvalidRequest(f"{words}; see --help") from error
+
+
 app = typer.Typer(
+    cls=OneLineErrors,
     name="i2v-lab",
     help="Run image-to-video models, and profile and forecast their GPU memory.",
     no_args_is_help=True,
