@@ -92,10 +92,15 @@ class ComponentReleased:
     Attributes:
         phase: The phase that built it.
         name: As in :class:`ComponentBuilt`.
+        page_locked_bytes: The most page-locked host memory that its offloaded weights took; 0 where it has none.
+        pageable_bytes: Of a component whose weights are streamed, the largest block that was read from its file at
+            once, through pageable memory.
     """
 
     phase: Phase
     name: str
+    page_locked_bytes: int = 0
+    pageable_bytes: int = 0
 
 
 @dataclass(frozen=True)

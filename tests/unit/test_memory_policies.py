@@ -28,7 +28,10 @@ from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.sampling import Latents
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.records import HostMemoryRecord
 from i2v_lab.request import I2VRequest, Quantization, Tiling
+from i2v_lab.runs.forecast import forecast_request
+from i2v_lab.runs.spec import make_request
 
 CPU = torch.device("cpu")
 TECHNIQUE_SETS = int(os.environ.get("I2V_LAB_EXAMPLES", "4"))
@@ -309,3 +312,24 @@ def test_the_auto_policy_must_be_resolved_before_the_run(tiny, request_64):
     with pytest.raises(InvalidRequest) as caught:
         TwoStagePipeline(tiny)(replace(request_64, memory="auto"))
     assert caught.value.fields == {"memory": "auto"}
+
+
+def test_a_forecast_says_the_host_memory_that_streaming_needs(tiny, still):
+    """The blocks of the components that are called more than once, each tensor in whole units of 256 bytes."""
+    request = make_request("ltx-2.3-tiny", image=str(still), width=64, height=64, frames=9, fps=120, memory="streamed")
+    forecast = forecast_request(request, "ltx-2.3-tiny")
+    found = {record.component: record for record in forecast.records if isinstance(record, HostMemoryRecord)}
+    ledger = Ledger(tiny, CPU, request.quantization, TECHNIQUES[MemoryPolicy.STREAMED])
+    builders = {"transformer": ledger.transformer, "video_decoder": ledger.video_decoder}
+    for name, build in builders.items():
+        module = build()
+        stream = next(part.weight_stream for part in module.modules() if "weight_stream" in vars(part))
+        blocks = [list(load().values()) for load in stream._loads.values()]
+        aligned = sum(-(-tensor.nbytes // 256) * 256 for block in blocks for tensor in block)
+        largest = max(sum(tensor.nbytes for tensor in block) for block in blocks)
+        assert (found[name].page_locked_bytes, found[name].pageable_bytes) == (aligned, largest)
+    assert {name for name, record in found.items() if record.page_locked_bytes} == set(builders)
+    assert forecast.page_locked_bytes == max(record.page_locked_bytes for record in found.values())
+    assert forecast.pageable_bytes == max(record.pageable_bytes for record in found.values())
+    without = replace(forecast, records=tuple(forecast.phases))
+    assert (without.page_locked_bytes, without.pageable_bytes) == (0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from i2v_lab.cli import options
+from i2v_lab.cli.app import main
 from i2v_lab.errors import I2VLabError, InvalidImage, InvalidRequest, UnknownModel, shown
 from i2v_lab.files import check_file, check_folder, check_new_folder
 from i2v_lab.paths import data_dir, find_still
@@ -241,3 +243,29 @@ def test_a_model_is_asked_for_by_name():
     for name in (None, ["ltx-2.3-tiny"], {}, 3, "", "../x"):
         with pytest.raises(UnknownModel):
             load_architecture(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["forecast", "--width", "inf"], "--width"),
+        (["forecast", "--seed", "9" * 5000], "--seed"),
+        (["forecast", "--fps", "fast"], "--fps"),
+        (["forecast", "--memory", "none"], "--memory"),
+        (["forecast", "--nothing", "3"], "--nothing"),
+        (["generate"], "--image"),
+        (["fit"], "--gpu"),
+        (["show", "a", "b", "c"], "c"),
+        (["nothing"], "nothing"),
+    ],
+    ids=range(9),
+)
+def test_an_option_that_does_not_parse_is_one_line_too(arguments, named, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["i2v-lab", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("i2v-lab: ")
+    assert named in said
+    assert said.count("\n") == 1

@@ -11,7 +11,6 @@ import typer
 
 from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, reproduce, show
 from i2v_lab.cli.output import log
-from i2v_lab.display import printable
 from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.workers import enable_mkl_cnr
 from i2v_lab.stopping import stop_on_signals
@@ -60,12 +59,11 @@ def main() -> None:
             sys.stdout.flush()
         sys.exit(status)
     except USAGE_ERROR as error:
-        from typer.rich_utils import rich_format_error
-
-        # What it quotes of the command line is printed here, not by typer, which would print it raw.
-        text = printable(error.format_message())
-        error.format_message = lambda: text
-        rich_format_error(error)
+        if len(sys.argv) == 1:  # which is no error, but asks for help
+            error.show()
+        else:
+            words = " ".join(error.format_message().split()).rstrip(".")
+            log(f"i2v-lab: {words}; see --help")
         sys.exit(error.exit_code)
     except I2VLabError as error:
         log(f"i2v-lab: {error}")

@@ -114,6 +114,8 @@ def forecast(
         "peak_phase": result.peak.phase,
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "context_bytes": result.context_bytes,
+        "host_page_locked_bytes": result.page_locked_bytes,
+        "host_pageable_bytes": result.pageable_bytes,
         "fits": [asdict(fit) for fit in fits],
         "notes": [asdict(note) for note in result.notes],
         "seconds": result.seconds,
@@ -179,3 +181,9 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
         f"by the allocator, and {format_bytes(result.context_bytes)} for the CUDA context",
         soft_wrap=True,
     )
+    if result.pageable_bytes:
+        console.print(
+            f"streaming needs {format_bytes(result.page_locked_bytes)} of page-locked host memory, and "
+            f"{format_bytes(result.pageable_bytes)} of pageable host memory for the largest block read from its file",
+            soft_wrap=True,
+        )

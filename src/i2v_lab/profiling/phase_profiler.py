@@ -28,6 +28,7 @@ from i2v_lab.profiling.records import (
     GenerationRecord,
     GraphRecord,
     HolderRecord,
+    HostMemoryRecord,
     ModuleRecord,
     NoteRecord,
     OutOfMemoryRecord,
@@ -161,7 +162,9 @@ class PhaseProfiler:
                 self.component(name, module)
                 if self.paths is not None:
                     self.paths.components.append(name)
-            case ComponentReleased(name=name):
+            case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes):
+                if pageable_bytes:
+                    self._write(HostMemoryRecord(phase.value, name, page_locked_bytes, pageable_bytes))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):

@@ -219,6 +219,23 @@ class NoteRecord(HtmlFields):
     text: str
 
 
+@dataclass(frozen=True)
+class HostMemoryRecord(HtmlFields):
+    """Host memory that the streamed weights of one component took.
+
+    Attributes:
+        phase: The phase that built it.
+        component: Its name.
+        page_locked_bytes: Page-locked, of the blocks that are kept from their first call on.
+        pageable_bytes: The largest block that was read from its file at once.
+    """
+
+    phase: str
+    component: str
+    page_locked_bytes: int
+    pageable_bytes: int
+
+
 Record = (
     PhaseRecord
     | StepRecord
@@ -230,6 +247,7 @@ Record = (
     | GenerationRecord
     | DeviceRecord
     | NoteRecord
+    | HostMemoryRecord
 )
 
 
@@ -277,6 +295,16 @@ class Forecast:
         return peak
 
     @property
+    def page_locked_bytes(self) -> int:
+        """The most page-locked host memory that streamed weights take: components take theirs one after another."""
+        return max((r.page_locked_bytes for r in self.records if isinstance(r, HostMemoryRecord)), default=0)
+
+    @property
+    def pageable_bytes(self) -> int:
+        """The largest block of streamed weights that is read from its file at once, through pageable host memory."""
+        return max((r.pageable_bytes for r in self.records if isinstance(r, HostMemoryRecord)), default=0)
+
+    @property
     def notes(self) -> list[NoteRecord]:
         """What was done to the inputs, such as a prompt that was cut."""
         return [record for record in self.records if isinstance(record, NoteRecord)]
@@ -303,6 +331,7 @@ KINDS: dict[str, type[Any]] = {
     "generation": GenerationRecord,
     "device": DeviceRecord,
     "note": NoteRecord,
+    "host_memory": HostMemoryRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
 HINTS = {kind: get_type_hints(kind) for kind in KINDS.values()}

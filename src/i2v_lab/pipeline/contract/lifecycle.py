@@ -49,15 +49,18 @@ class PhaseScope:
             self.emit(ComponentBuilt(self.phase, name, module))
             yield module
         finally:
+            page_locked_bytes = pageable_bytes = 0
             for part in module.modules():
                 stream: Any = vars(part).get("weight_stream")
                 if stream is not None:
+                    page_locked_bytes += stream.page_locked_bytes
+                    pageable_bytes = max(pageable_bytes, stream.pageable_bytes)
                     stream.close()
                 part._parameters.clear()
                 part._buffers.clear()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.emit(ComponentReleased(self.phase, name))
+            self.emit(ComponentReleased(self.phase, name, page_locked_bytes, pageable_bytes))
 
     def step(self, step: int, steps: int) -> None:
         """Report a finished step, or a finished chunk."""

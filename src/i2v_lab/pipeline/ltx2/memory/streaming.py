@@ -165,6 +165,10 @@ class WeightStream:
             ``model``.
         device: Where the model runs.
         host_budget_bytes: Of host memory, for blocks that were loaded once; blocks beyond it are loaded at every call.
+
+    Attributes:
+        page_locked_bytes: Taken of ``host_budget_bytes`` so far.
+        pageable_bytes: Of the largest block that was loaded.
     """
 
     def __init__(
@@ -174,6 +178,7 @@ class WeightStream:
         self._loads = loads
         self._device = device
         self._host_budget_bytes = host_budget_bytes
+        self.page_locked_bytes = self.pageable_bytes = 0
         self._order = {name: index for index, name in enumerate(loads)}
         self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
@@ -229,6 +234,7 @@ class WeightStream:
         """A block's tensors on the device, complete for work queued next on the current stream."""
         if name not in self._host:
             tensors = self._loads[name]()
+            self.pageable_bytes = max(self.pageable_bytes, sum(tensor.nbytes for tensor in tensors.values()))
             self._offload(name, tensors)
             return tensors
         if name in self._in_flight:
@@ -253,6 +259,7 @@ class WeightStream:
             self._host_budget_bytes = 0
             return
         self._host_budget_bytes -= size
+        self.page_locked_bytes += size
         for tensor, (_, offset, _, _) in zip(tensors.values(), layout, strict=True):
             part = buffer.data[offset : offset + tensor.nbytes]
             part.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
