@@ -14,13 +14,16 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import psutil
 
-from i2v_lab import Explorer, Generate, I2VRequest
+from i2v_lab import Explorer, Generate, I2VRequest, forecast
 from i2v_lab.lab.generation_job import State
+from i2v_lab.paths import find_still
+from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import FAILED, read_run
@@ -211,6 +214,66 @@ def live_tensors() -> int:
     return sum(found.values())
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What a process holds.
+
+    Attributes:
+        resident_bytes: Its memory.
+        threads: Of Python.
+        files: Open file descriptors.
+    """
+
+    resident_bytes: int
+    threads: int
+    files: int
+
+    @classmethod
+    def now(cls) -> Levels:
+        """Those of this process, after a collection."""
+        gc.collect()
+        process = psutil.Process()
+        return cls(process.memory_info().rss, threading.active_count(), process.num_fds())
+
+    def above(self, other: Levels) -> Levels:
+        """How much more this is than another."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Levels(*(mine - before for mine, before in pairs))
+
+
+def repeat(work: Callable[[], object], count: int) -> Levels:
+    """What a process holds more after doing the same ``count`` times than after a quarter of them."""
+    quarter = Levels.now()
+    for number in range(count):
+        work()
+        if number == count // 4:
+            quarter = Levels.now()
+    return Levels.now().above(quarter)
+
+
+def forecast_once() -> None:
+    """The tiny pipeline on a fake card, and a training step on the CPU."""
+    import torch
+
+    request = I2VRequest(image=str(find_still(STILL)), width=64, height=64, frames=9)
+    execute(RunSpec(request=request, model=MODEL), Mode.FAKE, "cuda")
+
+    def train(model: torch.nn.Module, x: torch.Tensor) -> None:
+        model(x).sum().backward()
+        torch.optim.AdamW(model.parameters()).step()
+
+    forecast(train, torch.nn.Linear(64, 64), torch.ones(8, 64), device="cpu")
+
+
+def generate_once() -> None:
+    """One video of the tiny pipeline, which is not written."""
+    spec = RunSpec(request=I2VRequest(image=str(find_still(STILL)), width=64, height=64, frames=9), model=MODEL)
+    runner = spec.runner_spec
+    weights = runner.resolve_weights(spec.architecture, spec.request.variant)
+    for _ in runner.pipeline(weights, "cpu", [], spec.technique_set)(spec.request).video:
+        pass
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TQDM_DISABLE", "0")
     done = change_controls(200)
@@ -231,4 +294,9 @@ if __name__ == "__main__":
     stopped = sum(stop.state is State.STOPPED for stop in stops)
     print(f"{stopped} of 20 stopped, at most {max(s.steps_after for s in stops)} steps and ", end="")
     print(f"{max(s.took_s for s in stops):.2f} s after the stop; {len(bad)} left something behind; the next one works")
+    risen = [(work.__name__, repeat(work, 200)) for work in (forecast_once, generate_once)]
+    for name, levels in risen:
+        print(f"200 of {name}: {levels.resident_bytes / MIB:+.1f} MiB, {levels.threads:+d} threads, ", end="")
+        print(f"{levels.files:+d} files after the first quarter")
+    bad += [each for each in risen if each[1].resident_bytes > 20 * MIB or each[1].threads > 0 or each[1].files > 0]
     sys.exit(bool(bad or done.problems or done.threads > 0 or done.processes or done.grown_bytes > 20 * MIB))
