@@ -52,8 +52,15 @@ def ask(path: str, arguments: list[str]) -> int:
         inherited, arguments = [int(each) for each in arguments[1].split(",")], arguments[2:]
     server = socket.socket(socket.AF_UNIX)
     server.connect(path)
+
+    def forward(number: int, _: object) -> None:
+        try:
+            server.send(bytes([number]))
+        except OSError:  # the process has just ended
+            pass
+
     for number in FORWARDED:
-        signal.signal(number, lambda received, _: server.send(bytes([received])))
+        signal.signal(number, forward)
     streams = [0, 1, 2, *inherited]
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "numbers": streams}
     socket.send_fds(server, [b"\0"], streams)

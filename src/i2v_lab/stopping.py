@@ -83,7 +83,7 @@ def stop_on_signals(*, say: bool = True) -> None:
 def _watch_signals(say: bool) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    threading.Thread(target=_wait_for_signal, args=(reader, writer, say), daemon=True).start()
+    threading.Thread(target=_wait_for_signal, args=(reader, say), daemon=True).start()
     threading.Thread(target=_import_psutil, daemon=True).start()
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to even while the main thread is in a kernel
 
@@ -94,18 +94,18 @@ def _stand_still(number: int, frame: FrameType | None = None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _wait_for_signal(reader: int, writer: int, say: bool) -> None:
+def _wait_for_signal(signals: int, say: bool) -> None:
     global _stopped_by
     while True:
-        number = os.read(reader, 1)[0]
+        number = os.read(signals, 1)[0]
         if signal.getsignal(number) is _stand_still:  # other handlers write here too
             break
     _stopped_by = number
     if _lock.acquire(timeout=0.2):  # for what is being registered, unless the main thread stands still within that
         _lock.release()
-    _call(_first, reader, writer, GRACE_S)
+    _call(_first, signals, GRACE_S)
     _kill_children()
-    _call(_last, reader, writer, LAST_S)
+    _call(_last, signals, LAST_S)
     words = f"i2v-lab: {SIGNALS[signal.Signals(number)]}\n"
     with suppress(OSError):
         if say:
@@ -113,23 +113,25 @@ def _wait_for_signal(reader: int, writer: int, say: bool) -> None:
     os._exit(128 + number)
 
 
-def _call(actions: dict[object, Action], reader: int, writer: int, most_s: float) -> None:
+def _call(actions: dict[object, Action], signals: int, most_s: float) -> None:
     """Call actions in another thread, the last first, and wait for them: not longer than this, and no second signal."""
+    done, tell = os.pipe()  # of this call alone: what was waited for in vain may end later
 
     def call() -> None:
         _undoing.add(threading.get_ident())
         for action in reversed(list(actions.values())):
             with suppress(BaseException):
                 action()
-        os.write(writer, b"\0")
+        os.write(tell, b"\0")
 
     _thread.start_new_thread(call, ())  # not threading.Thread, whose locks the main thread may hold
     since_s = time.monotonic()
     while (left_s := since_s + most_s - time.monotonic()) > 0:
-        if select.select([reader], [], [], left_s)[0]:
-            is_signal = os.read(reader, 1) != b"\0"
-            if not is_signal or time.monotonic() - since_s > REPEAT_S:
-                return
+        ready = select.select([signals, done], [], [], left_s)[0]
+        if signals in ready:
+            os.read(signals, 1)
+        if done in ready or (ready and time.monotonic() - since_s > REPEAT_S):
+            return
 
 
 def _import_psutil() -> None:

@@ -9,7 +9,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -24,6 +25,7 @@ from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.provenance import code_digest, runner_packages, usable_cores, versions
 from i2v_lab.runs.spec import FULL_SIZE_MODEL, RunSpec
 from i2v_lab.runs.workers import end_on_interrupt, worker_context
+from i2v_lab.stopping import on_stop
 
 Result = tuple[tuple[Record, ...], int]  # records, and the bytes of the CUDA context
 
@@ -94,7 +96,7 @@ def forecast_specs(specs: Sequence[RunSpec], *, jobs: int | None = None, progres
         total=len(specs), initial=len(specs) - len(todo), desc="forecasts", disable=is_quiet(progress and bool(todo))
     )
     jobs = min(jobs or usable_cores(), max(1, len(todo)))
-    with bar:
+    with bar, nullcontext() if bar.disable else on_stop(partial(os.write, 2, b"\n")):  # the bar's line ends there
         if jobs == 1:
             for spec in todo:
                 forecast_spec(spec)
