@@ -103,12 +103,13 @@ def _acquire(lock: Path, target: Path, wait: Callable[[str], object] | None) -> 
 
 
 def _open(lock: Path) -> int:
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # in a folder of temporary files, which is everybody's
     try:
-        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        return os.open(lock, os.O_RDWR | os.O_CREAT | no_link, 0o666)
     except PermissionError:
         if not lock.exists():
             raise
-        return os.open(lock, os.O_RDONLY)  # another user's
+        return os.open(lock, os.O_RDONLY | no_link)  # another user's
 
 
 def _try(descriptor: int) -> bool:
