@@ -86,7 +86,7 @@ def _acquire(lock: Path, target: Path, wait: Callable[[str], object] | None) -> 
                     return descriptor
             os.close(descriptor)
             continue
-        process, _, host = os.pread(descriptor, 1000, 0).decode(errors="replace").partition(" ")
+        process, host = _holder(descriptor)
         os.close(descriptor)
         writer = f"process {process} on {host}" if host else "another process"
         if wait is None:
@@ -100,6 +100,16 @@ def _acquire(lock: Path, target: Path, wait: Callable[[str], object] | None) -> 
             wait(f"i2v-lab: '{target}' is being written by {writer}; waiting for its end")
             has_waited = True
         time.sleep(INTERVAL_S)
+
+
+def _holder(descriptor: int) -> tuple[str, str]:
+    """Process and host, which the holder writes as soon as it has the lock; empty if it does not."""
+    for _ in range(5):
+        process, _, host = os.pread(descriptor, 1000, 0).decode(errors="replace").partition(" ")
+        if host:
+            break
+        time.sleep(INTERVAL_S)
+    return process, host
 
 
 def _open(lock: Path) -> int:

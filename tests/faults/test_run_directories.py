@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
 from i2v_lab.errors import I2VLabError, RecordError
-from i2v_lab.profiling.records import KINDS, GraphRecord, HolderRecord, ModuleRecord, PhaseRecord, TimelineRecord
+from i2v_lab.profiling.record_json import KINDS
+from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, PhaseRecord, TimelineRecord
 from i2v_lab.reporting.comparison import Comparison, compare_html, find_runs
 from i2v_lab.reporting.figures.runs import timeline_figure
 from i2v_lab.reporting.headlines import headline

@@ -13,7 +13,8 @@ from i2v_lab.pipeline.contract.prompt_length import dropped_tokens, note_dropped
 from i2v_lab.pipeline.diffusers.ltx2 import _tokenizer
 from i2v_lab.pipeline.registry import RUNNERS
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.records import NoteRecord, record_from_json, record_to_json
+from i2v_lab.profiling.record_json import record_from_json, record_to_json
+from i2v_lab.profiling.records import NoteRecord
 from i2v_lab.reporting.headlines import headline
 from i2v_lab.request import Variant
 from i2v_lab.runs.spec import make_request

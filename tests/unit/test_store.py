@@ -21,16 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2v_lab.errors import OutputError, RecordError
-from i2v_lab.profiling.records import (
-    CATEGORIES,
-    KINDS,
-    SECONDS_BELOW,
-    WHOLE_BELOW,
-    DeviceRecord,
-    GraphRecord,
-    OutOfMemoryRecord,
-    PhaseRecord,
-)
+from i2v_lab.profiling.record_json import CATEGORIES, KINDS, SECONDS_BELOW, WHOLE_BELOW
+from i2v_lab.profiling.records import DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.runs import store
 from i2v_lab.runs.store import FORMAT_VERSION, RunWriter, read_run
 

@@ -33,9 +33,9 @@ def accuracy(
     from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
 
     if csv is not None:
-        if csv.suffix != ".csv" and not csv.is_dir():
-            raise OutputError(f"csv='{csv}' does not end in .csv; use '{csv.with_suffix('.csv')}'", path=csv)
         check_file(csv, "csv", "accuracy.csv")
+        if csv.suffix != ".csv":
+            raise OutputError(f"csv='{csv}' does not end in .csv; use '{csv.with_suffix('.csv')}'", path=csv)
     measured = measured_table(folder=folder)
     if measured.empty:
         say("no runs measured on a GPU here; record one with `i2v-lab generate --device cuda --profile DIR`")

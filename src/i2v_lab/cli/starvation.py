@@ -9,7 +9,7 @@ from collections.abc import Iterator
 REFUSALS: tuple[tuple[set[int], str, str, str], ...] = (
     (
         {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
-        r"no space left|quota exceeded|file too large",
+        r"no space left|quota exceeded|file too large|no usable temporary directory",
         "there is no room on the disk",
         "free some space, or choose another disk",
     ),
@@ -39,6 +39,12 @@ REFUSALS: tuple[tuple[set[int], str, str, str], ...] = (
         r"generic error in an external library",
         "a codec failed",
         "often for want of host memory: close other programs, and run again",
+    ),
+    (
+        {errno.ENAMETOOLONG},
+        r"file name too long",
+        "a name is too long",
+        "use a shorter one",
     ),
     (
         {errno.EIO, errno.ESTALE},

@@ -17,7 +17,7 @@ from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, Note, Phase
 from i2v_lab.metered_threads import MeteredThreads
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.base import MemoryMeter
-from i2v_lab.profiling.meters.cuda import CudaMeter
+from i2v_lab.profiling.meters.cuda import CudaMeter, allocation_history
 from i2v_lab.profiling.meters.devices import device_support, make_meter
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.meters.storage_record import StorageRecord
@@ -378,8 +378,7 @@ class PhaseProfiler:
             if self._probe is not None:
                 scopes.enter_context(self._probe)
             if self._snapshot is not None:
-                torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-                scopes.callback(_dump_snapshot, self._snapshot)
+                scopes.enter_context(allocation_history(self._snapshot))
             self._scopes = scopes.pop_all()
         self._entered = True
         if not self._independent:
@@ -395,8 +394,3 @@ class PhaseProfiler:
         self._closed = True
         self._scopes.__exit__(*exc)
         self.threads.end()
-
-
-def _dump_snapshot(path: Path) -> None:
-    torch.cuda.memory._dump_snapshot(str(path))
-    torch.cuda.memory._record_memory_history(enabled=None)

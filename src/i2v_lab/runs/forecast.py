@@ -19,7 +19,8 @@ from i2v_lab.errors import OutputError
 from i2v_lab.files import read_cached, write_cached
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir, find_still
 from i2v_lab.profiling.fake.garbage import no_collection
-from i2v_lab.profiling.records import Forecast, Record, record_from_json, record_to_json
+from i2v_lab.profiling.record_json import record_from_json, record_to_json
+from i2v_lab.profiling.records import Forecast, Record
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.provenance import code_digest, runner_packages, usable_cores, versions

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import RecordError
-from i2v_lab.profiling.records import Record, record_from_json
+from i2v_lab.profiling.record_json import record_from_json
+from i2v_lab.profiling.records import Record
 
 
 def file_content(path: Path) -> bytes:

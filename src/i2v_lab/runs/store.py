@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.files import write_text
 from i2v_lab.profiling.phase_html import phases_html
-from i2v_lab.profiling.records import HINTS, KINDS, PhaseRecord, Record, record_to_json
+from i2v_lab.profiling.record_json import HINTS, KINDS, record_to_json
+from i2v_lab.profiling.records import PhaseRecord, Record
 from i2v_lab.runs.record_files import file_content, json_fault, read_record, strict_json
 from i2v_lab.stopping import on_stop
 

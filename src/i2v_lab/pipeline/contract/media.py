@@ -102,9 +102,9 @@ def check_output(path: Path) -> None:
     Raises:
         OutputError: Its folder does not exist or is not writable, or the name is not that of an MP4 file.
     """
-    if path.suffix.lower() != ".mp4" and not path.is_dir():
-        raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
     check_file(path, "out", "video.mp4", make_folder=False)
+    if path.suffix.lower() != ".mp4":
+        raise OutputError(f"out='{path}' does not end in .mp4; use '{path.with_suffix('.mp4')}'", path=path)
 
 
 def check_size(width: int, height: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -64,3 +66,14 @@ class CudaMeter:
     def _limit(self, cap_bytes: int) -> None:
         total_bytes = torch.cuda.get_device_properties(self._device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes), self._device)
+
+
+@contextmanager
+def allocation_history(snapshot: Path) -> Iterator[None]:
+    """Record every allocation within this scope, and write torch's memory snapshot, for its viewer, at the end."""
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._dump_snapshot(str(snapshot))
+        torch.cuda.memory._record_memory_history(enabled=None)
