@@ -255,6 +255,14 @@ def _timed(x: torch.Tensor) -> float:
     return start.elapsed_time(end)
 
 
+def _cudnn_rnn(x: torch.Tensor) -> None:
+    """What an LSTM calls where there is a driver."""
+    weights = [torch.ones(size, device="cuda") for size in [(32, 16), (32, 8), (32,), (32,)]]
+    state = torch.zeros(1, 8, 8, device="cuda")
+    x = x.cuda()[None]
+    torch._VF._cudnn_rnn(x, weights, 4, None, state, state, 2, 8, 0, 1, False, 0.0, True, False, [], None)
+
+
 def _functional(x: torch.Tensor) -> torch.Tensor:
     return torch.func.grad(lambda each: each.square().sum())(x)
 
@@ -263,6 +271,7 @@ REFUSED: list[tuple[Callable[..., Any], str, str, str]] = [
     (lambda x: torch.compile(lambda y: y + 1, backend="eager")(x), "cpu", "compiled", "torch.compile"),
     (Recurrent(torch.nn.LSTM), "cuda", "needs a card", "torch.nn.modules.rnn.LSTM.forward"),
     (_sampling, "cuda", "data dependent", "aten._local_scalar_dense.default"),
+    (_cudnn_rnn, "cuda", "no fake kernel", "aten._cudnn_rnn.default"),
     (_timed, "cuda", "needs a card", "torch.cuda.Event.elapsed_time"),
     (lambda x: torch.cuda.memory_summary(), "cuda", "needs a card", "torch.cuda.memory_summary"),
     (lambda x: torch.cuda.utilization(), "cuda", "needs a card", "torch.cuda.utilization"),

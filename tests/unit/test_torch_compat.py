@@ -33,7 +33,7 @@ def test_private_names_of_torch_are_used_in_this_module_only():
         str(path.relative_to(package)) for path in package.rglob("*.py") if private.search(path.read_text("utf-8"))
     }
     # The profiler's snapshots: torch documents _record_memory_history and _dump_snapshot.
-    assert users == {"torch_compat.py", "profiling/phase_profiler.py"}
+    assert users == {"torch_compat.py", "profiling/meters/cuda.py"}
 
 
 @pytest.fixture

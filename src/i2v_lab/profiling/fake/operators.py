@@ -41,6 +41,7 @@ META = torch.device("meta")
 UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_.default  # writes whether a gradient is not finite
 NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1}  # positions of their weights
 ONEDNN_RNN = aten.mkldnn_rnn_layer.default
+CUDNN_RNN = aten._cudnn_rnn.default
 
 # Called after every operator with the operator, its arguments, its result, and all tensors in both.
 OnOperator = Callable[[Any, tuple[Any, ...], Any, list[torch.Tensor]], None]
@@ -284,6 +285,8 @@ class FakeOperators(DispatchMode):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
         if not makes_new_tensors(func):
             return func(*args, **kwargs)
+        if func is CUDNN_RNN:
+            raise no_kernel_error(func, self._current_module())  # torch's fake one wants a buffer that is optional
         if func is ONEDNN_RNN:
             return self._on_zeros(func, args, inputs[0])
         key = (func, _layout(args), _layout(kwargs))
