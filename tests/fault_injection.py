@@ -65,16 +65,18 @@ class Tally:
         self._record, self._kind = record_property, kind
         self._problems: list[str] = []
 
-    def count(self, outcome: str, problems: Sequence[str] = (), case: object = "") -> None:
+    def count(self, outcome: str, problems: Sequence[str] = (), case: object = "", kind: str = "") -> None:
         """Add a case.
 
         Args:
             outcome: In a word or two.
             problems: What did not hold.
             case: Which it was, for the message.
+            kind: If not that of the test.
         """
-        self._record(COUNTED, (self._kind, "did not hold" if problems else outcome))
-        self._problems += [f"{self._kind}, {case}: {problem}" for problem in problems]
+        kind = kind or self._kind
+        self._record(COUNTED, (kind, "did not hold" if problems else outcome))
+        self._problems += [f"{kind}, {case}: {problem}" for problem in problems]
 
     def close(self) -> None:
         """Raise with what did not hold, if anything did not."""

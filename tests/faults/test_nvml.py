@@ -56,7 +56,7 @@ def _failing(chance: random.Random) -> SimpleNamespace:
     return library
 
 
-@each(FAULTS, 0.05)
+@each(FAULTS, 0.026)
 def test_nvml_gone(seeds, tally, monkeypatch):
     for seed in seeds:
         chance = random.Random(f"nvml {seed}")

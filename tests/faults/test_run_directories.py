@@ -1,7 +1,4 @@
-"""Damaged run directories, by the thousand: each is one error of ours, or is read as what it says.
-
-``I2V_LAB_FAULTS`` sizes it: three cases for each, some dozens by default.
-"""
+"""Damaged run directories, by the thousand: each is one error of ours, or is read as what it says."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_injection import INPUTS, each
 from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
@@ -36,8 +34,6 @@ from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import METADATA, RECORDS, Run, RunWriter, read_run
 from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
 
-CASES = 3 * int(os.environ.get("I2V_LAB_FAULTS", "30"))
-PART = 30  # cases a test
 SPEC = RunSpec(
     request=make_request("ltx-2.3-tiny", width=64, height=64, frames=9, decode_scope="escaped"), model="ltx-2.3-tiny"
 )
@@ -284,10 +280,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("start", range(0, CASES, PART))
-def test_a_damaged_run_is_one_error_or_a_right_result(start, whole, tmp_path, record_property):
-    counts: Counter[str] = Counter()
-    for seed in range(start, min(start + PART, CASES)):
+@each(INPUTS, 0.3)
+def test_damaged_run_directories(seeds, whole, tmp_path, tally):
+    for seed in seeds:
         chance = random.Random(seed)
         damage = DAMAGES[seed % len(DAMAGES)]
         folder = tmp_path / f"{seed}" / "run"
@@ -295,8 +290,8 @@ def test_a_damaged_run_is_one_error_or_a_right_result(start, whole, tmp_path, re
         damage(folder, chance)
         readers = READERS if seed % 25 else (*READERS, _draw)
         outcomes = {_outcome(reader, folder, whole, f"seed {seed}, {damage.__name__}") for reader in readers}
-        counts[f"{damage.__name__}: {'refused' if 'refused' in outcomes else 'read'}"] += 1
-    record_property("run directories", dict(counts))
+        kind = f"damaged run directories: {damage.__name__.replace('_', ' ')}"
+        tally.count("one line" if "refused" in outcomes else "a right result", kind=kind)
 
 
 def _outcome(reader: Callable[[Path, Path], None], folder: Path, whole: Path, case: str) -> str:

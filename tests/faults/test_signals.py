@@ -1,7 +1,4 @@
-"""Commands that are stopped at random moments end at once, in one line, and leave nothing.
-
-``I2V_LAB_FAULTS=400`` sends as many signals to each command; by default a few.
-"""
+"""Commands that are stopped at random moments end at once, in one line, and leave nothing."""
 
 from __future__ import annotations
 
@@ -21,12 +18,11 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from fault_injection import FAULTS, Tally, each, share
 from nbformat.v4 import new_code_cell, new_notebook
 
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 
-COUNT = int(os.environ.get("I2V_LAB_FAULTS") or "0")
-SEED = int(os.environ.get("I2V_LAB_FAULTS_SEED") or "0")
 END_S = 3.0
 LINES = {signal.SIGINT: (130, "i2v-lab: interrupted"), signal.SIGTERM: (143, "i2v-lab: terminated")}
 # As `i2v-lab`, which says that signals are waited for: a process that is forked has no start to speak of.
@@ -39,8 +35,9 @@ SMALL = ["--width", "64", "--height", "64", "--frames", "9"]
 WARM = {"generate", "show", "accuracy", "doctor", "calibrate"}  # with the cache of the session, not one of their own
 LONGEST_S = {"generate": 3.5, "forecast": 3.0, "measure": 8.0, "reproduce": 9.0, "show": 0.9}
 LONGEST_S |= {"fit": 9.0, "accuracy": 2.0, "doctor": 2.0, "calibrate": 1.0}
-IN_TESTS = {"generate": 3, "forecast": 3, "measure": 2, "reproduce": 1, "show": 1, "fit": 1}
-IN_TESTS |= {"accuracy": 0, "doctor": 0, "calibrate": 0}
+WEIGHTS = {"generate": 0.2, "forecast": 0.2, "measure": 0.02, "reproduce": 0.008, "show": 0.01, "fit": 0.004}
+WEIGHTS |= {"accuracy": 0.004, "doctor": 0.004, "calibrate": 0.004}
+PARTS = [(command, part) for command, weight in WEIGHTS.items() for part in share(FAULTS, weight)]
 NOTEBOOK = """
 from i2v_lab.runs.measure import measure
 from i2v_lab.runs.spec import RunSpec, make_request
@@ -184,47 +181,34 @@ def _fault(number: int, ended: Ended, after_s: float) -> str | None:
     return f"{signal.Signals(number).name} after {after_s:.3f} s: {'; '.join(wrong)}" if wrong else None
 
 
-@pytest.mark.parametrize("command", list(IN_TESTS))
-@pytest.mark.timeout(0)
-def test_a_command_that_is_stopped_ends_at_once_in_one_line_and_leaves_nothing(command, top, forked_python):
-    chance = random.Random(f"{command} {SEED}")
-    count = COUNT or IN_TESTS[command]
-    if not count:
-        pytest.skip("only with I2V_LAB_FAULTS")
-    faults, sent = [], 0
-    for index in range(count):
-        number = (signal.SIGINT, signal.SIGTERM)[index % 2]
-        after_s = chance.uniform(0, LONGEST_S[command])
-        here = top / str(index)
-        shutil.copytree(top, here, ignore=lambda folder, names: [name for name in names if name.isdigit()])
-        ended = _stop([*forked_python, "-c", COMMAND], command, here, number, after_s)
-        shutil.rmtree(here)
-        if ended is not None:
-            sent += 1
-            faults += filter(None, [_fault(number, ended, after_s)])
-    print(*faults, sep="\n")
-    print(f"{command}: {len(faults)} faults, {sent} of {count} signals before the end")
-    assert faults == []
-    assert sent > 0 or count < 3
+@pytest.mark.parametrize(("command", "seeds"), PARTS, ids=[f"{command} {part.start}" for command, part in PARTS])
+def test_stopped(command, seeds, top, forked_python, tally):
+    _stop_each([*forked_python, "-c", COMMAND], command, seeds, LONGEST_S[command], top, tally, f"stopped {command}")
 
 
-def test_a_command_that_is_stopped_while_it_starts_ends_in_one_line(top):
+@each(FAULTS, 0.03)
+def test_stopped_while_it_starts(seeds, top, tally):
     """In a process of its own: from its first statement on, and while torch is imported."""
-    chance = random.Random(SEED)
-    faults = []
-    for index in range(COUNT // 4 or 2):
-        number = (signal.SIGINT, signal.SIGTERM)[index % 2]
-        after_s = chance.uniform(0, 2)
-        here = top / str(index)
+    _stop_each([sys.executable, "-c", COMMAND], "generate", seeds, 2.0, top, tally, "stopped while it starts")
+
+
+def _stop_each(
+    start: list[str], command: str, seeds: range, longest_s: float, top: Path, tally: Tally, kind: str
+) -> None:
+    for seed in seeds:
+        chance = random.Random(f"{kind} {seed}")
+        number = (signal.SIGINT, signal.SIGTERM)[seed % 2]
+        after_s = chance.uniform(0, longest_s)
+        here = top / str(seed)
         shutil.copytree(top, here, ignore=lambda folder, names: [name for name in names if name.isdigit()])
-        ended = _stop([sys.executable, "-c", COMMAND], "generate", here, number, after_s)
+        ended = _stop(start, command, here, number, after_s)
         shutil.rmtree(here)
-        if ended is not None:
-            faults += filter(None, [_fault(number, ended, after_s)])
-    assert faults == []
+        fault = None if ended is None else _fault(number, ended, after_s)
+        outcome = "ended before" if ended is None else "in time"
+        tally.count(outcome, [fault] if fault else [], f"seed {seed}", kind)
 
 
-@pytest.mark.parametrize("after_s", [0.3, 1.5] * (1 + COUNT // 20))
+@pytest.mark.parametrize("after_s", [0.3, 1.5])
 def test_nothing_outlives_a_killed_measure(top, after_s):
     """Neither the fork server, which imports torch for seconds, nor who is forked from it."""
     command = [sys.executable, "-m", "i2v_lab.cli", *_arguments("measure")]

@@ -56,7 +56,7 @@ def _again(room: Room, name: str, chance: random.Random) -> list[str]:
     return [*problems, *room.problems(ended)]
 
 
-@each(FAULTS, 0.25)
+@each(FAULTS, 0.2)
 def test_killed(seeds, make_room, tally, tmp_path, forked_python):
     for seed in seeds:
         chance = random.Random(f"killed {seed}")
@@ -70,7 +70,7 @@ def test_killed(seeds, make_room, tally, tmp_path, forked_python):
         shutil.rmtree(room.folder)
 
 
-@each(FAULTS, 0.12)
+@each(FAULTS, 0.09)
 def test_full_disk(seeds, make_room, tally):
     """Writing fails from some size on, as on a full disk: what a process may write to a file is limited."""
     for seed in seeds:
@@ -84,7 +84,7 @@ def test_full_disk(seeds, make_room, tally):
         shutil.rmtree(room.folder)
 
 
-@each(FAULTS, 0.08)
+@each(FAULTS, 0.06)
 def test_no_permission(seeds, make_room, tally):
     for seed in seeds:
         chance = random.Random(f"permission {seed}")
@@ -103,7 +103,7 @@ def test_no_permission(seeds, make_room, tally):
         shutil.rmtree(room.folder)
 
 
-@each(FAULTS, 0.08)
+@each(FAULTS, 0.05)
 def test_no_memory(seeds, make_room, tally):
     """Host memory: the address space of the process may grow by so much only."""
     for seed in seeds:
@@ -117,7 +117,7 @@ def test_no_memory(seeds, make_room, tally):
         shutil.rmtree(room.folder)
 
 
-@each(FAULTS, 0.08)
+@each(FAULTS, 0.05)
 def test_no_descriptors(seeds, make_room, tally):
     for seed in seeds:
         chance = random.Random(f"descriptors {seed}")
@@ -130,7 +130,7 @@ def test_no_descriptors(seeds, make_room, tally):
         shutil.rmtree(room.folder)
 
 
-@each(FAULTS, 0.04)
+@each(FAULTS, 0.03)
 def test_concurrent_writers(seeds, make_room, tally):
     """Two of the same command, on the same files, at about the same time: done or refused, nothing is lost."""
     for seed in seeds:
