@@ -136,7 +136,7 @@ def test_hostile_text_is_shown_and_never_run(tiny, tmp_path, page, problems, mon
     still = tmp_path / f"{NAME}.png"
     Image.new("RGB", (8, 8)).save(still, "PNG")
     request = I2VRequest(image=str(still), prompt=TEXT, width=64, height=64, frames=9)
-    gone = I2VRequest(image=f"{TEXT}.png", prompt=TEXT, width=64, height=64, frames=9)
+    gone = I2VRequest(image=f"{TEXT}.png".replace("\0", ""), prompt=TEXT, width=64, height=64, frames=9)
     generate = Generate(tmp_path / "made", request, TINY, "cpu")
     views = [generate, Generate(tmp_path / "made", gone, TINY, "cpu"), Explorer(gone, TINY), VramMonitor("cpu")]
     views += [Compare([tmp_path / "runs"])]

@@ -92,7 +92,10 @@ def reproduce(
     plans = plan_parameters(notebooks, known, parameters or {}, files, named=bool(names))
     check_folder(out, "out")
     with exclusive(out / ".lock", out):
-        return _reproduce(known, notebooks, plans, out, jobs, force)
+        try:
+            return _reproduce(known, notebooks, plans, out, jobs, force)
+        finally:
+            remove_partial_files(out)  # of kernels that were killed, whoever did it
 
 
 def _reproduce(

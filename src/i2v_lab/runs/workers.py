@@ -45,6 +45,7 @@ END_S = 1.0
 """Seconds that a worker has to remove its partial files before it is killed."""
 
 _FOR_GOOD = ExitStack()
+_starting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,15 @@ def worker_context() -> BaseContext:
     if context.get_start_method() == "forkserver":
         from multiprocessing import forkserver, resource_tracker
 
-        resource_tracker.ensure_running()  # by itself: it unblocks SIGINT at its end
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        os.environ[fork_server.CALLER_VARIABLE] = str(os.getpid())
-        try:
-            forkserver.ensure_running()
-        finally:
-            del os.environ[fork_server.CALLER_VARIABLE]
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with _starting:  # several threads may ask, and the environment is that of all
+            resource_tracker.ensure_running()  # by itself: it unblocks SIGINT at its end
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            os.environ[fork_server.CALLER_VARIABLE] = str(os.getpid())
+            try:
+                forkserver.ensure_running()
+            finally:
+                del os.environ[fork_server.CALLER_VARIABLE]
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
 
