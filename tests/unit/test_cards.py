@@ -59,7 +59,6 @@ def test_a_card_is_known_by_what_nvidia_smi_prints_and_by_less(printed, name):
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 16, "consumer"),
         ("Tesla V100-SXM2-32GB", 32, "data-centre"),
         ("NVIDIA H100 NVL", 94, "data-centre"),
-        ("Quadro RTX 8000", 48, "workstation"),
     ],
 )
 def test_a_card_of_which_the_nominal_memory_is_known_has_it_less_a_margin(printed, gib, kind):
