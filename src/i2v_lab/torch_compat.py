@@ -6,7 +6,6 @@ Written for torch 2.11; every item is the same in 2.12.1, 2.13.0, 2.14.1 and 2.1
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 import threading
@@ -40,7 +39,7 @@ from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map_only  # torch.utils has no public pytree
 
-from i2v_lab.thread_patches import patched_here, unpatched
+from i2v_lab.thread_patches import patched_here
 
 __all__ = [
     "CALL",
@@ -69,7 +68,6 @@ __all__ = [
     "convert_module",
     "dense_flex_attention",
     "disable_current_modes",
-    "engine_patches",
     "gpu_context_patch",
     "in_kernel_invocation_manager",
     "is_fake",
@@ -256,12 +254,6 @@ def keep_device_guard() -> None:
             threading.Thread(target=ask_and_wait, name="i2v-lab-device-guard", daemon=True).start()
             done.wait()
         _guard_is_kept = True
-
-
-def engine_patches(run: Callable[..., Any]) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """What to patch so that ``run`` is called for each backward pass, with the engine's entry and its arguments."""
-    for module in (torch.autograd, torch.autograd.graph):
-        yield module, "_engine_run_backward", functools.partial(run, unpatched(module, "_engine_run_backward"))
 
 
 _LIFTING = threading.Lock()

@@ -8,7 +8,7 @@ the code has: that of index 100 for ``cuda:0``. All other code is told the CUDA 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -129,7 +129,7 @@ class AutogradDevices:
     """Tells C++ code the device of a fake tensor, or the one in autograd's graph."""
 
     def __init__(self) -> None:
-        self._engines = 0  # backward passes that run now
+        self._has_graph = False  # otherwise autograd asks for nothing without gradients
         self._sets_data = False
 
     def told(self, device: torch.device) -> torch.device:
@@ -140,16 +140,12 @@ class AutogradDevices:
         """
         if device.type != "cuda":
             return device
-        may_ask = self._engines or torch.is_grad_enabled()
-        return autograd_device(device) if self._sets_data or (may_ask and asked_by_autograd()) else device
-
-    def run_engine(self, engine: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a backward pass, within which autograd may ask for devices in any grad mode."""
-        self._engines += 1
-        try:
-            return engine(*args, **kwargs)
-        finally:
-            self._engines -= 1
+        if self._sets_data:
+            return autograd_device(device)
+        if not (self._has_graph or torch.is_grad_enabled()) or not asked_by_autograd():
+            return device
+        self._has_graph = True
+        return autograd_device(device)
 
     def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
         """``tensor.data = value``, which compares the device of ``value`` with that in autograd's graph."""

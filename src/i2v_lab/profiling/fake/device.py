@@ -43,7 +43,6 @@ from i2v_lab.torch_compat import (
     convert_module,
     dense_flex_attention,
     disable_current_modes,
-    engine_patches,
     gpu_context_patch,
     keep_device_guard,
     lifting_restored,
@@ -109,9 +108,8 @@ def _understood(error: Exception, device: torch.device) -> ForecastError | None:
     call = f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
     if "hasPrimaryContext" in message:
         return ForecastError(
-            f"autograd's graph on device={str(device)!r} has a node that only a CUDA driver can run, as one that is "
-            "made within no_grad by get_gradient_edge, or any on Windows; make it with gradients enabled, or forecast "
-            "it with device='cpu'",
+            f"a backward pass on device={str(device)!r} needs a CUDA driver here, where the C library does not list "
+            "the frames of a stack; forecast it with device='cpu'",
             cause="backward without a driver",
             device=str(device),
         )
@@ -254,7 +252,6 @@ def _patches(
     yield torch, "set_default_dtype", operators.set_default_dtype  # torch's own is that of all threads
     yield torch, "get_default_dtype", lambda: operators.default_dtype
     yield gpu_context_patch()
-    yield from engine_patches(operators.devices.run_engine)
     yield from random_patches()
     if device.type == "cuda":
         yield torch, "Generator", lambda device="cpu": unpatched(torch, "Generator")("cpu")
