@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from i2v_lab import torch_compat as compat
+from i2v_lab.profiling.fake.autograd_devices import asked_by_autograd, autograd_device, real_device
 from i2v_lab.profiling.storages import StorageSet
 from i2v_lab.thread_patches import patched_here
-from i2v_lab.torch_compat import storage_key
+from i2v_lab.torch_compat import TorchDispatchMode, storage_key
 
 aten = torch.ops.aten
 
@@ -370,3 +372,67 @@ print(len(made))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("4\n", 0), done.stderr
+
+
+class _Devices(compat.DispatchMode):
+    """Records whether autograd asks for a device, and tells it another."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not compat.DEVICE:
+            device = kwargs.get("device")
+            return func(*args, **({**kwargs, "device": real_device(device)} if device is not None else kwargs))
+        self.asked.append(asked_by_autograd())
+        return autograd_device(args[0].fake_device) if self.asked[-1] else args[0].fake_device
+
+
+class _PassingOn(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_autograd_has_a_device_of_its_own_for_each_fake_card():
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        assert autograd_device(device).type == "meta"
+        assert real_device(autograd_device(device)) == device
+    for device in ("cpu", "meta", "cuda:0"):
+        assert real_device(torch.device(device)) == torch.device(device)
+
+
+@pytest.mark.parametrize("outside", [0, 1, 3])
+def test_autograd_is_told_from_kernels_that_ask_for_a_device(mode, outside):
+    compat.keep_device_guard()
+    with mode, _Devices() as devices, ExitStack() as scopes:
+        for _ in range(outside):
+            scopes.enter_context(_PassingOn())
+
+        def asked(run):
+            devices.asked.clear()
+            run()
+            return set(devices.asked)
+
+        weight = torch.ones(3, device="cuda", requires_grad=True)
+        other = torch.ones(3, device="cuda", requires_grad=True)
+        assert asked(lambda: other + 1) == {True}  # makes nodes of the graph
+        with torch.no_grad():
+            assert asked(lambda: torch.nn.functional.dropout(weight)) == {False}  # chooses a kernel
+            assert asked(lambda: weight.to("cuda")) == {False}
+        assert asked(lambda: torch.nn.functional.dropout(weight)) == {False, True}
+
+
+def test_the_engine_of_autograd_runs_without_a_driver_by_its_own_devices(mode):
+    compat.keep_device_guard()
+    with mode, _Devices() as devices:
+        weight = torch.ones(3, device="cuda", requires_grad=True)
+        loss = (weight + weight * 2).sum()
+        devices.asked.clear()
+        with torch.no_grad():
+            loss.backward()
+        assert True in devices.asked
+        assert torch.autograd.grad((weight * 2).sum(), weight)[0].device == weight.device
+    assert weight.grad.device == weight.device

@@ -75,6 +75,10 @@ class FakeStream:
         """Everything is done."""
         return True
 
+    def is_capturing(self) -> bool:
+        """No CUDA graph is captured; an optimizer asks from torch 2.13 on."""
+        return False
+
     def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 

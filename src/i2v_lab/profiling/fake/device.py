@@ -73,7 +73,7 @@ def fake_device(
     Raises:
         ForecastError: An operator without a fake kernel, or one whose result depends on unknown data; work in another
             thread; a compiled function; a question about the card that none can answer; or a backward pass on ``cuda``
-            where there is no CUDA driver.
+            that needs a CUDA driver where there is none.
     """
     keep_device_guard()
     with ExitStack() as scopes:
@@ -108,8 +108,8 @@ def _understood(error: Exception, device: torch.device) -> ForecastError | None:
     call = f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
     if "hasPrimaryContext" in message:
         return ForecastError(
-            f"a backward pass on a fake device={str(device)!r} needs a CUDA driver, whose context autograd's "
-            "engine asks for; forecast it with device='cpu'",
+            f"a backward pass on device={str(device)!r} needs a CUDA driver here, where the C library does not list "
+            "the frames of a stack; forecast it with device='cpu'",
             cause="backward without a driver",
             device=str(device),
         )
@@ -209,9 +209,9 @@ def _save(*_: Any, current_module: Callable[[], str], **__: Any) -> None:
     raise data_dependent_error("torch.save", current_module())
 
 
-def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tensor) -> None:
     """``tensor.data = value``, which offloading uses to move a tensor; a fake's device and values have to follow."""
-    DATA.__set__(tensor, value)
+    operators.devices.set_data(tensor, value)
     if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
         tensor.fake_device = value.fake_device
         tensor._i2v_lab_known = getattr(value, "_i2v_lab_known", None)  # type: ignore[attr-defined]
@@ -240,7 +240,7 @@ def _patches(
     yield torch, "tensor", functools.partial(_tensor, operators)
     yield torch.nn.functional, "scaled_dot_product_attention", _attention
     yield torch.Tensor, "numpy", functools.partial(_numpy, current_module=current_module)
-    yield torch.Tensor, "data", property(DATA.__get__, _set_data)
+    yield torch.Tensor, "data", property(DATA.__get__, functools.partial(_set_data, operators))
     yield torch.Tensor, "__deepcopy__", _deepcopy
     yield torch.nn.Module, "_apply", lambda module, fn, recurse=True: _apply(operators, module, fn, recurse)
     yield torch.Tensor, "pin_memory", _pin_memory

@@ -158,8 +158,6 @@ def forecast(
 ) -> Forecast:
     """Forecast one call of any torch code: a function, a model, a training step.
 
-    Torch runs no backward pass on ``cuda``, fake or not, without a CUDA driver: there, forecast training on ``cpu``.
-
     Args:
         run: The callable; a module may have its weights on any device.
         *args: Its arguments; tensors and modules among them become fakes on ``device``.

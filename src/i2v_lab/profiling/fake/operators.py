@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake.autograd_devices import AutogradDevices, with_real_device
 from i2v_lab.profiling.fake.operator_kinds import FACTORIES, VIEWS, makes_new_tensors, tensors_in, written_tensors
 from i2v_lab.profiling.fake.refusals import (
     data_dependent_error,
@@ -114,9 +115,8 @@ def _device(tensor: torch.Tensor) -> torch.device:
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
-def _check_devices(inputs: list[torch.Tensor]) -> None:
+def _check_devices(devices: set[torch.device]) -> None:
     """Torch checks this for every fake operator but the convolution, which then fails only in a real run."""
-    devices = set(map(_device, inputs))
     if len(devices) > 1:
         found = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"Expected all tensors of a convolution to be on the same device, but found {found}")
@@ -151,6 +151,7 @@ class FakeOperators(DispatchMode):
         on_operator: Called after every operator.
 
     Attributes:
+        devices: What C++ code is told of the devices of fakes.
         made_on_meta: Storages of tensors on the meta device that were made in this forecast.
         default_dtype: Of floating-point results that follow from none; torch's own is that of all threads.
     """
@@ -161,6 +162,7 @@ class FakeOperators(DispatchMode):
         self._current_module = current_module
         self._on_operator = on_operator
         self._outputs: dict[Any, _Outputs | None] = {}
+        self.devices = AutogradDevices()
         self.made_on_meta = StorageSet()
         self.default_dtype = torch.get_default_dtype()
         self._real_leaves: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor | None]] = {}  # with their gradients
@@ -169,8 +171,8 @@ class FakeOperators(DispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is DEVICE and isinstance(args[0], FakeTensor):
-            return args[0].fake_device
-        kwargs = kwargs or {}
+            return self.devices.told(args[0].fake_device)
+        kwargs = with_real_device(kwargs or {})
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
         if kwargs.get("pin_memory"):
@@ -194,7 +196,7 @@ class FakeOperators(DispatchMode):
         if func is SAFE_SOFTMAX and inputs[0].device.type == "cuda":
             raise math_attention_error(func, self._current_module())
         if func is aten.convolution.default:
-            _check_devices(inputs)
+            _check_devices(set(map(_device, inputs)))
         if func is aten.index.Tensor:
             args = (args[0], [self._index(func, index) for index in args[1]])
         try:
