@@ -13,6 +13,7 @@ from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.autograd_devices import AutogradDevices, with_real_device
 from i2v_lab.profiling.fake.operator_kinds import FACTORIES, VIEWS, makes_new_tensors, tensors_in, written_tensors
 from i2v_lab.profiling.fake.refusals import (
+    check_devices,
     data_dependent_error,
     math_attention_error,
     no_kernel_error,
@@ -115,13 +116,6 @@ def _device(tensor: torch.Tensor) -> torch.device:
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
-def _check_devices(devices: set[torch.device]) -> None:
-    """Torch checks this for every fake operator but the convolution, which then fails only in a real run."""
-    if len(devices) > 1:
-        found = ", ".join(sorted(map(str, devices)))
-        raise RuntimeError(f"Expected all tensors of a convolution to be on the same device, but found {found}")
-
-
 def _layout(value: Any) -> Any:
     """Nested arguments as a hashable key, in which a tensor is its shape, stride, dtype and device."""
     if isinstance(value, torch.Tensor):
@@ -196,7 +190,7 @@ class FakeOperators(DispatchMode):
         if func is SAFE_SOFTMAX and inputs[0].device.type == "cuda":
             raise math_attention_error(func, self._current_module())
         if func is aten.convolution.default:
-            _check_devices(set(map(_device, inputs)))
+            check_devices(set(map(_device, inputs)))
         if func is aten.index.Tensor:
             args = (args[0], [self._index(func, index) for index in args[1]])
         try:

@@ -1,8 +1,10 @@
-"""Errors for operators whose memory a forecast cannot know."""
+"""Errors for operators whose memory a forecast cannot know, or which fail in a real run."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from i2v_lab.errors import ForecastError
 
@@ -74,3 +76,10 @@ def no_answer(call: str, what: str) -> ForecastError:
         cause="needs a card",
         operator=call,
     )
+
+
+def check_devices(devices: set[torch.device]) -> None:
+    """Torch checks this for every fake operator but the convolution, which then fails only in a real run."""
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"Expected all tensors of a convolution to be on the same device, but found {found}")
