@@ -190,7 +190,7 @@ def _make_whole(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         try:
-            if isinstance(value, bool):
+            if type(value).__name__ in ("bool", "bool_"):  # Python's, numpy's
                 raise TypeError
             object.__setattr__(owner, name, operator.index(value))
         except TypeError:

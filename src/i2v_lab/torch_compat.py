@@ -27,8 +27,16 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,  # runs an operator on the meta tensors behind fakes, without the mode's own checks
 )
 from torch.nn.attention import flex_attention
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode  # a thread's stack, top last
-from torch.utils._device import DeviceContext  # what `with torch.device(...)` and set_default_device enter
+from torch.overrides import (  # a thread's stack, top last
+    _get_current_function_mode_stack,
+    _get_overridable_functions,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils._device import (  # what `with torch.device(...)` and set_default_device enter
+    DeviceContext,
+    _device_constructors,
+)
 from torch.utils._mode_utils import no_dispatch  # runs an operator outside all dispatch modes
 from torch.utils._python_dispatch import (
     TorchDispatchMode,  # semi-public: documented, but has no public name
@@ -221,6 +229,17 @@ def compiler_home(*, load: bool = True) -> Any:
 def gpu_context_patch() -> tuple[Any, str, Callable[[Any], None]]:
     """What to patch, and with what, so that a fake tensor on ``cuda`` does not initialise CUDA."""
     return fake_tensor, "init_gpu_context", lambda device: None
+
+
+def cache_function_sets() -> None:
+    """Have torch collect its own functions, before any is replaced.
+
+    It does so once in a process: those that make tensors where it first needs a default device, those that can be
+    overridden where it first needs their names. Collected within a forecast, the sets would have the stand-ins, and
+    ``torch.tensor`` would ignore the default device ever after.
+    """
+    _device_constructors()
+    _get_overridable_functions()
 
 
 _guard_is_kept = False

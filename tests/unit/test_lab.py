@@ -394,7 +394,6 @@ def _pictures() -> dict[str, bytes]:
         "clear.png": (clear, "PNG", {}),
         "palette.gif": (clear.convert("RGB").quantize(7), "GIF", {"transparency": 3}),
         "cmyk.tif": (rgb.convert("CMYK"), "TIFF", {}),
-        "photo.avif": (rgb, "AVIF", {}),
         "photo.jfif": (rgb, "JPEG", {}),
         "photo.jp2": (rgb, "JPEG2000", {}),
         "photo.webp": (clear, "WEBP", {}),
@@ -403,6 +402,8 @@ def _pictures() -> dict[str, bytes]:
         "wrong.txt": (rgb, "PNG", {}),
         "\N{HIRAGANA LETTER A}" * 300 + ".png": (rgb, "PNG", {}),
     }
+    if ".avif" in Image.registered_extensions():  # from Pillow 11.3 on
+        made["photo.avif"] = (rgb, "AVIF", {})
     contents = {}
     for name, (picture, kind, options) in made.items():
         picture.save(buffer := io.BytesIO(), kind, **options)

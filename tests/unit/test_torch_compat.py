@@ -436,3 +436,24 @@ def test_the_engine_of_autograd_runs_without_a_driver_by_its_own_devices(mode):
         assert True in devices.asked
         assert torch.autograd.grad((weight * 2).sum(), weight)[0].device == weight.device
     assert weight.grad.device == weight.device
+
+
+AFTER_A_FORECAST = """
+import torch
+from i2v_lab import forecast
+
+def in_a_scope():
+    with torch.device("cuda"):
+        return torch.ones(4)
+
+forecast(in_a_scope, device="cuda")
+with torch.device("meta"):
+    made = torch.tensor([1.0]), torch.ones(1), torch.as_tensor([1.0])
+print({each.device.type for each in made})
+"""
+
+
+def test_a_default_device_is_that_of_every_function_after_a_forecast(forked_python):
+    """Torch collects the functions once in a process, which here is within a forecast."""
+    said = subprocess.run([*forked_python, "-c", AFTER_A_FORECAST], capture_output=True, text=True, check=True)
+    assert said.stdout == "{'meta'}\n"

@@ -40,6 +40,7 @@ from i2v_lab.torch_compat import (
     FakeTensor,
     FakeTensorConverter,
     FakeTensorMode,
+    cache_function_sets,
     convert_module,
     dense_flex_attention,
     disable_current_modes,
@@ -76,6 +77,7 @@ def fake_device(
             that needs a CUDA driver where there is none.
     """
     keep_device_guard()
+    cache_function_sets()
     with ExitStack() as scopes:
         mode = ForecastMode()
         scopes.enter_context(thread_state_restored())
