@@ -31,7 +31,9 @@ STILL = "stills/lighthouse.png"
 SMALL = ["--model", "ltx-2.3-tiny", "--width", "64", "--height", "64", "--frames", "9"]
 
 PROLOGUE = """
-import ctypes, json, os, resource, runpy, sys
+import atexit, ctypes, json, os, resource, runpy, sys
+if "torch._dynamo.utils" in sys.modules:  # torch's own report at the exit, which imports another package
+    atexit.unregister(sys.modules["torch._dynamo.utils"].dump_compile_times)
 limits = json.loads(sys.argv.pop(1))
 if limits.pop("unprivileged", False) and os.geteuid() == 0:  # root again bound by permissions: without all capabilities
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()

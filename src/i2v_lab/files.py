@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -32,7 +32,8 @@ MOST_STEM_BYTES = 180  # of the target's name in that of its temporary file, whi
 def partial_file(path: Path) -> Iterator[Path]:
     """An empty file beside ``path``, which takes its name at the end of the scope.
 
-    It is removed if the scope ends by an error, or the command by a signal; ``path`` is then as it was before.
+    It is removed if the scope ends by an error, or the command by a signal; ``path`` is then as it was before. What a
+    process of this machine that was killed has left of ``path`` is removed too.
 
     Args:
         path: The target, in a folder that exists.
@@ -47,6 +48,9 @@ def partial_file(path: Path) -> Iterator[Path]:
         >>> with partial_file(Path("table.csv")) as part:
         ...     written = part.write_text("peak_bytes")
     """
+    stem = _stem(path)
+    with suppress(OSError):  # a folder that cannot be listed may be written
+        _remove_abandoned(part for part in path.parent.iterdir() if part.name.startswith(f".{stem}."))
     with ExitStack() as scopes:
         for part in _part_paths(path):
             scopes.enter_context(on_stop(partial(part.unlink, missing_ok=True)))
@@ -66,10 +70,13 @@ def partial_file(path: Path) -> Iterator[Path]:
 
 
 def _part_paths(path: Path) -> Iterator[Path]:
-    stem = os.fsdecode(os.fsencode(path.stem)[:MOST_STEM_BYTES])
     for number in count(1):
         again = "" if number == 1 else f"-{number}"
-        yield path.with_name(f".{stem}.{os.getpid()}{again}.part{path.suffix[:16]}")
+        yield path.with_name(f".{_stem(path)}.{os.getpid()}{again}.part{path.suffix[:16]}")
+
+
+def _stem(path: Path) -> str:
+    return os.fsdecode(os.fsencode(path.stem)[:MOST_STEM_BYTES])
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
@@ -161,7 +168,11 @@ def _digest(text: str) -> str:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what processes of this machine that were killed left of :func:`partial_file`, in a folder and below it."""
-    for part in folder.rglob(".*.part*"):
+    _remove_abandoned(folder.rglob(".*.part*"))
+
+
+def _remove_abandoned(parts: Iterable[Path]) -> None:
+    for part in parts:
         named = re.search(r"\.(\d+)(-\d+)?\.part", part.name)
         if named is not None and not _is_running(int(named[1])):
             with suppress(OSError):

@@ -246,3 +246,19 @@ def test_two_commands_do_not_write_one_output(tmp_path, still):
             assert result.exception.fields["process"] == str(os.getpid())
     assert not out.exists()
     assert list(build.iterdir()) == []
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_by_the_next_that_writes_it(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    abandoned = tmp_path / f".video.{gone.pid}.part.mp4"
+    for name in (abandoned.name, f".video.{os.getppid()}.part.mp4", f".other.{gone.pid}.part.mp4"):
+        (tmp_path / name).write_bytes(b"half")
+    with partial_file(tmp_path / "video.mp4") as part:
+        part.write_bytes(b"whole")
+    assert (tmp_path / "video.mp4").read_bytes() == b"whole"
+    left = {path.name for path in tmp_path.iterdir()} - {"video.mp4"}
+    assert left == {
+        f".video.{os.getppid()}.part.mp4",
+        f".other.{gone.pid}.part.mp4",
+    }  # of one that runs, and not its own

@@ -17,8 +17,8 @@ def main() -> None:
         from i2v_lab.cli.app import main as run
 
         run()
-    except Exception as error:
-        line = refusal(error)
+    except BaseException as error:  # a panic of Rust is no Exception
+        line = None if isinstance(error, SystemExit | KeyboardInterrupt) else refusal(error)
         if line is None:
             raise
         sys.stdout = None  # what it has left would be written, and perhaps fail again

@@ -14,10 +14,11 @@ REFUSALS: tuple[tuple[set[int], str, str, str], ...] = (
         "free some space, or choose another disk",
     ),
     (
-        {errno.ENOMEM},
+        {errno.ENOMEM, errno.EAGAIN},  # the latter where no thread can be started
         (
             r"cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|failed to map segment"
             r"|can't start new thread|cannot create thread|failed to create thread|could not create a primitive"
+            r"|resource temporarily unavailable"
         ),
         "host memory is exhausted",
         "close other programs or raise the limit, or choose a smaller model or size",

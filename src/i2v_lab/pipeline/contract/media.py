@@ -58,6 +58,9 @@ def load_still(path: str | Path) -> np.ndarray:
                 pixels = np.array(_as_rgb(ImageOps.exif_transpose(picture)))
     except InvalidImage:
         raise
+    except MemoryError as error:
+        words = "takes more host memory than there is; check that it is whole, or close other programs"
+        raise InvalidImage(f"image '{path}' {words}", path=path) from error
     except FileNotFoundError as error:
         raise InvalidImage(f"image '{path}' does not exist; check the path", path=path) from error
     except IsADirectoryError as error:
