@@ -5,7 +5,7 @@
 #   test-quick  70 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
 #                      figures, a generation and forecasts of the tiny model. For every change, before a commit
 #   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
-#   faults      40 min the faults of tests/faults at the size of a night: 1,000 faults and 10,000 damaged inputs
+#   faults      35 min the faults of tests/faults at the size of a night: 1,000 faults and 10,000 damaged inputs
 #   coverage     9 min every test again, and which lines of src/i2v_lab they ran, child processes included
 #   ranges       7 min the quick tests at both ends of the version ranges, and conformance with upstream at the lowest
 #   bench        2 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
