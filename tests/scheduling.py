@@ -23,7 +23,7 @@ DURATIONS = Path(__file__).with_name("durations.json")
 SLOW_FOLDERS = ("tests/browser/", "tests/notebooks/", "tests/conformance/", "tests/gpu/", "tests/faults/")
 SLOW_FIXTURES = {"full_size", "measured_once", "forecasts"}
 """Made once a module in some ten seconds, which the first test that needs one would pay for."""
-SLOW_S = 0.8
+SLOW_S = 0.5
 RECORDED_S = 0.3
 LONG_MODULE_S = 3.0
 """Modules that take less are spread test by test."""

@@ -451,6 +451,8 @@ def test_what_cannot_be_known_is_one_error_that_names_the_operator(run, device, 
     assert pickle.loads(pickle.dumps(caught.value)).fields == fields
 
 
+# Of hooks on all modules, which a profiler in another thread of the tests may have.
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning")
 @pytest.mark.parametrize(("backend", "device"), [("eager", "cuda"), ("aot_eager", "cpu")])
 def test_a_compiled_module_is_refused_and_the_one_it_was_made_from_is_not(backend, device):
     model, x = torch.nn.Linear(16, 16), torch.ones(8, 16)
