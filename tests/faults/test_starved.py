@@ -8,7 +8,7 @@ import signal
 from functools import cache
 from pathlib import Path
 
-from fault_injection import FAULTS, SMALL, STILL, Room, each, outcome_of
+from fault_injection import FAULTS, SMALL, STILL, Room, Tally, each, outcome_of
 
 PLAN = """
 process_seconds: 1
@@ -70,6 +70,12 @@ def test_killed(seeds, make_room, tally, tmp_path, forked_python):
         shutil.rmtree(room.folder)
 
 
+def _starve(room: Room, name: str, limits: dict[str, int], chance: random.Random, tally: Tally, case: str) -> None:
+    ended = room.run(_prepare(room, name), limits)
+    tally.count(outcome_of(ended), room.problems(ended) + _again(room, name, chance), case)
+    shutil.rmtree(room.folder)
+
+
 @each(FAULTS, 0.09)
 def test_full_disk(seeds, make_room, tally):
     """Writing fails from some size on, as on a full disk: what a process may write to a file is limited."""
@@ -78,10 +84,7 @@ def test_full_disk(seeds, make_room, tally):
         name = chance.choice(["generate", "generate", "measure", "forecast"])
         room = make_room(seed)
         limit = chance.choice([0, 1, 100, 500, 1000, 2000, 4000, 5000, 10000, 30000])
-        ended = room.run(_prepare(room, name), {"RLIMIT_FSIZE": limit})
-        problems = room.problems(ended) + _again(room, name, chance)
-        tally.count(outcome_of(ended), problems, f"{seed} {name} {limit} bytes")
-        shutil.rmtree(room.folder)
+        _starve(room, name, {"RLIMIT_FSIZE": limit}, chance, tally, f"{seed} {name} {limit} bytes")
 
 
 @each(FAULTS, 0.06)
@@ -111,10 +114,7 @@ def test_no_memory(seeds, make_room, tally):
         name = chance.choice(["generate", "generate", "forecast", "show"])
         room = make_room(seed)
         more = chance.choice([1, 4, 16, 32, 64, 128, 256]) * 2**20
-        ended = room.run(_prepare(room, name), {"RLIMIT_AS": more})
-        problems = room.problems(ended) + _again(room, name, chance)
-        tally.count(outcome_of(ended), problems, f"{seed} {name} {more >> 20} MiB")
-        shutil.rmtree(room.folder)
+        _starve(room, name, {"RLIMIT_AS": more}, chance, tally, f"{seed} {name} {more >> 20} MiB")
 
 
 @each(FAULTS, 0.05)
@@ -124,10 +124,7 @@ def test_no_descriptors(seeds, make_room, tally):
         name = chance.choice(["generate", "forecast", "measure", "show"])
         room = make_room(seed)
         limit = chance.randrange(5, 40)  # with fewer no Python starts
-        ended = room.run(_prepare(room, name), {"RLIMIT_NOFILE": limit})
-        problems = room.problems(ended) + _again(room, name, chance)
-        tally.count(outcome_of(ended), problems, f"{seed} {name} {limit} descriptors")
-        shutil.rmtree(room.folder)
+        _starve(room, name, {"RLIMIT_NOFILE": limit}, chance, tally, f"{seed} {name} {limit} descriptors")
 
 
 @each(FAULTS, 0.03)
