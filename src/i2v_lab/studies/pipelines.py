@@ -12,7 +12,8 @@ import pandas as pd
 from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord
@@ -181,8 +182,8 @@ def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequenc
     specs = {
         "ltx-pipelines": replace(plain, runner="ltx-pipelines"),
         "diffusers": diffusers,
-        "diffusers, model offloading": replace(diffusers, techniques=frozenset({Technique.MODEL_OFFLOAD})),
-        "diffusers, group offloading": replace(diffusers, techniques=frozenset({Technique.GROUP_OFFLOAD})),
+        "diffusers, model offloading": diffusers.with_request(settings=MemorySettings(offload=Offload.MODEL)),
+        "diffusers, group offloading": diffusers.with_request(settings=MemorySettings(offload=Offload.GROUP_LEAF)),
     }
     return {name: spec for name, spec in specs.items() if not names or name in names}
 
