@@ -72,6 +72,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "active_fake_mode",
     "alias_annotations",
+    "bool_result",
     "compiler_home",
     "convert_module",
     "dense_flex_attention",
@@ -83,6 +84,7 @@ __all__ = [
     "lifting_restored",
     "no_dispatch",
     "returns_new_tensors",
+    "returns_views",
     "storage_key",
     "tree_leaves",
     "tree_map_only",
@@ -315,6 +317,17 @@ def returns_new_tensors(operator: Any) -> bool:
     """Whether an operator's schema says that its results share no storage with its inputs and none is written to."""
     schema = operator._schema  # OpOverload has no public schema
     return not schema.is_mutable and bool(schema.returns) and not any(each.alias_info for each in schema.returns)
+
+
+def returns_views(operator: Any) -> bool:
+    """Whether an operator's schema says that its results are views of its inputs, and that none is written to."""
+    schema = operator._schema
+    return not schema.is_mutable and bool(schema.returns) and all(each.alias_info for each in schema.returns)
+
+
+def bool_result(operator: Any) -> bool:
+    """Whether an operator's schema says that it returns a truth value of Python."""
+    return [str(each.type) for each in operator._schema.returns] == ["bool"]
 
 
 def alias_annotations(operator: Any) -> Iterator[tuple[str, bool]]:

@@ -138,7 +138,7 @@ def test_frames_have_the_same_columns_and_types_with_and_without_rows(tmp_path):
         read_run(tmp_path / "full").frame("phases")
     assert str(refused.value) == (
         "kind='phases' is not a known record; use one of: phase, step, holder, module, timeline, graph, out_of_memory, "
-        "generation, device, note, host_memory"
+        "generation, device, note, host_memory, assumption"
     )
 
 

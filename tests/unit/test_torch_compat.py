@@ -220,6 +220,11 @@ def test_schemas_say_what_is_new_and_what_is_written():
     assert not compat.returns_new_tensors(aten.view.default)
     assert not compat.returns_new_tensors(aten.add_.Tensor)
     assert dict(compat.alias_annotations(aten.add_.Tensor)) == {"self": True, "other": False, "alpha": False}
+    assert compat.returns_views(aten.permute.default)
+    assert not compat.returns_views(aten.clone.default)
+    assert not compat.returns_views(aten.add_.Tensor)
+    assert compat.bool_result(aten.equal.default)
+    assert not compat.bool_result(aten.any.default)
     # why operator_kinds has a list of batch norms:
     assert not any(is_written for _, is_written in compat.alias_annotations(aten.native_batch_norm.default))
 

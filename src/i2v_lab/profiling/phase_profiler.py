@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from i2v_lab.events import ComponentBuilt, ComponentReleased, Event, Note, Phase
 from i2v_lab.metered_threads import MeteredThreads
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.base import MemoryMeter
-from i2v_lab.profiling.meters.cuda import CudaMeter, allocation_history
+from i2v_lab.profiling.meters.cuda import CudaMeter, allocation_history, requested_bytes
 from i2v_lab.profiling.meters.devices import device_support, make_meter
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.meters.storage_record import StorageRecord
@@ -25,6 +24,7 @@ from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.records import (
+    AssumptionRecord,
     GenerationRecord,
     GraphRecord,
     HolderRecord,
@@ -40,8 +40,6 @@ from i2v_lab.profiling.timeline import phase_timeline
 from i2v_lab.units import format_bytes
 
 HOLDERS = 20  # largest storages recorded for a phase's peak
-REQUESTED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 class PhaseProfiler:
@@ -141,6 +139,11 @@ class PhaseProfiler:
             )
         return max(self.phases, key=lambda record: record.peak_bytes)
 
+    @property
+    def assumptions(self) -> list[AssumptionRecord]:
+        """What a forecast answered without knowing it; complete when its scope has ended."""
+        return [record for record in self.records if isinstance(record, AssumptionRecord)]
+
     def allocated_bytes(self) -> int:
         """Bytes allocated now."""
         return self._meter.allocated_bytes()
@@ -164,7 +167,7 @@ class PhaseProfiler:
                     self.paths.components.append(name)
             case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes):
                 if pageable_bytes:
-                    self._write(HostMemoryRecord(phase.value, name, page_locked_bytes, pageable_bytes))
+                    self.write(HostMemoryRecord(phase.value, name, page_locked_bytes, pageable_bytes))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):
@@ -172,7 +175,7 @@ class PhaseProfiler:
             case PhaseEnded(seconds=seconds, completed=completed, error=error):
                 self._end(seconds, completed, error)
             case Note(phase=phase, topic=topic, count=count, text=text):
-                self._write(NoteRecord(phase.value, topic, count, text))
+                self.write(NoteRecord(phase.value, topic, count, text))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -212,7 +215,7 @@ class PhaseProfiler:
 
     def generation_ended(self, number: int) -> None:
         """Record what is still allocated after the ``number``-th of several generations."""
-        self._write(GenerationRecord(number, self.allocated_bytes()))
+        self.write(GenerationRecord(number, self.allocated_bytes()))
 
     def observe(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that exist already."""
@@ -255,7 +258,7 @@ class PhaseProfiler:
         self._end_segment()
         phase = self._open[-1]
         now_s = time.perf_counter() - self._origin_s
-        self._write(StepRecord(phase.name, step, steps, phase.step_peak_bytes, now_s - phase.step_start_s))
+        self.write(StepRecord(phase.name, step, steps, phase.step_peak_bytes, now_s - phase.step_start_s))
         phase.step_start_s, phase.step_peak_bytes = now_s, 0
 
     def _end(self, seconds: float, completed: bool, error: BaseException | None) -> None:
@@ -300,10 +303,10 @@ class PhaseProfiler:
     def write_phase(self, phase: OpenPhase, completed: bool = True, error: BaseException | None = None) -> None:
         """Write the records of a suspended phase."""
         for step, (peak_bytes, seconds) in enumerate(phase.steps, start=1):
-            self._write(StepRecord(phase.name, step, len(phase.steps), peak_bytes, seconds))
+            self.write(StepRecord(phase.name, step, len(phase.steps), peak_bytes, seconds))
         if isinstance(error, VramCapExceeded | torch.OutOfMemoryError):
-            self._write(self._out_of_memory(phase.name, error, phase.end_bytes))
-        self._write(
+            self.write(self._out_of_memory(phase.name, error, phase.end_bytes))
+        self.write(
             PhaseRecord(
                 phase=phase.name,
                 parent=phase.parent,
@@ -319,12 +322,12 @@ class PhaseProfiler:
             )
         )
         for module, nbytes in sorted(phase.saved_by_module.items()):
-            self._write(GraphRecord(phase.name, module, nbytes))
+            self.write(GraphRecord(phase.name, module, nbytes))
         if self._live is not None and self.paths is not None:
             self._write_peak_breakdown(phase, list(self._live.live_at(phase.peak_tick)))
             if phase.parent is None:
                 for record in phase_timeline(self._live, phase.name, phase.start_tick, phase.end_tick, self._origin_s):
-                    self._write(record)
+                    self.write(record)
         if self._live is not None and phase.parent is None:
             self._live.drop_freed(phase.end_tick)
 
@@ -333,11 +336,11 @@ class PhaseProfiler:
         for storage in storages:
             totals[storage.module, storage.category_at(phase.peak_tick)] += storage.nbytes
         for (module, category), nbytes in sorted(totals.items()):
-            self._write(ModuleRecord(phase.name, module, category, nbytes))
+            self.write(ModuleRecord(phase.name, module, category, nbytes))
         for storage in sorted(storages, key=lambda storage: storage.nbytes, reverse=True)[:HOLDERS]:
             dtype = str(storage.dtype).removeprefix("torch.")
             category = storage.category_at(phase.peak_tick)
-            self._write(HolderRecord(phase.name, storage.nbytes, storage.shape, dtype, category, storage.module))
+            self.write(HolderRecord(phase.name, storage.nbytes, storage.shape, dtype, category, storage.module))
 
     def _out_of_memory(self, phase: str, error: BaseException, alive_bytes: int) -> OutOfMemoryRecord:
         message = str(error).splitlines()[0]
@@ -346,12 +349,12 @@ class PhaseProfiler:
             return OutOfMemoryRecord(
                 phase, fields["module"], fields.get("asked_bytes"), fields["alive_bytes"], fields["cap_bytes"], message
             )
-        requested = REQUESTED.search(message)
-        asked_bytes = round(float(requested[1]) * UNITS[requested[2]]) if requested else None
+        asked_bytes = requested_bytes(message)
         module = self.paths.raised_in(error) if self.paths else ""
         return OutOfMemoryRecord(phase, module, asked_bytes, alive_bytes, self._cap_bytes, message)
 
-    def _write(self, record: Record) -> None:
+    def write(self, record: Record) -> None:
+        """Add a record."""
         self.records.append(record)
         if self._on_record is not None:
             self._on_record(record)

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import (
+    AssumptionRecord,
     DeviceRecord,
     GenerationRecord,
     GraphRecord,
@@ -35,6 +36,7 @@ KINDS: dict[str, type[Any]] = {
     "device": DeviceRecord,
     "note": NoteRecord,
     "host_memory": HostMemoryRecord,
+    "assumption": AssumptionRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
 HINTS = {kind: get_type_hints(kind) for kind in KINDS.values()}

@@ -216,6 +216,27 @@ class NoteRecord(HtmlFields):
 
 
 @dataclass(frozen=True)
+class AssumptionRecord(HtmlFields):
+    """An answer that a forecast gave to a question about values that it does not know.
+
+    Attributes:
+        phase: In which; empty between phases.
+        operator: Operator or function that asked.
+        module: Path of the running module; empty outside any.
+        place: File and line of the code that called it.
+        answer: What it was answered, such as ``False`` or ``zeros of (4, 64, 64), float32``.
+        count: How often.
+    """
+
+    phase: str
+    operator: str
+    module: str
+    place: str
+    answer: str
+    count: int
+
+
+@dataclass(frozen=True)
 class HostMemoryRecord(HtmlFields):
     """Host memory that the streamed weights of one component took.
 
@@ -244,6 +265,7 @@ Record = (
     | DeviceRecord
     | NoteRecord
     | HostMemoryRecord
+    | AssumptionRecord
 )
 
 
@@ -304,6 +326,11 @@ class Forecast:
     def notes(self) -> list[NoteRecord]:
         """What was done to the inputs, such as a prompt that was cut."""
         return [record for record in self.records if isinstance(record, NoteRecord)]
+
+    @property
+    def assumptions(self) -> list[AssumptionRecord]:
+        """What was answered to questions about values that are not known."""
+        return [record for record in self.records if isinstance(record, AssumptionRecord)]
 
     @property
     def peak_reserved_bytes(self) -> int:

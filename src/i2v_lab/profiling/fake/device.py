@@ -19,16 +19,14 @@ from typing import Any
 import torch
 
 from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
 from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
 from i2v_lab.profiling.fake.card import FakeCard
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
-from i2v_lab.profiling.fake.operators import (
-    FakeOperators,
-    OnOperator,
-    known_values,
-)
+from i2v_lab.profiling.fake.known_values import keep_values, keep_values_of, known_values
+from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
 from i2v_lab.profiling.fake.random_state import random_patches
-from i2v_lab.profiling.fake.refusals import data_dependent_error, no_answer, no_kernel_error
+from i2v_lab.profiling.fake.refusals import no_answer, no_kernel_error
 from i2v_lab.profiling.fake.threads import ForecastMode, one_thread
 from i2v_lab.thread_modes import thread_state_restored
 from i2v_lab.thread_patches import patched_here, unpatched
@@ -60,6 +58,7 @@ def fake_device(
     current_module: Callable[[], str],
     on_operator: OnOperator = lambda *_: None,
     card: FakeCard | None = None,
+    answers: Answers | None = None,
 ) -> Iterator[FakeTensorMode]:
     """Make every tensor of this thread fake, and ``device`` available to it, within this scope.
 
@@ -70,6 +69,7 @@ def fake_device(
         current_module: Returns the path of the running module, for errors.
         on_operator: Called after every operator.
         card: What ``torch.cuda`` tells about the device; with ``cuda`` alone.
+        answers: To questions about unknown values; by default those of ``Assumptions()``.
 
     Raises:
         ForecastError: An operator without a fake kernel, or one whose result depends on unknown data; work in another
@@ -85,9 +85,10 @@ def fake_device(
         scopes.enter_context(uncompiled_flex_attention(_flex_attention))
         scopes.enter_context(disable_current_modes())  # a meter outside would count fake storages
         scopes.enter_context(mode)
-        operators = FakeOperators(mode, current_module, on_operator)
+        answers = answers or Answers(DEFAULT, current_module)
+        operators = FakeOperators(mode, current_module, on_operator, answers)
         scopes.callback(operators.restore_gradients)
-        for target, name, substitute in _patches(device, operators, current_module, card):
+        for target, name, substitute in _patches(device, operators, card):
             scopes.enter_context(patched_here(target, name, substitute))
         scopes.enter_context(no_compiled_functions())
         scopes.enter_context(one_thread(mode))
@@ -136,6 +137,8 @@ def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
 
     Also those on the meta device: a module without memory is forecast as if it were on ``device``.
 
+    Whole numbers and masks keep their values, and so do the buffers of modules; other values are unknown.
+
     Since they are copies, a write to one is not seen by code that reaches the original in another way.
     """
     converter = FakeTensorConverter(copy_data=False, export=False)
@@ -153,10 +156,18 @@ def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
         memo: dict[int, Any] = {id(t): fake(t) for t in (*original.parameters(), *original.buffers())}
         for parameter in original.parameters():
             memo[id(parameter)] = torch.nn.Parameter(memo[id(parameter)].detach(), parameter.requires_grad)
+        for buffer in original.buffers():
+            keep_values_of(buffer, memo[id(buffer)])
         return copy.deepcopy(original, memo).to(device)
 
+    def argument(original: torch.Tensor) -> torch.Tensor:
+        moved = fake(original).to(device)
+        if not (original.is_floating_point() or original.is_complex()):
+            keep_values_of(original, moved)
+        return moved
+
     values = tree_map_only(torch.nn.Module, module, values)
-    return tree_map_only(torch.Tensor, lambda t: fake(t).to(device), values)
+    return tree_map_only(torch.Tensor, argument, values)
 
 
 # --- Functions that are intercepted before torch decomposes them into operators ---------------------------------------
@@ -193,12 +204,36 @@ def _without_tensors(data: Any) -> Any:
     return data.item() if isinstance(data, torch.Tensor) else data
 
 
-def _numpy(tensor: torch.Tensor, current_module: Callable[[], str], **kwargs: Any) -> Any:
+def _numpy(tensor: torch.Tensor, answers: Answers, **kwargs: Any) -> Any:
     known = known_values(tensor)
     if known is None and isinstance(tensor, FakeTensor):
-        raise data_dependent_error("torch.Tensor.numpy", current_module())
+        return answers.array("torch.Tensor.numpy", tensor, **kwargs)
     with no_dispatch():
         return NUMPY(known.real if known is not None else tensor, **kwargs)
+
+
+def _tolist(tensor: torch.Tensor, answers: Answers) -> Any:
+    known = known_values(tensor)
+    if known is None:
+        return answers.nested_list("torch.Tensor.tolist", tensor)
+    with no_dispatch():
+        return known.real.tolist()
+
+
+def _truth(tensor: torch.Tensor, answers: Answers) -> bool:
+    if known_values(tensor) is None and tensor.numel() == 1:
+        return answers.condition("torch.Tensor.__bool__")
+    return bool(unpatched(FakeTensor, "__bool__")(tensor))
+
+
+def _format(tensor: torch.Tensor, spec: str, answers: Answers) -> str:
+    if tensor.dim():
+        return str(unpatched(FakeTensor, "__format__")(tensor, spec))
+    known = known_values(tensor)
+    if known is None:
+        return format(answers.number_in_text("torch.Tensor.__format__", tensor.dtype), spec)
+    with no_dispatch():
+        return format(known.real.item(), spec)
 
 
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -207,8 +242,8 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     return pinned
 
 
-def _save(*_: Any, current_module: Callable[[], str], **__: Any) -> None:
-    raise data_dependent_error("torch.save", current_module())
+def _save(*_: Any, answers: Answers, **__: Any) -> None:
+    raise answers.refusal("torch.save")
 
 
 def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -216,7 +251,7 @@ def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tenso
     operators.devices.set_data(tensor, value)
     if isinstance(tensor, FakeTensor) and isinstance(value, FakeTensor):
         tensor.fake_device = value.fake_device
-        tensor._i2v_lab_known = getattr(value, "_i2v_lab_known", None)  # type: ignore[attr-defined]
+        keep_values(tensor, getattr(value, "_i2v_lab_known", None))
 
 
 def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
@@ -235,19 +270,20 @@ def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 # --- What must not reach absent hardware ------------------------------------------------------------------------------
 
 
-def _patches(
-    device: torch.device, operators: FakeOperators, current_module: Callable[[], str], card: FakeCard | None
-) -> Iterator[tuple[Any, str, Any]]:
+def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | None) -> Iterator[tuple[Any, str, Any]]:
     # By patches: a TorchFunctionMode would also be called for every shape and dtype that is read.
     yield torch, "tensor", functools.partial(_tensor, operators)
     yield torch.nn.functional, "scaled_dot_product_attention", _attention
-    yield torch.Tensor, "numpy", functools.partial(_numpy, current_module=current_module)
+    yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
+    reads: dict[str, Callable[..., Any]] = {"tolist": _tolist, "__bool__": _truth, "__format__": _format}
+    for name, substitute in reads.items():
+        yield FakeTensor, name, functools.partial(substitute, answers=operators.answers)
     yield torch.Tensor, "data", property(DATA.__get__, functools.partial(_set_data, operators))
     yield torch.Tensor, "__deepcopy__", _deepcopy
     yield torch.nn.Module, "_apply", lambda module, fn, recurse=True: _apply(operators, module, fn, recurse)
     yield torch.Tensor, "pin_memory", _pin_memory
     yield torch.Tensor, "is_pinned", lambda tensor, device=None: getattr(tensor, "_i2v_lab_pinned", False)
-    yield torch, "save", functools.partial(_save, current_module=current_module)
+    yield torch, "save", functools.partial(_save, answers=operators.answers)
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
     yield *TRUNCATED_NORMAL, lambda tensor, *_, **__: tensor

@@ -11,6 +11,7 @@ import torch
 
 from i2v_lab import events
 from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers, Assumptions, chosen_assumptions
 from i2v_lab.profiling.fake.block_trace import TracingAllocator
 from i2v_lab.profiling.fake.cached_tensors import own_caches
 from i2v_lab.profiling.fake.card import FakeCard
@@ -105,6 +106,7 @@ def forecasting(
     *,
     memoize: Mapping[type[torch.nn.Module], MemoryKey] | None = None,
     workspaces: Workspaces | None = None,
+    assume: Assumptions | str | None = DEFAULT,
 ) -> Iterator[PhaseProfiler]:
     """Make tensors fake and ``device`` available within this scope, and profile it.
 
@@ -114,6 +116,8 @@ def forecasting(
             :mod:`i2v_lab.profiling.fake.memoization`).
         workspaces: Model of what libraries allocate on the device besides tensors; with it bytes are those of the
             caching allocator's blocks, without it those of tensors alone.
+        assume: What to answer where the code asks for values that are not known; ``"nothing"`` or ``None`` refuses all
+            such questions. What was answered, and where, is in the profiler's records.
 
     Yields:
         The profiler: a sink for a pipeline, or :meth:`~i2v_lab.profiling.phase_profiler.PhaseProfiler.phase`.
@@ -133,6 +137,7 @@ def forecasting(
     paths = profiler.paths
     assert paths is not None
     context_bytes = workspaces.context_bytes if workspaces is not None else 0
+    answers = Answers(chosen_assumptions(assume), lambda: paths.current, lambda: paths.phase)
     with (
         no_collection(),
         own_caches(),
@@ -142,11 +147,16 @@ def forecasting(
             current_module=lambda: paths.current,
             on_operator=meter.on_operator,
             card=FakeCard(meter, context_bytes),
+            answers=answers,
         ),
         ModuleMemo(meter, meter.allocator, paths, memoize or {}).active(),
         profiler,
     ):
-        yield profiler
+        try:
+            yield profiler
+        finally:
+            for record in answers.records():
+                profiler.write(record)
 
 
 def forecast(
@@ -154,15 +164,18 @@ def forecast(
     *args: Any,
     device: str | torch.device = "cuda",
     workspaces: Workspaces | None = None,
+    assume: Assumptions | str | None = DEFAULT,
     **kwargs: Any,
 ) -> Forecast:
     """Forecast one call of any torch code: a function, a model, a training step.
 
     Args:
         run: The callable; a module may have its weights on any device.
-        *args: Its arguments; tensors and modules among them become fakes on ``device``.
+        *args: Its arguments; tensors and modules among them become fakes on ``device``. Of tensors, only whole numbers
+            and masks keep their values.
         device: As in :func:`forecasting`.
         workspaces: As in :func:`forecasting`.
+        assume: As in :func:`forecasting`.
         **kwargs: Its keyword arguments.
 
     Returns:
@@ -177,7 +190,7 @@ def forecast(
         36196352
     """
     start_s = time.perf_counter()
-    with forecasting(device, workspaces=workspaces) as profiler:
+    with forecasting(device, workspaces=workspaces, assume=assume) as profiler:
         run, args, kwargs = to_fake((run, args, kwargs), active_fake_mode(), torch.device(device))
         for leaf in tree_leaves((run, args, kwargs)):
             if isinstance(leaf, torch.nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from i2v_lab.torch_compat import alias_annotations, returns_new_tensors
+from i2v_lab.torch_compat import alias_annotations, bool_result, returns_new_tensors, returns_views
 
 aten = torch.ops.aten
 
@@ -50,6 +50,18 @@ def makes_new_tensors(func: Any) -> bool:
     return returns_new_tensors(func) and not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(
         func.tags
     )
+
+
+@functools.cache
+def is_view(func: Any) -> bool:
+    """Whether an operator's schema says that all its results are views, and that it writes to nothing."""
+    return returns_views(func)
+
+
+@functools.cache
+def returns_condition(func: Any) -> bool:
+    """Whether an operator returns a truth value, as ``equal`` does."""
+    return bool_result(func)
 
 
 @functools.cache

@@ -10,11 +10,25 @@ from typing import Any
 import torch
 
 from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake.assumptions import Answers
 from i2v_lab.profiling.fake.autograd_devices import AutogradDevices, with_real_device
-from i2v_lab.profiling.fake.operator_kinds import FACTORIES, VIEWS, makes_new_tensors, tensors_in, written_tensors
+from i2v_lab.profiling.fake.known_values import (
+    KnownValues,
+    known_values,
+    propagate_values,
+    run_on_values,
+    selected_positions,
+)
+from i2v_lab.profiling.fake.operator_kinds import (
+    FACTORIES,
+    VIEWS,
+    makes_new_tensors,
+    returns_condition,
+    tensors_in,
+    written_tensors,
+)
 from i2v_lab.profiling.fake.refusals import (
     check_devices,
-    data_dependent_error,
     math_attention_error,
     no_kernel_error,
     not_strided_error,
@@ -38,7 +52,6 @@ from i2v_lab.torch_compat import (
 
 aten = torch.ops.aten
 
-KNOWN_ELEMENTS = 4096  # a tensor of up to this many elements keeps its values, where they are known
 META = torch.device("meta")
 UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_.default  # writes whether a gradient is not finite
 NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1}  # positions of their weights
@@ -47,27 +60,6 @@ CUDNN_RNN = aten._cudnn_rnn.default
 
 # Called after every operator with the operator, its arguments, its result, and all tensors in both.
 OnOperator = Callable[[Any, tuple[Any, ...], Any, list[torch.Tensor]], None]
-
-
-@dataclass(slots=True)
-class KnownValues:
-    """The values of a fake tensor.
-
-    Attributes:
-        real: A real tensor on the CPU with these values.
-        valid: One element, shared by all tensors on a storage: ``False`` once that was overwritten with unknown values.
-    """
-
-    real: torch.Tensor
-    valid: list[bool]
-
-
-def known_values(tensor: torch.Tensor) -> KnownValues | None:
-    """A tensor's values, where they are known; a small real tensor's own."""
-    if isinstance(tensor, FakeTensor):
-        known: KnownValues | None = getattr(tensor, "_i2v_lab_known", None)
-        return known if known is not None and known.valid[0] else None
-    return KnownValues(tensor, [True]) if tensor.numel() <= KNOWN_ELEMENTS and tensor.device.type == "cpu" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +135,7 @@ class FakeOperators(DispatchMode):
         mode: The fake mode below this one.
         current_module: Returns the path of the running module, for errors.
         on_operator: Called after every operator.
+        answers: Answers questions about unknown values.
 
     Attributes:
         devices: What C++ code is told of the devices of fakes.
@@ -150,8 +143,11 @@ class FakeOperators(DispatchMode):
         default_dtype: Of floating-point results that follow from none; torch's own is that of all threads.
     """
 
-    def __init__(self, mode: FakeTensorMode, current_module: Callable[[], str], on_operator: OnOperator) -> None:
+    def __init__(
+        self, mode: FakeTensorMode, current_module: Callable[[], str], on_operator: OnOperator, answers: Answers
+    ) -> None:
         super().__init__()
+        self.answers = answers
         self._mode = mode
         self._current_module = current_module
         self._on_operator = on_operator
@@ -186,13 +182,13 @@ class FakeOperators(DispatchMode):
         known = [known_values(tensor) for tensor in inputs]
         all_known = all(k is not None for k in known) and bool(inputs or func in FACTORIES)
         if func is LOCAL_SCALAR:
-            return self._scalar(func, known[0])
+            return self._scalar(func, inputs[0], known[0])
         if func is SAFE_SOFTMAX and inputs[0].device.type == "cuda":
             raise math_attention_error(func, self._current_module())
         if func is aten.convolution.default:
             check_devices(set(map(_device, inputs)))
         if func is aten.index.Tensor:
-            args = (args[0], [self._index(func, index) for index in args[1]])
+            args = (args[0], self._indices(func, args[1]))
         try:
             if others and func is not aten.lift_fresh.default:
                 result = self._run(func, *self._fake_real_inputs(args, kwargs))
@@ -208,9 +204,11 @@ class FakeOperators(DispatchMode):
                 raise
             raise no_kernel_error(func, self._current_module()) from error  # torch would run it on real tensors
         except DATA_DEPENDENT as error:
+            if not all_known and returns_condition(func):
+                return self.answers.condition(func)
             if not all_known:
-                raise data_dependent_error(func, self._current_module()) from error
-            result = self._to_fake(self._run_on_values(func, args, kwargs), args[0].device)
+                raise self.answers.refusal(func) from error
+            result = self._to_fake(run_on_values(func, args, kwargs), args[0].device)
         except (UnsupportedOperatorException, RuntimeError) as error:
             missing = isinstance(error, UnsupportedOperatorException | NotImplementedError)
             if not missing and "no fake impl" not in str(error):
@@ -219,7 +217,7 @@ class FakeOperators(DispatchMode):
         outputs = tensors_in(result, [])
         if func is UNSCALE:  # gradients are taken to be finite: a step that GradScaler skips allocates less
             written = tensors_in(args[0], [])
-        self._propagate_values(func, args, kwargs, outputs, written, known, all_known)
+        propagate_values(func, args, kwargs, outputs, written, known, all_known)
         if any(tensor.layout is not torch.strided for tensor in outputs):
             raise not_strided_error(func, self._current_module())
         lifted = func is aten.lift_fresh.default  # its input is the same tensor before it became fake
@@ -331,67 +329,24 @@ class FakeOperators(DispatchMode):
             return FakeTensor(self._mode, result, device)
         return [FakeTensor(self._mode, tensor, device) for tensor in result]
 
-    def _propagate_values(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        outputs: list[torch.Tensor],
-        written: list[torch.Tensor],
-        known: Any,
-        all_known: bool,
-    ) -> None:
-        """Compute the outputs' values from those of the inputs, or invalidate those of overwritten tensors."""
-        if not all_known and not written:
-            return
-        small = all(tensor.numel() <= KNOWN_ELEMENTS for tensor in outputs)
-        if not (all_known and small) or torch.Tag.nondeterministic_seeded in func.tags:
-            for overwritten in map(known_values, written):
-                if overwritten is not None:
-                    overwritten.valid[0] = False
-            return
-        flags = {storage_key(k.real): k.valid for k in known}
-        real = tensors_in(self._run_on_values(func, args, kwargs), [])
-        for fake, value in zip(outputs, real, strict=True):
-            if isinstance(fake, FakeTensor):
-                valid = flags.get(storage_key(value), [True])
-                if value.dtype != fake.dtype:  # which is the default one of this forecast
-                    with no_dispatch():
-                        value = value.to(fake.dtype)
-                fake._i2v_lab_known = KnownValues(value, valid)  # type: ignore[attr-defined]
-
-    def _run_on_values(self, func: Any, args: Any, kwargs: Any) -> Any:
-        def value(tensor: torch.Tensor) -> torch.Tensor:
-            known = known_values(tensor)
-            assert known is not None
-            return known.real
-
-        args, kwargs = tree_map_only(torch.Tensor, value, (args, kwargs))
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
-        with no_dispatch():
-            return func(*args, **kwargs)
-
     def _to_fake(self, result: Any, device: torch.device) -> Any:
         return tree_map_only(torch.Tensor, lambda real: self._mode.from_tensor(real).to(device), result)
 
-    def _index(self, func: Any, index: Any) -> Any:
-        """Replace a mask whose values are known by the positions that it selects."""
-        if not isinstance(index, torch.Tensor) or index.dtype not in (torch.bool, torch.uint8):
-            return index
-        known = known_values(index)
-        if known is None:
-            raise data_dependent_error(func, self._current_module())
-        if index.dim() != 1:
-            return index
-        with no_dispatch():
-            positions = known.real.nonzero().flatten()
-        fake = torch.empty(positions.shape, dtype=torch.int64, device=index.device)
-        fake._i2v_lab_known = KnownValues(positions, [True])  # type: ignore[attr-defined]
-        return fake
+    def _indices(self, func: Any, indices: Any) -> list[Any]:
+        """Replace masks whose values are known by the positions that they select."""
+        found: list[Any] = []
+        for index in indices:
+            if not isinstance(index, torch.Tensor) or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+                continue
+            known = known_values(index)
+            if known is None:
+                raise self.answers.refusal(func)
+            found += selected_positions(index, known) if index.dim() else [index]
+        return found
 
-    def _scalar(self, func: Any, known: KnownValues | None) -> Any:
+    def _scalar(self, func: Any, tensor: torch.Tensor, known: KnownValues | None) -> Any:
         if known is None:
-            raise data_dependent_error(func, self._current_module())
+            return self.answers.number(func, tensor.dtype)
         with no_dispatch():
             return known.real.item()

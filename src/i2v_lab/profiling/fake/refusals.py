@@ -9,14 +9,44 @@ import torch
 from i2v_lab.errors import ForecastError
 
 
-def data_dependent_error(operator: Any, module: str) -> ForecastError:
-    """The error for an operator that reads values which are not known."""
+def data_dependent_error(operator: Any, module: str, place: str = "") -> ForecastError:
+    """The error for an operator that reads values which are not known.
+
+    Args:
+        operator: Which.
+        module: Path of the running module.
+        place: File and line of the code that called it.
+    """
+    is_number = any(name in str(operator) for name in ("_local_scalar_dense", "__bool__", "tolist"))
+    remedy = "or answer it by assume=Assumptions(...)" if is_number else "or measure a real run"
     return ForecastError(
-        f"operator {operator} in {module or 'no module'} reads values that a forecast does not know; what depends on "
-        "them can only be measured by a real run",
+        f"operator {operator} at {place or 'an unknown line'} in {module or 'no module'} reads values that a forecast "
+        "does not know, and memory may depend on them; compute them from numbers or tensors on the CPU whose values "
+        f"are known, pass what follows from them as an argument, {remedy}",
         cause="data dependent",
         operator=str(operator),
         module=module,
+        place=place,
+    )
+
+
+def endless_loop_error(operator: Any, module: str, place: str, answer: str) -> ForecastError:
+    """The error for a question about unknown values that was asked so often that a loop seems to wait for the answer.
+
+    Args:
+        operator: Which asks.
+        module: Path of the running module.
+        place: File and line of the code that called it.
+        answer: That it got each time.
+    """
+    return ForecastError(
+        f"operator {operator} at {place or 'an unknown line'} in {module or 'no module'} was answered {answer} so "
+        "often that a loop seems to wait for another answer; bound the loop, or give another answer by "
+        "assume=Assumptions(...)",
+        cause="endless loop",
+        operator=str(operator),
+        module=module,
+        place=place,
     )
 
 

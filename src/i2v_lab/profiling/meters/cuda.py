@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,20 @@ from typing import Self
 import torch
 
 from i2v_lab.errors import VramCapExceeded
+
+_REQUESTED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def requested_bytes(message: str) -> int | None:
+    """Bytes that a failed allocation asked for, from torch's message; ``None`` if it does not say.
+
+    Example:
+        >>> requested_bytes("CUDA out of memory. Tried to allocate 2.00 MiB.")
+        2097152
+    """
+    requested = _REQUESTED.search(message)
+    return round(float(requested[1]) * _UNITS[requested[2]]) if requested else None
 
 
 class CudaMeter:
