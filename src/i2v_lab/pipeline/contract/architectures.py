@@ -41,6 +41,9 @@ class Architecture:
         dtypes: Of its components' weights, by name; the name ``""`` is for all others.
         sizes: The sizes that it takes, as the fields of a :class:`~i2v_lab.pipeline.contract.sizes.SizeRule`, where its
             runner has no rule for all models.
+        parameters: How many there are in each component, where they were counted.
+        source: Where the configuration was published.
+        note: What else there is to know.
         repository: Names of the repositories that have its weights, for diffusers.
         requires: The lowest version of each distribution that has the model, where the runner's lowest does not.
     """
@@ -60,6 +63,9 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    source: str = ""
+    note: str = ""
     repository: tuple[str, ...] = ()
     requires: dict[str, str] = field(default_factory=dict)
 
