@@ -19,7 +19,7 @@ from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolv
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
-from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class, keep_in_float32
+from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class
 from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, VideoShape
@@ -105,7 +105,6 @@ class DiffusersPipeline:
         with torch.device(self._device), default_dtype(self._dtype(name)):
             part = build(self._architecture, name)
         if isinstance(part, torch.nn.Module):
-            keep_in_float32(part)
             part.to("cpu" if self._settings.offloads else self._device)  # torch.Tensor() knows no default device
         if name == "vae":
             set_autoencoder(part, self._settings, self._architecture.name)
