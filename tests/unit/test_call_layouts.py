@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from i2v_lab import profile_call
+from i2v_lab.errors import ProfilerError
 from i2v_lab.profiling.components import find_modules, phase_of, snake_case
 from i2v_lab.profiling.decoded import decoded_phase
 from i2v_lab.profiling.records import PhaseRecord, StepRecord
@@ -292,8 +294,9 @@ def _kib(call: Any) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_each_component_is_charged_to_its_own_phase(layout):
-    observed = _kib(profile_call(layout()))
+    observed, made = _kib(profile_call(layout())), layout()
     assert [name for name, _ in observed] == [name for name, _ in LAYOUTS[layout]]
+    assert [name for name, _ in _kib(profile_call(lambda: made()))] == [name for name, _ in LAYOUTS[layout]]
     kib = [kib for _, kib in observed]  # what is built during the call has weights of some bytes
     assert (kib if layout is not _musubi else [int(each) for each in kib]) == [kib for _, kib in LAYOUTS[layout]]
 
@@ -366,6 +369,61 @@ def test_the_direction_of_an_autoencoder_is_told_by_method_part_picture_and_plac
         DENOISE,
         ("decode_video", 4),
     ]
+
+
+def test_what_wraps_a_component_is_named_by_it():
+    class Net(Part):
+        pass
+
+    class WrappedDiT(Part):
+        pass
+
+    def built() -> None:
+        nn.Sequential()  # says nothing, and has nothing
+        for inner in (WrappedDiT(5), Net(5, module=WrappedDiT(5)), Net(5, _orig_mod=Net(5, module=WrappedDiT(5)))):
+            Net(5, _fsdp_wrapped_module=inner)(LATENT)
+
+    assert [(name, int(kib)) for name, kib in _kib(profile_call(built))] == [DENOISE]
+    pipeline = SimpleNamespace(net=Part(5), encoder=Part(2), decoder=Part(6), t5=Part(1))
+    run = profile_call(lambda: [part(LATENT) for part in (pipeline.t5, pipeline.net)])
+    assert _kib(run) == [PROMPT, DENOISE]
+    pipeline = SimpleNamespace(dit=Part(5), encoder=Part(2), decoder=Part(6), t5=Part(1))
+    parts = (pipeline.t5, pipeline.encoder, pipeline.dit, pipeline.decoder)
+    assert _kib(profile_call(lambda _: [part(LATENT) for part in parts], pipeline)) == [
+        PROMPT,
+        ("encode_image", 2),
+        DENOISE,
+        ("decode_video", 6),
+    ]
+
+
+def test_a_picture_is_neither_a_prompt_nor_a_latent():
+    class Pipeline:
+        def __init__(self) -> None:
+            self.conditioner, self.latent_upsampler, self.upscaler = Part(2), Part(3), Part(4)
+
+        def __call__(self) -> None:
+            self.conditioner(STILL)
+            self.conditioner(0)
+            self.latent_upsampler(LATENT)
+            self.upscaler(STILL)
+
+    expected = [("encode_image", 2), ("encode_prompt", 2), ("upsample_latent", 3), ("upscaler", 4)]
+    assert _kib(profile_call(Pipeline())) == expected
+
+
+def test_an_asynchronous_pipeline_is_refused_before_it_runs():
+    class Pipeline:
+        async def __call__(self) -> None: ...
+
+        async def stream(self) -> Any:
+            yield 1
+
+    for pipeline in (Pipeline(), Pipeline().stream, functools.partial(Pipeline().__call__)):
+        with pytest.raises(ProfilerError) as refused:
+            profile_call(pipeline)
+        assert list(refused.value.fields) == ["pipeline"]
+    assert profile_call(lambda: asyncio.run(Pipeline()())).result is None
 
 
 def test_names_are_those_of_the_holders_and_of_words_of_mixed_case():

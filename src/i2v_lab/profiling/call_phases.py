@@ -230,6 +230,10 @@ class CallPhases:
             return kind
         if kind in (DENOISE, GUIDE):
             return f"{DENOISE}_stage_{self._stage(called)}"
+        if kind == Phase.ENCODE_PROMPT.value and is_picture(args):  # the conditioner of Stable Video Diffusion
+            return Phase.ENCODE_IMAGE.value
+        if kind == Phase.UPSAMPLE_LATENT.value and is_picture(args):  # not latents
+            return called.component
         if kind == AUTOENCODER:
             kind = self._direction(called, args)
         return self.decoded if kind == Phase.DECODE_VIDEO.value else kind

@@ -109,31 +109,39 @@ class CalledModules:
                 break
             chain[-1] = (name, chain[-1][1])
             chain.append(("", owner))
-        top = chain[-1][1]
-        is_root = self._root is not None and top is self._root()
-        is_pipeline = is_root and (is_container(top) or role_of([type(top).__name__], type(top).__module__) is None)
-        if top not in self._names and not is_pipeline:
-            self._names[top] = snake_case(type(top).__name__)
+        if self._is_pipeline(chain[-1][1]):
+            if len(chain) == 1:
+                return CalledModule("", None, is_open=is_container(module))
+            chain.pop()
+        name, top = chain[-1]
+        if top not in self._names:
+            self._names[top] = name or snake_case(type(top).__name__)
             self._profiler.component(self._names[top], top)
-        chain[-1] = (self._names.get(top, ""), top)
+        chain[-1] = (self._names[top], top)
         paths = [".".join(name for name, _ in reversed(chain[index:]) if name) for index in range(len(chain))]
         for (_, part), path in zip(chain, paths, strict=True):
             if part in self._named:
                 return CalledModule(path, self._named[part], is_whole=part is module, is_named=True)
-        if is_pipeline and module is top:
-            return CalledModule("", None, is_open=is_container(top))
-        if is_pipeline:
-            chain, paths = chain[:-1], paths[:-1]
         for index in reversed(range(len(chain))):
             kind = self._kind(chain, index)
             if kind is not None:
                 inner = [name for name, _ in chain[:index]]
                 return CalledModule(paths[index], kind, is_whole=is_generic(inner))
         name, component = chain[-1]
+        wrapped = self._wrapped(component)
+        if wrapped is not None:
+            return CalledModule(paths[-1], wrapped, is_whole=len(chain) == 1)
         if takes_noise_level(component) and _has_tensors(component):
             return CalledModule(paths[-1], DENOISE, is_whole=len(chain) == 1)
         is_component = name in self._held or _has_tensors(component)
         return CalledModule(paths[-1], paths[-1] if is_component else None)
+
+    def _is_pipeline(self, module: torch.nn.Module) -> bool:
+        if module in self._names:
+            return False
+        is_root = self._root is not None and module is self._root()
+        names = [type(module).__name__]
+        return is_container(module) or (is_root and role_of(names, type(module).__module__) is None)
 
     def _kind(self, chain: list[tuple[str, torch.nn.Module]], index: int) -> str | None:
         name, component = chain[index]
@@ -144,6 +152,13 @@ class CalledModules:
         if role is None and name in self._held:
             return self._among_others(name)
         return role if role == GUIDE else phase_of(names, part, package) or role
+
+    def _wrapped(self, wrapper: torch.nn.Module) -> str | None:
+        """What the one child of a module is that says nothing itself, as those that compile or shard another do not."""
+        children = list(wrapper.named_children())
+        if len(children) != 1 or not is_generic([children[0][0]]):
+            return None
+        return self._kind(children, 0) or self._wrapped(children[0][1])
 
     def _among_others(self, name: str) -> str | None:
         """What a component is whose name says something only beside the others."""

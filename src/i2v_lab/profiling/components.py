@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -61,7 +61,7 @@ def find_modules(*roots: Any) -> dict[str, torch.nn.Module]:
             if isinstance(value, torch.nn.Module):
                 if id(value) not in seen and is_container(value, path):
                     level.extendleft(reversed([((*path, name), child) for name, child in value.named_children()]))
-                elif value not in paths or is_generic(paths[value]):
+                elif value not in paths or _says(path) > _says(paths[value]):
                     paths[value] = path
             elif isinstance(value, _LEAF_TYPES) or id(value) in seen:
                 continue
@@ -72,9 +72,19 @@ def find_modules(*roots: Any) -> dict[str, torch.nn.Module]:
             seen.add(id(value))
         level = below
     found: dict[str, torch.nn.Module] = {}
+    held = Counter(path[:depth] for path in paths.values() for depth in range(len(path)))
     for module, path in paths.items():
-        found[_unique_name(_component_name(path) or snake_case(type(module).__name__), found)] = module
+        # What holds several is a pipeline, whose name, such as that of a variable, says nothing of each.
+        said = [name for depth, name in enumerate(path, 1) if held[path[:depth]] < 2 or role_of([name]) is not None]
+        found[_unique_name(_component_name(said) or snake_case(type(module).__name__), found)] = module
     return found
+
+
+def _says(path: Sequence[str]) -> int:
+    """How much a path's names say of a component: nothing, something, or what it is."""
+    name = _component_name(path)
+    is_known = role_of([name]) is not None or bool(_words([name]) & {"encoder", "decoder"})
+    return 0 if is_generic(path) else 1 + is_known
 
 
 def _below(path: tuple[str, ...], value: Any) -> list[tuple[tuple[str, ...], Any]]:

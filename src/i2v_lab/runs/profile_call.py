@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from i2v_lab.errors import ProfilerError
 from i2v_lab.events import Phase
 from i2v_lab.profiling.call_phases import CallPhases
 from i2v_lab.profiling.components import find_modules
@@ -69,7 +70,8 @@ def profile_call(
         **kwargs: Its other arguments; bind one that has an option's name with ``functools.partial``.
 
     Raises:
-        ProfilerError: Another profiler is active, or something in ``phases`` is not part of the pipeline.
+        ProfilerError: Another profiler is active, the pipeline is asynchronous, or something in ``phases`` is not part
+            of the pipeline.
         OutputError: ``run_dir`` is not empty or cannot be written.
 
     Example:
@@ -83,6 +85,7 @@ def profile_call(
         >>> [frame.requires_grad for frame in call.result], call.peak.phase
         ([True, True], 'decode_video')
     """
+    _refuse_coroutines(pipeline)
     components = find_modules(pipeline, args, kwargs)
     named = NamedPhases(phases, pipeline, components) if phases is not None else NO_NAMES
     scopes = ExitStack()
@@ -277,6 +280,18 @@ class FollowedStream(Iterator[Any]):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+
+def _refuse_coroutines(pipeline: Any) -> None:
+    function = pipeline
+    while isinstance(function, functools.partial):
+        function = function.func
+    for each in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise ProfilerError(
+                f"{name} is asynchronous, so calling it runs nothing; profile lambda: asyncio.run(...)", pipeline=name
+            )
 
 
 def device_of(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> torch.device:
