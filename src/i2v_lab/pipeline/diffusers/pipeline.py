@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.events import EventSink, broadcast
+from i2v_lab.events import EventSink, Note, Phase, broadcast
 from i2v_lab.memory_policy import Techniques
 from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
 from i2v_lab.pipeline.contract.architectures import Architecture
@@ -172,6 +172,9 @@ class DiffusersPipeline:
         if request.steps is not None:
             values["num_inference_steps"] = request.steps
         self._note_dropped_tokens(values)
+        if "image" not in self._parameters:  # of a published peak's model
+            text = f"image: {self._architecture.pipeline} makes videos of text alone; the still is not used"
+            self._emit(Note(Phase.ENCODE_PROMPT, "image", 1, text))
         return {name: value for name, value in values.items() if name in self._parameters}
 
     def _note_dropped_tokens(self, values: dict[str, Any]) -> None:
