@@ -1,0 +1,142 @@
+"""Where the configuration of a model that a script names is on this machine; nothing is ever downloaded.
+
+A name of the Hugging Face hub, such as ``Wan-AI/Wan2.2-TI2V-5B-Diffusers``, is looked for as a folder, in the user's
+cache of the hub, and among this package's architectures, whose ``repository`` lists the names they were published by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from i2v_lab.errors import ForecastError, shown
+from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.contract.weight_folders import require_files
+
+
+class ConfigurationFolders:
+    """Finds the folder of a name, and writes those of this package's architectures.
+
+    Args:
+        written: An empty folder for the latter.
+    """
+
+    def __init__(self, written: Path) -> None:
+        self._written = written
+        self._found: dict[tuple[str, ...], Path] = {}
+
+    def find(self, name: str | os.PathLike[str], revision: str | None = None, cache_dir: Any = None) -> Path | None:
+        """The folder of a model's configuration; ``None`` if there is none on this machine.
+
+        Args:
+            name: A folder or a name of the hub.
+            revision: Of the files in the user's cache.
+            cache_dir: That cache, where it is not the usual one.
+
+        Raises:
+            CheckpointError: Files of the folder name code, or are damaged.
+        """
+        key = (str(name), str(revision), str(cache_dir))
+        if key not in self._found:
+            folder = self._folder(str(name), revision, cache_dir)
+            if folder is None:
+                return None
+            self._found[key] = folder
+        return self._found[key]
+
+    def require(self, name: Any, subfolder: str | None = None, **where: Any) -> Path:
+        """:meth:`find`, or refuse.
+
+        Args:
+            name: As in :meth:`find`.
+            subfolder: Of a component, for the message.
+            **where: ``revision`` and ``cache_dir``, as in :meth:`find`.
+
+        Raises:
+            ForecastError: No configuration is on this machine; the message says where to put it.
+            CheckpointError: As in :meth:`find`.
+        """
+        folder = self.find(name, **where) if isinstance(name, str | os.PathLike) else None
+        if folder is None:
+            raise missing(name, f"{subfolder}/config.json" if subfolder else "model_index.json or config.json")
+        return folder
+
+    def _folder(self, name: str, revision: str | None, cache_dir: Any) -> Path | None:
+        if os.path.isdir(name):  # noqa: PTH112 - which takes too long a name for none
+            require_files(Path(name), (), "script", "configuration")
+            return Path(name)
+        try:
+            cached = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError, ValueError):
+            cached = None
+        if cached is not None and any(path.suffix in (".json", ".safetensors") for path in cached.rglob("*")):
+            require_files(cached, (), "script", "configuration")
+            return cached
+        for path in sorted((data_dir() / "architectures").glob("*.json")):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if name.lower() in (each.lower() for each in _names(values)) and "pipeline" in values:
+                folder = self._written / path.stem
+                if not folder.exists():
+                    write_configuration(values, folder)
+                return folder
+        return None
+
+
+def missing(name: Any, files: str) -> ForecastError:
+    """The error for a configuration that is not on this machine.
+
+    Args:
+        name: What the script names.
+        files: What is missing in words.
+    """
+    return ForecastError(
+        f"{shown(name)} has no {files} on this machine, and a forecast downloads nothing; name a folder that holds "
+        f"the model's JSON files, or fetch them without the weights: hf download {name} --include '*.json' '*.txt' "
+        "'*.model'",
+        cause="no configuration",
+        name=str(name),
+    )
+
+
+def _names(values: dict[str, Any]) -> list[str]:
+    names = values.get("repository", [])
+    return [names] if isinstance(names, str) else names
+
+
+def write_configuration(values: dict[str, Any], folder: Path) -> None:
+    """Write an architecture as the JSON files of its pipeline, as they are on the hub.
+
+    Args:
+        values: Of the architecture: ``pipeline``, ``arguments``, ``config`` and ``dtypes``.
+        folder: Made.
+    """
+    index: dict[str, Any] = {"_class_name": values["pipeline"], **values.get("arguments", {})}
+    dtypes = values.get("dtypes", {})
+    for name, section in values["config"].items():
+        config = dict(section)
+        kind = config.pop("_class_name")
+        file, library = "config.json", "transformers"
+        if not hasattr(diffusers, kind) and not hasattr(transformers, kind):  # stands in for a tokenizer
+            kind, file = "PreTrainedTokenizerFast", "tokenizer_config.json"
+        elif hasattr(diffusers, kind):
+            library = "diffusers"
+            config["_class_name"] = kind
+            if issubclass(getattr(diffusers, kind), diffusers.SchedulerMixin):
+                file = "scheduler_config.json"
+        elif issubclass(getattr(transformers, kind), transformers.PreTrainedModel):
+            config |= {"architectures": [kind], "model_type": getattr(transformers, kind).config_class.model_type}
+            config.setdefault("torch_dtype", dtypes.get(name, dtypes.get("", "float32")))
+        else:
+            file = "preprocessor_config.json"
+            config["image_processor_type"] = kind
+        index[name] = [library, kind]
+        (folder / name).mkdir(parents=True)
+        (folder / name / file).write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
