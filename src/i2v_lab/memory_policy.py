@@ -40,8 +40,6 @@ class Technique(StrEnum):
         BLEND_IN_PLACE: Decoded tiles are accumulated in one buffer, and finished frames returned at once.
         ROW_BANDS: The decoder's residual blocks process rows in bands.
         STREAMED_VAE: The weights of the video encoder and decoder are copied to the device block by block.
-        MODEL_OFFLOAD: diffusers' own offloading of whole components.
-        GROUP_OFFLOAD: diffusers' own offloading of single layers.
     """
 
     SHARED_MODULATIONS = "shared_modulations"
@@ -53,8 +51,6 @@ class Technique(StrEnum):
     STREAMED_TEXT = "streamed_text"
     STREAMED_TRANSFORMER = "streamed_transformer"
     STREAMED_VAE = "streamed_vae"
-    MODEL_OFFLOAD = "model_offload"
-    GROUP_OFFLOAD = "group_offload"
 
 
 Techniques = frozenset[Technique]
@@ -78,8 +74,6 @@ NEEDS: Mapping[Technique, Technique] = {
     Technique.TOKEN_CHUNKS: Technique.SHARED_MODULATIONS,
     Technique.STREAMED_TEXT: Technique.TEXT_ONLY,
 }
-EXCLUDES: Mapping[Technique, Technique] = {Technique.MODEL_OFFLOAD: Technique.GROUP_OFFLOAD}
-OFFLOADING = frozenset({Technique.MODEL_OFFLOAD, Technique.GROUP_OFFLOAD})  # from one memory to another
 
 _LEAN = frozenset(
     {
@@ -113,7 +107,7 @@ def to_techniques(names: Iterable[str]) -> Techniques:
     """Techniques by their names.
 
     Raises:
-        InvalidRequest: One is unknown, lacks what it needs, or excludes another.
+        InvalidRequest: One is unknown, or lacks what it needs.
 
     Example:
         >>> sorted(to_techniques(["text_only"]))
@@ -130,7 +124,4 @@ def to_techniques(names: Iterable[str]) -> Techniques:
     for technique, other in NEEDS.items():
         if technique in chosen and other not in chosen:
             raise InvalidRequest(f"technique='{technique}' needs {other}; name both", technique=technique.value)
-    for technique, other in EXCLUDES.items():
-        if technique in chosen and other in chosen:
-            raise InvalidRequest(f"technique='{technique}' excludes {other}; name one", technique=technique.value)
     return chosen

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from i2v_lab.display import HtmlFields
 from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
 
 
 class Variant(StrEnum):
@@ -73,6 +74,7 @@ CHOICES: dict[str, type[StrEnum]] = {
 
 MAX_SIDE = 2**20  # pixels
 MAX_FRAMES = 2**20
+MAX_STEPS = 10_000
 MAX_TILE = 2**16  # pixels or frames
 
 
@@ -215,6 +217,8 @@ class I2VRequest(HtmlFields):
         tiling: The decoder's tiles; ``None`` decodes in one piece.
         decode_scope: The grad mode of the decoding.
         memory: Which techniques lower the peak.
+        settings: Memory settings of diffusers' pipelines; also as a mapping of their fields.
+        steps: Of denoising; ``None`` for the model's own.
 
     Raises:
         InvalidRequest: The first rule that is broken, with the value and the remedy.
@@ -241,6 +245,8 @@ class I2VRequest(HtmlFields):
     tiling: Tiling | None = Tiling()
     decode_scope: DecodeScope = DecodeScope.NO_GRAD
     memory: MemoryPolicy = MemoryPolicy.RESIDENT
+    settings: MemorySettings = NO_SETTINGS
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         _make_whole(self, "width", "height", "frames", "seed")
@@ -256,6 +262,14 @@ class I2VRequest(HtmlFields):
             _check_text(name, getattr(self, name))
         if self.tiling is not None and not isinstance(self.tiling, Tiling):
             raise InvalidRequest(f"tiling={shown(self.tiling)} is not a Tiling; use one, or None", tiling=self.tiling)
+        settings: Any = self.settings
+        if not isinstance(settings, MemorySettings):
+            object.__setattr__(self, "settings", MemorySettings.from_json(settings))
+        if self.steps is not None:
+            _make_whole(self, "steps")
+            if not 1 <= self.steps <= MAX_STEPS:
+                words = f"steps={shown(self.steps)} is not between 1 and {MAX_STEPS}; use a number such as 40"
+                raise InvalidRequest(words, steps=self.steps)
         for name, most in {"width": MAX_SIDE, "height": MAX_SIDE, "frames": MAX_FRAMES}.items():
             value = getattr(self, name)
             if value < 1:
@@ -291,7 +305,7 @@ class I2VRequest(HtmlFields):
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; :meth:`from_json` reads them back."""
-        return asdict(self)
+        return {**asdict(self), "settings": self.settings.to_json()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> I2VRequest:
@@ -315,6 +329,10 @@ class I2VRequest(HtmlFields):
         values = self.to_json()
         if self.memory is MemoryPolicy.RESIDENT:
             del values["memory"]  # so that a request from before there were policies keeps its digest
+        if self.settings.is_default:
+            del values["settings"]
+        if self.steps is None:
+            del values["steps"]
         still = Path(self.image)
         values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,7 +18,8 @@ from i2v_lab.errors import InvalidRequest, RunnerUnavailable
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract import runner as runner_module
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
-from i2v_lab.pipeline.diffusers.ltx2 import CLASSES, DiffusersLTX2, component, resolve_weights, text_encoder
+from i2v_lab.pipeline.diffusers.ltx2 import CLASSES, DiffusersLTX2, component, text_encoder
+from i2v_lab.pipeline.diffusers.weights import resolve_weights
 from i2v_lab.pipeline.registry import RUNNERS
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest, Tiling
@@ -29,9 +30,14 @@ from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import read_run
 from i2v_lab.studies.published import varied
 
+
+def _is_of_two_stages(architecture):
+    return architecture.runner == "diffusers" and not architecture.pipeline
+
+
 STILL = str(data_dir() / "stills" / "lighthouse.png")
 RUNNER = RUNNERS["diffusers"]
-MODELS = [name for name in architecture_names() if load_architecture(name).runner == "diffusers"]
+MODELS = [name for name in architecture_names() if _is_of_two_stages(load_architecture(name))]
 PHASES = [
     "encode_prompt",
     "encode_image",
@@ -291,7 +297,7 @@ def test_the_forecast_of_ltx_2_is_the_same_with_every_version_of_diffusers():
 def test_the_plan_measures_every_model_offloaded_and_resident():
     runs = load_plan(data_dir() / "plans" / "diffusers.yaml")
     assert len({run.name for run in runs}) == len(runs)
-    measured = {(run.spec.model, *sorted(run.spec.techniques)) for run in runs}
+    measured = {(run.spec.model, run.spec.request.settings.name) for run in runs}
     models = {name for name in MODELS if "tiny" not in name} - {"ltx-2-19b"}  # which policies.yaml has
-    assert measured == {(model,) for model in models} | {(model, "model_offload") for model in models}
+    assert measured == {(model, name) for model in models for name in ("", "offload-model")}
     assert {run.spec.model in run.name for run in runs if run.spec.model != "ltx-2.5-22b-diffusion-decoder"} == {True}

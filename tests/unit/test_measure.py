@@ -143,9 +143,10 @@ def test_the_plan_of_the_policies_measures_every_step_of_the_study_and_others_be
     width, height = to_size(sizes[-1])
     steps = step_specs(replace(request, width=width, height=height), FULL_SIZE_MODEL)
     assert {each.memory_key() for each in [*steps, *policy_specs(request, FULL_SIZE_MODEL, sizes)]} == own
-    beside = {(run.spec.runner, *sorted(run.spec.techniques)) for run in runs if run.spec.runner_spec.third_party}
-    offloads = [("diffusers",), ("diffusers", "group_offload"), ("diffusers", "model_offload")]
-    assert sorted(beside) == [*offloads, ("ltx-pipelines",)]
+    others = [run.spec for run in runs if run.spec.runner_spec.third_party]
+    beside = {(spec.runner, spec.request.settings.name) for spec in others}
+    offloads = [("diffusers", ""), ("diffusers", "offload-group-leaf"), ("diffusers", "offload-model")]
+    assert sorted(beside) == [*offloads, ("ltx-pipelines", "")]
     assert not any(run.spec.write_video for run in runs)
 
 
@@ -159,7 +160,7 @@ def measured_once(tmp_path_factory):
     runs = [
         {"pipeline": "ltx-pipelines", "profiler": "boundaries"},
         {"vram_cap_gib": 0.001},
-        {"model": "ltx-2-tiny", "techniques": ["group_offload"]},
+        {"model": "ltx-2-tiny", "settings": {"offload": "group-leaf"}},
         {"techniques": ["row_bands"], "video": False},
     ]
     plan = _plan(folder, {"runs": runs})
@@ -192,10 +193,10 @@ def test_upstream_is_measured_phase_by_phase_and_set_apart(measured_once):
 
 
 def test_diffusers_is_measured_in_the_same_phases_and_set_apart(measured_once):
-    run = read_run(measured_once[1] / "64x64x9_group_offload_diffusers")
+    run = read_run(measured_once[1] / "64x64x9_offload-group-leaf_diffusers")
     assert run.status == "complete"
     assert (run.metadata["model"], run.metadata["runner"]) == ("ltx-2-tiny", "diffusers")
-    assert run.metadata["spec"]["techniques"] == ["group_offload"]
+    assert run.metadata["spec"]["request"]["settings"]["offload"] == "group-leaf"
     assert recorded_runs(measured_once[1]).find(TINY_SPEC) is None
     phases = {phase.phase for phase in run.of(PhaseRecord)}
     assert phases >= {"encode_prompt", "denoise_stage_1", "upsample_latent", "denoise_stage_2", "decode_video"}

@@ -18,6 +18,7 @@ from i2v_lab import I2VRequest, profile_call, watch
 from i2v_lab.cli.app import app
 from i2v_lab.errors import GradEscape, InvalidRequest, OutputError, ProfilerError, VramCapExceeded
 from i2v_lab.memory_policy import Technique
+from i2v_lab.memory_settings import Dtype, MemorySettings
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.profiling.components import find_modules, phase_of
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -366,9 +367,11 @@ def test_a_slice_of_a_module_list_changes_no_owner():
 
 @pytest.fixture(scope="module")
 def diffusers_tiny():
-    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2, resolve_weights
+    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2
+    from i2v_lab.pipeline.diffusers.weights import resolve_weights
 
-    return DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), dtype=torch.float32)
+    in_float32 = MemorySettings(dtypes=(("default", Dtype.FLOAT32),))
+    return DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), settings=in_float32)
 
 
 DIFFUSERS = ["encode_prompt", "encode_image", "denoise_stage_1", "upsample_latent", "encode_prompt", "denoise_stage_2"]
@@ -395,7 +398,8 @@ def test_diffusers_ltx2_tells_its_phases_peaks_and_steps(diffusers_tiny, still, 
 
 
 def test_a_technique_of_another_runner_is_refused_by_diffusers_pipeline():
-    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2, resolve_weights
+    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2
+    from i2v_lab.pipeline.diffusers.weights import resolve_weights
 
     with pytest.raises(InvalidRequest) as refused:
         DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), techniques=frozenset({Technique.ROW_BANDS}))

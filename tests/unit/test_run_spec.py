@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2v_lab.errors import DeviceUnavailable, GradScopeError, I2VLabError, InvalidRequest, RecordError, UnknownModel
-from i2v_lab.memory_policy import EXCLUDES, NEEDS, TECHNIQUES, MemoryPolicy, Technique, policy_of
+from i2v_lab.memory_policy import NEEDS, TECHNIQUES, MemoryPolicy, Technique, policy_of
+from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import RUNNERS
@@ -32,7 +33,6 @@ from i2v_lab.runs.store import Run, RunWriter, read_run
 
 LEAN = {"shared_modulations", "token_chunks", "text_only", "feature_chunks", "blend_in_place", "row_bands"}
 STREAMED = LEAN | {"streamed_text", "streamed_transformer", "streamed_vae"}
-OFFLOADS = {"model_offload", "group_offload"}
 TILING = {"tile_px": 768, "tile_overlap_px": 64, "tile_frames": 80, "tile_overlap_frames": 24}
 
 
@@ -49,7 +49,7 @@ def test_policies_are_the_sets_that_recorded_runs_were_measured_with():
     """A technique that is added joins no policy by itself."""
     named = {policy.value: {technique.value for technique in own} for policy, own in TECHNIQUES.items()}
     assert named == {"resident": set(), "lean": LEAN, "streamed": STREAMED}
-    assert {technique.value for technique in Technique} >= STREAMED | OFFLOADS
+    assert {technique.value for technique in Technique} >= STREAMED
     for policy, own in TECHNIQUES.items():
         assert policy_of(own) is policy
         for technique in set(Technique) - own:
@@ -64,7 +64,7 @@ LTX_VIDEO = {"model": "ltxv-tiny"}
 UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**UPSTREAM, "memory": "lean"}, {"memory": "lean"}),
     ({**UPSTREAM, "memory": "streamed"}, {"memory": "streamed"}),
-    *(({**UPSTREAM, "techniques": [name]}, {"technique": name}) for name in sorted(STREAMED - set(NEEDS) | OFFLOADS)),
+    *(({**UPSTREAM, "techniques": [name]}, {"technique": name}) for name in sorted(STREAMED - set(NEEDS))),
     ({**DIFFUSERS, "decode_scope": "escaped"}, {"decode_scope": "escaped"}),
     ({**DIFFUSERS, "decode_scope": "inference_mode"}, {"decode_scope": "inference_mode"}),
     ({**DIFFUSERS, "variant": "dev"}, {"variant": "dev"}),
@@ -76,15 +76,27 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**DIFFUSERS, "memory": "lean"}, {"memory": "lean"}),
     ({**DIFFUSERS, "memory": "streamed"}, {"memory": "streamed"}),
     ({**DIFFUSERS, "techniques": ["row_bands"]}, {"technique": "row_bands"}),
-    ({**DIFFUSERS, "techniques": sorted(OFFLOADS)}, {"technique": "model_offload"}),
+    ({**DIFFUSERS, "settings": {"offload": "disk"}}, {"offload": "disk"}),
+    ({**DIFFUSERS, "settings": {"offload": "model", "offload_stream": True}}, {"offload_stream": True}),
+    ({**DIFFUSERS, "settings": {"offload": "group-leaf", "offload_blocks": 2}}, {"offload_blocks": 2}),
+    (
+        {**DIFFUSERS, "settings": {"vae_tile": {"tile_sample_min_height": 64}}},
+        {"vae_tile": {"tile_sample_min_height": 64}},
+    ),
+    ({**DIFFUSERS, "settings": {"dtypes": {"vae": "int8"}}}, {"vae": "int8"}),
+    ({**DIFFUSERS, "settings": {"dtypes": {"unet": "float32"}}}, {"unet": "float32"}),
+    ({**DIFFUSERS, "settings": {"speed": 1}}, {"settings": {"speed": 1}}),
+    ({**DIFFUSERS, "steps": 0}, {"steps": 0}),
+    ({"steps": 4}, {"steps": 4}),
+    ({**UPSTREAM, "steps": 4}, {"steps": 4}),
+    ({**LTX_VIDEO, "settings": {"vae_tiling": True}}, {"settings": MemorySettings(vae_tiling=True).to_json()}),
     ({**DIFFUSERS, "profiler": "boundaries"}, {"profiler": "boundaries"}),
     ({**DIFFUSERS, "profiler": False}, {"profiler": "off"}),  # as YAML reads off
     ({**DIFFUSERS, "pipeline": "ltx-2"}, {"pipeline": "ltx-2", "model": "ltx-2-tiny"}),
     ({**DIFFUSERS, **UPSTREAM}, {"pipeline": "ltx-pipelines", "model": "ltx-2-tiny"}),
     ({"model": "ltx-2.3-22b", "pipeline": "diffusers"}, {"pipeline": "diffusers", "model": "ltx-2.3-22b"}),
     ({"techniques": ["model_offload"]}, {"technique": "model_offload"}),
-    ({"techniques": ["group_offload"]}, {"technique": "group_offload"}),
-    ({"techniques": sorted(OFFLOADS)}, {"technique": "model_offload"}),
+    ({"settings": {"offload": "model"}}, {"settings": MemorySettings(offload="model").to_json()}),
     ({"techniques": ["token_chunks"]}, {"technique": "token_chunks"}),
     ({"memory": "lean", "techniques": ["row_bands"]}, {"memory": "lean", "techniques": ["row_bands"]}),
     ({"techniques": ["streamed_text"]}, {"technique": "streamed_text"}),
@@ -186,14 +198,13 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "profiler": ("full", "none"),  # phases are found, so all of them or none
     },
 }
-SUPPORTED_TECHNIQUES = {"ltx-2": STREAMED, "ltx-pipelines": set(), "ltx-video": set(), "diffusers": OFFLOADS}
+SUPPORTED_TECHNIQUES = {"ltx-2": STREAMED, "ltx-pipelines": set(), "ltx-video": set(), "diffusers": set()}
 ANYTHING = {**WHOLE, "memory": (*WHOLE["memory"], "auto"), "generations": (*WHOLE["generations"], 0, -1)}
-TECHNIQUE_SETS = st.none() | st.sets(st.sampled_from(sorted(STREAMED | OFFLOADS)), max_size=4).map(sorted)
+TECHNIQUE_SETS = st.none() | st.sets(st.sampled_from(sorted(STREAMED)), max_size=4).map(sorted)
 
 
 def _consistent(techniques: list[str]) -> bool:
-    has_needed = all(needed in techniques for name, needed in NEEDS.items() if name in techniques)
-    return has_needed and not any(name in techniques and other in techniques for name, other in EXCLUDES.items())
+    return all(needed in techniques for name, needed in NEEDS.items() if name in techniques)
 
 
 def _outcome(make: Callable[[], RunSpec]) -> tuple[RunSpec | None, I2VLabError | None]:
@@ -228,7 +239,7 @@ def test_every_single_choice_is_supported_or_refused_as_said(home):
         for value in choices:
             _check_refused_or_named(home, home, {**plain, name: value}, None)
     for runner in RUNNERS:
-        for technique in [None, *sorted(STREAMED | OFFLOADS)]:
+        for technique in [None, *sorted(STREAMED)]:
             _check_refused_or_named(home, runner, plain, technique and [technique])
 
 
@@ -393,11 +404,11 @@ def test_a_run_that_is_given_no_path_for_its_videos_is_recorded_as_writing_none(
     assert spec_of(read_run(tmp_path / "run")) == _tiny("ltx-2.3-tiny", write_video=False)
 
 
-@pytest.mark.parametrize("technique", sorted(OFFLOADS))
-def test_offloading_is_not_forecast_where_there_is_one_memory(technique):
+@pytest.mark.parametrize("offload", ["model", "sequential", "group-leaf", "group-block"])
+def test_offloading_is_not_forecast_where_there_is_one_memory(offload):
     with pytest.raises(InvalidRequest) as refused:
-        execute(_tiny("ltx-2-tiny", techniques=[technique]), Mode.FAKE, "cpu")
-    assert refused.value.fields == {"technique": technique}
+        execute(_tiny("ltx-2-tiny", settings=MemorySettings(offload=offload)), Mode.FAKE, "cpu")
+    assert refused.value.fields == {"offload": offload}
 
 
 # --- Interleaved ---
@@ -515,11 +526,11 @@ FORMAT_1: dict[str, tuple[dict[str, Any], RunSpec]] = {
     "diffusers": (_format_1({}, {}, DIFFUSERS_OF_OLD), replace(LTX_2_BF16, write_video=False)),
     "model offloading": (
         _format_1({}, {}, {**DIFFUSERS_OF_OLD, "pipeline": "diffusers, model offloading"}),
-        replace(LTX_2_BF16, techniques=["model_offload"], write_video=False),
+        replace(LTX_2_BF16.with_request(settings=MemorySettings(offload="model")), write_video=False),
     ),
     "group offloading": (
         _format_1({}, {}, {**DIFFUSERS_OF_OLD, "pipeline": "diffusers, group offloading"}),
-        replace(LTX_2_BF16, techniques=["group_offload"], write_video=False),
+        replace(LTX_2_BF16.with_request(settings=MemorySettings(offload="group-leaf")), write_video=False),
     ),
 }
 
@@ -627,7 +638,7 @@ def test_damaged_metadata_are_refused_as_such_or_say_a_spec(metadata, data):
 def test_a_forecast_in_the_form_of_a_run_says_its_spec():
     from i2v_lab.profiling.records import Forecast
 
-    spec = _tiny("ltx-2-tiny", techniques=["model_offload"])
+    spec = _tiny("ltx-2-tiny", settings=MemorySettings(offload="model", dtypes={"vae": "float32"}), steps=3)
     run = as_run(spec, Forecast((), 0, 0.0))
     assert spec_of(run) == spec
     assert (run.metadata["runner"], run.metadata["device"]) == ("diffusers", "forecast")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +57,7 @@ HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 @given(TEXTS)
+@example("\U000e972e>\x15")  # rich 14.3 does not end where a text begins with a letter of no width
 @settings(deadline=None, max_examples=60)
 def test_whatever_is_printed_is_shown_and_not_acted_on(text):
     assert _acted_on(printable(text)) == []

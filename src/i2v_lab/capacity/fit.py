@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from i2v_lab.capacity.cards import FITS, TIGHT, judge
+from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast
@@ -44,6 +47,15 @@ class Largest:
     at_the_bound: bool
 
 
+# Memory settings in descending order of speed. An autoencoder that does not tile is tried without.
+LIGHTER: Mapping[Offload, Sequence[dict[str, Any]]] = {
+    Offload.NONE: ({"vae_tiling": True},),
+    Offload.MODEL: ({}, {"vae_tiling": True}),
+    Offload.GROUP_LEAF: ({"offload_stream": True}, {"offload_stream": True, "vae_tiling": True}),
+    Offload.SEQUENTIAL: ({"offload_stream": False}, {"offload_stream": False, "vae_tiling": True}),
+}
+
+
 class FitSearch:
     """Searches for requests that fit a GPU.
 
@@ -70,6 +82,7 @@ class FitSearch:
         self._memory_bytes = memory_bytes
         self._model = model
         self._runner = runner_of(load_architecture(model))
+        self._sizes = self._runner.size_rule(load_architecture(model))
         self._on_forecast = on_forecast
         self._accepted = (FITS, TIGHT) if tightly else (FITS,)
 
@@ -83,12 +96,12 @@ class FitSearch:
             aspect: Width to height; sides are rounded to the model's multiple of pixels.
             max_height: Upper bound of the search, in pixels.
         """
-        sizes = self._runner.sizes.sizes(aspect, max_height)
+        sizes = self._sizes.sizes(aspect, max_height)
         return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
 
     def most_frames(self, request: I2VRequest) -> Largest:
         """The largest number of frames at the request's size."""
-        counts = self._runner.sizes.frame_counts(MAX_FRAMES)
+        counts = self._sizes.frame_counts(MAX_FRAMES)
         return self._last_that_fits([replace(request, frames=count) for count in counts])
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
@@ -121,3 +134,25 @@ class FitSearch:
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)
         return forecast, verdict in self._accepted
+
+
+def lighter(request: I2VRequest, model: str) -> list[I2VRequest]:
+    """The same request under memory policies, or memory settings, that hold less, in descending order of speed.
+
+    Example:
+        >>> request = I2VRequest(image="still.png", memory="lean")
+        >>> [other.memory.value for other in lighter(request, "ltx-2.3-22b")]
+        ['streamed']
+    """
+    runner = runner_of(load_architecture(model))
+    if not runner.settings:
+        policies: list[MemoryPolicy] = [policy for policy in runner.memory if policy is not MemoryPolicy.AUTO]
+        return [replace(request, memory=policy) for policy in policies[policies.index(request.memory) + 1 :]]
+    offloads = list(LIGHTER)
+    begin = offloads.index(request.settings.offload) if request.settings.offload in offloads else 0
+    return [
+        replace(request, settings=replace(request.settings, offload=offload, offload_blocks=1, **settings))
+        for offload in offloads[begin:]
+        for settings in LIGHTER[offload]
+        if replace(request.settings, offload=offload, offload_blocks=1, **settings) != request.settings
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from i2v_lab.cli import options
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import Offload
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
 
@@ -35,11 +35,20 @@ def fit(
     width: Annotated[int | None, typer.Option(help="Pixels; with --height. [default: searched for]")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; with --width. [default: searched for]")] = None,
     aspect: Annotated[str, typer.Option(help="Width to height, when searching for the size.")] = "4:3",
-    fps: options.Fps = 24.0,
+    fps: options.Fps = None,
     model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
     quantization: options.QuantizationOption = None,
     memory: options.MemoryOption = MemoryPolicy.RESIDENT,
+    steps: options.Steps = None,
+    offload: options.OffloadOption = Offload.NONE,
+    offload_stream: options.OffloadStream = False,
+    offload_blocks: options.OffloadBlocks = 1,
+    vae_tiling: options.VaeTiling = False,
+    vae_tile: options.VaeTile = None,
+    vae_slicing: options.VaeSlicing = False,
+    layerwise_casting: options.LayerwiseCasting = False,
+    dtype: options.DtypeOption = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Search for the largest video that fits a card, over whichever is not given: size, frames or tiling.
@@ -48,9 +57,8 @@ def fit(
     The exit status is 1 if nothing fits; then the memory policy that does is named, or the memory that is needed.
     """
     from i2v_lab.capacity.cards import gpu_memory_bytes
-    from i2v_lab.capacity.fit import FitSearch, Largest
+    from i2v_lab.capacity.fit import FitSearch, Largest, lighter
     from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.units import format_bytes
 
     if (width is None) != (height is None):
@@ -63,6 +71,16 @@ def fit(
     memory_bytes = gpu_memory_bytes(gpu)
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
+    settings = options.memory_settings(
+        offload,
+        offload_stream=offload_stream,
+        offload_blocks=offload_blocks,
+        vae_tiling=vae_tiling,
+        vae_tile=vae_tile,
+        vae_slicing=vae_slicing,
+        layerwise_casting=layerwise_casting,
+        dtype=dtype,
+    )
     request = options.build_request(
         architecture,
         (None,) * 4,
@@ -73,9 +91,11 @@ def fit(
         quantization=quantization,
         # A request that fits under any policy fits under the one with the smallest peak.
         memory=MemoryPolicy.STREAMED if memory is MemoryPolicy.AUTO else memory,
-        frames=I2VRequest.frames if frames is None else frames,
-        width=I2VRequest.width if width is None else width,
-        height=I2VRequest.height if height is None else height,
+        frames=frames,
+        width=width,
+        height=height,
+        settings=settings,
+        steps=steps,
     )
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
@@ -89,16 +109,18 @@ def fit(
         return ("frames", search.most_frames(asked)) if frames is None else ("tiling", search.fastest_tiling(asked))
 
     sought, found = largest(request)
-    # What would fit instead: the same search under the policies that hold less.
-    others = {}
-    if found.request is None:
-        policies: list[MemoryPolicy] = [p for p in runner_of(architecture).memory if p is not MemoryPolicy.AUTO]
-        for policy in policies[policies.index(request.memory) + 1 :]:
-            others[policy] = largest(replace(request, memory=policy))[1]
-            if others[policy].request is not None:
-                break
-    instead = next((other for other in others.values() if other.request is not None), None)
-    least = min([found, *others.values()], key=lambda each: each.forecast.peak.peak_bytes)
+    # What would fit instead: the same search under what holds less.
+    others: list[Largest] = []
+    for other in lighter(request, model) if found.request is None else ():
+        try:
+            others.append(largest(other)[1])
+        except InvalidRequest as error:  # an autoencoder that does not tile
+            log(f"{other.settings.options}: {error}")
+            continue
+        if others[-1].request is not None:
+            break
+    instead = next((other for other in others if other.request is not None), None)
+    least = min([found, *others], key=lambda each: each.forecast.peak.peak_bytes)
     needed_bytes = least.forecast.peak_reserved_bytes + least.forecast.context_bytes
     if as_json:
         answer = {
@@ -116,7 +138,7 @@ def fit(
     elif found.request is None:
         peak = found.forecast.peak
         remedy = (
-            f"with --memory {instead.request.memory}, {_described(instead.request)} fits"
+            f"with {_remedy(instead.request)}, {_described(instead.request)} fits"
             if instead and instead.request
             else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
         )
@@ -136,7 +158,12 @@ def fit(
         raise typer.Exit(1)
 
 
+def _remedy(request: I2VRequest) -> str:
+    return request.settings.options or f"--memory {request.memory}"
+
+
 def _described(request: I2VRequest) -> str:
     tiling = request.tiling
     tiles = f"tiles of {tiling.tile_px} px x {tiling.tile_frames} frames" if tiling else "no tiling"
+    tiles = request.settings.options or tiles
     return f"{request.width}x{request.height}, {request.frames} frames, {tiles}"

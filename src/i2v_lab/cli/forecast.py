@@ -15,6 +15,7 @@ from i2v_lab.cli.output import print_json
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import Offload
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
 
@@ -52,7 +53,7 @@ def forecast(
     width: options.Width = None,
     height: options.Height = None,
     frames: options.Frames = None,
-    fps: options.Fps = 24.0,
+    fps: options.Fps = None,
     seed: options.Seed = 10,
     model: options.Model = FULL_SIZE_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
@@ -64,6 +65,15 @@ def forecast(
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
     memory: options.MemoryOption = MemoryPolicy.RESIDENT,
+    steps: options.Steps = None,
+    offload: options.OffloadOption = Offload.NONE,
+    offload_stream: options.OffloadStream = False,
+    offload_blocks: options.OffloadBlocks = 1,
+    vae_tiling: options.VaeTiling = False,
+    vae_tile: options.VaeTile = None,
+    vae_slicing: options.VaeSlicing = False,
+    layerwise_casting: options.LayerwiseCasting = False,
+    dtype: options.DtypeOption = None,
     vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the records to this folder, for `i2v-lab show`.")] = None,
     script: Annotated[
@@ -89,6 +99,16 @@ def forecast(
         raise InvalidRequest(
             "memory=auto depends on the card; give its size with --vram-cap-gib", memory=memory.value, vram_cap_gib=None
         )
+    settings = options.memory_settings(
+        offload,
+        offload_stream=offload_stream,
+        offload_blocks=offload_blocks,
+        vae_tiling=vae_tiling,
+        vae_tile=vae_tile,
+        vae_slicing=vae_slicing,
+        layerwise_casting=layerwise_casting,
+        dtype=dtype,
+    )
     request = options.build_request(
         load_architecture(model),
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
@@ -105,6 +125,8 @@ def forecast(
         quantization=quantization,
         decode_scope=decode_scope,
         memory=memory,
+        settings=settings,
+        steps=steps,
     )
     if vram_cap_bytes is not None:
         request = options.resolved(request, model, vram_cap_bytes)

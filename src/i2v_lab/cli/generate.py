@@ -14,6 +14,7 @@ from i2v_lab.cli.output import plain_console, print_json
 from i2v_lab.files import check_new_folder
 from i2v_lab.locks import exclusive, lock_on_this_machine
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import Offload
 from i2v_lab.paths import find_still
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import SMALL_MODEL
@@ -51,7 +52,7 @@ def generate(
     width: options.Width = None,
     height: options.Height = None,
     frames: options.Frames = None,
-    fps: options.Fps = 24.0,
+    fps: options.Fps = None,
     seed: options.Seed = 10,
     model: options.Model = SMALL_MODEL,
     variant: options.VariantOption = Variant.DISTILLED,
@@ -63,11 +64,23 @@ def generate(
     no_tiling: options.NoTiling = False,
     decode_scope: options.DecodeScopeOption = DecodeScope.NO_GRAD,
     memory: options.MemoryOption = MemoryPolicy.RESIDENT,
+    steps: options.Steps = None,
+    offload: options.OffloadOption = Offload.NONE,
+    offload_stream: options.OffloadStream = False,
+    offload_blocks: options.OffloadBlocks = 1,
+    vae_tiling: options.VaeTiling = False,
+    vae_tile: options.VaeTile = None,
+    vae_slicing: options.VaeSlicing = False,
+    layerwise_casting: options.LayerwiseCasting = False,
+    dtype: options.DtypeOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights, safetensors. [default: synthetic]")] = None,
     gemma: Annotated[Path | None, typer.Option(help="Gemma 3 folder (LTX-2).")] = None,
     text_encoder: Annotated[Path | None, typer.Option(help="T5 folder (LTX-Video).")] = None,
     upsampler: Annotated[Path | None, typer.Option(help="Spatial latent upsampler.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of a diffusers repository, safetensors (diffusers' models).")
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (LTX-2, dev variant).")] = None,
     vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
@@ -86,8 +99,19 @@ def generate(
         "text_encoder": text_encoder,
         "upsampler": upsampler,
         "lora": lora,
+        "weights": weights,
     }
     runner.check_weight_options(paths, model)
+    settings = options.memory_settings(
+        offload,
+        offload_stream=offload_stream,
+        offload_blocks=offload_blocks,
+        vae_tiling=vae_tiling,
+        vae_tile=vae_tile,
+        vae_slicing=vae_slicing,
+        layerwise_casting=layerwise_casting,
+        dtype=dtype,
+    )
     request = options.build_request(
         architecture,
         (tile_px, tile_overlap_px, tile_frames, tile_overlap_frames),
@@ -104,6 +128,8 @@ def generate(
         quantization=quantization,
         decode_scope=decode_scope,
         memory=memory,
+        settings=settings,
+        steps=steps,
     )
     vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     from i2v_lab.pipeline.contract import media  # imports torch, so only once the options are valid
@@ -131,16 +157,16 @@ def generate(
         vram_cap_bytes=vram_cap_bytes,
     )
     with exclusive(lock_on_this_machine(out), out), ProgressReport(request.frames) as progress:
-        weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
-        for note in getattr(weights, "notes", ()):  # what was applied of the files
+        resolved_weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
+        for note in getattr(resolved_weights, "notes", ()):  # what was applied of the files
             progress.note(note)
         profiler = execute(
             spec,
             Mode.REAL,
             str(target),
-            weights=weights,
+            weights=resolved_weights,
             run_dir=profile,
-            metadata={"argv": sys.argv, "weights": list(getattr(weights, "notes", ()))},
+            metadata={"argv": sys.argv, "weights": list(getattr(resolved_weights, "notes", ()))},
             video_path=lambda _: out,
             hooks=Hooks(sinks=[progress], on_frame=progress.frame_written),
         )

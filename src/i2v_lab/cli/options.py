@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -11,17 +12,18 @@ import typer
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 from i2v_lab.units import GIB
 
 Prompt = Annotated[str, typer.Option(help="Description of the video.")]
-NegativePrompt = Annotated[str, typer.Option(help="Description of what to avoid (dev variant).")]
+NegativePrompt = Annotated[str, typer.Option(help="Description of what to avoid (dev variant, and diffusers' models).")]
 Width = Annotated[int | None, typer.Option(help="Pixels, by the model's size rule. [default: the model's]")]
 Height = Annotated[int | None, typer.Option(help="Pixels, by the model's size rule. [default: the model's]")]
 Frames = Annotated[int | None, typer.Option(help="Frames, by the model's size rule. [default: the model's]")]
-Fps = Annotated[float, typer.Option(help="Frames per second.")]
+Fps = Annotated[float | None, typer.Option(help="Frames per second. [default: the model's, or 24]")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Model = Annotated[str, typer.Option(help="Name of an architecture in data/architectures.")]
 VariantOption = Annotated[Variant, typer.Option(help="Sampler of the model.")]
@@ -35,6 +37,50 @@ TileOverlapFrames = Annotated[int | None, typer.Option(help="Temporal overlap of
 NoTiling = Annotated[bool, typer.Option("--no-tiling", help="Decode without tiles.")]
 DecodeScopeOption = Annotated[DecodeScope, typer.Option(help="Grad mode while the video is decoded.")]
 MemoryOption = Annotated[MemoryPolicy, typer.Option(help="Memory policy; auto: the fastest whose forecast fits.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps (diffusers' models). [default: the model's]")]
+OffloadOption = Annotated[
+    Offload, typer.Option(help="What waits on the CPU (diffusers' models).", rich_help_panel="Memory settings")
+]
+OffloadStream = Annotated[
+    bool,
+    typer.Option(
+        "--offload-stream", help="Copy the next group on a CUDA stream meanwhile.", rich_help_panel="Memory settings"
+    ),
+]
+OffloadBlocks = Annotated[
+    int, typer.Option(help="Blocks in a group, for group-block.", rich_help_panel="Memory settings")
+]
+VaeTiling = Annotated[
+    bool, typer.Option("--vae-tiling", help="Let the autoencoder tile.", rich_help_panel="Memory settings")
+]
+VaeTile = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="An argument of its enable_tiling, such as tile_sample_min_height=256; repeatable.",
+        rich_help_panel="Memory settings",
+    ),
+]
+VaeSlicing = Annotated[
+    bool, typer.Option("--vae-slicing", help="Let the autoencoder slice a batch.", rich_help_panel="Memory settings")
+]
+LayerwiseCasting = Annotated[
+    bool,
+    typer.Option(
+        "--layerwise-casting",
+        help="Keep the transformer in float8, cast layer by layer.",
+        rich_help_panel="Memory settings",
+    ),
+]
+DtypeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dtype",
+        metavar="COMPONENT=DTYPE",
+        help="Of a component's weights, such as vae=float32; 'default' stands for all others; repeatable.",
+        rich_help_panel="Memory settings",
+    ),
+]
 VramCapGib = Annotated[float | None, typer.Option(help="Limit memory to that of a card of this size, GiB.")]
 MAX_CAP_GIB = 2**20
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
@@ -71,6 +117,53 @@ def cap_bytes(vram_cap_gib: float | None) -> int | None:
             vram_cap_gib=vram_cap_gib,
         )
     return int(vram_cap_gib * GIB)
+
+
+def memory_settings(
+    offload: Offload = Offload.NONE,
+    *,
+    offload_stream: bool = False,
+    offload_blocks: int = 1,
+    vae_tiling: bool = False,
+    vae_tile: Sequence[str] | None = None,
+    vae_slicing: bool = False,
+    layerwise_casting: bool = False,
+    dtype: Sequence[str] | None = None,
+) -> MemorySettings:
+    """The memory settings of a command line; a tile's size alone turns tiling on.
+
+    Raises:
+        InvalidRequest: A pair is not ``NAME=VALUE``, or a value is unknown.
+    """
+    tile: dict[str, Any] = {}
+    for name, text in _named("vae_tile", vae_tile).items():
+        try:
+            tile[name] = float(text) if "." in text else int(text)
+        except ValueError:
+            raise InvalidRequest(f"vae_tile: {name}={text!r} is not a number; use one", **{name: text}) from None
+    return MemorySettings.from_json(
+        {
+            "offload": offload,
+            "offload_stream": offload_stream,
+            "offload_blocks": offload_blocks,
+            "vae_tiling": vae_tiling or bool(tile),
+            "vae_tile": tile,
+            "vae_slicing": vae_slicing,
+            "layerwise_casting": layerwise_casting,
+            "dtypes": _named("dtype", dtype),
+        }
+    )
+
+
+def _named(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
+    found = {}
+    for pair in pairs or ():
+        name, separator, value = pair.partition("=")
+        if not (name and separator and value):
+            words = f"{option}={pair!r} is not a name and a value; write it as NAME=VALUE"
+            raise InvalidRequest(words, **{option: pair})
+        found[name] = value
+    return found
 
 
 def resolved(request: I2VRequest, model: str, memory_bytes: int, device: str = "cuda") -> I2VRequest:

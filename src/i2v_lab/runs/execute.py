@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest
 from i2v_lab.events import EventSink, Note, Phase, broadcast
-from i2v_lab.memory_policy import OFFLOADING
 from i2v_lab.paths import find_still
 from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.runs.spec import Consumer, ProfilerMode, RunSpec
@@ -122,17 +121,18 @@ def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
 
     if device not in ("cpu", "cuda"):
         raise DeviceUnavailable(f"device={device!r} cannot be forecast; use cpu or cuda", device=device)
-    offloaded = sorted(spec.technique_set & OFFLOADING)
-    if offloaded and device == "cpu":
+    settings = spec.request.settings
+    if settings.offloads and device == "cpu":
         raise InvalidRequest(
-            f"technique='{offloaded[0]}' is not for a forecast on device='cpu', which has no second memory; use cuda",
-            technique=offloaded[0].value,
+            f"offload={settings.offload.value!r} is not for a forecast on device='cpu', which has no second memory; "
+            "use cuda",
+            offload=settings.offload.value,
         )
     runner = spec.runner_spec
     weights = runner.skeleton_weights(spec.architecture)
     workspaces = load_workspaces() if device == "cuda" else None
-    with forecasting(device, memoize=runner.memoizable_modules(), workspaces=workspaces) as profiler:
-        pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set)
+    with forecasting(device, memoize=runner.memoizable_modules(spec.architecture), workspaces=workspaces) as profiler:
+        pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set, settings)
         perform(spec, pipeline, profiler, lambda _, chunks: _drop(chunks))
     return profiler
 
@@ -170,7 +170,7 @@ def _execute_real(
 
     if spec.profiler is ProfilerMode.NONE:
         sinks = list(hooks.sinks)
-        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set), None, consume)
+        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set, request.settings), None, consume)
         return None
     attribute = spec.profiler is ProfilerMode.FULL
     with ExitStack() as scopes:
@@ -184,7 +184,7 @@ def _execute_real(
             sinks.insert(0, hooks.monitor)
         if not attribute:
             scopes.enter_context(profiler.phase(WHOLE))
-        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set), profiler, consume)
+        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set, request.settings), profiler, consume)
     return profiler
 
 

@@ -31,6 +31,7 @@ EXECUTED = (
     "events.py",
     "locks.py",
     "memory_policy.py",
+    "memory_settings.py",
     "metered_threads.py",
     "request.py",
     "pipeline/contract",

@@ -11,6 +11,7 @@ from typing import Any
 
 from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques, policy_of, to_techniques
+from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
 from i2v_lab.pipeline.registry import find_runner
@@ -23,6 +24,8 @@ DEFAULT_STILL = "stills/lighthouse.png"
 # Fields of a request that runs are compared without: the still is scaled, a prompt of up to 1,024 tokens is padded to
 # these, and the policy is resolved to techniques.
 WITHOUT_BYTES = ("image", "prompt", "negative_prompt", "seed", "memory")
+# Techniques of records from before there were memory settings.
+OFFLOADING_TECHNIQUES = {"model_offload": Offload.MODEL, "group_offload": Offload.GROUP_LEAF}
 
 
 class Consumer(StrEnum):
@@ -191,6 +194,9 @@ class RunSpec:
             parts.append(request.variant.value)
         if request.quantization.value != defaults.get("quantization", Quantization.FP8_CAST.value):
             parts.append(request.quantization.value)
+        if request.steps is not None:
+            parts.append(f"{request.steps}steps")
+        parts += [name for name in (request.settings.name,) if name]
         parts += _techniques_name(self.technique_set)
         if self.consumer is not Consumer.PLAIN:
             parts.append(self.consumer.value)
@@ -251,7 +257,16 @@ class RunSpec:
         if not isinstance(values, Mapping) or "request" not in values or not set(values) <= names:
             words = f"a run of {shown(values)} is not a mapping of {', '.join(sorted(names))}; give these"
             raise InvalidRequest(words, spec=values)
-        return cls(**{**values, "request": I2VRequest.from_json(values["request"])})
+        return cls(**_with_settings({**values, "request": I2VRequest.from_json(values["request"])}))
+
+
+def _with_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec, whose offloading was a technique before there were memory settings."""
+    techniques = values.get("techniques")
+    if not isinstance(techniques, list) or len(techniques) != 1 or techniques[0] not in OFFLOADING_TECHNIQUES:
+        return values
+    settings = MemorySettings(offload=OFFLOADING_TECHNIQUES[techniques[0]])
+    return {**values, "techniques": [], "request": replace(values["request"], settings=settings)}
 
 
 def _choice(kind: type[StrEnum], name: str, value: Any) -> StrEnum:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from i2v_lab.files import read_cached, write_cached
+from i2v_lab.memory_settings import Dtype, MemorySettings
 from i2v_lab.paths import find_still
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.provenance import code_digest, normalized_code, runner_packages, versions
@@ -111,12 +112,12 @@ def _upstream(weights: Weights, request: I2VRequest, scopes: ExitStack) -> Itera
 
 
 def _diffusers(request: I2VRequest) -> Iterator[Subject]:
-    import torch
-
     from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2, resolve_weights
+    from i2v_lab.pipeline.diffusers.ltx2 import DiffusersLTX2
+    from i2v_lab.pipeline.diffusers.weights import resolve_weights
 
-    pipeline = DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), dtype=torch.float32)
+    in_float32 = MemorySettings(dtypes=(("default", Dtype.FLOAT32),))
+    pipeline = DiffusersLTX2(resolve_weights(load_architecture("ltx-2-tiny")), settings=in_float32)
     name = f"diffusers {type(pipeline.generate).__name__}"
     decode = pipeline.generate.vae.decode
     yield Subject(name, partial(pipeline.run, request), None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import UnknownModel, shown
 from i2v_lab.paths import data_dir
 from i2v_lab.request import Tiling
+
+TINY = "-tiny"  # ends the name of the small model in the file of a large one
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,15 @@ class Architecture:
         variants: Which of the samplers there are weights for.
         text_encoder: The T5 encoder's configuration, for ltx-video.
         lora_rank: Rank of the distilled LoRA.
+        pipeline: For diffusers, the class of the pipeline; empty for LTX-2's two stages, which are two of them.
+        arguments: Of its constructor, besides the components.
+        dtypes: Of its components' weights, by name; the name ``""`` is for all others.
+        sizes: The sizes that it takes, as the fields of a :class:`~i2v_lab.pipeline.contract.sizes.SizeRule`, where its
+            runner has no rule for all models.
+        parameters: How many there are in each component, where they were counted.
+        source: Where the configuration was published.
+        note: What else there is to know.
+        repository: Names of the repositories that have its weights, for diffusers.
         requires: The lowest version of each distribution that has the model, where the runner's lowest does not.
     """
 
@@ -47,18 +59,38 @@ class Architecture:
     text_encoder: dict[str, Any] = field(default_factory=dict)
     gemma: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    pipeline: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    source: str = ""
+    note: str = ""
+    repository: tuple[str, ...] = ()
     requires: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical JSON of everything that determines the weights' layout; equal text means equal layout."""
-        names = ("config", "upsampler", "gemma", "text_encoder", "lora_rank")
+        names = ["config", "upsampler", "gemma", "text_encoder", "lora_rank"]
+        names += [name for name in ("pipeline", "arguments", "dtypes") if getattr(self, name)]
         layout = {name: getattr(self, name) for name in names}
         return json.dumps(layout, sort_keys=True)
 
 
 def architecture_names() -> list[str]:
-    """Names of all known architectures, sorted."""
-    return sorted(path.stem for path in (data_dir() / "architectures").glob("*.json"))
+    """Names of all known architectures, sorted; a model with a ``tiny`` section in its file is two of them."""
+    return sorted(_files())
+
+
+@cache
+def _files() -> dict[str, Path]:
+    """The file of each architecture."""
+    found = {}
+    for path in (data_dir() / "architectures").glob("*.json"):
+        found[path.stem] = path
+        if "tiny" in json.loads(path.read_text(encoding="utf-8")):
+            found[path.stem + TINY] = path
+    return found
 
 
 def load_architecture(name: str) -> Architecture:
@@ -71,8 +103,8 @@ def load_architecture(name: str) -> Architecture:
         >>> load_architecture("ltx-2.3-22b").config["transformer"]["num_layers"]
         48
     """
-    names = architecture_names()
-    if not isinstance(name, str) or name not in names:
+    if not isinstance(name, str) or name not in _files():
+        names = architecture_names()
         raise UnknownModel(
             f"model={shown(name)} is not a known architecture; use one of: {', '.join(names)}", model=name
         )
@@ -81,11 +113,28 @@ def load_architecture(name: str) -> Architecture:
 
 @cache
 def _read(name: str) -> Architecture:
-    values = json.loads((data_dir() / "architectures" / f"{name}.json").read_text(encoding="utf-8"))
+    path = _files()[name]
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if name != path.stem:
+        values = _merged(values, {**values["tiny"], "name": name})
     known = set(Architecture.__dataclass_fields__)
     fields: dict[str, Any] = {key: value for key, value in values.items() if key in known}
-    if "variants" in fields:
-        fields["variants"] = tuple(fields["variants"])
+    for key in ("variants", "repository"):
+        if key in fields:
+            fields[key] = tuple(fields[key])
     if fields["request"].get("tiling") is not None:
         fields["request"]["tiling"] = Tiling(**fields["request"]["tiling"])
     return Architecture(**fields)
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with some of them replaced; ``None`` removes one."""
+    merged = dict(values)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

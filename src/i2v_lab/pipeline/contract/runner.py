@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from i2v_lab.errors import InvalidRequest, RunnerUnavailable
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.sizes import SizeRule
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
@@ -48,7 +49,7 @@ class RunnerSpec:
         module: The Python module that it needs.
         install: The command that installs it.
         packages: Distributions whose versions decide what it computes; they are recorded, and part of every cache key.
-        sizes: The sizes that its models take.
+        sizes: The sizes that its models take; those of an architecture with ``sizes`` of its own are these.
         parts: ``resolve_weights``, ``skeleton_weights``, ``pipeline`` and ``memoizable_modules``, each as
             ``module:name`` below :mod:`i2v_lab.pipeline`; imported when they are needed.
         weight_options: Names of the options that give real weights.
@@ -62,6 +63,7 @@ class RunnerSpec:
             guard it.
         repeatable: Whether it generates several times in a process.
         emits_events: Whether it reports its phases; otherwise they are found from the calls of its components.
+        settings: Whether it takes :class:`~i2v_lab.memory_settings.MemorySettings`, and a number of steps.
         third_party: Whether it is another project's pipeline as it is, for comparison.
         check_model: Further rules that need the architecture.
 
@@ -88,6 +90,7 @@ class RunnerSpec:
     lazy_decode: bool = True
     repeatable: bool = True
     emits_events: bool = True
+    settings: bool = False
     third_party: bool = False
     check_model: Callable[[Architecture, I2VRequest], None] = field(default=lambda *_: None, repr=False)
 
@@ -105,6 +108,13 @@ class RunnerSpec:
     def tiles(self, architecture: Architecture) -> bool:
         """Whether a model's decoder can cut the latent into tiles."""
         return self.tiled(architecture) if callable(self.tiled) else self.tiled
+
+    def size_rule(self, architecture: Architecture) -> SizeRule:
+        """The sizes that a model takes."""
+        own: dict[str, Any] = dict(architecture.sizes)
+        if not own:
+            return self.sizes
+        return SizeRule(**{**own, "only": tuple((width, height) for width, height in own.get("only", ()))})
 
     # --- Rules ---
 
@@ -194,7 +204,16 @@ class RunnerSpec:
                 raise InvalidRequest(
                     f"{name}={value!r} is not for {whose}; use {' or '.join(choices)}", **{name: value}
                 )
-        self.sizes.check(request)
+        if not self.settings:
+            for name, unset in {"settings": NO_SETTINGS, "steps": None}.items():
+                if getattr(request, name) != unset:
+                    value = getattr(request, name)
+                    raise InvalidRequest(
+                        f"{name}={value.name if isinstance(value, MemorySettings) else value} is not for {whose}; "
+                        "leave it out, or use a model of diffusers (`i2v-lab models`)",
+                        **{name: value.to_json() if isinstance(value, MemorySettings) else value},
+                    )
+        self.size_rule(architecture).check(request)
         self.check_model(architecture, request)
         if request.tiling is not None and not self.tiles(architecture):
             raise InvalidRequest(
@@ -226,6 +245,7 @@ class RunnerSpec:
         device: str | torch.device = "cpu",
         sinks: Sequence[EventSink] = (),
         techniques: Techniques | None = None,
+        settings: MemorySettings = NO_SETTINGS,
     ) -> Pipeline:
         """The pipeline over weights that this runner resolved.
 
@@ -234,12 +254,15 @@ class RunnerSpec:
             device: ``cpu`` or ``cuda``.
             sinks: Called with every event.
             techniques: Stand in for those of a request's memory policy.
+            settings: Of the requests that it will get, where it takes any.
 
         Raises:
-            InvalidRequest: A technique that it does not support.
+            InvalidRequest: A technique or settings that it does not support.
         """
         self.check_techniques(techniques or frozenset())
         options: dict[str, Any] = {"techniques": techniques} if self.techniques and techniques is not None else {}
+        if self.settings:
+            options["settings"] = settings
         pipeline: Pipeline = self._part("pipeline")(weights, device, sinks=sinks, **options)
         return pipeline
 
@@ -256,9 +279,9 @@ class RunnerSpec:
                 f"technique='{unknown[0]}' is not for pipeline={self.name!r}; use {known}", technique=unknown[0].value
             )
 
-    def memoizable_modules(self) -> Mapping[type[torch.nn.Module], Callable[..., Hashable]]:
+    def memoizable_modules(self, architecture: Architecture) -> Mapping[type[torch.nn.Module], Callable[..., Hashable]]:
         """Module classes whose identical calls a forecast runs once (see :mod:`i2v_lab.profiling.fake.memoization`)."""
-        kinds: Mapping[type[torch.nn.Module], Callable[..., Hashable]] = self._part("memoizable_modules")()
+        kinds: Mapping[type[torch.nn.Module], Callable[..., Hashable]] = self._part("memoizable_modules")(architecture)
         return kinds
 
     def _part(self, name: str) -> Any:

@@ -42,6 +42,9 @@ class SizeRule:
         frame_step: The number of frames is ``frame_step * k + 1``.
         spatial_scale: Pixels for one latent row or column.
         temporal_scale: Frames for one latent frame after the first, which the autoencoder treats causally.
+        section_frames: Frames to ask the pipeline for in place of each ``frame_step``; 0 where it makes as many as are
+            asked for.
+        only: The sizes that there are, as ``(width, height)``, where they are few; none for all multiples.
 
     Example:
         >>> rule = SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8)
@@ -58,6 +61,12 @@ class SizeRule:
     frame_step: int
     spatial_scale: int
     temporal_scale: int
+    only: tuple[tuple[int, int], ...] = ()
+    section_frames: int = 0
+
+    def asked_frames(self, frames: int) -> int:
+        """The number of frames to ask the pipeline for, so that it makes ``frames``."""
+        return (frames - 1) // self.frame_step * self.section_frames if self.section_frames else frames
 
     def check(self, request: I2VRequest) -> None:
         """Refuse a size that is not allowed.
@@ -65,6 +74,14 @@ class SizeRule:
         Raises:
             InvalidRequest: With the value and its nearest neighbours that are allowed.
         """
+        if self.only and (request.width, request.height) not in self.only:
+            near = sorted(self.only, key=lambda size: abs(size[0] - request.width) + abs(size[1] - request.height))
+            raise InvalidRequest(
+                f"{request.width}x{request.height} is none of the model's sizes; use "
+                f"{' or '.join(f'{width}x{height}' for width, height in near[:3])}",
+                width=request.width,
+                height=request.height,
+            )
         for name in ("width", "height"):
             value, multiple = getattr(request, name), self.pixel_multiple
             if value % multiple:
@@ -109,7 +126,13 @@ class SizeRule:
         )
 
     def sizes(self, aspect: tuple[int, int], max_height: int) -> Iterator[tuple[int, int]]:
-        """Every allowed height up to a limit with its width at an aspect ratio, as ``(width, height)``."""
+        """Every allowed height up to a limit with its width at an aspect ratio, as ``(width, height)``.
+
+        Where there are few sizes, those up to the limit by their pixels, whatever their aspect ratio.
+        """
+        if self.only:
+            yield from sorted((size for size in self.only if size[1] <= max_height), key=lambda size: size[0] * size[1])
+            return
         for height in range(self.min_pixels, max_height + 1, self.pixel_multiple):
             steps = round(Fraction(height * aspect[0], aspect[1] * self.pixel_multiple))
             width = max(self.min_pixels, steps * self.pixel_multiple)

@@ -1,7 +1,6 @@
 """diffusers' pipelines with random weights; the only package that imports diffusers."""
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.memory_policy import Technique
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
 from i2v_lab.pipeline.contract.sizes import SizeRule
@@ -15,6 +14,33 @@ PATCH_PX = 4  # of the diffusion decoder's last stage
 def has_diffusion_decoder(architecture: Architecture) -> bool:
     """Whether a model decodes with LTX-2.5's diffusion decoder instead of its autoencoder."""
     return "diffusion_decoder" in architecture.config
+
+
+def check_model(architecture: Architecture, request: I2VRequest) -> None:
+    """Refuse what a model of diffusers has no use for, or what one with two stages cannot generate.
+
+    Raises:
+        InvalidRequest: A prompt for a model without a text encoder, the dtype of a component that there is not, or the
+            size of a video.
+    """
+    components = architecture.config
+    for name in ("prompt", "negative_prompt"):
+        if getattr(request, name) and architecture.pipeline and "tokenizer" not in components:
+            raise InvalidRequest(
+                f"{name} is not for model={architecture.name!r}, which takes none; leave it out",
+                **{name: getattr(request, name)},
+            )
+    for name, dtype in request.settings.dtypes:
+        known = ["default", *(each for each in components if each != "scheduler")]
+        if not architecture.pipeline:
+            known.append("text_encoder")
+        if name not in known:
+            raise InvalidRequest(
+                f"dtypes: {name}={dtype.value} is not for model={architecture.name!r}; use {', '.join(known)}",
+                **{name: dtype.value},
+            )
+    if not architecture.pipeline:
+        check_latent(architecture, request)
 
 
 def check_latent(architecture: Architecture, request: I2VRequest) -> None:
@@ -67,19 +93,20 @@ RUNNER = RunnerSpec(
     packages=("torch", "diffusers", "transformers", "accelerate"),
     sizes=SIZES,
     parts={
-        "resolve_weights": "diffusers.ltx2:resolve_weights",
-        "skeleton_weights": "diffusers.ltx2:skeleton_weights",
-        "pipeline": "diffusers.ltx2:DiffusersLTX2",
-        "memoizable_modules": "diffusers.ltx2:memoizable_modules",
+        "resolve_weights": "diffusers.weights:resolve_weights",
+        "skeleton_weights": "diffusers.weights:skeleton_weights",
+        "pipeline": "diffusers.open_pipeline:open_pipeline",
+        "memoizable_modules": "diffusers.open_pipeline:memoizable_modules",
     },
+    weight_options=("weights",),
     quantizations=(Quantization.BF16,),
     variants=(Variant.DISTILLED,),
     decode_scopes=(DecodeScope.NO_GRAD,),  # its pipelines decorate themselves with torch.no_grad()
-    techniques=frozenset({Technique.MODEL_OFFLOAD, Technique.GROUP_OFFLOAD}),
     tiled=has_diffusion_decoder,  # tiles of its autoencoder may be one latent position wide, which LTX-2's cannot pad
     lazy_decode=False,
     repeatable=False,
     emits_events=False,
+    settings=True,
     third_party=True,
-    check_model=check_latent,
+    check_model=check_model,
 )

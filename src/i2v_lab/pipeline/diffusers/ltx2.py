@@ -7,9 +7,8 @@ decoder, which is a pipeline of its own. What the models differ by is data of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,13 +24,18 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from i2v_lab.events import EventSink, broadcast
-from i2v_lab.memory_policy import OFFLOADING, Technique, Techniques
+from i2v_lab.memory_policy import Techniques
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.byte_tokenizer import IMAGE_TOKENS, SPECIALS, byte_tokenizer
 from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolve_device
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
+from i2v_lab.pipeline.diffusers.components import default_dtype
+from i2v_lab.pipeline.diffusers.pipeline import as_chunk
+from i2v_lab.pipeline.diffusers.settings import cast_layers, offload, set_autoencoder
+from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.torch_compat import is_fake, uncompiled_flex_attention
 
@@ -61,30 +65,7 @@ UNGUIDED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class DiffusersWeights:
-    """Random weights of an architecture, drawn when the components are built.
-
-    Attributes:
-        architecture: Whose; ``config`` is what differs from diffusers' defaults, by component, with ``_class_name``
-            where its class does, ``gemma`` the text encoder's whole configuration, ``sampling`` arguments of both
-            stages.
-    """
-
-    architecture: Architecture
-
-
-def resolve_weights(architecture: Architecture, progress: Callable[..., None] = lambda *_: None) -> DiffusersWeights:
-    """The weights of a model: always random here."""
-    return DiffusersWeights(architecture)
-
-
-def skeleton_weights(architecture: Architecture) -> DiffusersWeights:
-    """The same: under fake tensors nothing is drawn."""
-    return DiffusersWeights(architecture)
-
-
-def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+def memoizable_modules(architecture: Architecture) -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
     """The blocks of the transformer and of the diffusion decoder: all of their calls run the same operators."""
     kinds: list[type[torch.nn.Module]] = [LTX2VideoTransformerBlock]
     with suppress(ImportError):  # of diffusers 0.40
@@ -137,8 +118,8 @@ class DiffusersLTX2:
         weights: Of the model.
         device: Where the components are, or where diffusers moves them.
         sinks: Get a note where a prompt is cut; these pipelines report no phases.
-        techniques: ``model_offload`` or ``group_offload``: components stay on the CPU and diffusers moves them.
-        dtype: Of all weights.
+        techniques: None: these pipelines take memory settings.
+        settings: Those of the requests.
 
     Attributes:
         generate: Both stages.
@@ -147,7 +128,7 @@ class DiffusersLTX2:
 
     Raises:
         DeviceUnavailable: The device does not exist here.
-        InvalidRequest: A technique is another runner's.
+        InvalidRequest: A setting that the model's autoencoder does not have.
     """
 
     def __init__(
@@ -156,26 +137,28 @@ class DiffusersLTX2:
         device: str | torch.device = "cpu",
         sinks: Sequence[EventSink] = (),
         techniques: Techniques = frozenset(),
-        dtype: torch.dtype = torch.bfloat16,
+        settings: MemorySettings = NO_SETTINGS,
     ) -> None:
         RUNNER.check_techniques(techniques)
         device = resolve_device(device)
         architecture = weights.architecture
-        offloaded = techniques & OFFLOADING
-        where = "cpu" if offloaded else device
+        where = "cpu" if settings.offloads else device
+        dtypes = {name: getattr(torch, dtype.value) for name, dtype in settings.dtypes}
+        default = dtypes.get("default", torch.bfloat16)
 
         def build(name: str) -> Any:
-            return component(architecture, name).to(where).eval()
+            return component(architecture, name).to(where, dtypes.get(name, default)).eval()
 
         # On the device even where they do not stay there: on a CPU, to draw the numbers of 31 B weights takes minutes.
-        with torch.random.fork_rng(devices=[]), torch.device(device), _default_dtype(dtype):
+        with torch.random.fork_rng(devices=[]), torch.device(device), default_dtype(default):
             torch.manual_seed(0)
             scheduler, vae = component(architecture, "scheduler"), build("vae")
+            set_autoencoder(vae, settings, architecture.name)
             self.generate: Any = LTX2ImageToVideoPipeline(
                 scheduler=scheduler,
                 vae=vae,
                 audio_vae=build("audio_vae"),
-                text_encoder=text_encoder(architecture).to(dtype).to(where).eval(),
+                text_encoder=text_encoder(architecture).to(where, dtypes.get("text_encoder", default)).eval(),
                 tokenizer=_tokenizer(),
                 connectors=build("connectors"),
                 transformer=build("transformer"),
@@ -190,14 +173,16 @@ class DiffusersLTX2:
                 self.decode = diffusers.LTX2VideoDiffusionDecodePipeline(build("diffusion_decoder"), scheduler)
         self._sampling = architecture.sampling
         self._emit = broadcast(sinks)
-        if Technique.MODEL_OFFLOAD in techniques:
-            for pipeline in filter(None, (self.generate, self.upsample, self.decode)):
-                pipeline.enable_model_cpu_offload(device=device)
-        elif Technique.GROUP_OFFLOAD in techniques:  # by blocks its autoencoder fails: it is encoded with, not called
-            self.generate.enable_group_offload(onload_device=device, offload_type="leaf_level")
-            self.upsample.latent_upsampler.to(device)
-            if self.decode is not None:
-                self.decode.diffusion_decoder.to(device)
+        others = [each for each in (self.upsample, self.decode) if each is not None]
+        if settings.layerwise_casting:
+            cast_layers(self.generate, dtypes.get("transformer", default))
+        if settings.offloads:
+            offload(self.generate, settings, device)
+        for each in others if settings.offloads else ():
+            if settings.offload is Offload.MODEL:
+                each.enable_model_cpu_offload(device=device)
+            else:  # its own component; the autoencoder has hooks already
+                (each.latent_upsampler if each is self.upsample else each.diffusion_decoder).to(device)
         if is_fake():
             ratio = self.generate.vae_spatial_compression_ratio
             self.generate.video_processor = ForecastProcessor(ratio, resample="bilinear")
@@ -206,7 +191,7 @@ class DiffusersLTX2:
     def __call__(self, request: I2VRequest) -> Generation:
         """Both stages and the decoding, which diffusers does before it returns."""
         video, audio = self.run(request)
-        source = _as_chunk(video)
+        source = as_chunk(video)
         return Generation(VideoStream(source, request.shape, 1), self._sound(audio))
 
     def run(self, request: I2VRequest, output_type: str = "pt") -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,12 +274,6 @@ def _set_tiling(decoder: Any, tiling: Tiling | None) -> None:
     )
 
 
-def _as_chunk(video: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A decoded video ``(1, F, 3, H, W)`` in [0, 1] as one chunk ``(F, H, W, 3)`` uint8, converted on the CPU."""
-    frames = video[0].float().cpu()
-    yield (frames.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 def _tokenizer() -> PreTrainedTokenizerFast:
     named = {name: token for name, token in SPECIALS.items() if name not in IMAGE_TOKENS}
     extra = {name: SPECIALS[name] for name in IMAGE_TOKENS}
@@ -313,13 +292,3 @@ class ForecastProcessor(VideoProcessor):
         """The still ``(1, 3, H, W)`` in [-1, 1]."""
         resized = self.resize(image, height, width)
         return self.normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

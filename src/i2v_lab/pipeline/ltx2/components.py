@@ -22,6 +22,7 @@ from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerB
 from ltx_pipelines.utils import ModelLedger
 
 from i2v_lab.memory_policy import Techniques
+from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
 from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops, tokenizer_ops
 from i2v_lab.pipeline.ltx2.layout import gemma_dimensions, transformer_key_ops
@@ -104,7 +105,7 @@ def quantization_policy(quantization: Quantization) -> QuantizationPolicy | None
     return QuantizationPolicy.fp8_cast() if quantization is Quantization.FP8_CAST else None
 
 
-def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+def memoizable_modules(architecture: Architecture) -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
     """Module classes whose identical calls a forecast may memoize.
 
     The blocks of the transformer, those of the embeddings connectors, and the video decoder, which runs once for each

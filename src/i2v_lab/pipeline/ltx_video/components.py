@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ltx_video.models.transformers.attention import BasicTransformerBlock
 
+from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.ltx_video.layout import STATISTICS_PREFIX, TRANSFORMER_PREFIX, VAE_PREFIX, meta_component
 from i2v_lab.pipeline.ltx_video.weights import LtxVideoWeights
 
@@ -84,7 +85,7 @@ def _assigning(module: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def memoizable_modules() -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
+def memoizable_modules(architecture: Architecture) -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
     """Module classes whose identical calls a forecast may memoize: the transformer's blocks.
 
     Returns:
