@@ -19,6 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from i2v_lab.errors import ForecastError, shown
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.weight_folders import require_files
+from i2v_lab.pipeline.diffusers import stand_ins
+
+STAND_IN = "stand_in.json"  # of a component for which there is no file
 
 
 class ConfigurationFolders:
@@ -68,6 +71,28 @@ class ConfigurationFolders:
             raise missing(name, f"{subfolder}/config.json" if subfolder else "model_index.json or config.json")
         return folder
 
+    def stand_in(self, folder: Path | None, part: str | None) -> Any:
+        """What stands in for a part of an architecture, such as a tokenizer without its vocabulary; else ``None``.
+
+        Args:
+            folder: As :meth:`find` returned it.
+            part: Its subfolder.
+        """
+        path = (folder or Path()) / (part or "") / STAND_IN
+        if not path.is_relative_to(self._written) or not path.is_file():
+            return None
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return getattr(stand_ins, config.pop("_class_name"))(**config)
+
+    def name_of(self, path: Any, part: str | None = None) -> str:
+        """The name that a script gave for a folder that was found, or for a part of it."""
+        given = str(path)
+        for key, folder in self._found.items():
+            if Path(given).is_relative_to(folder) and key[0] != given:
+                given = "/".join([key[0], *Path(given).relative_to(folder).parts])
+                break
+        return f"{given}/{part}" if part else given
+
     def _folder(self, name: str, revision: str | None, cache_dir: Any) -> Path | None:
         if os.path.isdir(name):  # noqa: PTH112 - which takes too long a name for none
             require_files(Path(name), (), "script", "configuration")
@@ -110,6 +135,10 @@ def _names(values: dict[str, Any]) -> list[str]:
     return [names] if isinstance(names, str) else names
 
 
+def _is_stand_in(kind: str) -> bool:
+    return getattr(getattr(stand_ins, kind, None), "__module__", None) == stand_ins.__name__
+
+
 def write_configuration(values: dict[str, Any], folder: Path) -> None:
     """Write an architecture as the JSON files of its pipeline, as they are on the hub.
 
@@ -123,13 +152,12 @@ def write_configuration(values: dict[str, Any], folder: Path) -> None:
         config = dict(section)
         kind = config.pop("_class_name")
         file, library = "config.json", "transformers"
-        if not hasattr(diffusers, kind) and not hasattr(transformers, kind):  # stands in for a tokenizer
-            kind, file = "PreTrainedTokenizerFast", "tokenizer_config.json"
+        if _is_stand_in(kind):
+            file, config["_class_name"] = STAND_IN, kind
+            kind = "ProcessorMixin" if "Processor" in kind else "PreTrainedTokenizerFast"
         elif hasattr(diffusers, kind):
-            library = "diffusers"
+            file, library = getattr(diffusers, kind).config_name, "diffusers"
             config["_class_name"] = kind
-            if issubclass(getattr(diffusers, kind), diffusers.SchedulerMixin):
-                file = "scheduler_config.json"
         elif issubclass(getattr(transformers, kind), transformers.PreTrainedModel):
             config |= {"architectures": [kind], "model_type": getattr(transformers, kind).config_class.model_type}
             config.setdefault("torch_dtype", dtypes.get(name, dtypes.get("", "float32")))

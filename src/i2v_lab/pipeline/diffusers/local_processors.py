@@ -28,6 +28,7 @@ VOCABULARIES = (
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "image_processor_config.json")
 # Of tokenizers whose configuration is not there: the lengths that prompts are padded to.
 LENGTHS = {"CLIP": 77, "T5": 512, "UMT5": 512}
+BYTES = "one token for each byte: its vocabulary is not on this machine"
 MESSAGES = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] if 'text' in part else '' }}{% endfor %}{% endif %}"
@@ -49,13 +50,14 @@ def processor_patches(
         def load(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
             name = pretrained_model_name_or_path
             folder = _folder(folders, name, kwargs)
+            made = folders.stand_in(folder, kwargs.get("subfolder"))
+            if made is not None:
+                assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", BYTES)
+                return made
             if folder is not None and _has(folder, kwargs, VOCABULARIES):
                 return unpatched(kind, "from_pretrained")(cls, str(folder), *args, **kwargs)
             made = stand_in_tokenizer(cls.__name__, _config(folder, kwargs))
-            assume(
-                f"{cls.__name__} of {_named(name, kwargs)}",
-                f"one token for each byte, at most {made.model_max_length}: its vocabulary is not on this machine",
-            )
+            assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", BYTES)
             return made
 
         return load
@@ -64,13 +66,16 @@ def processor_patches(
         def load(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
             name = pretrained_model_name_or_path
             folder = _folder(folders, name, kwargs)
+            made = folders.stand_in(folder, kwargs.get("subfolder"))
+            if made is not None:
+                assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", BYTES)
+                return made
             if folder is not None and _has(folder, kwargs, PROCESSORS):
                 return unpatched(kind, "from_pretrained")(cls, str(folder), *args, **kwargs)
             if not issubclass(cls, ImageProcessingMixin):
                 raise missing(name, " or ".join(PROCESSORS))
-            assume(
-                f"{cls.__name__} of {_named(name, kwargs)}", "its defaults: its configuration is not on this machine"
-            )
+            where = folders.name_of(name, kwargs.get("subfolder"))
+            assume(f"{cls.__name__} of {where}", "its defaults: its configuration is not on this machine")
             return cls()
 
         return load
@@ -131,7 +136,3 @@ def _config(folder: Path | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {}
     values = json.loads(path.read_text(encoding="utf-8"))
     return values if isinstance(values, dict) else {}
-
-
-def _named(name: Any, kwargs: dict[str, Any]) -> str:
-    return f"{name}/{kwargs['subfolder']}" if kwargs.get("subfolder") else str(name)

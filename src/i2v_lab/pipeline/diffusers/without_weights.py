@@ -25,6 +25,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from i2v_lab.errors import ForecastError, shown
 from i2v_lab.pipeline.diffusers.configuration_folders import ConfigurationFolders
 from i2v_lab.pipeline.diffusers.local_processors import processor_patches
+from i2v_lab.pipeline.diffusers.stand_ins import NoSafetyChecker
 from i2v_lab.pipeline.diffusers.weight_shapes import weight_patches
 from i2v_lab.thread_patches import patched_here, unpatched
 
@@ -140,13 +141,16 @@ class _Loader:
         folder = self._folder(pretrained_model_name_or_path, kwargs)
         return unpatched(ConfigMixin, "load_config")(cls, str(folder), *args, **kwargs)
 
-    def pipeline(self, cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def pipeline(self, cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """``DiffusionPipeline.from_pretrained``."""
         folder = self._folder(pretrained_model_name_or_path, kwargs)
         _refuse(kwargs, pretrained_model_name_or_path)
         if kwargs.get("device_map") is not None:
             _single_device(kwargs["device_map"], pretrained_model_name_or_path)
         kwargs = {key: value for key, value in kwargs.items() if key not in ABOUT_FILES}
+        if str(cls.load_config(folder).get("_class_name")).startswith("Cosmos") and "safety_checker" not in kwargs:
+            self._assume(f"safety checker of {pretrained_model_name_or_path}", "none: it is a package of its own")
+            kwargs["safety_checker"] = NoSafetyChecker()
         return unpatched(DiffusionPipeline, "from_pretrained")(cls, str(folder), **kwargs)
 
     def single_file(self, cls: Any, pretrained_model_link_or_path: Any = None, **kwargs: Any) -> Any:
