@@ -257,7 +257,7 @@ def test_a_name_resolves_to_an_architecture_whose_repository_has_it(
 
 LOADED = """
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoModel, DiffusionPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 folder = "{folder}"
@@ -278,6 +278,11 @@ model, info = WanTransformer3DModel.from_pretrained(
     folder, subfolder="transformer", dtype=torch.float8_e4m3fn, device_map={{"": 0}}, output_loading_info=True
 )
 assert model.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn and info["missing_keys"] == []
+half = {{"default": torch.float16}}
+mapped = DiffusionPipeline.from_pretrained(folder, transformer=wan, dtype=half, device_map="cuda")
+assert [part.device.type for part in (mapped.text_encoder, mapped.vae, mapped.transformer)] == ["cuda", "cuda", "cpu"]
+assert [part.dtype for part in (mapped.text_encoder, mapped.vae)] == [torch.float16, torch.float16]
+assert AutoModel.from_pretrained(folder, subfolder="vae").dtype == torch.float32
 """
 
 
@@ -312,11 +317,14 @@ REFUSED = {
     "diffusers.DiffusionPipeline.from_pretrained({folder!r}, custom_pipeline='some/code')": "decided by loading",
     "diffusers.DiffusionPipeline.from_pretrained({folder!r}, device_map='balanced')": "decided by loading",
     "diffusers.WanPipeline.lora_state_dict('some/lora')": "no weights",
+    "__import__('huggingface_hub').hf_hub_download('some/model', 'config.json')": "no network",
+    "diffusers.WanTransformer3DModel.from_pretrained({folder!r}, subfolder='transformer_2')": "no configuration",
+    "transformers.UMT5EncoderModel.from_pretrained({folder!r}, subfolder='text_encoder_2')": "no configuration",
     "torch.load('weights.pt')": "pickle",
     "diffusers.utils.load_video('https://example.com/x.mp4')": "no network",
-    "__import__('urllib.request').request.urlopen('http://example.com')": "use the network, which a forecast does not",
-    "__import__('os').fork()": "start a process, in which a forecast counts nothing",
-    "__import__('multiprocessing').Process().start()": "start a process, in which a forecast counts nothing",
+    "__import__('urllib.request').request.urlopen('http://example.com')": "no network",
+    "__import__('os').fork()": "another process",
+    "__import__('multiprocessing').Process().start()": "another process",
     "(lambda t: (t.start(), t.join()))(__import__('threading').Thread(target=lambda: x + 1))": "another thread",
     "torch.empty(int(torch.rand(1, device='cuda') * 9))": "data dependent",
 }

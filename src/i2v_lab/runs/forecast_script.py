@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from i2v_lab.errors import ForecastError, I2VLabError, ScriptError, shown
 from i2v_lab.profiling.call_phases import CallPhases
@@ -69,6 +70,14 @@ def forecast_script(script: str | Path, arguments: Sequence[str] = ()) -> Foreca
         error.message += f" ({_place(path, error)})"
         error.fields |= {"script": str(path), "line": _line(path, error)}
         raise
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ForecastError(
+            f"{_place(path, error)}: a file is not in the cache of the Hugging Face hub, and a forecast downloads "
+            "nothing; fetch it before, or name a local one",
+            cause="no network",
+            script=str(path),
+            line=_line(path, error),
+        ) from error
     except Exception as error:
         words = " ".join(traceback.format_exception_only(error)[-1].split())
         raise ScriptError(
@@ -204,17 +213,17 @@ def _program(path: Path, arguments: Sequence[str]) -> Iterator[None]:
 def _one_process() -> Iterator[None]:
     """Refuse processes and connections."""
 
-    def refuse(what: str, remedy: str) -> Callable[..., Any]:
+    def refuse(cause: str, what: str, remedy: str) -> Callable[..., Any]:
         def call(*_: Any, **__: Any) -> Any:
-            raise ForecastError(f"{what}; {remedy}", cause=what.partition(" would ")[2])
+            raise ForecastError(f"the script would {what}; {remedy}", cause=cause)
 
         return call
 
     process = refuse(
-        "the script would start a process, in which a forecast counts nothing", "do the work in the script itself"
+        "another process", "start a process, in which a forecast counts nothing", "do the work in the script itself"
     )
     network = refuse(
-        "the script would use the network, which a forecast does not", "name a local file, or leave the call out"
+        "no network", "use the network, which a forecast does not", "name a local file, or leave the call out"
     )
     with ExitStack() as scopes:
         if hasattr(os, "fork"):

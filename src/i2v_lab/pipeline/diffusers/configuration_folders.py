@@ -54,21 +54,26 @@ class ConfigurationFolders:
             self._found[key] = folder
         return self._found[key]
 
-    def require(self, name: Any, subfolder: str | None = None, **where: Any) -> Path:
+    def require(self, name: Any, subfolder: str | None, file: str, **where: Any) -> Path:
         """:meth:`find`, or refuse.
 
         Args:
-            name: As in :meth:`find`.
-            subfolder: Of a component, for the message.
+            name: As in :meth:`find`, or a file.
+            subfolder: Of a component.
+            file: That has to be there; empty if any will do.
             **where: ``revision`` and ``cache_dir``, as in :meth:`find`.
 
         Raises:
             ForecastError: No configuration is on this machine; the message says where to put it.
             CheckpointError: As in :meth:`find`.
         """
-        folder = self.find(name, **where) if isinstance(name, str | os.PathLike) else None
-        if folder is None:
-            raise missing(name, f"{subfolder}/config.json" if subfolder else "model_index.json or config.json")
+        if not isinstance(name, str | os.PathLike):
+            raise missing(name, file)
+        if os.path.isfile(name):  # noqa: PTH113 - which takes too long a name for none
+            return Path(name)
+        folder = self.find(name, **where)
+        if folder is None or (file and not (folder / (subfolder or "") / file).is_file()):
+            raise missing(name, f"{subfolder}/{file or 'config.json'}" if subfolder else file or "config.json")
         return folder
 
     def stand_in(self, folder: Path | None, part: str | None) -> Any:
@@ -121,12 +126,20 @@ def missing(name: Any, files: str) -> ForecastError:
         name: What the script names.
         files: What is missing in words.
     """
+    given = str(name)
+    if os.path.isdir(given):  # noqa: PTH112 - which takes too long a name for none
+        remedy = "put it there, or name another folder"
+    elif given.startswith(("/", ".", "~")) or given.count("/") > 1:
+        remedy = "check the path of the folder"
+    else:
+        remedy = (
+            "name a folder that holds the model's JSON files, or fetch them without the weights: "
+            f"hf download {given} --include '*.json' '*.txt' '*.model'"
+        )
     return ForecastError(
-        f"{shown(name)} has no {files} on this machine, and a forecast downloads nothing; name a folder that holds "
-        f"the model's JSON files, or fetch them without the weights: hf download {name} --include '*.json' '*.txt' "
-        "'*.model'",
+        f"{shown(given)} has no {files} on this machine, and a forecast downloads nothing; {remedy}",
         cause="no configuration",
-        name=str(name),
+        name=given,
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import huggingface_hub.constants
 import torch
 import transformers
@@ -52,6 +53,11 @@ ABOUT_FILES = (
     "use_flashpack",
     "flashpack_kwargs",
     "trust_remote_code",
+    "adapter_kwargs",
+    "generation_config",
+    "key_mapping",
+    "offload_buffers",
+    "tqdm_class",
     "_commit_hash",
     "_from_auto",
     "_from_pipeline",
@@ -127,31 +133,39 @@ class _Loader:
         """The original, with the folder in the place of the name."""
 
         def load(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
-            folder = self._folder(name, kwargs)
+            file = "generation_config.json" if kind is GenerationConfig else "config.json"
+            folder = self._folder(name, kwargs, file)
             return unpatched(kind, "from_pretrained")(cls, str(folder), *args, **kwargs)
 
         return load
 
-    def _folder(self, name: Any, kwargs: dict[str, Any]) -> Path:
+    def _folder(self, name: Any, kwargs: dict[str, Any], file: str) -> Path:
         where = {key: kwargs.pop(key, None) for key in ("revision", "cache_dir")}
-        return self._folders.require(name, kwargs.get("subfolder"), **where)
+        return self._folders.require(name, kwargs.get("subfolder"), file, **where)
 
-    def load_config(self, cls: type, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_config(self, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """``ConfigMixin.load_config``."""
-        folder = self._folder(pretrained_model_name_or_path, kwargs)
+        is_tried = cls is diffusers.AutoModel  # it looks for other files where one is missing
+        folder = self._folder(pretrained_model_name_or_path, kwargs, "" if is_tried else cls.config_name)
         return unpatched(ConfigMixin, "load_config")(cls, str(folder), *args, **kwargs)
 
     def pipeline(self, cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """``DiffusionPipeline.from_pretrained``."""
-        folder = self._folder(pretrained_model_name_or_path, kwargs)
+        folder = self._folder(pretrained_model_name_or_path, kwargs, cls.config_name)
         _refuse(kwargs, pretrained_model_name_or_path)
-        if kwargs.get("device_map") is not None:
-            _single_device(kwargs["device_map"], pretrained_model_name_or_path)
+        device_map = kwargs.pop("device_map", None)
+        device = None if device_map is None else _single_device(device_map, pretrained_model_name_or_path)
         kwargs = {key: value for key, value in kwargs.items() if key not in ABOUT_FILES}
         if str(cls.load_config(folder).get("_class_name")).startswith("Cosmos") and "safety_checker" not in kwargs:
             self._assume(f"safety checker of {pretrained_model_name_or_path}", "none: it is a package of its own")
             kwargs["safety_checker"] = NoSafetyChecker()
-        return unpatched(DiffusionPipeline, "from_pretrained")(cls, str(folder), **kwargs)
+        pipe = unpatched(DiffusionPipeline, "from_pretrained")(cls, str(folder), **kwargs)
+        if device is not None:  # what was loaded is there, not what was given
+            for part, module in pipe.components.items():
+                if part not in kwargs and isinstance(module, torch.nn.Module):
+                    module.to(device)
+            pipe.hf_device_map = device_map
+        return pipe
 
     def single_file(self, cls: Any, pretrained_model_link_or_path: Any = None, **kwargs: Any) -> Any:
         """``from_single_file`` of pipelines and models: by the configuration that is named, not by the file."""
@@ -168,7 +182,7 @@ class _Loader:
 
     def diffusers_model(self, cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """``ModelMixin.from_pretrained``."""
-        folder = self._folder(pretrained_model_name_or_path, kwargs)
+        folder = self._folder(pretrained_model_name_or_path, kwargs, cls.config_name)
         _refuse(kwargs, pretrained_model_name_or_path)
         given = _taken(kwargs)
         subfolder = kwargs.pop("subfolder", None)
@@ -186,7 +200,7 @@ class _Loader:
     def transformers_model(self, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """``PreTrainedModel.from_pretrained``."""
         name = pretrained_model_name_or_path
-        folder = self._folder(name, kwargs)
+        folder = self._folder(name, kwargs, "" if kwargs.get("config") is not None else "config.json")
         _refuse(kwargs, name)
         given = _taken(kwargs)
         config = kwargs.pop("config", None)
