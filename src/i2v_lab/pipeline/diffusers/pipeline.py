@@ -106,8 +106,7 @@ class DiffusersPipeline:
             part = build(self._architecture, name)
         if isinstance(part, torch.nn.Module):
             keep_in_float32(part)
-            if self._settings.offloads:
-                part.to("cpu")
+            part.to("cpu" if self._settings.offloads else self._device)  # torch.Tensor() knows no default device
         if name == "vae":
             set_autoencoder(part, self._settings, self._architecture.name)
         return part
