@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from i2v_lab.lab.explorer import Explorer
     from i2v_lab.lab.generate import Generate
     from i2v_lab.lab.monitor import VramMonitor
+    from i2v_lab.memory_settings import MemorySettings
     from i2v_lab.pipeline.contract.generation import Generation, VideoStream
     from i2v_lab.pipeline.contract.media import write_video
     from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
@@ -61,6 +62,7 @@ _HOME = {
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
     "Quantization": "i2v_lab.request",
+    "MemorySettings": "i2v_lab.memory_settings",
     "Tiling": "i2v_lab.request",
     "Variant": "i2v_lab.request",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "Generation",
     "I2VLabError",
     "I2VRequest",
+    "MemorySettings",
     "PhaseProfiler",
     "ProfiledCall",
     "Quantization",

@@ -217,7 +217,7 @@ class I2VRequest(HtmlFields):
         tiling: The decoder's tiles; ``None`` decodes in one piece.
         decode_scope: The grad mode of the decoding.
         memory: Which techniques lower the peak.
-        settings: Memory settings of diffusers' pipelines.
+        settings: Memory settings of diffusers' pipelines; also as a mapping of their fields.
         steps: Of denoising; ``None`` for the model's own.
 
     Raises:
@@ -264,7 +264,7 @@ class I2VRequest(HtmlFields):
             raise InvalidRequest(f"tiling={shown(self.tiling)} is not a Tiling; use one, or None", tiling=self.tiling)
         settings: Any = self.settings
         if not isinstance(settings, MemorySettings):
-            raise InvalidRequest(f"settings={shown(settings)} are no MemorySettings; use some", settings=settings)
+            object.__setattr__(self, "settings", MemorySettings.from_json(settings))
         if self.steps is not None:
             _make_whole(self, "steps")
             if not 1 <= self.steps <= MAX_STEPS:
@@ -322,8 +322,6 @@ class I2VRequest(HtmlFields):
             raise InvalidRequest("image is missing; give the path of a still", image=None)
         if converted.get("tiling") is not None:
             converted["tiling"] = Tiling.from_json(converted["tiling"])
-        if not isinstance(converted.get("settings", NO_SETTINGS), MemorySettings):
-            converted["settings"] = MemorySettings.from_json(converted["settings"])
         return cls(**converted)
 
     def digest(self) -> str:

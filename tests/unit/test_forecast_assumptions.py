@@ -50,6 +50,14 @@ def test_conditions_on_unknown_values_are_false_and_listed_with_their_place():
         assert "test_forecast_assumptions.py:" in record.place
 
 
+def test_the_checks_of_a_distribution_pass():
+    def draw() -> torch.Tensor:
+        mean = torch.rand(8, device="cuda")
+        return torch.distributions.Normal(mean, mean.exp()).rsample()
+
+    assert {each.answer for each in forecast(draw).assumptions} == {"True"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int64, torch.bool])
 def test_arrays_and_lists_of_unknown_values_are_zeros_of_the_same_shape_and_dtype(dtype):
     def show() -> None:
@@ -198,6 +206,16 @@ def test_what_memory_depends_on_or_nothing_at_all_is_answered(name, assume):
         line = inspect.getsourcelines(ask)[1] + 1
     assert fields["place"] == f"test_forecast_assumptions.py:{line}"
     assert pickle.loads(pickle.dumps(caught.value)).fields == fields
+
+
+def test_a_tensor_made_from_tensors_by_its_class_has_their_values():
+    def rows() -> torch.Tensor:
+        sizes = torch.Tensor([torch.tensor(float(n), device="cuda") for n in (2, 3)])
+        return torch.empty(int(sizes.sum()), 100, device="cuda")
+
+    assert forecast(rows, assume="nothing").peak.peak_bytes == 4 * 500
+    with pytest.raises(ForecastError):
+        forecast(lambda: torch.Tensor([torch.rand((), device="cuda")]))
 
 
 def test_numbers_are_answered_where_it_is_said_how():

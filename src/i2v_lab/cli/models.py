@@ -63,10 +63,8 @@ def _described(architecture: Architecture) -> dict[str, Any]:
         "name": architecture.name,
         "runner": runner.name,
         "pipeline": architecture.pipeline,
-        "parameters": architecture.parameters,
-        "request": {
-            key: value for key, value in architecture.request.items() if key in ("width", "height", "frames", "fps")
-        },
+        "parameters": {key: count for key, count in architecture.parameters.items() if not key.startswith("of which")},
+        "request": {key: architecture.request.get(key) for key in ("width", "height", "frames", "fps")},
         "sizes": {
             "only": [list(size) for size in rule.only],
             "pixel_multiple": rule.pixel_multiple,
@@ -92,7 +90,8 @@ def _phases(architecture: Architecture) -> list[str]:
 
     components = architecture.config
     if not architecture.pipeline:
-        return [each.value for each in Phase if each is not Phase.DECODE_AUDIO or "audio_vae" in components]
+        silent = architecture.runner == "ltx-video"
+        return [each.value for each in Phase if each is not Phase.DECODE_AUDIO or not silent]
     found = {
         phase
         for name, config in components.items()
@@ -100,10 +99,8 @@ def _phases(architecture: Architecture) -> list[str]:
         if name in architecture.parameters
         and (phase := phase_of([name, config["_class_name"]], [part] if part else [], "diffusers"))
     }
-    order = [Phase.ENCODE_PROMPT.value, Phase.ENCODE_IMAGE.value]
-    return sorted(
-        found, key=lambda phase: (order.index(phase) if phase in order else 2, phase == Phase.DECODE_VIDEO, phase)
-    )
+    ends = {Phase.ENCODE_PROMPT.value: 0, Phase.ENCODE_IMAGE.value: 1, Phase.DECODE_VIDEO.value: 3}
+    return sorted(found, key=lambda phase: (ends.get(phase, 2), phase))
 
 
 def _print_all(every: list[dict[str, Any]]) -> None:
@@ -121,9 +118,7 @@ def _print_all(every: list[dict[str, Any]]) -> None:
     for each in every:
         if each["unavailable"]:
             console.print(each["unavailable"], soft_wrap=True)
-    console.print(
-        "`i2v-lab models NAME` says more of one; parameters are those of all components together", soft_wrap=True
-    )
+    console.print("parameters: of all components together; `i2v-lab models NAME` says more of one", soft_wrap=True)
 
 
 def _print_one(model: dict[str, Any]) -> None:

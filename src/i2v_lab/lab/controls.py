@@ -7,13 +7,23 @@ from dataclasses import fields, replace
 from typing import Any
 
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.published import to_size, to_tiling, varied
 
 FRAMES = (9, 17, 25, 33, 49, 65, 81, 97, 121, 161, 201, 257)
-PIXEL_MULTIPLE = 64  # of width and height; valid for every runner
+OFFERED = (
+    NO_SETTINGS,
+    MemorySettings(vae_tiling=True),
+    MemorySettings(offload=Offload.MODEL),
+    MemorySettings(offload=Offload.MODEL, vae_tiling=True),
+    MemorySettings(offload=Offload.GROUP_LEAF, offload_stream=True),
+    MemorySettings(offload=Offload.GROUP_LEAF, offload_stream=True, vae_tiling=True),
+    MemorySettings(offload=Offload.SEQUENTIAL),
+    MemorySettings(offload=Offload.SEQUENTIAL, vae_tiling=True),
+)
 SMALLER_SIZES = 6  # at the default aspect ratio, up to the default size
 
 
@@ -39,8 +49,11 @@ def sizes(model: str, request: I2VRequest) -> list[str]:
         >>> sizes("ltx-2.3-tiny", I2VRequest(image="still.png", width=320, height=64))
         ['128x64', '320x64', '192x128', '256x192', '384x256', '512x320', '576x384', '640x448', '768x512']
     """
-    own = load_architecture(model).request
-    multiple = PIXEL_MULTIPLE
+    architecture = load_architecture(model)
+    own, rule = architecture.request, runner_of(architecture).size_rule(architecture)
+    if rule.only:
+        return [f"{width}x{height}" for width, height in sorted({*rule.only, (request.width, request.height)})]
+    multiple = rule.pixel_multiple
     unit = max(multiple, own["height"] // SMALLER_SIZES // multiple * multiple)
     found = {(request.width, request.height)}
     for height in range(unit, 2 * max(own["height"], 4 * unit) + 1, unit):
@@ -62,13 +75,24 @@ def with_supported_policy(request: I2VRequest, model: str) -> I2VRequest:
 
 def request_for_model(request: I2VRequest, model: str) -> I2VRequest:
     """The request with another model's defaults, its size among them."""
-    defaults: dict[str, Any] = {**load_architecture(model).request}
+    architecture = load_architecture(model)
+    defaults: dict[str, Any] = {**architecture.request, "settings": NO_SETTINGS, "steps": None}
+    if architecture.pipeline and "tokenizer" not in architecture.config:  # it takes no prompt
+        defaults |= {"prompt": "", "negative_prompt": ""}
     return with_supported_policy(replace(request, **defaults), model)
 
 
-def frame_counts(request: I2VRequest) -> list[int]:
-    """Numbers of frames in ascending order, the request's own among them."""
-    return sorted({*FRAMES, request.frames})
+def memory_settings(model: str, request: I2VRequest) -> list[tuple[str, MemorySettings]]:
+    """Labels and memory settings, the request's own among them; one alone where the runner takes none."""
+    offered = OFFERED if runner_of(load_architecture(model)).settings else (NO_SETTINGS,)
+    return [(each.options.replace("--", "") or "none", each) for each in dict.fromkeys([*offered, request.settings])]
+
+
+def frame_counts(model: str, request: I2VRequest) -> list[int]:
+    """Numbers of frames that the model takes, in ascending order, the request's own among them."""
+    architecture = load_architecture(model)
+    step = runner_of(architecture).size_rule(architecture).frame_step
+    return sorted({*((frames - 1) // step * step + 1 for frames in FRAMES), request.frames})
 
 
 def tilings(model: str, request: I2VRequest) -> list[tuple[str, Tiling | None]]:
@@ -94,8 +118,8 @@ class RequestForm:
     A change of the model resets the request to that model's defaults; any other change edits one field.
 
     Args:
-        widgets: By name: ``model``, ``size``, ``frames``, ``memory``, and any other field of a request. Other names are
-            observed, but edit nothing.
+        widgets: By name: ``model``, ``size``, ``frames``, ``memory``, ``settings``, and any other field of a request.
+            Other names are observed, but edit nothing.
         model: An architecture's name.
         request: Shown first.
         on_change: Called after a change by the user, not after :meth:`show`.
@@ -128,8 +152,9 @@ class RequestForm:
         self.model, self.request = model, request
         options |= {
             "size": sizes(model, request),
-            "frames": frame_counts(request),
+            "frames": frame_counts(model, request),
             "memory": policies(model),
+            "settings": memory_settings(model, request),
         }
         if "tiling" in self.widgets:
             options["tiling"] = tilings(model, request)

@@ -12,6 +12,7 @@ from i2v_lab.capacity.cards import FITS, TIGHT, Fit, gpu_memory_bytes, judge, ju
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.background_forecast import LatestForecast
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import NO_SETTINGS
 from i2v_lab.profiling.records import Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import cached_forecast, forecast_spec
@@ -23,6 +24,7 @@ from i2v_lab.units import format_bytes
 DEFAULT_GPU = "RTX 4090"
 TIMELINE_POINTS = 300  # enough for a small figure
 CACHED = 64  # forecasts in this process, about 100 kB each
+UNSET = NO_SETTINGS.to_json()
 MODULE_DEPTH = 2  # to which module paths are aggregated
 
 
@@ -90,10 +92,17 @@ class Question:
         lines += [f"    decode_scope={_quoted(request.decode_scope.value)},"]
         if request.memory is not MemoryPolicy.RESIDENT:
             lines.append(f"    memory={_quoted(request.memory.value)},")
+        names = "I2VRequest, Tiling, forecast_request"
+        if not request.settings.is_default:
+            given = {name: value for name, value in request.settings.to_json().items() if value != UNSET[name]}
+            lines.append(
+                f"    settings=MemorySettings({', '.join(f'{name}={value!r}' for name, value in given.items())}),"
+            )
+            names = "I2VRequest, MemorySettings, Tiling, forecast_request"
         gpu = _quoted(self.gpu)
         return "\n".join(
             [
-                "from i2v_lab import I2VRequest, Tiling, forecast_request",
+                f"from i2v_lab import {names}",
                 "from i2v_lab.capacity.cards import gpu_memory_bytes, judge",
                 "",
                 "request = I2VRequest(",

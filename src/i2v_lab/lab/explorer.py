@@ -9,6 +9,7 @@ from i2v_lab.display import escaped
 from i2v_lab.lab.controls import RequestForm, choose, two_columns, with_supported_policy
 from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
 from i2v_lab.lab.view import View, page, sentence
+from i2v_lab.memory_settings import NO_SETTINGS
 from i2v_lab.pipeline.contract.architectures import architecture_names
 from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.figures.style import VERDICT_COLOURS
@@ -69,9 +70,10 @@ class Explorer(View):
         """The answer as static HTML: verdict, bars by phase against the GPU's memory, timeline, largest modules."""
         question = self.exploration.question
         request = question.request
+        held = request.settings.options or request.memory
         described = (
             f"{question.model}, {request.width}x{request.height}, {request.frames} frames, "
-            f"{request.quantization.value}, {request.memory}, {WORDS[request.decode_scope.value]}, on {question.gpu}"
+            f"{request.quantization.value}, {held}, {WORDS[request.decode_scope.value]}, on {question.gpu}"
         )
         return sentence(described) + self._status() + self._picture()
 
@@ -106,7 +108,7 @@ class Explorer(View):
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The control widgets by name: ``model, size, frames, tiling, memory, decode_scope, quantization, gpu``."""
+        """The control widgets by name: ``model``, ``gpu`` and the fields of a request; ``size`` is width and height."""
         assert self.widget is not None  # creates them
         return dict(self._form.widgets)
 
@@ -120,6 +122,7 @@ class Explorer(View):
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
             "tiling": choose(widgets.Dropdown, "tiles", [("", None)]),
             "memory": choose(widgets.Dropdown, "memory", [""]),
+            "settings": choose(widgets.Dropdown, "diffusers", [("", NO_SETTINGS)]),
             "decode_scope": choose(widgets.Dropdown, "decoded", [(WORDS[s], s) for s in SCOPES]),
             "quantization": choose(widgets.Dropdown, "weights", [(q.value, q) for q in Quantization]),
             "gpu": choose(widgets.Dropdown, "GPU", list(gpu_table().sort_values("memory_bytes")["gpu"])),

@@ -19,6 +19,7 @@ from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
 from i2v_lab.lab.view import View, close_widgets, page, sentence
+from i2v_lab.memory_settings import NO_SETTINGS
 from i2v_lab.pipeline.contract.architectures import architecture_names
 from i2v_lab.reporting.figures.style import VERDICT_COLOURS
 from i2v_lab.reporting.headlines import headline
@@ -89,7 +90,8 @@ class Generate(View):
         request = self.request
         described = (
             f"{self.model}, {request.width}x{request.height}, {request.frames} frames, seed {request.seed}, "
-            f"{request.memory}, decoded {WORDS[request.decode_scope.value]}. {request.prompt}"
+            f"{request.settings.options or request.memory}, decoded {WORDS[request.decode_scope.value]}. "
+            f"{request.prompt}"
         )
         return preview(request.image) + sentence(described) + self._verdict() + self._progress() + self._result()
 
@@ -155,6 +157,7 @@ class Generate(View):
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
             "seed": widgets.BoundedIntText(description="seed", min=0, max=2**53),
             "memory": choose(widgets.Dropdown, "memory", [""]),
+            "settings": choose(widgets.Dropdown, "diffusers", [("", NO_SETTINGS)]),
             "decode_scope": choose(
                 widgets.Dropdown, "decoded", [(WORDS[s], s) for s in (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)]
             ),
@@ -199,7 +202,7 @@ class Generate(View):
 
     @property
     def controls(self) -> dict[str, Any]:
-        """The control widgets by name: ``image, prompt, model, size, frames, seed, memory, decode_scope``."""
+        """The control widgets by name: ``model`` and the fields of a request; ``size`` is width and height."""
         assert self.widget is not None  # creates them
         return dict(self._form.widgets)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import I2VLabError, InvalidRequest, shown
-from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.plain_yaml import load_yaml
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.spec import FULL_SIZE_MODEL, ProfilerMode, RunSpec, make_request
@@ -115,8 +114,6 @@ def _spec(given: Mapping[str, Any]) -> RunSpec:
     asked = {name: value for name, value in given.items() if name in REQUEST_FIELDS}
     if asked.get("tiling") is not None:
         asked["tiling"] = Tiling.from_json(asked["tiling"])
-    if "settings" in asked:
-        asked["settings"] = MemorySettings.from_json(asked["settings"])
     model = given.get("model", FULL_SIZE_MODEL)
     cap = given.get("vram_cap_gib")
     mode: Any = given.get("profiler", "full")

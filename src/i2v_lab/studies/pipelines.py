@@ -13,7 +13,7 @@ from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
-from i2v_lab.memory_settings import MemorySettings, Offload
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord
@@ -28,15 +28,29 @@ from i2v_lab.studies.techniques import with_policy
 # The models of diffusers that are compared with ours: LTX-2.3 as diffusers runs it.
 COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2.3-22b-diffusers", "ltx-2.3-tiny": "ltx-2.3-tiny-diffusers"}
 THIRD_PARTY = ("ltx-pipelines", "diffusers", "diffusers, model offloading", "diffusers, group offloading")
+OFFLOADED = (
+    NO_SETTINGS,
+    MemorySettings(offload=Offload.MODEL),
+    MemorySettings(offload=Offload.GROUP_LEAF, offload_stream=True),
+    MemorySettings(offload=Offload.SEQUENTIAL),
+)
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
 def policy_specs(request: I2VRequest, model: str, sizes: Sequence[str]) -> list[RunSpec]:
-    """The request at each size under each policy that the model's runner supports."""
-    supported = runner_of(load_architecture(model)).techniques
-    policies = [policy for policy in POLICIES if TECHNIQUES[policy] <= supported]
+    """The request at each size under each policy that the model's runner supports; for diffusers, its offloading."""
+    runner = runner_of(load_architecture(model))
+    policies = [policy for policy in POLICIES if TECHNIQUES[policy] <= runner.techniques]
     resized = [replace(request, width=width, height=height) for width, height in map(to_size, sizes)]
+    if runner.settings:
+        offloaded = [replace(one, settings=settings) for one in resized for settings in OFFLOADED]
+        return [with_policy(one, model, MemoryPolicy.RESIDENT) for one in offloaded]
     return [with_policy(one, model, policy) for one in resized for policy in policies]
+
+
+def policy_name(spec: RunSpec) -> str:
+    """The memory policy of a run, or the memory settings that it has instead."""
+    return spec.request.settings.name or str(spec.policy)
 
 
 def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
@@ -57,7 +71,7 @@ def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
-                    "policy": str(each.spec.policy),
+                    "policy": policy_name(each.spec),
                     "phase": phase,
                     "peak_bytes": peak_bytes,
                     "recorded_bytes": recorded_bytes,
@@ -106,7 +120,7 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
         rows.append(
             {
                 "size": f"{request.width}x{request.height}",
-                "policy": str(each.spec.policy),
+                "policy": policy_name(each.spec),
                 "needed_bytes": forecast.peak_reserved_bytes + context,
                 "cards": len(fitting),
                 "of": len(cards),
@@ -138,7 +152,7 @@ def capped_table(observations: Sequence[Observation], recorded: RecordedRuns) ->
             rows.append(
                 {
                     "size": f"{request.width}x{request.height}",
-                    "policy": str(each.spec.policy),
+                    "policy": policy_name(each.spec),
                     "cap_bytes": spec_of(run).vram_cap_bytes,
                     "status": "out of memory" if failures else run.status,
                     "phase": phase,
@@ -223,7 +237,7 @@ def pipelines_table(
     """
     width, height = to_size(size)
     ours = {
-        f"{each.spec.runner_spec.label}, {each.spec.policy}": each
+        f"{each.spec.runner_spec.label}, {policy_name(each.spec)}": each
         for each in observations
         if (each.spec.request.width, each.spec.request.height) == (width, height)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -12,7 +13,8 @@ import pandas as pd
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.registry import check_request
+from i2v_lab.pipeline.contract.sizes import SizeRule
+from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.runs.spec import make_request
 from i2v_lab.units import GIB
@@ -75,7 +77,10 @@ def published_peak(request: I2VRequest, model: str) -> int | None:
 
 
 def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
-    """A study's list of parameter values: as given, or the model's default in ``data/studies.json``.
+    """A study's list of parameter values: as given, or the model's own.
+
+    Those are in ``data/studies.json``; for a model without an entry they are around its default size and number of
+    frames.
 
     Args:
         model: An architecture's name.
@@ -83,16 +88,52 @@ def varied(model: str, what: str, given: Sequence[Any] = ()) -> list[Any]:
         given: Takes precedence if it is not empty.
 
     Raises:
-        InvalidRequest: Nothing is given, and the file has no entry for the model.
+        UnknownModel: Nothing is given, and there is no such model.
     """
     if given:
         return list(given)
     known = json.loads((data_dir() / "studies.json").read_text(encoding="utf-8"))
-    if model not in known:
-        raise InvalidRequest(
-            f"model={model!r} has no entry in data/studies.json; give {what} as a parameter", model=model
+    return list(known[model][what] if model in known else _around_default(model, what))
+
+
+def _around_default(model: str, what: str) -> list[Any]:
+    architecture = load_architecture(model)
+    rule, own = runner_of(architecture).size_rule(architecture), make_request(model)
+    if what == "tilings":
+        return ["none"]
+    if what == "policy_sizes":
+        return [f"{own.width}x{own.height}"]
+    if what in ("frames", "map_frames"):
+        smaller = (own.frames - 1) // 2 // rule.frame_step * rule.frame_step + 1
+        return sorted({smaller, own.frames})
+    return [f"{width}x{height}" for width, height in sizes_around(rule, own)]
+
+
+def sizes_around(
+    rule: SizeRule, request: I2VRequest, scales: Sequence[float] = (0.5, 0.75, 1.0)
+) -> list[tuple[int, int]]:
+    """Sizes that a model takes, near the request's own scaled by each factor, ascending.
+
+    Example:
+        >>> from i2v_lab.pipeline.contract.sizes import SizeRule
+        >>> rule = SizeRule(pixel_multiple=16, min_pixels=16, frame_step=4, spatial_scale=8, temporal_scale=4)
+        >>> sizes_around(rule, I2VRequest(image="still.png", width=832, height=480))
+        [(416, 240), (624, 368), (832, 480)]
+    """
+    if rule.only:
+        near = sorted(rule.only, key=lambda size: abs(size[0] * size[1] - request.width * request.height))
+        return sorted(
+            {(request.width, request.height), *near[: len(scales)]}, key=lambda size: (size[0] * size[1], size)
         )
-    return list(known[model][what])
+    multiple, least = rule.pixel_multiple, rule.min_pixels
+    found = {
+        (
+            max(least, math.ceil(scale * request.width / multiple - 0.5) * multiple),
+            max(least, math.ceil(scale * request.height / multiple - 0.5) * multiple),
+        )
+        for scale in scales
+    }
+    return sorted({*found, (request.width, request.height)}, key=lambda size: (size[0] * size[1], size))
 
 
 def to_size(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import diffusers
@@ -27,7 +28,11 @@ def find_class(architecture: Architecture, name: str) -> Any:
     Raises:
         RunnerUnavailable: The installed packages lack it.
     """
-    for home in (stand_ins, diffusers, transformers):
+    homes = [stand_ins, diffusers, transformers]
+    pipeline = getattr(diffusers, architecture.pipeline, None)
+    if pipeline is not None:  # some components are exported by the package of their pipeline alone
+        homes.append(import_module(pipeline.__module__.rpartition(".")[0]))
+    for home in homes:
         found = getattr(home, name, None)
         if found is not None:
             return found

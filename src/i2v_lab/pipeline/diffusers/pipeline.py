@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,8 +106,7 @@ class DiffusersPipeline:
             part = build(self._architecture, name)
         if isinstance(part, torch.nn.Module):
             keep_in_float32(part)
-            if self._settings.offloads:
-                part.to("cpu")
+            part.to("cpu" if self._settings.offloads else self._device)  # torch.Tensor() knows no default device
         if name == "vae":
             set_autoencoder(part, self._settings, self._architecture.name)
         return part
@@ -124,9 +124,13 @@ class DiffusersPipeline:
 
     def __call__(self, request: I2VRequest) -> Generation:
         """Everything, the decoding included, which diffusers does before it returns."""
-        video = self.run(request)
+        made = self.run(request)
+        video, waveform = made.frames, getattr(made, "audio", None)
+        sound = None
+        if waveform is not None:
+            sound = SimpleNamespace(waveform=waveform[0], sampling_rate=self.pipe.vocoder.config.output_sampling_rate)
         shape = VideoShape(video.shape[1], video.shape[3], video.shape[4])
-        return Generation(VideoStream(as_chunk(video), shape, 1), None)
+        return Generation(VideoStream(as_chunk(video), shape, 1), sound)
 
     def run(self, request: I2VRequest, output_type: str = "pt") -> Any:
         """Call the pipeline.
@@ -136,7 +140,7 @@ class DiffusersPipeline:
             output_type: diffusers' own: ``pt``, ``np``, ``pil`` or ``latent``.
 
         Returns:
-            Its frames; for ``pt`` ``(1, F, 3, H, W)`` in [0, 1].
+            diffusers' own; its ``frames`` are for ``pt`` ``(1, F, 3, H, W)`` in [0, 1].
 
         Raises:
             InvalidRequest: The request has other memory settings than the pipeline was built with.
@@ -148,7 +152,7 @@ class DiffusersPipeline:
                 settings=request.settings.to_json(),
             )
         given = {**self._architecture.sampling, **self._arguments(request)}
-        return self.pipe(**given, output_type=output_type).frames
+        return self.pipe(**given, output_type=output_type)
 
     def _arguments(self, request: I2VRequest) -> dict[str, Any]:
         """The arguments of the call that the request decides, as far as the pipeline has them."""

@@ -93,15 +93,16 @@ class Answers:
         self._counts: Counter[tuple[str, str, str, str, str]] = Counter()
 
     def condition(self, operator: Any) -> bool:
-        """The truth of an unknown value.
+        """The truth of an unknown value; true where ``torch.distributions`` checks its arguments.
 
         Raises:
             ForecastError: Conditions are refused, or this one was asked too often.
         """
         if self._assume.conditions is None:
             raise self.refusal(operator)
-        self._add(operator, str(self._assume.conditions))
-        return self._assume.conditions
+        answer = self._assume.conditions or _is_check_of_distribution()
+        self._add(operator, str(answer))
+        return answer
 
     def number(self, operator: Any, dtype: torch.dtype) -> bool | int | float:
         """An unknown value of a tensor with one element.
@@ -182,7 +183,7 @@ def calling_line() -> str:
     Empty if there is none.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(SKIPPED):
+    while frame is not None and _module(frame).startswith(SKIPPED):
         frame = frame.f_back
     if frame is None:
         return ""
@@ -190,3 +191,16 @@ def calling_line() -> str:
     folders = [folder for folder in sys.path if folder and name.startswith(folder.rstrip(os.sep) + os.sep)]
     longest = max(folders, key=len, default="").rstrip(os.sep)
     return f"{name[len(longest) + 1 :] if folders else name}:{frame.f_lineno}"
+
+
+def _is_check_of_distribution() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _module(frame).startswith(SKIPPED):
+        if _module(frame).startswith("torch.distributions."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _module(frame: FrameType) -> str:
+    return f"{frame.f_globals.get('__name__', '')}."

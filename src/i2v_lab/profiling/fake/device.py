@@ -7,7 +7,6 @@ takes the branch of a real run, and a CUDA device where there is none.
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import traceback
@@ -23,7 +22,7 @@ from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
 from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
 from i2v_lab.profiling.fake.card import FakeCard
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
-from i2v_lab.profiling.fake.known_values import keep_values, keep_values_of, known_values
+from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
 from i2v_lab.profiling.fake.random_state import random_patches
 from i2v_lab.profiling.fake.refusals import no_answer, no_kernel_error
@@ -33,10 +32,10 @@ from i2v_lab.thread_patches import patched_here, unpatched
 from i2v_lab.torch_compat import (
     CONVOLUTION_BASE,
     DATA,
+    LOCAL_SCALAR,
     NUMPY,
     TRUNCATED_NORMAL,
     FakeTensor,
-    FakeTensorConverter,
     FakeTensorMode,
     cache_function_sets,
     convert_module,
@@ -47,7 +46,6 @@ from i2v_lab.torch_compat import (
     lifting_restored,
     no_dispatch,
     storage_key,
-    tree_map_only,
     uncompiled_flex_attention,
 )
 
@@ -132,44 +130,6 @@ def _understood(error: Exception, device: torch.device) -> ForecastError | None:
     return None
 
 
-def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    """Replace modules and tensors among ``values`` by fake copies on ``device``; the originals are not modified.
-
-    Also those on the meta device: a module without memory is forecast as if it were on ``device``.
-
-    Whole numbers and masks keep their values, and so do the buffers of modules; other values are unknown.
-
-    Since they are copies, a write to one is not seen by code that reaches the original in another way.
-    """
-    converter = FakeTensorConverter(copy_data=False, export=False)
-
-    def fake(original: torch.Tensor) -> FakeTensor:
-        if original.device.type != "meta" or isinstance(original, FakeTensor):
-            return converter.from_real_tensor(mode, original)
-        with no_dispatch():  # the skeleton of a module, whose weights will be on the device
-            meta = torch.empty_strided(original.shape, original.stride(), dtype=original.dtype, device="meta")
-        skeleton = FakeTensor(mode, meta, device)
-        skeleton.requires_grad = original.requires_grad
-        return skeleton
-
-    def module(original: torch.nn.Module) -> torch.nn.Module:
-        memo: dict[int, Any] = {id(t): fake(t) for t in (*original.parameters(), *original.buffers())}
-        for parameter in original.parameters():
-            memo[id(parameter)] = torch.nn.Parameter(memo[id(parameter)].detach(), parameter.requires_grad)
-        for buffer in original.buffers():
-            keep_values_of(buffer, memo[id(buffer)])
-        return copy.deepcopy(original, memo).to(device)
-
-    def argument(original: torch.Tensor) -> torch.Tensor:
-        moved = fake(original).to(device)
-        if not (original.is_floating_point() or original.is_complex()):
-            keep_values_of(original, moved)
-        return moved
-
-    values = tree_map_only(torch.nn.Module, module, values)
-    return tree_map_only(torch.Tensor, argument, values)
-
-
 # --- Functions that are intercepted before torch decomposes them into operators ---------------------------------------
 
 
@@ -218,6 +178,16 @@ def _tolist(tensor: torch.Tensor, answers: Answers) -> Any:
         return answers.nested_list("torch.Tensor.tolist", tensor)
     with no_dispatch():
         return known.real.tolist()
+
+
+def _number(tensor: torch.Tensor, conversion: str, answers: Answers) -> Any:
+    """``float(tensor)`` and the like, which ``torch.Tensor(list)`` calls past all dispatch modes."""
+    known = known_values(tensor)
+    if known is None and tensor.numel() == 1:
+        return getattr(answers.number(LOCAL_SCALAR, tensor.dtype), conversion)()
+    with no_dispatch():
+        real = known.real if known is not None else torch.empty(tensor.shape, device="cpu")  # torch's own error
+        return getattr(real, conversion)()
 
 
 def _truth(tensor: torch.Tensor, answers: Answers) -> bool:
@@ -275,6 +245,8 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch, "tensor", functools.partial(_tensor, operators)
     yield torch.nn.functional, "scaled_dot_product_attention", _attention
     yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
+    for name in ("__float__", "__int__", "__index__"):
+        yield FakeTensor, name, functools.partial(_number, conversion=name, answers=operators.answers)
     reads: dict[str, Callable[..., Any]] = {"tolist": _tolist, "__bool__": _truth, "__format__": _format}
     for name, substitute in reads.items():
         yield FakeTensor, name, functools.partial(substitute, answers=operators.answers)

@@ -15,7 +15,8 @@ from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers, Assumptions, ch
 from i2v_lab.profiling.fake.block_trace import TracingAllocator
 from i2v_lab.profiling.fake.cached_tensors import own_caches
 from i2v_lab.profiling.fake.card import FakeCard
-from i2v_lab.profiling.fake.device import fake_device, to_fake
+from i2v_lab.profiling.fake.copies import components, to_fake
+from i2v_lab.profiling.fake.device import fake_device
 from i2v_lab.profiling.fake.garbage import no_collection
 from i2v_lab.profiling.fake.memoization import MemoryKey, ModuleMemo
 from i2v_lab.profiling.fake.workspaces import Workspaces
@@ -170,7 +171,8 @@ def forecast(
     """Forecast one call of any torch code: a function, a model, a training step.
 
     Args:
-        run: The callable; a module may have its weights on any device.
+        run: The callable; a module may have its weights on any device, and so may those of an object that holds
+            modules, such as a pipeline of diffusers, whose components are then on ``device``.
         *args: Its arguments; tensors and modules among them become fakes on ``device``. Of tensors, only whole numbers
             and masks keep their values.
         device: As in :func:`forecasting`.
@@ -192,11 +194,9 @@ def forecast(
     start_s = time.perf_counter()
     with forecasting(device, workspaces=workspaces, assume=assume) as profiler:
         run, args, kwargs = to_fake((run, args, kwargs), active_fake_mode(), torch.device(device))
-        for leaf in tree_leaves((run, args, kwargs)):
-            if isinstance(leaf, torch.nn.Module):
-                profiler.component(type(leaf).__name__, leaf)
-            elif isinstance(leaf, torch.Tensor):
-                profiler.observe([leaf])
+        for name, module in components((run, args, kwargs)):
+            profiler.component(name, module)
+        profiler.observe(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         with profiler.phase("call"):
             run(*args, **kwargs)
     if not profiler.peak.peak_bytes:

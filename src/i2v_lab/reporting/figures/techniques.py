@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import matplotlib as mpl
@@ -17,14 +18,17 @@ from i2v_lab.reporting.figures.style import (
     GREY,
     ORANGE,
     PHASE_COLOURS,
+    PINK,
+    SKY,
     STYLE,
+    YELLOW,
     byte_scale,
     phase_label,
 )
 from i2v_lab.units import format_bytes, format_seconds
 
-POLICY_COLOURS = {"resident": ORANGE, "lean": BLUE, "streamed": GREEN}
-HATCHES = {"resident": "", "lean": "//", "streamed": ".."}  # distinguishable in black and white too
+# In the order of the policies, or of diffusers' memory settings; distinguishable in black and white too.
+MARKS = ((ORANGE, ""), (BLUE, "//"), (GREEN, ".."), (PINK, "xx"), (YELLOW, "--"), (SKY, "\\\\"))
 
 
 def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) -> Figure:
@@ -106,8 +110,8 @@ def policies_figure(table: pd.DataFrame) -> Figure:
             for row in table[table["size"] == size].to_dict("records"):
                 number = policies.index(row["policy"])
                 place = phases.index(row["phase"]) + (number - (len(policies) - 1) / 2) * height
-                value, colour = row["peak_bytes"] / scale, POLICY_COLOURS[row["policy"]]
-                hatch = HATCHES[row["policy"]]
+                value, colour = row["peak_bytes"] / scale, MARKS[number % len(MARKS)][0]
+                hatch = MARKS[number % len(MARKS)][1]
                 axes.barh(place, value, height=0.9 * height, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
                 axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5)
                 if not pd.isna(row["recorded_bytes"]):
@@ -120,8 +124,8 @@ def policies_figure(table: pd.DataFrame) -> Figure:
         )
         panels[0].set_ylim(len(phases) - 0.5, -0.5)
         handles: list[Any] = [
-            Patch(facecolor=POLICY_COLOURS[policy], hatch=HATCHES[policy], edgecolor="white", label=policy)
-            for policy in policies
+            Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=policy)
+            for policy, (colour, hatch) in zip(policies, itertools.cycle(MARKS), strict=False)
         ]
         if table["recorded_bytes"].notna().any():
             handles.append(Line2D([], [], color="#000000", marker="|", linestyle="none", label="measured"))

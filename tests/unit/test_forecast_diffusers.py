@@ -1,0 +1,216 @@
+"""Pipelines of diffusers as they are, under a forecast: called whole, their schedulers, their ways to offload."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from i2v_lab.errors import ForecastError
+from i2v_lab.profiling.fake.forecast import forecast, forecasting
+from i2v_lab.profiling.records import ModuleRecord
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of torch, for NumPy
+STILL = Image.new("RGB", (32, 32), (200, 100, 50))
+
+
+def clip(width: int, size: int) -> Any:
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": size, "patch_size": size // 4}
+    config = transformers.CLIPVisionConfig(hidden_size=width, projection_dim=width, intermediate_size=16, **heads)
+    return transformers.CLIPVisionModelWithProjection(config).eval()
+
+
+def wan() -> tuple[Any, dict[str, Any]]:
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        image_encoder=clip(4, 32),
+        image_processor=transformers.CLIPImageProcessor(crop_size=32, size=32),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=36,
+            out_channels=16,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            rope_max_seq_len=32,
+            image_dim=4,
+        ),
+    )
+    embeds = torch.zeros(1, 8, 32)
+    call = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "height": 32, "width": 32, "num_frames": 9}
+    return pipe, {"image": STILL, "num_inference_steps": 2, **call}
+
+
+def cogvideox() -> tuple[Any, dict[str, Any]]:
+    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    pipe = diffusers.CogVideoXImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=diffusers.AutoencoderKLCogVideoX(
+            **blocks, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2
+        ),
+        scheduler=diffusers.CogVideoXDDIMScheduler(),
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=8,
+            out_channels=4,
+            time_embed_dim=2,
+            text_embed_dim=32,
+            num_layers=2,
+            sample_width=4,
+            sample_height=4,
+            sample_frames=9,
+            max_text_seq_length=8,
+            use_rotary_positional_embeddings=True,
+            use_learned_positional_embeddings=True,
+        ),
+    )
+    embeds = torch.zeros(1, 8, 32)
+    call = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "height": 32, "width": 32, "num_frames": 9}
+    return pipe, {"image": STILL, "num_inference_steps": 2, **call}
+
+
+def svd() -> tuple[Any, dict[str, Any]]:
+    pipe = diffusers.StableVideoDiffusionPipeline(
+        image_encoder=clip(32, 224),
+        feature_extractor=transformers.CLIPImageProcessor(crop_size=32, size=32),
+        vae=diffusers.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            interpolation_type="linear",
+            prediction_type="v_prediction",
+            sigma_max=700,
+            sigma_min=0.002,
+            timestep_spacing="leading",
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+        ),
+        unet=diffusers.UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            sample_size=32,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            cross_attention_dim=32,
+            num_attention_heads=8,
+            projection_class_embeddings_input_dim=96,
+            addition_time_embed_dim=32,
+        ),
+    )
+    return pipe, {"image": STILL, "height": 32, "width": 32, "num_frames": 2, "num_inference_steps": 2}
+
+
+PIPELINES = {"wan": wan, "cogvideox": cogvideox, "svd": svd}
+
+
+def modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {name: each for name, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
+
+
+def weight_bytes(pipe: Any) -> int:
+    return sum(t.nbytes for m in modules(pipe).values() for t in (*m.parameters(), *m.buffers()))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_forecast_by_a_call_of_it(name):
+    pipe, call = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    found = forecast(pipe, device="cuda", **call)
+    assert found.peak.start_bytes >= weight_bytes(pipe)
+    assert found.peak.peak_bytes > found.peak.start_bytes
+    held = {record.module.split(".")[0] for record in found.records if isinstance(record, ModuleRecord)}
+    assert set(modules(pipe)) <= held
+    assert {each.operator for each in found.assumptions} == {"torch.Tensor.numpy"}  # for the pictures
+    assert "diffusers" in found.assumptions[0].place
+    for module in modules(pipe).values():
+        assert {type(t) for t in module.parameters()} == {torch.nn.Parameter}
+        assert {t.device.type for t in module.parameters()} == {"cpu"}
+    assert pipe.scheduler.num_inference_steps is None
+
+
+class Holder:
+    def __init__(self, model: torch.nn.Module, **attributes: Any) -> None:
+        self.parts = {"model": [model]}
+        self.same = model
+        self.__dict__.update(attributes)
+
+    def double(self, x: torch.Tensor) -> torch.Tensor:
+        return self.same(self.parts["model"][0](x))
+
+    __call__ = double
+
+
+def test_any_object_that_holds_modules_and_its_methods_are_forecast():
+    model = torch.nn.Linear(64, 64)
+    holder, x = Holder(model, sigmas=torch.ones(3)), torch.zeros(4, 64)
+    runs = {
+        "object": (holder, x),
+        "method": (holder.double, x),
+        "partial": (functools.partial(holder, x),),
+        "argument": (lambda inner, x: inner(x), holder, x),
+    }
+    peaks = {name: forecast(*args).peak.peak_bytes for name, args in runs.items()}
+    weights = 4 * (64 * 64 + 64)
+    assert set(peaks.values()) == {weights + 3 * x.nbytes}
+    assert forecast(model.forward, x, device="cpu").peak.peak_bytes == weights + 2 * x.nbytes
+    assert type(holder.same.weight) is torch.nn.Parameter
+
+
+def test_an_object_that_cannot_be_copied_is_refused_before_it_runs():
+    holder = Holder(torch.nn.Linear(2, 2), open=(i for i in range(3)))
+    with pytest.raises(ForecastError) as caught:
+        forecast(holder, torch.zeros(1, 2))
+    assert caught.value.fields == {"cause": "cannot be copied", "kind": "Holder"}
+    with pytest.raises(ForecastError) as caught:
+        forecast(lambda: Holder(torch.nn.Linear(2, 2)))
+    assert caught.value.fields["cause"] == "nothing allocated"
+
+
+SCHEDULERS = (
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    ("FlowMatchHeunDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}),
+    ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1, "use_lu_lambdas": True}),
+    ("CogVideoXDDIMScheduler", {"rescale_betas_zero_snr": True}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("PNDMScheduler", {}),
+)
+
+
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+def test_the_values_of_a_schedulers_steps_are_those_of_a_real_one(home):
+    def steps(name: str, config: dict[str, Any], device: str) -> list[float]:
+        scheduler = getattr(diffusers, name)(**config)
+        scheduler.set_timesteps(4, device=device, **({"mu": 1.0} if "use_dynamic_shifting" in config else {}))
+        sample = torch.zeros(1, 4, 8, 8, device=device)
+        for t in scheduler.timesteps:
+            sample = scheduler.step(sample, t, sample, return_dict=False)[0]
+        sigmas = getattr(scheduler, "sigmas", torch.zeros(0))
+        return [t.item() for t in (*scheduler.timesteps, *sigmas)]
+
+    with forecasting("cuda", assume="nothing"), torch.device(home):
+        found = [steps(name, config, "cuda") for name, config in SCHEDULERS]
+    assert found == [steps(name, config, "cpu") for name, config in SCHEDULERS]
