@@ -5,6 +5,7 @@ The card is the one that the models of workspaces and attention were measured on
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ class CountedBytes(Protocol):
     def empty_cache(self) -> None:
         """As ``torch.cuda.empty_cache()``."""
 
+    def use_stream(self, stream_id: int) -> None:
+        """Allocate on a stream from now on; 0 is the default one."""
+
 
 @dataclass(frozen=True)
 class CardProperties:
@@ -64,12 +68,16 @@ class CardProperties:
     is_multi_gpu_board: int = 0
 
 
+_STREAM_IDS = itertools.count(1)
+
+
 class FakeStream:
     """A stream or an event: in a forecast everything is done when it is called."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = DEVICE
-        self.cuda_stream = self.stream_id = self.priority = 0
+        self.priority = 0
+        self.cuda_stream = self.stream_id = next(_STREAM_IDS)
 
     def query(self) -> bool:
         """Everything is done."""
@@ -114,7 +122,9 @@ class FakeCard:
     def __init__(self, counted: CountedBytes, context_bytes: int = 0) -> None:
         self._counted = counted
         self._context_bytes = context_bytes
-        self._stream: Any = FakeStream()
+        self._default = FakeStream()
+        self._default.cuda_stream = self._default.stream_id = 0
+        self._stream: Any = self._default
 
     def memory_stats(self, device: Any = None) -> dict[str, Any]:
         """``torch.cuda.memory_stats_as_nested_dict()``, of what is known: no memory that is split, no pools."""
@@ -137,15 +147,17 @@ class FakeCard:
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         """Make a stream the current one."""
-        before, self._stream = self._stream, stream or self._stream
+        before = self._stream
+        self.set_stream(stream or before)
         try:
             yield
         finally:
-            self._stream = before
+            self.set_stream(before)
 
     def set_stream(self, stream: Any) -> None:
-        """Make a stream the current one."""
+        """Make a stream the current one, on which memory is allocated."""
         self._stream = stream
+        self._counted.use_stream(stream.stream_id)
 
     def patches(self) -> Iterator[tuple[Any, str, Any]]:
         """What to replace, and by what."""
@@ -193,7 +205,7 @@ class FakeCard:
             "Stream": FakeStream,
             "Event": FakeStream,
             "current_stream": lambda device=None: self._stream,
-            "default_stream": lambda device=None: FakeStream(),
+            "default_stream": lambda device=None: self._default,
             "stream": self.stream,
             "set_stream": self.set_stream,
             **{name: _refusal(name) for name in OF_A_REAL_CARD},

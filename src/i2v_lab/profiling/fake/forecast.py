@@ -94,6 +94,11 @@ class ForecastMeter(LiveStorageMeter):
         if self.allocator is not None:
             self.allocator.empty_cache()
 
+    def use_stream(self, stream_id: int) -> None:
+        """Allocate on a stream from now on."""
+        if self.allocator is not None:
+            self.allocator.stream = stream_id
+
     def __enter__(self) -> Self:
         return self
 
