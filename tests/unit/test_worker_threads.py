@@ -168,10 +168,10 @@ def test_a_module_that_a_thread_of_before_the_call_calls_is_metered():
     def pipeline() -> Any:
         return elsewhere(decoder, torch.ones(16, 64))
 
-    phases = {"decode_video": decoder}
-    saved = [phase.saved_for_backward_bytes for phase in profile_call(pipeline, phases=phases).phases]
-    assert saved == [2 * 16 * 64 * 4]
-    assert elsewhere(ModeStacks.current).dispatch == ()
+    for phases in (None, {"decoder": decoder}, {"decoder": decoder.forward}):
+        found = [(each.phase, each.saved_for_backward_bytes) for each in profile_call(pipeline, phases=phases).phases]
+        assert found == [("decoder", 2 * 16 * 64 * 4)]
+        assert elsewhere(ModeStacks.current).dispatch == ()
     tasks.put(None)
     thread.join()
 
