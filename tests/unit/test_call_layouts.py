@@ -513,6 +513,8 @@ def test_the_names_of_components_in_one_word():
     }
     for phase, names in phases.items():
         assert {name: phase_of([name], [], "") for name in names} == dict.fromkeys(names, phase)
+    assert phase_of(["diffusion_decoder", "LTX2VideoDiffusionDecoderModel"], [], "") == "decode_video"
+    assert phase_of(["diffusion_model", "Net"], [], "") == "denoise"
     for name in ("VAE", "wanvae", "video_vae", "ae", "AutoEncoder", "movq"):
         assert role_of([name]) == "autoencoder"
     assert [role_of(["block"], package) for package in ("text2video", "text_to_image.a", "x.text", "text")] == [

@@ -247,7 +247,9 @@ def _role(own: set[str], part: set[str]) -> str | None:
         return Phase.ENCODE_PROMPT.value
     if own & GUIDES:
         return GUIDE
-    if own & DENOISERS or any(word.endswith("unet") for word in own) or own >= {"diffusion", "model"}:
+    if own & DENOISERS or any(word.endswith("unet") for word in own):
+        return DENOISE
+    if own >= {"diffusion", "model"} and not own & {"encoder", "decoder"}:
         return DENOISE
     if own & AUTOENCODERS or any(word.endswith("vae") for word in own) or own >= {"first", "stage"}:
         return AUTOENCODER
