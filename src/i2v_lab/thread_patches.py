@@ -121,6 +121,8 @@ def _dispatcher(key: _Key, original: Any) -> Any:
         return _Flag(key, original)
     if isinstance(original, classmethod):
         return classmethod(_function_dispatcher(key, original.__func__))
+    if isinstance(original, staticmethod):
+        return staticmethod(_function_dispatcher(key, original.__func__))
     if isinstance(original, type):
         return _class_dispatcher(key, original)
     if hasattr(original, "__set__"):

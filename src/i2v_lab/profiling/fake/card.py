@@ -1,6 +1,6 @@
 """What ``torch.cuda`` tells in a forecast: bytes as the forecast counts them, and the properties of one card.
 
-The card is the one that the models of workspaces and attention were measured on, an H100 of 80 GB.
+By default the card is the one that the models of workspaces and attention were measured on, an H100 of 80 GB.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.refusals import no_answer
 from i2v_lab.thread_patches import unpatched
 from i2v_lab.torch_compat import FakeTensor
@@ -50,7 +51,14 @@ class CountedBytes(Protocol):
 
 @dataclass(frozen=True)
 class CardProperties:
-    """``torch.cuda.get_device_properties()`` of the card; the same names."""
+    """``torch.cuda.get_device_properties()`` of a card; the same names.
+
+    The workspace of cuBLAS follows from its compute capability, and what is free from its memory.
+
+    Example:
+        >>> CardProperties("NVIDIA A100-SXM4-40GB", major=8, minor=0, total_memory=42_297_786_368).major
+        8
+    """
 
     name: str = "NVIDIA H100 80GB HBM3"
     major: int = 9
@@ -117,9 +125,22 @@ class FakeCard:
     Args:
         counted: The forecast's own bytes.
         context_bytes: Of the CUDA context, which are not free.
+        properties: Of the card.
+
+    Raises:
+        ForecastError: The card is older than compute capability 8.0.
     """
 
-    def __init__(self, counted: CountedBytes, context_bytes: int = 0) -> None:
+    def __init__(self, counted: CountedBytes, context_bytes: int = 0, properties: CardProperties | None = None) -> None:
+        self.properties = properties or CardProperties()
+        if self.properties.major < 8:
+            capability = f"{self.properties.major}.{self.properties.minor}"
+            raise ForecastError(
+                f"card {self.properties.name} has compute capability {capability}; forecasts know the kernels of 8.0 "
+                "and above; measure a real run",
+                cause="unknown card",
+                capability=capability,
+            )
         self._counted = counted
         self._context_bytes = context_bytes
         self._default = FakeStream()
@@ -141,7 +162,7 @@ class FakeCard:
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free and total bytes."""
-        total = CardProperties().total_memory
+        total = self.properties.total_memory
         return max(0, total - self._context_bytes - self._counted.reserved_bytes()), total
 
     @contextmanager
@@ -187,7 +208,7 @@ class FakeCard:
         }
 
     def _of_the_card(self) -> dict[str, Any]:
-        properties = CardProperties()
+        properties = self.properties
         nothing = {name: lambda *_, **__: None for name in ("init", "set_device", "synchronize", "ipc_collect")}
         return {
             **nothing,
