@@ -116,6 +116,12 @@ class ForecastError(I2VLabError):
     """A forecast cannot know what a real run would do."""
 
 
+class ScriptError(I2VLabError):
+    """A script that is forecast cannot be run, or failed by itself."""
+
+    exit_status = 1
+
+
 class VramCapExceeded(I2VLabError):
     """An allocation crossed the cap that was set on purpose."""
 

@@ -56,9 +56,10 @@ def patched_here(target: Any, name: str, substitute: Any) -> Iterator[None]:
 
     Args:
         target: A module or a class.
-        name: Of a function, class, flag or data descriptor, or of a value of which only attributes are read.
-        substitute: Called instead of a function or class, with the same arguments; takes the place of anything else.
-            It reaches what it replaces by :func:`unpatched`.
+        name: Of a function, class, class method, flag or data descriptor, or of a value of which only attributes are
+            read.
+        substitute: Called instead of a function or class, with the same arguments, and instead of a class method, with
+            the class before them; takes the place of anything else. It reaches what it replaces by :func:`unpatched`.
 
     Example:
         >>> with patched_here(torch.cuda, "device_count", lambda: 7):
@@ -80,9 +81,12 @@ def patched_here(target: Any, name: str, substitute: Any) -> Iterator[None]:
 
 
 def unpatched(target: Any, name: str) -> Any:
-    """The original of an attribute, whether it is replaced in this thread or not."""
+    """The original of an attribute, whether it is replaced in this thread or not; a class method as its function."""
     patch = _PATCHES.get((id(target), name))
-    return patch.original if patch is not None else getattr(target, name)
+    original = patch.original if patch is not None else inspect.getattr_static(target, name, None)
+    if isinstance(original, classmethod):
+        return original.__func__
+    return original if patch is not None else getattr(target, name)
 
 
 def _install(key: _Key, target: Any, name: str) -> None:
@@ -115,6 +119,8 @@ def _remove(key: _Key, name: str) -> None:
 def _dispatcher(key: _Key, original: Any) -> Any:
     if isinstance(original, bool):
         return _Flag(key, original)
+    if isinstance(original, classmethod):
+        return classmethod(_function_dispatcher(key, original.__func__))
     if isinstance(original, type):
         return _class_dispatcher(key, original)
     if hasattr(original, "__set__"):

@@ -346,6 +346,33 @@ def test_a_patch_is_seen_by_its_thread_alone_and_the_attribute_is_back_after_the
     assert (torch.cuda.device_count, vars(torch.Tensor).get("numpy")) == before
 
 
+class Base:
+    @classmethod
+    def load(cls, name: str = "it") -> str:
+        return f"{cls.__name__} loads {name}"
+
+
+class Derived(Base):
+    @classmethod
+    def load(cls, name: str = "it") -> str:
+        return super().load(name) + "!"
+
+
+def test_a_patched_class_method_has_the_class_and_reaches_the_original():
+    original = vars(Base)["load"]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        patched_here(Base, "load", lambda cls, name="it": unpatched(Base, "load")(cls, name.upper())),
+    ):
+        assert (Base.load(), Base().load("a"), Derived.load("b")) == (
+            "Base loads IT",
+            "Base loads A",
+            "Derived loads B!",
+        )
+        assert pool.submit(Derived.load, "b").result() == "Derived loads b!"
+    assert vars(Base)["load"] is original
+
+
 def test_a_patched_class_makes_instances_of_the_original_elsewhere():
     original = torch.Generator
     with patched_here(torch, "Generator", lambda device="cpu": "mine"), ThreadPoolExecutor(1) as pool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from i2v_lab.cli import options
-from i2v_lab.cli.output import plain_console, print_json
+from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
+from i2v_lab.cli.forecast_script import check_script_options, report_script
+from i2v_lab.cli.output import print_json
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
@@ -36,10 +37,16 @@ The published defect, at full size:
 For a card with less memory, as JSON for a script:
 
     i2v-lab forecast --width 1024 --height 768 --vram-cap-gib 24 --json
+
+A script of diffusers, unchanged, with its own arguments after `--`:
+
+    i2v-lab forecast --script my_pipeline.py -- --frames 81
 """
 
 
 def forecast(
+    context: typer.Context,
+    arguments: Annotated[list[str] | None, typer.Argument(help="After `--`: the script's own arguments.")] = None,
     image: Annotated[Path, typer.Option(help="Image of the first frame; only its size matters.")] = Path(DEFAULT_STILL),
     prompt: options.Prompt = "",
     negative_prompt: options.NegativePrompt = "",
@@ -69,15 +76,25 @@ def forecast(
     dtype: options.DtypeOption = None,
     vram_cap_gib: options.VramCapGib = None,
     profile: Annotated[Path | None, typer.Option(help="Write the records to this folder, for `i2v-lab show`.")] = None,
+    script: Annotated[
+        Path | None,
+        typer.Option(
+            help="Forecast this Python script of diffusers in place of a model. It is run, with your rights, as "
+            "`python` would run it; from_pretrained reads configuration files alone, and nothing is downloaded."
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Forecast the peak memory of every phase on a GPU, without one, and which cards it fits."""
-    from i2v_lab.capacity.cards import judge, judge_all
     from i2v_lab.pipeline.contract.architectures import load_architecture
 
     vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     if profile is not None:
         check_new_folder(profile, "profile")
+    check_script_options(context, script, arguments)
+    if script is not None:
+        report_script(script, arguments or [], vram_cap_gib, profile, as_json)
+        return
     if memory is MemoryPolicy.AUTO and vram_cap_gib is None:
         raise InvalidRequest(
             "memory=auto depends on the card; give its size with --vram-cap-gib", memory=memory.value, vram_cap_gib=None
@@ -114,36 +131,11 @@ def forecast(
     if vram_cap_bytes is not None:
         request = options.resolved(request, model, vram_cap_bytes)
     result = _forecast(request, model)
-    fits = judge_all(result)
-    if vram_cap_bytes is not None:
-        fits.insert(0, judge(result, f"cap of {vram_cap_gib:g} GiB", vram_cap_bytes))
+    fits = verdicts(result, vram_cap_gib)
     if profile is not None:
         _write_run(profile, request, model, result)
-    report = {
-        "model": model,
-        "request": request.to_json(),
-        "phases": [
-            {
-                "phase": phase.phase,
-                "start_bytes": phase.start_bytes,
-                "peak_bytes": phase.peak_bytes,
-                "end_bytes": phase.end_bytes,
-                "saved_for_backward_bytes": phase.saved_for_backward_bytes,
-            }
-            for phase in result.phases
-        ],
-        "peak_bytes": result.peak.peak_bytes,
-        "peak_phase": result.peak.phase,
-        "peak_reserved_bytes": result.peak_reserved_bytes,
-        "context_bytes": result.context_bytes,
-        "host_page_locked_bytes": result.page_locked_bytes,
-        "host_pageable_bytes": result.pageable_bytes,
-        "fits": [asdict(fit) for fit in fits],
-        "notes": [asdict(note) for note in result.notes],
-        "seconds": result.seconds,
-    }
     if as_json:
-        print_json(report)
+        print_json({"model": model, "request": request.to_json(), **report(result, fits)})
     else:
         _print(request, model, result, fits)
 
@@ -171,41 +163,12 @@ def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) 
 
 
 def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -> None:
-    from rich.table import Table
-
-    from i2v_lab.reporting import run_tables
-    from i2v_lab.reporting.headlines import headline
-    from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.runs.sources import as_run
     from i2v_lab.runs.spec import RunSpec
-    from i2v_lab.units import format_bytes
 
-    run = as_run(RunSpec(request=request, model=model), result)
-    console = plain_console()
     policy = f", {request.memory}" if request.memory is not MemoryPolicy.RESIDENT else ""
-    console.print(
+    title = (
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
-        f"{request.quantization}, decode {request.decode_scope}{policy}",
-        soft_wrap=True,
+        f"{request.quantization}, decode {request.decode_scope}{policy}"
     )
-    console.print(headline(run))
-    phases = run_tables.phase_table(run).drop(columns="seconds")
-    console.print(rich_table(phases, "Phases, forecast", bold=result.peak.phase))
-    modules = run_tables.modules_table(run).head(8)
-    console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
-    table = Table("card", "memory", "verdict", box=None, header_style="bold", pad_edge=False)
-    colours = {"fits": "green", "tight": "yellow", "no": "red"}
-    for fit in fits:
-        table.add_row(fit.gpu, format_bytes(fit.memory_bytes), fit.verdict, style=colours[fit.verdict])
-    console.print(table)
-    console.print(
-        f"needs {format_bytes(result.peak.peak_bytes)} allocated, {format_bytes(result.peak_reserved_bytes)} reserved "
-        f"by the allocator, and {format_bytes(result.context_bytes)} for the CUDA context",
-        soft_wrap=True,
-    )
-    if result.pageable_bytes:
-        console.print(
-            f"streaming needs {format_bytes(result.page_locked_bytes)} of page-locked host memory, and "
-            f"{format_bytes(result.pageable_bytes)} of pageable host memory for the largest block read from its file",
-            soft_wrap=True,
-        )
+    print_forecast(title, as_run(RunSpec(request=request, model=model), result), result, fits)

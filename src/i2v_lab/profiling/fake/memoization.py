@@ -12,6 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -67,18 +68,32 @@ class ModuleMemo:
         self._meter = meter
         self._allocator = allocator
         self._paths = paths
-        self._memory_keys = memory_keys
+        self._memory_keys = dict(memory_keys)
+        self._scopes = ExitStack()
         self._calls: dict[Hashable, _Call] = {}
         self._layouts: weakref.WeakKeyDictionary[torch.nn.Module, Hashable] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Memoize calls within this scope."""
-        with ExitStack() as scopes:
-            for kind, memory_key in self._memory_keys.items():
-                forward = functools.partial(self._forward, unpatched(kind, "forward"), memory_key)
-                scopes.enter_context(patched_here(kind, "forward", functools.partial(_call, forward)))
-            yield
+        before = _ACTIVE.set(self)
+        try:
+            with self._scopes:
+                for kind, memory_key in self._memory_keys.items():
+                    self._replace(kind, memory_key)
+                yield
+        finally:
+            _ACTIVE.reset(before)
+
+    def add(self, kind: type[torch.nn.Module], memory_key: MemoryKey) -> None:
+        """Memoize one more class until the end of the scope of :meth:`active`; one that is memoized stays as it is."""
+        if kind not in self._memory_keys:
+            self._memory_keys[kind] = memory_key
+            self._replace(kind, memory_key)
+
+    def _replace(self, kind: type[torch.nn.Module], memory_key: MemoryKey) -> None:
+        forward = functools.partial(self._forward, unpatched(kind, "forward"), memory_key)
+        self._scopes.enter_context(patched_here(kind, "forward", functools.partial(_call, forward)))
 
     def _forward(self, forward: Any, memory_key: MemoryKey, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -111,6 +126,14 @@ class ModuleMemo:
             tensors = [*module.named_parameters(), *module.named_buffers()]
             self._layouts[module] = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
         return self._layouts[module]
+
+
+_ACTIVE: ContextVar[ModuleMemo | None] = ContextVar("active memo", default=None)
+
+
+def active_memo() -> ModuleMemo | None:
+    """The memo of the forecast that this thread is in; ``None`` in no forecast."""
+    return _ACTIVE.get()
 
 
 def _call(forward: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,183 @@
+"""Where the configuration of a model that a script names is on this machine; nothing is ever downloaded.
+
+A name of the Hugging Face hub, such as ``Wan-AI/Wan2.2-TI2V-5B-Diffusers``, is looked for as a folder, in the user's
+cache of the hub, and among this package's architectures, whose ``repository`` lists the names they were published by.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from i2v_lab.errors import ForecastError, shown
+from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.contract.weight_folders import require_files
+from i2v_lab.pipeline.diffusers import stand_ins
+
+STAND_IN = "stand_in.json"  # of a component for which there is no file
+
+
+class ConfigurationFolders:
+    """Finds the folder of a name, and writes those of this package's architectures.
+
+    Args:
+        written: An empty folder for the latter.
+    """
+
+    def __init__(self, written: Path) -> None:
+        self._written = written
+        self._found: dict[tuple[str, ...], Path] = {}
+
+    def find(self, name: str | os.PathLike[str], revision: str | None = None, cache_dir: Any = None) -> Path | None:
+        """The folder of a model's configuration; ``None`` if there is none on this machine.
+
+        Args:
+            name: A folder or a name of the hub.
+            revision: Of the files in the user's cache.
+            cache_dir: That cache, where it is not the usual one.
+
+        Raises:
+            CheckpointError: Files of the folder name code, or are damaged.
+        """
+        key = (str(name), str(revision), str(cache_dir))
+        if key not in self._found:
+            folder = self._folder(str(name), revision, cache_dir)
+            if folder is None:
+                return None
+            self._found[key] = folder
+        return self._found[key]
+
+    def require(self, name: Any, subfolder: str | None, file: str, **where: Any) -> Path:
+        """:meth:`find`, or refuse.
+
+        Args:
+            name: As in :meth:`find`, or a file.
+            subfolder: Of a component.
+            file: That has to be there; empty if any will do.
+            **where: ``revision`` and ``cache_dir``, as in :meth:`find`.
+
+        Raises:
+            ForecastError: No configuration is on this machine; the message says where to put it.
+            CheckpointError: As in :meth:`find`.
+        """
+        if not isinstance(name, str | os.PathLike):
+            raise missing(name, file)
+        if os.path.isfile(name):  # noqa: PTH113 - which takes too long a name for none
+            return Path(name)
+        folder = self.find(name, **where)
+        if folder is None or (file and not (folder / (subfolder or "") / file).is_file()):
+            raise missing(name, f"{subfolder}/{file or 'config.json'}" if subfolder else file or "config.json")
+        return folder
+
+    def stand_in(self, folder: Path | None, part: str | None) -> Any:
+        """What stands in for a part of an architecture, such as a tokenizer without its vocabulary; else ``None``.
+
+        Args:
+            folder: As :meth:`find` returned it.
+            part: Its subfolder.
+        """
+        path = (folder or Path()) / (part or "") / STAND_IN
+        if not path.is_relative_to(self._written) or not path.is_file():
+            return None
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return getattr(stand_ins, config.pop("_class_name"))(**config)
+
+    def name_of(self, path: Any, part: str | None = None) -> str:
+        """The name that a script gave for a folder that was found, or for a part of it."""
+        given = str(path)
+        for key, folder in self._found.items():
+            if Path(given).is_relative_to(folder) and key[0] != given:
+                given = "/".join([key[0], *Path(given).relative_to(folder).parts])
+                break
+        return f"{given}/{part}" if part else given
+
+    def _folder(self, name: str, revision: str | None, cache_dir: Any) -> Path | None:
+        if os.path.isdir(name):  # noqa: PTH112 - which takes too long a name for none
+            require_files(Path(name), (), "script", "configuration")
+            return Path(name)
+        try:
+            cached = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError, ValueError):
+            cached = None
+        if cached is not None and any(path.suffix in (".json", ".safetensors") for path in cached.rglob("*")):
+            require_files(cached, (), "script", "configuration")
+            return cached
+        for path in sorted((data_dir() / "architectures").glob("*.json")):
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if name.lower() in (each.lower() for each in _names(values)) and "pipeline" in values:
+                folder = self._written / path.stem
+                if not folder.exists():
+                    write_configuration(values, folder)
+                return folder
+        return None
+
+
+def missing(name: Any, files: str) -> ForecastError:
+    """The error for a configuration that is not on this machine.
+
+    Args:
+        name: What the script names.
+        files: What is missing in words.
+    """
+    given = str(name)
+    if os.path.isdir(given):  # noqa: PTH112 - which takes too long a name for none
+        remedy = "put it there, or name another folder"
+    elif given.startswith(("/", ".", "~")) or given.count("/") > 1:
+        remedy = "check the path of the folder"
+    else:
+        remedy = (
+            "name a folder that holds the model's JSON files, or fetch them without the weights: "
+            f"hf download {given} --include '*.json' '*.txt' '*.model'"
+        )
+    return ForecastError(
+        f"{shown(given)} has no {files} on this machine, and a forecast downloads nothing; {remedy}",
+        cause="no configuration",
+        name=given,
+    )
+
+
+def _names(values: dict[str, Any]) -> list[str]:
+    names = values.get("repository", [])
+    return [names] if isinstance(names, str) else names
+
+
+def _is_stand_in(kind: str) -> bool:
+    return getattr(getattr(stand_ins, kind, None), "__module__", None) == stand_ins.__name__
+
+
+def write_configuration(values: dict[str, Any], folder: Path) -> None:
+    """Write an architecture as the JSON files of its pipeline, as they are on the hub.
+
+    Args:
+        values: Of the architecture: ``pipeline``, ``arguments``, ``config`` and ``dtypes``.
+        folder: Made.
+    """
+    index: dict[str, Any] = {"_class_name": values["pipeline"], **values.get("arguments", {})}
+    dtypes = values.get("dtypes", {})
+    for name, section in values["config"].items():
+        config = dict(section)
+        kind = config.pop("_class_name")
+        file, library = "config.json", "transformers"
+        if _is_stand_in(kind):
+            file, config["_class_name"] = STAND_IN, kind
+            kind = "ProcessorMixin" if "Processor" in kind else "PreTrainedTokenizerFast"
+        elif hasattr(diffusers, kind):
+            file, library = getattr(diffusers, kind).config_name, "diffusers"
+            config["_class_name"] = kind
+        elif issubclass(getattr(transformers, kind), transformers.PreTrainedModel):
+            config |= {"architectures": [kind], "model_type": getattr(transformers, kind).config_class.model_type}
+            config.setdefault("torch_dtype", dtypes.get(name, dtypes.get("", "float32")))
+        else:
+            file = "preprocessor_config.json"
+            config["image_processor_type"] = kind
+        index[name] = [library, kind]
+        (folder / name).mkdir(parents=True)
+        (folder / name / file).write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
