@@ -68,27 +68,6 @@ def build(architecture: Architecture, name: str) -> Any:
     if not issubclass(kind, torch.nn.Module):
         with torch.device("cpu"):  # schedulers hand their tables to numpy
             return kind(**config)
-<<<<<<< HEAD
-    of_transformers = issubclass(kind, transformers.PreTrainedModel)
-    module: torch.nn.Module = kind(kind.config_class(**config)) if of_transformers else kind(**config)
-    if not float32_modules(module):  # as from_pretrained does: positions and some norms are made in float32
-        torch.nn.Module.to(module, torch.get_default_dtype())  # diffusers' own warns
-    return module.eval()
-
-
-def float32_modules(module: torch.nn.Module) -> set[str]:
-    """The names in a module's tree that ``from_pretrained`` of diffusers keeps in float32."""
-    return set(module._keep_in_fp32_modules or ()) if isinstance(module, diffusers.ModelMixin) else set()
-
-
-def keep_in_float32(module: torch.nn.Module) -> None:
-    """Convert the parts that ``from_pretrained`` of diffusers keeps in float32, whatever dtype is asked for."""
-    names = float32_modules(module)
-    if names:
-        for name, parameter in module.named_parameters():
-            if names & set(name.split(".")):
-                parameter.data = parameter.data.float()
-=======
     is_transformers = issubclass(kind, transformers.PreTrainedModel)
     module: torch.nn.Module = kind(kind.config_class(**config)) if is_transformers else kind(**config)
     _convert(module, torch.get_default_dtype())
@@ -107,7 +86,6 @@ def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in module.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
->>>>>>> core
 
 
 @contextmanager
