@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import TINY, architecture_names, load_architecture
 from i2v_lab.pipeline.diffusers.components import CLASS, build, default_dtype, find_class
@@ -188,8 +189,31 @@ def test_the_tiny_model_differs_in_sizes_alone(model):
     assert set(values["tiny"]) <= {"config", "parameters", "dtypes", "sampling", "sizes", "request"}
 
 
-# transformers drops a mask without padding, but not under fake tensors; a CPU copies the autoencoder's bfloat16 input.
-APART = {"cosmos-predict2-2b-video2world": 0.003, "kandinsky-5-i2v": 0.06}
+@pytest.mark.parametrize(
+    ("model", "wrong", "right"),
+    [
+        ("framepack-i2v", {"frames": 1}, 37),  # it makes a section more than none
+        ("framepack-i2v", {"frames": 38}, 37),
+        ("cogvideox-1.5-5b-i2v", {"width": 2416}, 2400),  # tables of rotary positions end here
+        ("kandinsky-5-i2v", {"height": 2064}, 2048),
+        ("kandinsky-5-i2v", {"frames": 513}, 509),
+        ("wan-2.1-i2v-14b", {"frames": 4097}, 4093),
+        ("ltx-2-19b-diffusers", {"height": 32}, 64),  # its decoder pads by reflection
+    ],
+)
+def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right):
+    architecture = load_architecture(model)
+    runner = runner_of(architecture)
+    ((name, value),) = wrong.items()
+    with pytest.raises(InvalidRequest) as refused:
+        runner.check_request(architecture, make_request(model, image=STILL, **wrong))
+    assert refused.value.fields == {name: value}
+    assert str(right) in str(refused.value)
+    runner.check_request(architecture, make_request(model, image=STILL, **{name: right}))
+
+
+# A CPU copies bfloat16 inputs of convolutions.
+APART = {"kandinsky-5-i2v": 0.06}
 
 
 @pytest.mark.parametrize("model", MODELS)
