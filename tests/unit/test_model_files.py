@@ -20,10 +20,7 @@ from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import read_run
 from i2v_lab.units import GIB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of torch, for NumPy
-    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning"),  # Kandinsky's, on a CPU
-]
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of torch, for NumPy
 STILL = str(data_dir() / "stills" / "lighthouse.png")
 MODELS = [name for name in architecture_names() if load_architecture(name).pipeline and not name.endswith(TINY)]
 
@@ -212,10 +209,6 @@ def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right
     runner.check_request(architecture, make_request(model, image=STILL, **{name: right}))
 
 
-# A CPU copies bfloat16 inputs of convolutions.
-APART = {"kandinsky-5-i2v": 0.06}
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tiny_model_generates_what_was_asked_for_in_the_phases_of_its_forecast(model, tmp_path):
     architecture = load_architecture(model)
@@ -227,5 +220,4 @@ def test_a_tiny_model_generates_what_was_asked_for_in_the_phases_of_its_forecast
     real = sorted(read_run(tmp_path / "run").of(PhaseRecord), key=lambda phase: phase.start_s)
     fake = execute(spec, Mode.FAKE, "cpu").phases
     assert [phase.phase for phase in fake] == [phase.phase for phase in real]
-    expected = pytest.approx([phase.peak_bytes for phase in real], rel=APART.get(model, 0.0), abs=0)
-    assert [phase.peak_bytes for phase in fake] == expected
+    assert [phase.peak_bytes for phase in fake] == [phase.peak_bytes for phase in real]
