@@ -79,9 +79,9 @@ def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
 
     diffusers keeps the parameters of some modules in float32, and then the buffers as they were made.
     """
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    if not isinstance(module, diffusers.ModelMixin) or not kept:
-        module.to(dtype)
+    kept = set(module._keep_in_fp32_modules or ()) if isinstance(module, diffusers.ModelMixin) else set()
+    if not kept:
+        torch.nn.Module.to(module, dtype)  # diffusers' own warns
         return
     for name, parameter in module.named_parameters():
         if kept & set(name.split(".")):
