@@ -250,7 +250,15 @@ def test_a_name_resolves_to_an_architecture_whose_repository_has_it(
     (tmp_path / "data" / "architectures").mkdir(parents=True)
     (tmp_path / "data" / "architectures" / "tiny.json").write_text(json.dumps(values))
     monkeypatch.setattr(configuration_folders, "data_dir", lambda: tmp_path / "data")
-    assert _forecast(tmp_path, NAMED).peak.peak_bytes == named_bytes
+    found = _forecast(tmp_path, NAMED)
+    assert found.peak.peak_bytes == named_bytes
+    assert {each.operator for each in found.assumptions} == {"tokenizer of Lightricks/Tiny/tokenizer"}
+    # As from a repository of one component; one whose pipeline has another class has none for it.
+    alone = NAMED.replace('name, subfolder="transformer"', "name")
+    assert _forecast(tmp_path, alone).peak.peak_bytes == named_bytes
+    with pytest.raises(ForecastError) as caught:
+        _forecast(tmp_path, "import diffusers\ndiffusers.WanPipeline.from_pretrained('lightricks/tiny')\n")
+    assert (caught.value.fields["cause"], caught.value.fields["line"]) == ("no configuration", 2)
 
 
 # --- Dtypes -----------------------------------------------------------------------------------------------------------
