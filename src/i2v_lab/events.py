@@ -109,8 +109,8 @@ class Note:
 
     Attributes:
         phase: In which.
-        topic: What it was done to: ``prompt``, ``negative_prompt`` or ``sound``.
-        count: How much of it: tokens that were dropped, samples that were replaced.
+        topic: What it was done to: ``prompt``, ``negative_prompt``, ``image`` or ``sound``.
+        count: How much of it: tokens that were dropped, samples that were replaced, stills that were not used.
         text: One line for the user.
     """
 

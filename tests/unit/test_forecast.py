@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -522,6 +524,41 @@ def test_blocks_that_keep_something_or_a_graph_or_differ_are_all_run(case):
     memoized, runs_with = _peaks(memoize=True, **case)
     assert memoized == executed
     assert runs_with == runs
+
+
+@dataclass
+class Output(OrderedDict):
+    """As diffusers and transformers have them: a dataclass and a dict."""
+
+    sample: torch.Tensor
+    extra: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self["sample"] = self.sample
+
+
+class Sampling(torch.nn.Module):
+    runs = 0
+
+    def forward(self, x: torch.Tensor) -> Output:
+        Sampling.runs += 1
+        return Output(sample=x + 1)
+
+
+def test_calls_that_are_not_repeated_return_what_the_first_did():
+    Sampling.runs = 0
+    memoize = {Sampling: lambda *_: None}
+    with forecasting("cpu", memoize=memoize) as profiler, torch.no_grad(), profiler.phase("outputs"):
+        x = torch.ones(10, WIDTH)
+        for _ in range(3):
+            made = Sampling()(x)
+            assert type(made) is Output
+            assert made.extra is None
+            assert made["sample"] is made.sample
+            assert made.sample.shape == (10, WIDTH)
+            del made
+    assert Sampling.runs == 1
+    assert profiler.peak.peak_bytes == 2 * x.nbytes
 
 
 class Viewing(torch.nn.Module):

@@ -66,6 +66,7 @@ class AutogradGraphProbe:
         self._meter = meter
         self._storages: dict[int, _SavedStorage] = {}
         self._thread = threading.local()  # whose own the hooks are
+        self._lock = meter.lock if meter is not None else threading.RLock()  # one, since each calls the other
         self._is_over = False
         self.saved_bytes = 0
         self.peak_bytes = 0
@@ -92,8 +93,10 @@ class AutogradGraphProbe:
             self._peak_by_module = _by_module(self._storages)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        if self._is_over:
-            return tensor
+        with self._lock:
+            return tensor if self._is_over else self._save(tensor)
+
+    def _save(self, tensor: torch.Tensor) -> Any:
         key = storage_key(tensor)
         if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
             return tensor
@@ -111,14 +114,15 @@ class AutogradGraphProbe:
         return _SavedTensor(tensor.detach(), key, self._release)
 
     def _release(self, key: int) -> None:
-        saved = self._storages[key]
-        saved.references -= 1
-        if saved.references == 0:
-            self._update_peak()
-            del self._storages[key]
-            self.saved_bytes -= saved.nbytes
-            if self._meter is not None:
-                self._meter.mark_released(key)
+        with self._lock:
+            saved = self._storages[key]
+            saved.references -= 1
+            if saved.references == 0:
+                self._update_peak()
+                del self._storages[key]
+                self.saved_bytes -= saved.nbytes
+                if self._meter is not None:
+                    self._meter.mark_released(key)
 
     def enter_thread(self) -> None:
         """Count what this thread's operators save too."""

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def map_leaves(convert: Callable[[Any], Any], value: Any) -> Any:
     """The same value with its leaves converted; what holds no changed leaf stays the same object, the rest is copied.
@@ -51,3 +53,22 @@ def _map(convert: Callable[[Any], Any], value: Any, outer: set[int]) -> Any:
     if all(after is before for after, before in zip(leaves, value, strict=True)):
         return value
     return value._make(leaves) if hasattr(value, "_make") else type(value)(leaves)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors that a value holds, in its order."""
+    found: list[torch.Tensor] = []
+
+    def keep(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        return leaf
+
+    map_leaves(keep, value)
+    return found
+
+
+def is_picture(value: Any) -> bool:
+    """Whether the first tensor in a value has the three channels of pictures or of a video: ``[B, 3, (T,) H, W]``."""
+    tensors = tensors_in(value)
+    return bool(tensors) and tensors[0].ndim in (4, 5) and tensors[0].shape[1] == 3

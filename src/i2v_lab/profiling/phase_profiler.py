@@ -37,6 +37,7 @@ from i2v_lab.profiling.records import (
     StepRecord,
 )
 from i2v_lab.profiling.timeline import phase_timeline
+from i2v_lab.profiling.worker_threads import metered_workers
 from i2v_lab.units import format_bytes
 
 HOLDERS = 20  # largest storages recorded for a phase's peak
@@ -179,8 +180,8 @@ class PhaseProfiler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Attribute a ``with`` block to a phase of this name, in any thread."""
-        with self.threads.metered():
+        """Attribute a ``with`` block to a phase of this name, in any thread, and what it has other threads do."""
+        with self.threads.metered(), metered_workers(self.threads):
             self.start(name)
             start_s = time.perf_counter()
             try:

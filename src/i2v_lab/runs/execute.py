@@ -131,7 +131,9 @@ def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
     runner = spec.runner_spec
     weights = runner.skeleton_weights(spec.architecture)
     workspaces = load_workspaces() if device == "cuda" else None
-    with forecasting(device, memoize=runner.memoizable_modules(spec.architecture), workspaces=workspaces) as profiler:
+    # Group offload on a stream prefetches the weights of the next layers, so that no two calls are alike.
+    memoize = {} if settings.offload_stream else runner.memoizable_modules(spec.architecture)
+    with forecasting(device, memoize=memoize, workspaces=workspaces) as profiler:
         pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set, settings)
         perform(spec, pipeline, profiler, lambda _, chunks: _drop(chunks))
     return profiler

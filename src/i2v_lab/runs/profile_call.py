@@ -15,10 +15,13 @@ from typing import Any, Self
 
 import torch
 
+from i2v_lab.errors import ProfilerError
 from i2v_lab.events import Phase
 from i2v_lab.profiling.call_phases import CallPhases
 from i2v_lab.profiling.components import find_modules
 from i2v_lab.profiling.containers import map_leaves
+from i2v_lab.profiling.decoded import decoded_phase
+from i2v_lab.profiling.named_phases import NO_NAMES, NamedPhases
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import PhaseRecord, Record
@@ -35,14 +38,17 @@ def profile_call(
     attribute: bool = True,
     vram_cap_bytes: int | None = None,
     profiler: PhaseProfiler | None = None,
+    phases: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> ProfiledCall:
     """Call a pipeline that knows nothing of this package, and charge its time and memory to phases.
 
     Phases are found from the calls of its components by what these are named (see
-    :func:`~i2v_lab.profiling.components.phase_of`), whether the pipeline holds them or builds them when called, and
-    follow one another without a gap (see :mod:`~i2v_lab.profiling.call_phases`). If no component is known, all is one
-    phase, ``call``. A call of the transformer is a step: with guidance there are several for one of the scheduler's.
+    :func:`~i2v_lab.profiling.components.role_of`), whether the pipeline holds them or builds them when called, and
+    follow one another without a gap (see :mod:`~i2v_lab.profiling.call_phases`). A component whose names say nothing is
+    a phase of its own name; a pipeline that holds none is one phase, ``call``. ``phases`` overrules all of that. A call
+    of the transformer is a step: with guidance there are several for one of the scheduler's. What the pipeline has
+    other threads do is metered too.
 
     What is lazy in the result, also in a tuple, list, dictionary or dataclass, is followed when it is consumed and
     charged to ``decode_video``, what the consumer does between two items included. Its items may be produced in any
@@ -58,10 +64,14 @@ def profile_call(
         vram_cap_bytes: Pretend to a smaller card.
         profiler: One that is active already, such as that of
             :func:`~i2v_lab.profiling.fake.forecast.forecasting`; then the four options before do not apply.
+        phases: Parts of the pipeline by the name of their phase, for what the names do not tell: modules, methods,
+            functions, their dotted names in the pipeline, or lists of these, such as
+            ``{"denoise": pipeline.dit, "decode_video": "vae.model.decoder"}``.
         **kwargs: Its other arguments; bind one that has an option's name with ``functools.partial``.
 
     Raises:
-        ProfilerError: Another profiler is active.
+        ProfilerError: Another profiler is active, the pipeline is asynchronous, or something in ``phases`` is not part
+            of the pipeline.
         OutputError: ``run_dir`` is not empty or cannot be written.
 
     Example:
@@ -75,7 +85,9 @@ def profile_call(
         >>> [frame.requires_grad for frame in call.result], call.peak.phase
         ([True, True], 'decode_video')
     """
+    _refuse_coroutines(pipeline)
     components = find_modules(pipeline, args, kwargs)
+    named = NamedPhases(phases, pipeline, components) if phases is not None else NO_NAMES
     scopes = ExitStack()
     is_own = profiler is None
     with scopes:
@@ -87,7 +99,8 @@ def profile_call(
                 metered(target, folder, metadata, attribute=attribute, vram_cap_bytes=vram_cap_bytes)
             )
         own = {name: module for name, module in components.items() if module is not pipeline}
-        call = ProfiledCall(profiler, CallPhases(profiler, own))
+        call = ProfiledCall(profiler, CallPhases(profiler, own, pipeline, named))
+        call._phases.decoded = decoded_phase(pipeline)
         call._is_own = is_own
         call._run(pipeline, args, kwargs)
         if call._streams and is_own:
@@ -143,8 +156,9 @@ class ProfiledCall:
             result = pipeline(*args, **kwargs)
         self._phases.finish()
         self.seconds = time.perf_counter() - start_s
-        self._phases.write()
         self.result = self._follow(result)
+        self._phases.decoded = Phase.DECODE_VIDEO.value if self._streams else decoded_phase(pipeline, result)
+        self._phases.write()
 
     def _follow(self, value: Any) -> Any:
         """The same value, with what is lazy in it followed."""
@@ -266,6 +280,18 @@ class FollowedStream(Iterator[Any]):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+
+def _refuse_coroutines(pipeline: Any) -> None:
+    function = pipeline
+    while isinstance(function, functools.partial):
+        function = function.func
+    for each in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each):
+            name = getattr(function, "__qualname__", type(function).__name__)
+            raise ProfilerError(
+                f"{name} is asynchronous, so calling it runs nothing; profile lambda: asyncio.run(...)", pipeline=name
+            )
 
 
 def device_of(pipeline: Any, components: Mapping[str, torch.nn.Module]) -> torch.device:

@@ -13,6 +13,7 @@ from i2v_lab.paths import data_dir
 from i2v_lab.request import Tiling
 
 TINY = "-tiny"  # ends the name of the small model in the file of a large one
+OWN = ("tiny", "parameters", "repository", "note")  # are not those of the model that another is `like`
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,11 @@ class Architecture:
 
 def architecture_names() -> list[str]:
     """Names of all known architectures, sorted; a model with a ``tiny`` section in its file is two of them."""
+    return sorted(name for name, path in _files().items() if path.parent.name == "architectures")
+
+
+def model_names() -> list[str]:
+    """:func:`architecture_names`, and models of ``data/published/models``: those of published peaks alone."""
     return sorted(_files())
 
 
@@ -86,7 +92,8 @@ def architecture_names() -> list[str]:
 def _files() -> dict[str, Path]:
     """The file of each architecture."""
     found = {}
-    for path in (data_dir() / "architectures").glob("*.json"):
+    folders = [data_dir() / "published" / "models", data_dir() / "architectures"]
+    for path in (path for folder in folders for path in folder.glob("*.json")):
         found[path.stem] = path
         if "tiny" in json.loads(path.read_text(encoding="utf-8")):
             found[path.stem + TINY] = path
@@ -115,6 +122,9 @@ def load_architecture(name: str) -> Architecture:
 def _read(name: str) -> Architecture:
     path = _files()[name]
     values = json.loads(path.read_text(encoding="utf-8"))
+    if "like" in values:
+        like = _files()[values.pop("like")]
+        values = _merged(json.loads(like.read_text(encoding="utf-8")), {**dict.fromkeys(OWN), **values})
     if name != path.stem:
         values = _merged(values, {**values["tiny"], "name": name})
     known = set(Architecture.__dataclass_fields__)

@@ -68,22 +68,24 @@ def build(architecture: Architecture, name: str) -> Any:
     if not issubclass(kind, torch.nn.Module):
         with torch.device("cpu"):  # schedulers hand their tables to numpy
             return kind(**config)
-    module: torch.nn.Module
-    if issubclass(kind, transformers.PreTrainedModel):
-        module = kind(kind.config_class(**config))
-        module.to(torch.get_default_dtype())  # some buffers and norms are made in float32
-    else:
-        module = kind(**config)
+    is_transformers = issubclass(kind, transformers.PreTrainedModel)
+    module: torch.nn.Module = kind(kind.config_class(**config)) if is_transformers else kind(**config)
+    _convert(module, torch.get_default_dtype())
     return module.eval()
 
 
-def keep_in_float32(module: torch.nn.Module) -> None:
-    """Convert the parts that ``from_pretrained`` of diffusers keeps in float32, whatever dtype is asked for."""
-    names = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    if isinstance(module, diffusers.ModelMixin) and names:
-        for name, parameter in module.named_parameters():
-            if names & set(name.split(".")):
-                parameter.data = parameter.data.float()
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give a module the dtypes that ``from_pretrained(torch_dtype=dtype)`` gives it.
+
+    diffusers keeps the parameters of some modules in float32, and then the buffers as they were made.
+    """
+    kept = set(module._keep_in_fp32_modules or ()) if isinstance(module, diffusers.ModelMixin) else set()
+    if not kept:
+        torch.nn.Module.to(module, dtype)  # diffusers' own warns
+        return
+    for name, parameter in module.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.events import EventSink, broadcast
+from i2v_lab.events import EventSink, Note, Phase, broadcast
 from i2v_lab.memory_policy import Techniques
 from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
 from i2v_lab.pipeline.contract.architectures import Architecture
@@ -19,7 +19,7 @@ from i2v_lab.pipeline.contract.generation import Generation, VideoStream, resolv
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
-from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class, keep_in_float32
+from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class
 from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, VideoShape
@@ -105,7 +105,6 @@ class DiffusersPipeline:
         with torch.device(self._device), default_dtype(self._dtype(name)):
             part = build(self._architecture, name)
         if isinstance(part, torch.nn.Module):
-            keep_in_float32(part)
             part.to("cpu" if self._settings.offloads else self._device)  # torch.Tensor() knows no default device
         if name == "vae":
             set_autoencoder(part, self._settings, self._architecture.name)
@@ -173,6 +172,9 @@ class DiffusersPipeline:
         if request.steps is not None:
             values["num_inference_steps"] = request.steps
         self._note_dropped_tokens(values)
+        if "image" not in self._parameters:  # of a published peak's model
+            text = f"image: {self._architecture.pipeline} makes videos of text alone; the still is not used"
+            self._emit(Note(Phase.ENCODE_PROMPT, "image", 1, text))
         return {name: value for name, value in values.items() if name in self._parameters}
 
     def _note_dropped_tokens(self, values: dict[str, Any]) -> None:

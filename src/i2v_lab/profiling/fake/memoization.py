@@ -158,12 +158,13 @@ def _flatten(value: Any, tensors: list[torch.Tensor], known: int, weak: bool = F
         return ("new", len(tensors) - 1 - known, *layout)
     if isinstance(value, list | tuple):
         return ("sequence", type(value), tuple(_flatten(item, tensors, known, weak) for item in value))
-    if isinstance(value, dict):
-        return ("dict", tuple((key, _flatten(item, tensors, known, weak)) for key, item in value.items()))
+    # Outputs of diffusers and transformers are dataclasses and dicts.
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         items = tuple((name, _flatten(getattr(value, name), tensors, known, weak)) for name in names)
         return ("dataclass", type(value), items)
+    if isinstance(value, dict):
+        return ("dict", tuple((key, _flatten(item, tensors, known, weak)) for key, item in value.items()))
     if not isinstance(value, Hashable):  # nor can an equal one be told: as an argument it equals nothing
         return ("other", object() if weak else value, None)
     with suppress(TypeError):  # numbers and the like, which hold nothing

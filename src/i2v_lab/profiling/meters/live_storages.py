@@ -67,6 +67,7 @@ class LiveStorageMeter(TorchDispatchMode):
         allocator: Count the blocks of this modelled allocator instead of the storages' own sizes.
 
     Attributes:
+        lock: Held while storages are counted, which may be allocated and freed in any thread.
         storages: Allocation records since :meth:`drop_freed`, in the order of allocation.
 
     Example:
@@ -101,7 +102,7 @@ class LiveStorageMeter(TorchDispatchMode):
         self._clock = (0, [time.perf_counter()])  # the first tick since drop_freed, and the time of each since
         self._thread = _FlexAttention()
         self._is_over = False
-        self._lock = threading.RLock()  # storages may be freed in any thread
+        self.lock = threading.RLock()
 
     def __enter__(self) -> Self:
         self._enter_flex_attention()
@@ -174,7 +175,7 @@ class LiveStorageMeter(TorchDispatchMode):
             tensors: Any tensors; those on the meta device have no memory and are skipped.
             weights: Whether they are parameters or buffers.
         """
-        with self._lock:
+        with self.lock:
             self._observe(tensors, weights)
 
     def _observe(self, tensors: Iterable[torch.Tensor], weights: bool) -> None:
@@ -328,7 +329,7 @@ class LiveStorageMeter(TorchDispatchMode):
         return self._tick
 
     def _on_freed(self, key: int, reference: weakref.ref[Any]) -> None:
-        with self._lock:
+        with self.lock:
             known = self._live.get(key)
             if known is not None and known[1] is reference:
                 self._free(key)
