@@ -179,8 +179,7 @@ def test_a_script_of_the_documentation_takes_what_its_pipeline_takes_built_direc
             {"pipe": pipe, "torch": torch, "np": np, "export_to_video": lambda *_, **__: None, **unchanged},
         )
     assert found.peak.peak_bytes == profiler.peak.peak_bytes
-    phases = [phase.phase for phase in found.phases]
-    assert phases == PHASES[name] or (name == "svd" and set(phases) == set(PHASES[name]))  # its encoder is a "decoder"
+    assert [phase.phase for phase in found.phases] == PHASES[name]
     assert not (tmp_path / "output.mp4").exists()
     assert not Path("output.mp4").exists()
 
@@ -197,7 +196,7 @@ name = "Lightricks/Tiny"
 transformer = LTXVideoTransformer3DModel.from_pretrained(name, subfolder="transformer", torch_dtype=torch.bfloat16)
 encoder = T5EncoderModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float16)
 scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler")
-assert len(AutoTokenizer.from_pretrained(name, subfolder="tokenizer")("a wave").input_ids) >= 6
+assert len(AutoTokenizer.from_pretrained(name, subfolder="tokenizer")("a wave").input_ids) == 2
 pipe = LTXImageToVideoPipeline.from_pretrained(name, transformer=transformer, text_encoder=encoder)
 assert pipe.transformer is transformer and pipe.vae.dtype == torch.float32
 pipe.to("cuda")

@@ -76,8 +76,8 @@ class ConfigurationFolders:
             raise missing(name, f"{subfolder}/{file or 'config.json'}" if subfolder else file or "config.json")
         return folder
 
-    def stand_in(self, folder: Path | None, part: str | None) -> Any:
-        """What stands in for a part of an architecture, such as a tokenizer without its vocabulary; else ``None``.
+    def stand_in(self, folder: Path | None, part: str | None) -> dict[str, Any] | None:
+        """What an architecture has in place of a vocabulary; else ``None``.
 
         Args:
             folder: As :meth:`find` returned it.
@@ -86,8 +86,8 @@ class ConfigurationFolders:
         path = (folder or Path()) / (part or "") / STAND_IN
         if not path.is_relative_to(self._written) or not path.is_file():
             return None
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return getattr(stand_ins, config.pop("_class_name"))(**config)
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
 
     def part_of(self, folder: Path, kind: str) -> str | None:
         """The subfolder of an architecture's only component of a class; ``None`` elsewhere.
