@@ -513,7 +513,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", [move for move in MOVES if move != "sequential"])
+@pytest.mark.parametrize("move", MOVES)
 def test_offloading_takes_what_it_takes_of_a_pipeline_built_directly(move: str, tmp_path: Path) -> None:
     folder = write_folder("ltx", tmp_path / "model")
     body = MOVES[move] + CALL.format(steps=3) * 2

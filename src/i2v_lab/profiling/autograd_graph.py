@@ -12,7 +12,7 @@ import torch
 
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
-from i2v_lab.torch_compat import storage_key
+from i2v_lab.torch_compat import inner_tensors, storage_key
 
 
 @dataclass(slots=True)
@@ -105,7 +105,8 @@ class AutogradGraphProbe:
             module = self._paths.current  # first: it registers modules not seen before, with their weights
             if key in self._paths.weights:
                 return tensor
-            saved = self._storages[key] = _SavedStorage(tensor.untyped_storage().nbytes(), module)
+            nbytes = sum(inner.untyped_storage().nbytes() for inner in inner_tensors(tensor))
+            saved = self._storages[key] = _SavedStorage(nbytes, module)
             self.saved_bytes += saved.nbytes
             if self._meter is not None:
                 self._meter.mark_saved(tensor)
