@@ -16,7 +16,9 @@ from PIL import Image
 from script_folders import PIPELINES, build_directly, write_folder
 
 from i2v_lab.errors import CheckpointError, ForecastError, ScriptError
+from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.diffusers import configuration_folders
+from i2v_lab.pipeline.diffusers.components import build, default_dtype
 from i2v_lab.pipeline.diffusers.local_processors import stand_in_tokenizer
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.fake.workspaces import load_workspaces
@@ -205,7 +207,7 @@ pipe.to("cuda")
 
 def _bytes_on_the_card(*modules: torch.nn.Module) -> int:
     """Of parameters and buffers, each in blocks of 512 bytes, tied ones once."""
-    tensors = {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     return sum(-(-t.nbytes // 512) * 512 for t in tensors.values())
 
 
@@ -570,3 +572,18 @@ on_card = load_file("{path}", device="cuda")
     path.rename(tmp_path / "folder" / "lora.safetensors")
     found = _forecast(tmp_path, text, path=tmp_path / "folder" / "lora.safetensors", folder=tmp_path / "folder")
     assert found.peak.peak_bytes == 1024
+
+
+def test_a_published_name_is_the_model_of_full_size(tmp_path: Path) -> None:
+    text = """
+import torch
+from diffusers import StableVideoDiffusionPipeline
+name = "stabilityai/stable-video-diffusion-img2vid-xt"
+pipe = StableVideoDiffusionPipeline.from_pretrained(name, torch_dtype=torch.float16, variant="fp16").to("cuda")
+assert sum(each.numel() for each in pipe.unet.parameters()) == 1_524_623_082
+"""
+    found = _forecast(tmp_path, text)
+    architecture = load_architecture("svd-xt")
+    with forecasting("cuda"), default_dtype(HALF):
+        expected = _bytes_on_the_card(*(build(architecture, name) for name in ("unet", "vae", "image_encoder")))
+    assert expected <= found.peak.peak_bytes < 1.01 * expected  # large blocks are not split for less than 1 MiB
