@@ -550,6 +550,21 @@ HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), "ca
     )
 
 
+def test_a_block_that_changes_between_two_calls_is_executed_anew(tmp_path: Path) -> None:
+    folder = write_folder("ltx", tmp_path / "model")
+    changed = """
+feed_forward = pipe.transformer.transformer_blocks[0].ff
+class Larger(type(feed_forward)):
+    def forward(self, x):
+        larger = torch.empty(2**26, dtype=torch.uint8, device=x.device)
+        return super().forward(x)
+feed_forward.__class__ = Larger
+"""
+    text = LOAD.format(folder=folder) + 'pipe.to("cuda")\n' + CALL.format(steps=3) + changed + CALL.format(steps=3)
+    first, second = [each for each in _forecast(tmp_path, text).phases if each.phase == "denoise_stage_1"]
+    assert second.peak_bytes > first.peak_bytes + 2**25
+
+
 def test_a_lora_is_read_by_its_header(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = {

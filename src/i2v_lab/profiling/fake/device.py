@@ -232,6 +232,7 @@ def _new(kind: type, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A fake; or a parameter, which code makes by ``type(parameter)(data, requires_grad=...)``."""
     make = unpatched(FakeTensor, "__new__")
     if isinstance(args[0], torch.Tensor):
+        kwargs = {name: kwargs[name] for name in ("requires_grad",) if name in kwargs}  # not a fake's own attributes
         return torch.nn.Parameter(*args, **kwargs)
     made: torch.Tensor = make(kind, *args, **kwargs)
     return made
