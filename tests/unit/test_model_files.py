@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import TINY, architecture_names, load_architecture
 from i2v_lab.pipeline.diffusers.components import CLASS, build, default_dtype, find_class
@@ -19,6 +20,7 @@ from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import read_run
 from i2v_lab.units import GIB
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of torch, for NumPy
 STILL = str(data_dir() / "stills" / "lighthouse.png")
 MODELS = [name for name in architecture_names() if load_architecture(name).pipeline and not name.endswith(TINY)]
 
@@ -44,6 +46,14 @@ PUBLISHED = {
     },
     "hunyuanvideo-i2v": {"transformer": "12.8", "text_encoder": "8.36", "text_encoder_2": CLIP_L, "vae": "0.246"},
     "kandinsky-5-i2v": {"transformer": "19.3", "text_encoder": "8.29", "text_encoder_2": CLIP_L, "vae": "0.246"},
+    "ltx-2-19b-diffusers": {
+        "transformer": "18.9",
+        "connectors": "1.43",
+        "text_encoder": "12.2",
+        "vae": "1.22",
+        "audio_vae": "0.053",
+        "vocoder": "0.056",
+    },
     "ltx-video-13b": {"transformer": "13.04", "text_encoder": T5_XXL, "vae": "1.25"},
     "ltx-video-2b": {"transformer": "1.92", "text_encoder": T5_XXL, "vae": "0.42"},
     "skyreels-v2-i2v-14b": {"transformer": "16.4", "text_encoder": UMT5_XXL, "image_encoder": CLIP_H, "vae": "0.127"},
@@ -176,9 +186,34 @@ def test_the_tiny_model_differs_in_sizes_alone(model):
     assert set(values["tiny"]) <= {"config", "parameters", "dtypes", "sampling", "sizes", "request"}
 
 
+@pytest.mark.parametrize(
+    ("model", "wrong", "right"),
+    [
+        ("framepack-i2v", {"frames": 1}, 37),  # it makes a section more than none
+        ("framepack-i2v", {"frames": 38}, 37),
+        ("cogvideox-1.5-5b-i2v", {"width": 2416}, 2400),  # tables of rotary positions end here
+        ("kandinsky-5-i2v", {"height": 2064}, 2048),
+        ("kandinsky-5-i2v", {"frames": 513}, 509),
+        ("wan-2.1-i2v-14b", {"frames": 4097}, 4093),
+        ("ltx-2-19b-diffusers", {"height": 32}, 64),  # its decoder pads by reflection
+    ],
+)
+def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right):
+    architecture = load_architecture(model)
+    runner = runner_of(architecture)
+    ((name, value),) = wrong.items()
+    with pytest.raises(InvalidRequest) as refused:
+        runner.check_request(architecture, make_request(model, image=STILL, **wrong))
+    assert refused.value.fields == {name: value}
+    assert str(right) in str(refused.value)
+    runner.check_request(architecture, make_request(model, image=STILL, **{name: right}))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tiny_model_generates_what_was_asked_for_in_the_phases_of_its_forecast(model, tmp_path):
-    prompt = "A wave breaks at night." if "tokenizer" in load_architecture(model).config else ""
+    architecture = load_architecture(model)
+    assert find_class(architecture, architecture.pipeline)  # imported before anything is counted: tables are tensors
+    prompt = "A wave breaks at night." if "tokenizer" in architecture.config else ""
     request = make_request(model + TINY, image=STILL, prompt=prompt, steps=2)
     spec = RunSpec(request=request, model=model + TINY, write_video=False)
     execute(spec, Mode.REAL, "cpu", run_dir=tmp_path / "run")

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import MAX_SIDE, I2VRequest, VideoShape, neighbours
+from i2v_lab.request import MAX_FRAMES, MAX_SIDE, I2VRequest, VideoShape, neighbours
 
 NORM_GROUPS = 32  # of the latent upsamplers of LTX-2 and LTX-Video
 
@@ -42,6 +42,9 @@ class SizeRule:
         frame_step: The number of frames is ``frame_step * k + 1``.
         spatial_scale: Pixels for one latent row or column.
         temporal_scale: Frames for one latent frame after the first, which the autoencoder treats causally.
+        max_pixels: The largest width and height: positions beyond it are none that the model has.
+        min_frames: The smallest number of frames.
+        max_frames: The largest.
         section_frames: Frames to ask the pipeline for in place of each ``frame_step``; 0 where it makes as many as are
             asked for.
         only: The sizes that there are, as ``(width, height)``, where they are few; none for all multiples.
@@ -63,6 +66,9 @@ class SizeRule:
     temporal_scale: int
     only: tuple[tuple[int, int], ...] = ()
     section_frames: int = 0
+    max_pixels: int = MAX_SIDE
+    min_frames: int = 1
+    max_frames: int = MAX_FRAMES
 
     def asked_frames(self, frames: int) -> int:
         """The number of frames to ask the pipeline for, so that it makes ``frames``."""
@@ -87,13 +93,13 @@ class SizeRule:
             if value % multiple:
                 remedy = neighbours(value, multiple, self.min_pixels) or self.min_pixels
                 raise InvalidRequest(f"{name}={value} is not a multiple of {multiple}; use {remedy}", **{name: value})
-            if value < self.min_pixels:
-                raise InvalidRequest(f"{name}={value} is below {self.min_pixels}; use that or more", **{name: value})
+            _check_bounds(name, value, self.min_pixels, self.max_pixels)
         if (request.frames - 1) % self.frame_step:
-            remedy = neighbours(request.frames, self.frame_step, 1, offset=1)
+            remedy = neighbours(request.frames, self.frame_step, self.min_frames, offset=1) or self.min_frames
             raise InvalidRequest(
                 f"frames={request.frames} is not {self.frame_step}k+1; use {remedy}", frames=request.frames
             )
+        _check_bounds("frames", request.frames, self.min_frames, self.max_frames)
 
     def check_normalized(self, request: I2VRequest, channels: int, model: str) -> None:
         """Refuse a video whose latent at half size is one value in each group that a latent upsampler normalizes.
@@ -133,12 +139,19 @@ class SizeRule:
         if self.only:
             yield from sorted((size for size in self.only if size[1] <= max_height), key=lambda size: size[0] * size[1])
             return
-        for height in range(self.min_pixels, max_height + 1, self.pixel_multiple):
+        for height in range(self.min_pixels, min(max_height, self.max_pixels) + 1, self.pixel_multiple):
             steps = round(Fraction(height * aspect[0], aspect[1] * self.pixel_multiple))
             width = max(self.min_pixels, steps * self.pixel_multiple)
-            if width <= MAX_SIDE or height == self.min_pixels:
+            if width <= self.max_pixels or height == self.min_pixels:
                 yield width, height
 
     def frame_counts(self, max_frames: int) -> range:
         """Every allowed number of frames up to a limit."""
-        return range(1, max_frames + 1, self.frame_step)
+        return range(self.min_frames, min(max_frames, self.max_frames) + 1, self.frame_step)
+
+
+def _check_bounds(name: str, value: int, least: int, most: int) -> None:
+    if value < least:
+        raise InvalidRequest(f"{name}={value} is below {least}; use that or more", **{name: value})
+    if value > most:
+        raise InvalidRequest(f"{name}={value} is above {most}; use that or less", **{name: value})

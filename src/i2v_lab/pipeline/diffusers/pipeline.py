@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import masking_utils
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import EventSink, Note, Phase, broadcast
@@ -23,6 +25,8 @@ from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_cla
 from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, VideoShape
+from i2v_lab.thread_patches import patched_here
+from i2v_lab.torch_compat import is_fake
 
 BFLOAT16 = "bfloat16"
 
@@ -151,7 +155,8 @@ class DiffusersPipeline:
                 settings=request.settings.to_json(),
             )
         given = {**self._architecture.sampling, **self._arguments(request)}
-        return self.pipe(**given, output_type=output_type)
+        with _masks_as_in_a_real_run():
+            return self.pipe(**given, output_type=output_type)
 
     def _arguments(self, request: I2VRequest) -> dict[str, Any]:
         """The arguments of the call that the request decides, as far as the pipeline has them."""
@@ -186,6 +191,13 @@ class DiffusersPipeline:
         for topic in ("prompt", "negative_prompt"):
             if values.get(topic):
                 note_dropped_tokens(self._emit, tokenizer, topic, values[topic], limit)
+
+
+def _masks_as_in_a_real_run() -> AbstractContextManager[None]:
+    """Let transformers drop a mask that hides nothing: it looks at the values of a mask, but not of a fake one."""
+    if is_fake() and hasattr(masking_utils, "is_tracing"):  # of transformers 5
+        return patched_here(masking_utils, "is_tracing", lambda tensor=None: False)
+    return nullcontext()
 
 
 def as_chunk(video: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -323,10 +323,11 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def drop_freed(self, tick: int | None = None) -> None:
         """Drop the records of storages freed by a tick, by default now, once they have been written."""
-        tick = self._tick if tick is None else tick
-        self.storages = [record for record in self.storages if record.freed_at is None or record.freed_at > tick]
-        first_tick, times_s = self._clock
-        self._clock = (tick, times_s[tick - first_tick :])
+        with self.lock:
+            tick = self._tick if tick is None else tick
+            self.storages = [record for record in self.storages if record.freed_at is None or record.freed_at > tick]
+            first_tick, times_s = self._clock
+            self._clock = (tick, times_s[tick - first_tick :])
 
     def _advance(self) -> int:
         first_tick, times_s = self._clock
