@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import pickle
 import sys
@@ -602,3 +603,32 @@ assert sum(each.numel() for each in pipe.unet.parameters()) == 1_524_623_082
     with forecasting("cuda"), default_dtype(HALF):
         expected = _bytes_on_the_card(*(build(architecture, name) for name in ("unet", "vae", "image_encoder")))
     assert expected <= found.peak.peak_bytes < 1.01 * expected  # large blocks are not split for less than 1 MiB
+
+
+DTYPES_OF = """
+import torch, diffusers, transformers
+found = {{}}
+for part, name in {parts!r}.items():
+    kind = getattr(diffusers, name, None) or getattr(transformers, name)
+    for dtype in (None, torch.float16, torch.bfloat16):
+        module = kind.from_pretrained("{folder}", subfolder=part, torch_dtype=dtype)
+        tensors = {{**dict(module.named_parameters()), **dict(module.named_buffers())}}
+        found[part, str(dtype)] = {{key: (str(each.dtype), tuple(each.shape)) for key, each in tensors.items()}}
+"""
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_tensor_is_as_loading_its_weights_makes_it(name: str, tmp_path: Path) -> None:
+    """Of the same folder, with weights in float32: by the libraries themselves, and in a forecast."""
+    folder = write_folder(name, tmp_path / "model")
+    pipe = build_directly(name, {"": FULL}, stand_in_tokenizer)
+    modules = {part: each for part, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
+    for part, module in modules.items():
+        module.save_pretrained(folder / part)
+    names = {part: type(module).__name__ for part, module in modules.items()}
+    text = DTYPES_OF.format(folder=folder, parts=names)
+    loaded: dict[str, Any] = {}
+    exec(text, loaded)
+    keep = "on_card = torch.ones(1, device='cuda')\nimport builtins\nbuiltins.kept_by_a_test = found\n"
+    _forecast(tmp_path, text + keep)
+    assert builtins.__dict__.pop("kept_by_a_test") == loaded["found"]
