@@ -17,7 +17,7 @@ from PIL import Image
 from script_folders import PIPELINES, build_directly, write_folder
 
 from i2v_lab.errors import CheckpointError, ForecastError, ScriptError
-from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
 from i2v_lab.pipeline.diffusers import configuration_folders
 from i2v_lab.pipeline.diffusers.components import build, default_dtype
 from i2v_lab.pipeline.diffusers.local_processors import stand_in_tokenizer
@@ -242,16 +242,11 @@ def test_a_name_resolves_to_an_architecture_whose_repository_has_it(
     kind, parts = PIPELINES["ltx"]
     config = {name: {"_class_name": cls.__name__, **values} for name, (cls, values) in parts.items()}
     config["tokenizer"] = {"_class_name": "ByteTokenizer", "special": {"<pad>": 0}, "model_max_length": 128}
-    values = {
-        "name": "tiny",
-        "repository": ["Lightricks/Tiny"],
-        "pipeline": kind,
-        "config": config,
-        "runner": "diffusers",
-    }
-    (tmp_path / "data" / "architectures").mkdir(parents=True)
-    (tmp_path / "data" / "architectures" / "tiny.json").write_text(json.dumps(values))
-    monkeypatch.setattr(configuration_folders, "data_dir", lambda: tmp_path / "data")
+    tiny = Architecture(
+        "tiny", "1", config, {}, runner="diffusers", pipeline=kind, repository=("Lightricks/Tiny", "Lightricks/Other")
+    )
+    monkeypatch.setattr(configuration_folders, "architecture_names", lambda: ["tiny"])
+    monkeypatch.setattr(configuration_folders, "load_architecture", lambda name: tiny)
     found = _forecast(tmp_path, NAMED)
     assert found.peak.peak_bytes == named_bytes
     assert {each.operator for each in found.assumptions} == {"tokenizer of Lightricks/Tiny/tokenizer"}
