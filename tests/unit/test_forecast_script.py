@@ -441,7 +441,7 @@ WRITING = """
 import torch
 from PIL import Image
 from diffusers import AutoencoderKLWan
-from diffusers.utils import export_to_gif, export_to_video
+from diffusers.utils import encode_video, export_to_gif, export_to_video
 from safetensors.torch import save_file
 
 x = torch.ones(4, 4, device="cuda")
@@ -461,6 +461,9 @@ def twice(x):
     return 2 * x
 
 twice(x)
+encode_video(torch.zeros(9, 8, 8, 3), fps=24, output_path="{folder}/video.mp4")
+import numpy
+numpy.save("{folder}/frames.npy", numpy.zeros(4))
 import io
 memory = io.BytesIO()
 picture.save(memory, format="png")
@@ -485,6 +488,8 @@ def test_nothing_is_written_and_every_assumption_has_its_line(tmp_path: Path) ->
         ("save_pretrained", "16", 1),
         ("torch.compile of Linear", "17", 1),
         ("torch.compile of twice", "20", 1),
+        ("encode_video", "25", 1),
+        ("numpy.save", "27", 1),
     }
 
 
