@@ -176,6 +176,31 @@ def test_any_object_that_holds_modules_and_its_methods_are_forecast():
     assert type(holder.same.weight) is torch.nn.Parameter
 
 
+class Rotated(torch.nn.Module):
+    """Keeps frequencies beside its parameters and buffers, as diffusers' rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.polar(torch.ones(64), torch.arange(64.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.frequencies.real.to(x.device)
+
+
+def test_tensors_beside_parameters_and_buffers_are_copied_with_their_values():
+    model, x = Rotated(), torch.ones(4, 64)
+    expected = x.nbytes * 2 + 64 * 4
+    assert forecast(model, x).peak.peak_bytes == forecast(Holder(torch.nn.Sequential(model)).same, x).peak.peak_bytes
+    assert forecast(model, x).peak.peak_bytes == expected
+    holder = Holder(model, sizes=torch.tensor([2, 3]))
+
+    def repeated(held: Holder, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(held.sizes[1].item(), 1)
+
+    assert forecast(repeated, holder, x).peak.peak_bytes == 4 * x.nbytes
+    assert type(model.frequencies) is torch.Tensor
+
+
 def test_an_object_that_cannot_be_copied_is_refused_before_it_runs():
     holder = Holder(torch.nn.Linear(2, 2), open=(i for i in range(3)))
     with pytest.raises(ForecastError) as caught:

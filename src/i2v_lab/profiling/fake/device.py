@@ -206,7 +206,7 @@ def _number(tensor: torch.Tensor, conversion: str, answers: Answers) -> Any:
     """``float(tensor)`` and the like, which ``torch.Tensor(list)`` calls past all dispatch modes."""
     known = known_values(tensor)
     if known is None and tensor.numel() == 1:
-        return getattr(answers.number(LOCAL_SCALAR, tensor.dtype), conversion)()
+        return getattr(answers.number(LOCAL_SCALAR, tensor), conversion)()
     with no_dispatch():
         real = known.real if known is not None else torch.empty(tensor.shape, device="cpu")  # torch's own error
         return getattr(real, conversion)()
@@ -223,7 +223,7 @@ def _format(tensor: torch.Tensor, spec: str, answers: Answers) -> str:
         return str(unpatched(FakeTensor, "__format__")(tensor, spec))
     known = known_values(tensor)
     if known is None:
-        return format(answers.number_in_text("torch.Tensor.__format__", tensor.dtype), spec)
+        return format(answers.number_in_text("torch.Tensor.__format__", tensor), spec)
     with no_dispatch():
         return format(known.real.item(), spec)
 
@@ -263,7 +263,8 @@ def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tenso
 def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     """Clone a fake: torch would copy its storage, which has no data, past the meter and without the known values."""
     if not isinstance(tensor, FakeTensor):
-        result: torch.Tensor = unpatched(torch.Tensor, "__deepcopy__")(tensor, memo)
+        with no_dispatch():
+            result: torch.Tensor = unpatched(torch.Tensor, "__deepcopy__")(tensor, memo)
         return result
     if id(tensor) not in memo:
         copied = tensor.detach().clone()
