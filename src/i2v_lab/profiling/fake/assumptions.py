@@ -18,7 +18,7 @@ from i2v_lab.profiling.fake.refusals import data_dependent_error, endless_loop_e
 from i2v_lab.profiling.records import AssumptionRecord
 from i2v_lab.torch_compat import NUMPY, no_dispatch
 
-SKIPPED = ("torch.", "i2v_lab.profiling.", "i2v_lab.thread_patches.", "i2v_lab.torch_compat.")
+SKIPPED = ("torch.", "safetensors.", "i2v_lab.profiling.", "i2v_lab.thread_patches.", "i2v_lab.torch_compat.")
 MAX_ANSWERS = 100_000  # to one question at one place: a loop that waits for another answer would never end
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -237,19 +238,14 @@ def _new(kind: type, *args: Any, **kwargs: Any) -> torch.Tensor:
     return made
 
 
-def _data_ptr(tensor: torch.Tensor) -> int:
-    """An address by which code tells tied weights; that of a fake is 0, or none."""
-    return storage_key(tensor) + int(tensor.storage_offset()) * tensor.itemsize
-
-
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     pinned = tensor.clone()
     pinned._i2v_lab_pinned = True  # type: ignore[attr-defined]
     return pinned
 
 
-def _save(*_: Any, answers: Answers, **__: Any) -> None:
-    raise answers.refusal("torch.save")
+def _save(*_: Any, answers: Answers, function: str, **__: Any) -> None:
+    raise answers.refusal(function)
 
 
 def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -284,7 +280,6 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch.nn.functional, "scaled_dot_product_attention", attend
     yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
     yield FakeTensor, "__new__", _new
-    yield FakeTensor, "data_ptr", _data_ptr
     for name in ("__float__", "__int__", "__index__"):
         yield FakeTensor, name, functools.partial(_number, conversion=name, answers=operators.answers)
     reads: dict[str, Callable[..., Any]] = {"tolist": _tolist, "__bool__": _truth, "__format__": _format}
@@ -295,7 +290,12 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch.nn.Module, "_apply", lambda module, fn, recurse=True: _apply(operators, module, fn, recurse)
     yield torch.Tensor, "pin_memory", _pin_memory
     yield torch.Tensor, "is_pinned", lambda tensor, device=None: getattr(tensor, "_i2v_lab_pinned", False)
-    yield torch, "save", functools.partial(_save, answers=operators.answers)
+    yield torch, "save", functools.partial(_save, answers=operators.answers, function="torch.save")
+    safetensors = sys.modules.get("safetensors.torch")
+    for name in ("serialize", "serialize_file"):  # which read the memory of tensors
+        if hasattr(safetensors, name):
+            refuse = functools.partial(_save, answers=operators.answers, function=f"safetensors.torch.{name}")
+            yield safetensors, name, refuse
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
     yield *TRUNCATED_NORMAL, lambda tensor, *_, **__: tensor
