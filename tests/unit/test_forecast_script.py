@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from script_folders import PIPELINES, build_directly, write_folder
 
-from i2v_lab.errors import CheckpointError, ForecastError, ScriptError
+from i2v_lab.errors import CheckpointError, ForecastError, RunnerUnavailable, ScriptError
+from i2v_lab.pipeline.contract import runner
 from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
 from i2v_lab.pipeline.diffusers import configuration_folders
 from i2v_lab.pipeline.diffusers.components import build, default_dtype
@@ -394,6 +395,13 @@ def test_a_script_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> N
     with pytest.raises(ScriptError) as caught:
         forecast_script(tmp_path / name)
     assert caught.value.fields["script"] == str(tmp_path / name)
+
+
+def test_a_script_needs_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    with pytest.raises(RunnerUnavailable) as caught:
+        _forecast(tmp_path, "x = 1")
+    assert caught.value.fields["pipeline"] == "diffusers"
 
 
 @pytest.mark.parametrize("text", ["x = 1", "import torch\nx = torch.ones(1000)", "import sys\nsys.exit()"])
