@@ -176,6 +176,31 @@ def test_any_object_that_holds_modules_and_its_methods_are_forecast():
     assert type(holder.same.weight) is torch.nn.Parameter
 
 
+class Rotated(torch.nn.Module):
+    """Keeps frequencies beside its parameters and buffers, as diffusers' rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.polar(torch.ones(64), torch.arange(64.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.frequencies.real.to(x.device)
+
+
+def test_tensors_beside_parameters_and_buffers_are_copied_with_their_values():
+    model, x = Rotated(), torch.ones(4, 64)
+    expected = x.nbytes * 2 + 64 * 4
+    assert forecast(model, x).peak.peak_bytes == forecast(Holder(torch.nn.Sequential(model)).same, x).peak.peak_bytes
+    assert forecast(model, x).peak.peak_bytes == expected
+    holder = Holder(model, sizes=torch.tensor([2, 3]))
+
+    def repeated(held: Holder, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(held.sizes[1].item(), 1)
+
+    assert forecast(repeated, holder, x).peak.peak_bytes == 4 * x.nbytes
+    assert type(model.frequencies) is torch.Tensor
+
+
 def test_an_object_that_cannot_be_copied_is_refused_before_it_runs():
     holder = Holder(torch.nn.Linear(2, 2), open=(i for i in range(3)))
     with pytest.raises(ForecastError) as caught:
@@ -310,15 +335,12 @@ def test_offloaded_layers_are_counted_to_the_byte(build, peak_bytes):
     assert second.end_bytes in (0, WIDE)  # a stream has fetched the first layer of a next call
 
 
-def test_tied_weights_are_moved_once():
-    from accelerate import dispatch_model
-
-    with torch.no_grad(), forecasting("cuda") as profiler:
-        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
-        model[2].weight = model[0].weight
-        dispatch_model(model, {"0": 0, "1": "cpu", "2": 0}, main_device="cuda:0", force_hooks=True)
-        assert profiler.allocated_bytes() == 4 * (64 * 64 + 2 * 64)
-        model(torch.zeros(4, 64, device="cuda"))
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:Accessing the data pointer of FakeTensor")
+def test_offloading_to_files_is_refused(tmp_path):
+    with torch.no_grad(), pytest.raises(ForecastError) as caught, forecasting("cuda"):
+        _by_group(offload_type="leaf_level", offload_to_disk_path=str(tmp_path))(torch.zeros(4, 64, device="cuda"))
+    assert caught.value.fields["operator"] == "safetensors.torch.serialize_file"
+    assert "group_offloading.py" in caught.value.fields["place"]
 
 
 def test_hooks_of_a_pipeline_that_is_passed_are_refused():
