@@ -42,7 +42,7 @@ REQUESTS: list[dict[str, Any]] = [
 class Collector(Workspaces):
     """Takes note of every convolution of a forecast."""
 
-    def borrowed(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
+    def transient(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
         if func is torch.ops.aten.convolution.default:
             source, weight, bias, *rest = args
             seen.add((tuple(source.shape), source.is_contiguous(), tuple(weight.shape), bias is not None, repr(rest)))

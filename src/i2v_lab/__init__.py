@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
     from i2v_lab.runs.forecast import forecast_request
+    from i2v_lab.runs.forecast_script import forecast_script
     from i2v_lab.runs.profile_call import ProfiledCall, profile_call
     from i2v_lab.runs.sources import forecast_sweep
     from i2v_lab.runs.spec import RunSpec
@@ -55,6 +56,7 @@ _HOME = {
     "forecast": "i2v_lab.profiling.fake.forecast",
     "forecasting": "i2v_lab.profiling.fake.forecast",
     "forecast_request": "i2v_lab.runs.forecast",
+    "forecast_script": "i2v_lab.runs.forecast_script",
     "ProfiledCall": "i2v_lab.runs.profile_call",
     "profile_call": "i2v_lab.runs.profile_call",
     "forecast_sweep": "i2v_lab.runs.sources",
@@ -89,6 +91,7 @@ __all__ = [
     "Weights",
     "forecast",
     "forecast_request",
+    "forecast_script",
     "forecast_sweep",
     "forecasting",
     "guard_stream",

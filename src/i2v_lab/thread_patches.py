@@ -119,8 +119,8 @@ def _remove(key: _Key, name: str) -> None:
 def _dispatcher(key: _Key, original: Any) -> Any:
     if isinstance(original, bool):
         return _Flag(key, original)
-    if isinstance(original, classmethod):
-        return classmethod(_function_dispatcher(key, original.__func__))
+    if isinstance(original, classmethod | staticmethod):
+        return type(original)(_function_dispatcher(key, original.__func__))
     if isinstance(original, type):
         return _class_dispatcher(key, original)
     if hasattr(original, "__set__"):

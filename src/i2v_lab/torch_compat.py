@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,  # an operator has no fake kernel
     in_kernel_invocation_manager,  # runs an operator on the meta tensors behind fakes, without the mode's own checks
 )
-from torch.nn.attention import flex_attention
+from torch.nn.attention import SDPBackend, flex_attention
 from torch.overrides import (  # a thread's stack, top last
     _get_current_function_mode_stack,
     _get_overridable_functions,
@@ -52,12 +52,14 @@ from i2v_lab.thread_patches import patched_here
 __all__ = [
     "CALL",
     "CONVOLUTION_BASE",
+    "CUDNN_ATTENTION",
     "DATA",
     "DATA_DEPENDENT",
     "DEVICE",
     "EFFICIENT_ATTENTION",
     "FLASH_ATTENTION",
     "LOCAL_SCALAR",
+    "MATH_ATTENTION",
     "NUMPY",
     "SAFE_SOFTMAX",
     "TRUNCATED_NORMAL",
@@ -72,6 +74,7 @@ __all__ = [
     "UnsupportedOperatorException",
     "active_fake_mode",
     "alias_annotations",
+    "attention_order",
     "bool_result",
     "compiler_home",
     "convert_module",
@@ -79,7 +82,9 @@ __all__ = [
     "disable_current_modes",
     "gpu_context_patch",
     "in_kernel_invocation_manager",
+    "inner_tensors",
     "is_fake",
+    "is_wrapper",
     "keep_device_guard",
     "lifting_restored",
     "no_dispatch",
@@ -108,6 +113,8 @@ LOCAL_SCALAR = aten._local_scalar_dense.default  # what Tensor.item() dispatches
 SAFE_SOFTMAX = aten._safe_softmax.default  # only the math kernel of scaled_dot_product_attention dispatches it
 FLASH_ATTENTION = aten._scaled_dot_product_flash_attention  # the kernels that CUDA picks, which fakes do not
 EFFICIENT_ATTENTION = aten._scaled_dot_product_efficient_attention
+MATH_ATTENTION = aten._scaled_dot_product_attention_math  # by ordinary operators
+CUDNN_ATTENTION = aten._scaled_dot_product_cudnn_attention
 
 
 class HardwareFreeFakeMode(FakeTensorMode):
@@ -217,6 +224,17 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def is_wrapper(kind: type[Any]) -> bool:
+    """Whether tensors of a class hold others, as quantized ones do: they have no storage of their own."""
+    return hasattr(kind, "__tensor_flatten__")
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with storages that a tensor holds, at any depth; a plain one itself."""
+    names = tensor.__tensor_flatten__()[0] if is_wrapper(type(tensor)) else None  # type: ignore[attr-defined]
+    return [tensor] if names is None else [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+
+
 def compiler_home(*, load: bool = True) -> Any:
     """Module and name of the function that every call of a compiled function asks for its compiler.
 
@@ -301,6 +319,11 @@ def lifting_restored() -> Iterator[None]:
             torch._C._set_only_lift_cpu_tensors(_lifting_scopes > 0 or _lifted_before)
 
 
+def attention_order() -> list[SDPBackend]:
+    """The kernels of attention in the order in which torch tries them; ``sdpa_kernel(set_priority=True)`` sets it."""
+    return [SDPBackend(number) for number in torch._C._get_sdp_priority_order()]
+
+
 def active_fake_mode() -> FakeTensorMode:
     """The fake mode that this code runs under; there must be one."""
     mode = torch._guards.active_fake_mode()
@@ -365,6 +388,8 @@ def convert_module(
             if converted is not parameter:
                 if check_parameter(module, parameter):
                     module._parameters[name] = torch.nn.Parameter(converted, parameter.requires_grad)
+                elif is_wrapper(type(converted)):
+                    torch.utils.swap_tensors(parameter, torch.nn.Parameter(converted, parameter.requires_grad))
                 else:
                     parameter.data = converted
     for name, buffer in module._buffers.items():

@@ -179,7 +179,7 @@ def recorded(session_folder, reproduced, kernel) -> tuple[Path, dict[str, dict[s
     small = {key: value for key, value in SMALL["03_no_grad_fix"].items() if key.startswith("small_")}
     extra: dict[str, dict[str, Any]] = {
         "03_no_grad_fix": small,
-        "06_will_it_fit": {"judged": 1},
+        "06_will_it_fit": {"judged": 1, "published": SMALL["06_will_it_fit"]["published"]},
         "07_what_holds_the_peak": {"others": ["ltx-pipelines"]},
     }
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from i2v_lab import profile_call
 from i2v_lab.errors import ProfilerError
-from i2v_lab.profiling.components import find_modules, phase_of, snake_case
+from i2v_lab.profiling.components import find_modules, phase_of, role_of, snake_case
 from i2v_lab.profiling.decoded import decoded_phase
 from i2v_lab.profiling.records import PhaseRecord, StepRecord
 from i2v_lab.runs.store import read_run
@@ -484,8 +484,44 @@ def test_a_pipeline_for_frames_makes_a_video_whatever_its_result_is_called():
 
     def generate(frame_num: int = 5) -> Any: ...
 
-    for pipeline in (TextToVideoZeroPipeline(), generate, functools.partial(generate, 3)):
+    class Wan:
+        def img2vid(self) -> Any: ...
+        def image_to_image(self) -> Any: ...
+
+    for pipeline in (TextToVideoZeroPipeline(), generate, functools.partial(generate, 3), Wan().img2vid):
         assert decoded_phase(pipeline, Output(images=[])) == "decode_video"
+    assert decoded_phase(Wan().image_to_image) == "decode_image"
+
+
+def test_the_names_of_components_in_one_word():
+    phases = {
+        "encode_prompt": ["textencoder", "TextEncoder", "llm", "T5", "umt5_xxl", "ByT5", "CLIP", "prompt_encoder"],
+        "encode_image": ["img_encoder", "image_encoder", "clip_vision", "siglip", "feature_extractor", "vision_tower"],
+        "denoise": [
+            "mmdit",
+            "MMDiT",
+            "DiT",
+            "UNet",
+            "unet3d",
+            "SdxlUNet2DConditionModel",
+            "denoise_fn",
+            "transformer3d",
+        ],
+        "upsample_latent": ["upsampler", "LatentUpsampler", "upscaler"],
+        "decode_video": ["video_decoder", "vae_decoder", "VAEDecoder", "wanvae_decoder"],
+        None: ["edit", "credit", "safety_checker", "model", "decoder", "text2video", "image_to_video"],
+    }
+    for phase, names in phases.items():
+        assert {name: phase_of([name], [], "") for name in names} == dict.fromkeys(names, phase)
+    assert phase_of(["diffusion_decoder", "LTX2VideoDiffusionDecoderModel"], [], "") == "decode_video"
+    assert phase_of(["diffusion_model", "Net"], [], "") == "denoise"
+    for name in ("VAE", "wanvae", "video_vae", "ae", "AutoEncoder", "movq"):
+        assert role_of([name]) == "autoencoder"
+    assert [role_of(["block"], package) for package in ("text2video", "text_to_image.a", "x.text", "text")] == [
+        *(None, None),
+        "encode_prompt",
+        None,
+    ]
 
 
 def _clip_vision() -> Any:

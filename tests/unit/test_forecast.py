@@ -645,3 +645,26 @@ def test_what_a_cache_keeps_of_a_forecast_is_not_met_by_real_code_nor_the_revers
     assert seen == [(FakeTensor, FakeTensor, 3)]
     assert [type(grid(size)[0]) for size in (3, 4)] == [torch.Tensor] * 2
     assert (grid(4)[0].tolist(), number(3), calls) == ([0, 1, 2, 3], 3, [3])
+
+
+class Detecting:
+    """Remembers whether there is a card, as the libraries around diffusers do."""
+
+    @staticmethod
+    @functools.lru_cache
+    def card() -> bool:
+        return torch.cuda.is_available()
+
+    def ask(self) -> bool:
+        return self.card() and Detecting.card()
+
+
+def test_what_a_cache_says_of_the_card_is_that_of_the_forecast_within_it_alone(monkeypatch):
+    for there_is_one in (False, True):
+        Detecting.card.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)  # noqa: B023 - used within the round
+        assert Detecting.card() is there_is_one
+        with forecasting("cuda"):
+            assert Detecting().ask()
+        assert Detecting().ask() is there_is_one
+    Detecting.card.cache_clear()

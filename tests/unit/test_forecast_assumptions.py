@@ -53,7 +53,7 @@ def test_conditions_on_unknown_values_are_false_and_listed_with_their_place():
 def test_the_checks_of_a_distribution_pass():
     def draw() -> torch.Tensor:
         mean = torch.rand(8, device="cuda")
-        return torch.distributions.Normal(mean, mean.exp()).rsample()
+        return torch.distributions.Normal(mean, mean.exp(), validate_args=True).rsample()
 
     assert {each.answer for each in forecast(draw).assumptions} == {"True"}
 

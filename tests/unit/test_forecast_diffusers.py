@@ -214,3 +214,117 @@ def test_the_values_of_a_schedulers_steps_are_those_of_a_real_one(home):
     with forecasting("cuda", assume="nothing"), torch.device(home):
         found = [steps(name, config, "cuda") for name, config in SCHEDULERS]
     assert found == [steps(name, config, "cpu") for name, config in SCHEDULERS]
+
+
+# --- Offloading -------------------------------------------------------------------------------------------------------
+
+
+def _group(pipe: Any, **options: Any) -> None:
+    pipe.enable_group_offload(onload_device=torch.device("cuda"), offload_device=torch.device("cpu"), **options)
+
+
+def _layerwise(pipe: Any) -> None:
+    pipe.to("cuda")
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+BLOCKS = {"offload_type": "block_level", "num_blocks_per_group": 1}
+OFFLOADS = {
+    "layerwise": ("svd", _layerwise),
+    "model": ("svd", lambda pipe: pipe.enable_model_cpu_offload()),
+    "sequential": ("wan", lambda pipe: pipe.enable_sequential_cpu_offload()),
+    "leaf and stream": ("cogvideox", functools.partial(_group, offload_type="leaf_level", use_stream=True)),
+    "block": ("wan", functools.partial(_group, **BLOCKS, exclude_modules=["vae"])),
+}
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_every_way_to_offload_runs(offload):
+    name, enable = OFFLOADS[offload]
+    with torch.no_grad(), forecasting("cuda", assume="nothing") as profiler:
+        pipe, call = PIPELINES[name]()
+        pipe.set_progress_bar_config(disable=True)
+        enable(pipe)
+        with profiler.phase("call"):
+            call = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in call.items()}
+            pipe(**call, output_type="latent")
+    resident = profiler.peak.start_bytes
+    assert resident < weight_bytes(pipe) / 2 if offload != "layerwise" else weight_bytes(pipe) / 2 < resident
+    assert profiler.peak.peak_bytes > resident
+
+
+@pytest.mark.parametrize("use_stream", [False, True])
+def test_an_autoencoder_offloaded_by_blocks_fails_as_on_a_card(use_stream):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same device"), forecasting("cuda"):
+        pipe, call = cogvideox()
+        _group(pipe, **BLOCKS, use_stream=use_stream)
+        pipe(**{key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in call.items()})
+
+
+WIDE, NARROW = 4 * (64 * 256 + 256), 4 * (256 * 64 + 64)  # bytes of two layers
+ROWS_OF_64, ROWS_OF_256 = 4 * 4 * 64, 4 * 4 * 256
+
+
+def _two_layers() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64)).eval()
+
+
+def _sequentially() -> torch.nn.Module:
+    from accelerate import cpu_offload
+
+    return cpu_offload(_two_layers(), execution_device="cuda:0")
+
+
+def _by_group(**options: Any) -> torch.nn.Module:
+    from diffusers.hooks import apply_group_offloading
+
+    model = torch.nn.ModuleList([_two_layers()])[0]
+    apply_group_offloading(model, torch.device("cuda"), torch.device("cpu"), **options)
+    return model
+
+
+ONE_AT_A_TIME = max(WIDE + ROWS_OF_64 + ROWS_OF_256, NARROW + 2 * ROWS_OF_64 + ROWS_OF_256)
+
+
+@pytest.mark.parametrize(
+    ("build", "peak_bytes"),
+    [
+        (_sequentially, ONE_AT_A_TIME),
+        (functools.partial(_by_group, offload_type="leaf_level"), ONE_AT_A_TIME),
+        (  # the first call finds the order, the second fetches a layer ahead
+            functools.partial(_by_group, offload_type="leaf_level", use_stream=True),
+            WIDE + NARROW + ROWS_OF_64 + ROWS_OF_256,
+        ),
+    ],
+)
+def test_offloaded_layers_are_counted_to_the_byte(build, peak_bytes):
+    with torch.no_grad(), forecasting("cuda") as profiler:
+        model = build()
+        with profiler.phase("first"):
+            model(torch.zeros(4, 64, device="cuda"))
+        with profiler.phase("second"):
+            model(torch.zeros(4, 64, device="cuda"))
+    second = profiler.phases[1]
+    assert (profiler.phases[0].start_bytes, second.peak_bytes) == (0, peak_bytes)
+    assert second.end_bytes in (0, WIDE)  # a stream has fetched the first layer of a next call
+
+
+def test_tied_weights_are_moved_once():
+    from accelerate import dispatch_model
+
+    with torch.no_grad(), forecasting("cuda") as profiler:
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+        model[2].weight = model[0].weight
+        dispatch_model(model, {"0": 0, "1": "cpu", "2": 0}, main_device="cuda:0", force_hooks=True)
+        assert profiler.allocated_bytes() == 4 * (64 * 64 + 2 * 64)
+        model(torch.zeros(4, 64, device="cuda"))
+
+
+def test_hooks_of_a_pipeline_that_is_passed_are_refused():
+    pipe, call = svd()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ForecastError) as caught:
+        forecast(pipe, **call)
+    fields = caught.value.fields
+    assert (fields["cause"], fields["module"]) == ("hooks", "UNetSpatioTemporalConditionModel")

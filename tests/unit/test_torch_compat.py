@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from i2v_lab import torch_compat as compat
+from i2v_lab.profiling.fake import attention
 from i2v_lab.profiling.fake.autograd_devices import asked_by_autograd, autograd_device, real_device
 from i2v_lab.profiling.storages import StorageSet
 from i2v_lab.thread_patches import patched_here
@@ -208,11 +210,39 @@ def test_a_real_operator_of_each_name_that_is_compared_with(mode):
             compat.EFFICIENT_ATTENTION,
             ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale"],
         ),
+        (
+            compat.CUDNN_ATTENTION,
+            ["query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal"]
+            + ["return_debug_mask", "scale"],
+        ),
+        (
+            compat.MATH_ATTENTION,
+            ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "dropout_mask", "scale", "enable_gqa"],
+        ),
     ],
-    ids=["flash", "efficient"],
+    ids=["flash", "efficient", "cudnn", "math"],
 )
 def test_the_kernels_of_attention_take_these_arguments(operator, names):
     assert [name for name, _ in compat.alias_annotations(operator.default)] == names
+
+
+def test_the_order_of_the_kernels_of_attention_is_the_codes():
+    before = compat.attention_order()
+    with torch.nn.attention.sdpa_kernel([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION], set_priority=True):
+        assert compat.attention_order()[:2] == [SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION]
+    assert compat.attention_order() == before
+    assert set(attention.ORDER) < set(before)
+
+
+def test_tensors_that_hold_others_are_told_by_their_class():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    inner = compat.inner_tensors(nested)
+    assert compat.is_wrapper(type(nested))
+    assert {type(each) for each in inner} == {torch.Tensor}
+    assert any(storage_key(each) == storage_key(nested.values()) for each in inner)
+    plain = torch.ones(2)
+    assert compat.inner_tensors(plain) == [plain]
+    assert not any(map(compat.is_wrapper, (torch.Tensor, torch.nn.Parameter, compat.FakeTensor)))
 
 
 def test_schemas_say_what_is_new_and_what_is_written():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import multiprocessing.pool
 import queue
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from i2v_lab import PhaseProfiler, profile_call
 from i2v_lab.profiling.records import GraphRecord, ModuleRecord
@@ -168,12 +170,20 @@ def test_a_module_that_a_thread_of_before_the_call_calls_is_metered():
     def pipeline() -> Any:
         return elsewhere(decoder, torch.ones(16, 64))
 
-    phases = {"decode_video": decoder}
-    saved = [phase.saved_for_backward_bytes for phase in profile_call(pipeline, phases=phases).phases]
-    assert saved == [2 * 16 * 64 * 4]
-    assert elsewhere(ModeStacks.current).dispatch == ()
+    for phases in (None, {"decoder": decoder}, {"decoder": decoder.forward}):
+        found = [(each.phase, each.saved_for_backward_bytes) for each in profile_call(pipeline, phases=phases).phases]
+        assert found == [("decoder", 2 * 16 * 64 * 4)]
+        assert elsewhere(ModeStacks.current).dispatch == ()
     tasks.put(None)
     thread.join()
+
+
+def test_the_thread_of_a_progress_bar_outlives_the_profiler_and_is_left_alone(monkeypatch):
+    monkeypatch.setattr(tqdm, "monitor", None)
+    start = threading.Thread.start
+    profile_call(lambda: [layer(torch.ones(1, 64)) for layer in tqdm([Layer()], file=io.StringIO())])
+    assert (tqdm.monitor.is_alive(), threading.Thread.start) == (True, start)
+    tqdm.monitor.exit()
 
 
 def test_the_threads_of_a_stream_and_of_a_named_phase_are_metered():

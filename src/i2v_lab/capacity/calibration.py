@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,16 @@ COLUMNS = {"contiguous", "grouped", "input_bytes", "weight_bytes", "output_bytes
 FLAGS = {"contiguous", "grouped"}
 DEVICE = {"gpu", "torch", "cudnn", "cublas_bytes", "context_bytes"}
 LARGE_BYTES = 8 * 2**20  # below, the allocator's rounding and the choice of algorithm dominate
+PARTS = ["input_bytes", "output_bytes", "weight_bytes"]
+FEWEST = 4  # convolutions that three factors are fitted to
+CUBLAS_BYTES = {"9.0": 32 * 2**20, "other": 8_519_680}  # parseChosenWorkspaceSize: 32 MiB, or ":4096:2:16:8"
 
 
 def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iterator[str]:
     """Fit ``data/workspaces.json`` to what ``benchmarks/measure_libraries.py`` measured.
+
+    Other dtypes and batches than those of the benchmark are in a file of JSON lines of the same name beside it, where
+    there is one, of ``benchmarks/measure_convolutions.py``: each dtype and batch has its own factors.
 
     Minimizes the absolute relative error over ungrouped channels-first convolutions with a workspace of 8 MiB or more.
     Not least squares: some kernels take another 16 MiB for split-k sums, outliers that would bias all factors.
@@ -63,23 +70,74 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
     large = table[table["contiguous"] & ~table["grouped"] & (table["workspace_bytes"] >= LARGE_BYTES)]
     if large.empty:
         raise RecordError(f"measurements '{source}' have no convolution with a workspace of 8 MiB or more", path=source)
-    parts = large[["input_bytes", "output_bytes", "weight_bytes"]].to_numpy(float)
-    observed = large["workspace_bytes"].to_numpy(float)
-    factors = _least_absolute(parts / observed[:, None], np.ones(len(large)))
-    errors = np.abs(parts @ factors / observed - 1)
-    yield f"{len(large)} convolutions of {len(table)}: factors {', '.join(f'{factor:.3f}' for factor in factors)}"
-    yield f"error of the fit: median {np.median(errors):.2%}, 95 % below {np.quantile(errors, 0.95):.2%}"
-    model = {
+    factors = _fitted(large)
+    yield f"{len(large)} convolutions of {len(table)}: {_in_words(large, factors)}"
+    model: dict[str, Any] = {
         "source": f"fitted by `i2v-lab calibrate` to {source.name}: {device['gpu']}, torch {device['torch']}, "
         f"cuDNN {device['cudnn']}",
-        "input_factor": round(float(factors[0]), 3),
-        "output_factor": round(float(factors[1]), 3),
-        "weight_factor": round(float(factors[2]), 3),
+        "input_factor": factors[0],
+        "output_factor": factors[1],
+        "weight_factor": factors[2],
         "cublas_bytes": device["cublas_bytes"],
+        "cublas_bytes_by_capability": CUBLAS_BYTES,
         "context_bytes": device["context_bytes"],
     }
+    lines = source.with_suffix(".jsonl")
+    if lines.exists():
+        model["factors"] = {}
+        for (dtype, batch), cell in _by_dtype_and_batch(lines):
+            given = _factors_of_cell(cell)
+            if given is not None:
+                model["factors"].setdefault(dtype, {})[str(batch)] = given
+                yield f"{dtype}, batch {batch}: {len(cell)} convolutions: {_in_words(cell, given)}"
     target = write_text(out or data_dir() / "workspaces.json", json.dumps(model, indent=1) + "\n")
     yield f"wrote {target}"
+
+
+def _by_dtype_and_batch(path: Path) -> list[Any]:
+    """Dtype and batch, and the large convolutions with channels first that have them."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        table = pd.DataFrame([row for row in rows if row["kind"] == "convolution"])
+        large = table[table["contiguous"] & ~table["grouped"] & (table[PARTS].sum(axis=1) >= LARGE_BYTES)]
+        return list(large.groupby(["dtype", "batch"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecordError(
+            f"measurements '{path}' cannot be read ({' '.join(repr(error).split())[:200]}); measure again", path=path
+        ) from error
+
+
+def _factors_of_cell(cell: pd.DataFrame) -> list[float] | None:
+    """Factors of one dtype and batch; zeros where most convolutions have no workspace, ``None`` where they are few."""
+    if len(cell) < FEWEST:
+        return None
+    if (cell["workspace_bytes"] == 0).mean() > 0.5:
+        return [0.0, 0.0, 0.0]
+    return _fitted(cell[cell["workspace_bytes"] >= LARGE_BYTES])
+
+
+def _fitted(large: pd.DataFrame) -> list[float]:
+    """Factors of input, output and weight, none of which is negative."""
+    parts, observed = large[PARTS].to_numpy(float), large["workspace_bytes"].to_numpy(float)
+    columns = [0, 1, 2]
+    while columns:
+        solution = _least_absolute(parts[:, columns] / observed[:, None], np.ones(len(large)))
+        if (solution >= 0).all():
+            break
+        columns.pop(int(solution.argmin()))
+    factors = np.zeros(3)
+    if columns:
+        factors[columns] = solution
+    return [round(float(factor), 3) for factor in factors]
+
+
+def _in_words(large: pd.DataFrame, factors: list[float]) -> str:
+    shown = f"factors {', '.join(f'{factor:.3f}' for factor in factors)}"
+    held = large[large["workspace_bytes"] > 0]
+    if held.empty:
+        return f"{shown}; no workspaces"
+    errors = np.abs(held[PARTS].to_numpy(float) @ np.array(factors) / held["workspace_bytes"].to_numpy(float) - 1)
+    return f"{shown}; error of the fit: median {np.median(errors):.2%}, 95 % below {np.quantile(errors, 0.95):.2%}"
 
 
 def _least_absolute(rows: np.ndarray, target: np.ndarray) -> np.ndarray:

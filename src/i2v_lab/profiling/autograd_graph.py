@@ -12,7 +12,7 @@ import torch
 
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
-from i2v_lab.torch_compat import storage_key
+from i2v_lab.torch_compat import inner_tensors, storage_key
 
 
 @dataclass(slots=True)
@@ -74,17 +74,20 @@ class AutogradGraphProbe:
 
     def by_module(self) -> dict[str, int]:
         """Bytes saved now, by the path of the module whose operators saved them first."""
-        return _by_module(self._storages)
+        with self._lock:
+            return _by_module(self._storages)
 
     def peak_by_module(self) -> dict[str, int]:
         """The same at the peak since :meth:`reset_peak`."""
-        self._update_peak()
-        return self._peak_by_module
+        with self._lock:
+            self._update_peak()
+            return self._peak_by_module
 
     def reset_peak(self) -> None:
         """Reset the peak to what is saved now."""
-        self.peak_bytes = self.saved_bytes
-        self._peak_by_module = _by_module(self._storages)
+        with self._lock:
+            self.peak_bytes = self.saved_bytes
+            self._peak_by_module = _by_module(self._storages)
 
     def _update_peak(self) -> None:
         """Called before the first release after a rise and when the peak is read, not at every save: it is O(n)."""
@@ -105,7 +108,8 @@ class AutogradGraphProbe:
             module = self._paths.current  # first: it registers modules not seen before, with their weights
             if key in self._paths.weights:
                 return tensor
-            saved = self._storages[key] = _SavedStorage(tensor.untyped_storage().nbytes(), module)
+            nbytes = sum(inner.untyped_storage().nbytes() for inner in inner_tensors(tensor))
+            saved = self._storages[key] = _SavedStorage(nbytes, module)
             self.saved_bytes += saved.nbytes
             if self._meter is not None:
                 self._meter.mark_saved(tensor)
@@ -143,7 +147,8 @@ class AutogradGraphProbe:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        self._update_peak()
+        with self._lock:
+            self._update_peak()
         self._is_over = True  # in a thread that is followed still, which cannot be left from here
         self.leave_thread()
 

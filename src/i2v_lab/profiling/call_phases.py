@@ -73,6 +73,7 @@ class CallPhases:
         self._upsamplings = 0
         self._lock = threading.RLock()  # modules may be called in any thread
         self._inside = False
+        self._thread = 0  # of the module that is running
         self._joined = False
         self._caller = 0
         self._entry: Any = None
@@ -159,7 +160,7 @@ class CallPhases:
             called = self._called.of(module)
             if called.is_open:
                 return
-            self._inside = True
+            self._inside, self._thread = True, threading.get_ident()
             self._handled = sys.exception()  # the caller may be in an except block
             self._entry.remove()  # calls of its submodules change no phase
             self._remove_exit_hooks()
@@ -174,7 +175,7 @@ class CallPhases:
     def _on_exit(self, module: torch.nn.Module, args: Any, result: Any) -> None:
         # Its hook is not removed here: after an error torch is iterating over this module's hooks.
         with self._lock:
-            if not self._inside:
+            if not self._inside or threading.get_ident() != self._thread:
                 return
             self._inside = False
             if self._joined:

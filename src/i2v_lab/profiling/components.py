@@ -26,8 +26,11 @@ DENOISE = "denoise"  # the caller appends the number of the stage
 GUIDE = "guide"  # part of a step of denoising that is none by itself
 AUTOENCODER = "autoencoder"  # whose direction its names do not say
 
-TEXT = {"text", "textual", "prompt", "connector", "connectors", "conditioner", "clip", "t5", "umt5", "mt5", "byt5"}
-DENOISERS = {"transformer", "unet", "dit", "denoiser", "noise"}  # Wan 2.2 has a high_noise_model and a low_noise_model
+TEXT = {"text", "textual", "txt", "textencoder", "prompt", "connector", "connectors", "conditioner", "llm"}
+TEXT |= {"clip", "t5", "umt5", "mt5", "byt5"}
+VISION = {"vision", "visual", "siglip"}
+PICTURE_ENCODERS = ({"image", "encoder"}, {"img", "encoder"}, {"feature", "extractor"})  # words together
+DENOISERS = {"transformer", "unet", "dit", "mmdit", "stdit", "denoiser", "denoise", "noise"}  # as in high_noise_model
 GUIDES = {"controlnet", "guider"}
 AUTOENCODERS = {"vae", "autoencoder", "ae", "movq", "vqgan", "vqvae"}
 PIPELINES = {"pipeline", "pipe"}
@@ -36,13 +39,16 @@ PARTS = {"block", "blocks", "layer", "layers", "embed", "embedding", "embeddings
 NOISE_LEVELS = {"t", "timestep", "timesteps", "sigma", "sigmas"}  # what a denoiser's forward takes
 
 
-def find_modules(*roots: Any) -> dict[str, torch.nn.Module]:
+def find_modules(*roots: Any, open_pipelines: bool = True) -> dict[str, torch.nn.Module]:
     """Find the components that objects reference: the outermost modules, by the name of the reference.
 
     Follows attributes, sequences, mappings, closures and globals of functions, and the bindings of partials and
     methods, three objects deep. A name that says nothing, such as ``model``, is replaced by that of the object that
-    holds it, such as ``vae``. A module that holds a denoiser or an autoencoder beside other components is no component:
-    its children are. A root that is a module itself is found under the name of its class.
+    holds it, such as ``vae``. A root that is a module itself is found under the name of its class.
+
+    Args:
+        *roots: Any objects.
+        open_pipelines: Of a module that holds a denoiser or an autoencoder beside other components, find these.
 
     Example:
         >>> class Pipeline:
@@ -59,7 +65,7 @@ def find_modules(*roots: Any) -> dict[str, torch.nn.Module]:
         while level:
             path, value = level.popleft()
             if isinstance(value, torch.nn.Module):
-                if id(value) not in seen and is_container(value, path):
+                if open_pipelines and id(value) not in seen and is_container(value, path):
                     level.extendleft(reversed([((*path, name), child) for name, child in value.named_children()]))
                 elif value not in paths or _says(path) > _says(paths[value]):
                     paths[value] = path
@@ -193,7 +199,7 @@ def phase_of(component: Sequence[str], part: Sequence[str], package: str) -> str
     role = role_of(component, package, part)
     if role == Phase.DECODE_AUDIO:
         return ENCODE_AUDIO if _direction(component, part) == "encoder" else role
-    if role == Phase.ENCODE_PROMPT and "clip" in _words(component) and _words(part) & {"visual", "vision"}:
+    if role == Phase.ENCODE_PROMPT and "clip" in _words(component) and _words(part) & VISION:
         return Phase.ENCODE_IMAGE.value
     if role == AUTOENCODER:
         phases = {"encoder": Phase.ENCODE_IMAGE.value, "decoder": Phase.DECODE_VIDEO.value, None: None}
@@ -235,15 +241,17 @@ def _role(own: set[str], part: set[str]) -> str | None:
         return Phase.UPSAMPLE_LATENT.value
     if own & {"audio", "vocoder"}:
         return Phase.DECODE_AUDIO.value
-    if own & {"vision", "visual", "siglip"} or own >= {"image", "encoder"} or own >= {"feature", "extractor"}:
+    if own & VISION or any(own >= words for words in PICTURE_ENCODERS):
         return Phase.ENCODE_IMAGE.value
     if own & TEXT or own >= {"cond", "stage"}:
         return Phase.ENCODE_PROMPT.value
     if own & GUIDES:
         return GUIDE
-    if own & DENOISERS or own >= {"diffusion", "model"}:
+    if own & DENOISERS or any(word.endswith("unet") for word in own):
         return DENOISE
-    if own & AUTOENCODERS or own >= {"first", "stage"}:
+    if own >= {"diffusion", "model"} and not own & {"encoder", "decoder"}:
+        return DENOISE
+    if own & AUTOENCODERS or any(word.endswith("vae") for word in own) or own >= {"first", "stage"}:
         return AUTOENCODER
     return AUTOENCODER if own & {"video", "image"} and (own | part) & {"encoder", "decoder"} else None
 

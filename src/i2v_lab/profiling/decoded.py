@@ -41,16 +41,16 @@ def decoded_phase(pipeline: Any, result: Any = None) -> str:
         pipeline = pipeline.func
     owner = getattr(pipeline, "__self__", pipeline)
     kind = owner if inspect.isroutine(owner) or inspect.isclass(owner) else type(owner)
-    names = [kind.__name__, getattr(pipeline, "__name__", ""), *_arguments(pipeline)]
-    words = {word for name in names for word in method_words(name)}
-    if words & {"frame", "frames", "video", "videos"} or any("2v" in name.lower() for name in names[:2]):
+    name = f"{kind.__name__} {getattr(pipeline, '__name__', '')}".lower()
+    words = {word for each in _arguments(pipeline) for word in method_words(each)}
+    if words & {"frame", "frames", "video", "videos"} or "vid" in name or "2v" in name:
         return Phase.DECODE_VIDEO.value
     named = [phase for name, phase in FIELDS.items() if _has_field(result, name)]
     if named:
         return named[0]
-    if "audio" in words:
+    if "audio" in words or "audio" in name:
         return Phase.DECODE_AUDIO.value
-    is_picture = kind.__module__.startswith("diffusers.pipelines.") or "image" in kind.__name__.lower()
+    is_picture = kind.__module__.startswith("diffusers.pipelines.") or "image" in name
     return DECODE_IMAGE if is_picture or _is_one_picture(result) else Phase.DECODE_VIDEO.value
 
 

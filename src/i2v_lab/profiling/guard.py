@@ -218,7 +218,7 @@ def watch(model: Any, on_escape: OnEscape = "fix") -> Watch:
     handle = Watch(on_escape)
     if isinstance(model, torch.nn.Module):
         return handle.attach(model)
-    components = find_modules(model)
+    components = find_modules(model, open_pipelines=False)
     if not components:
         kind = type(model).__name__
         raise ProfilerError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,13 @@ import torch
 
 from i2v_lab.profiling.storages import StorageSet
 from i2v_lab.torch_compat import CALL
+
+
+class _Overrides(threading.local):
+    """What a thread reports as the running module, the innermost last."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
 
 
 class ModulePaths:
@@ -38,7 +46,7 @@ class ModulePaths:
         self.weights = StorageSet()
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._pending: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
-        self._overrides: list[str] = []
+        self._here = _Overrides()
         self.phase = ""
         self.components: list[str] = []
 
@@ -49,8 +57,8 @@ class ModulePaths:
         Outside any module's call it is the newest of :attr:`components`, else empty. A module of no registered
         component is registered now under its class's name, below the module that calls it.
         """
-        if self._overrides:
-            return self._overrides[-1]
+        if self._here.names:
+            return self._here.names[-1]
         return self._path(_modules(_outer_frames(sys._getframe(1)))) or (self.components[-1] if self.components else "")
 
     def raised_in(self, error: BaseException) -> str:
@@ -66,22 +74,22 @@ class ModulePaths:
         self._pending.append((name, weakref.ref(module)))
 
     def _read_pending(self) -> None:
-        for name, reference in self._pending:
+        while self._pending:  # other threads may register more
+            name, reference = self._pending.pop(0)
             module = reference()
             if module is not None:
                 for path, submodule in module.named_modules():
                     self._names[submodule] = f"{name}.{path}" if path else name
                 self.weights.add([*module.parameters(), *module.buffers()])
-        self._pending.clear()
 
     @contextmanager
     def override(self, name: str) -> Iterator[None]:
         """Report ``name`` as the running module within this scope."""
-        self._overrides.append(name)
+        self._here.names.append(name)
         try:
             yield
         finally:
-            self._overrides.pop()
+            self._here.names.pop()
 
     def _path(self, modules: Iterable[torch.nn.Module]) -> str:
         """The path of the first of ``modules``, each of which was called by the next."""

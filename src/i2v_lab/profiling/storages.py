@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from i2v_lab.torch_compat import storage_key
+from i2v_lab.torch_compat import inner_tensors, storage_key
 
 
 class StorageSet:
@@ -20,7 +20,7 @@ class StorageSet:
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
         """Add the storages of these tensors."""
-        for tensor in tensors:
+        for tensor in (inner for outer in tensors for inner in inner_tensors(outer)):
             key = storage_key(tensor)
             if key not in self._references:
                 self._references[key] = weakref.ref(tensor.untyped_storage(), partial(self._discard, key))

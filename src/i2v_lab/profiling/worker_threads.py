@@ -43,7 +43,8 @@ def metered_workers(threads: MeteredThreads) -> Iterator[None]:
         return run
 
     def start(thread: threading.Thread) -> None:
-        if not is_pools:
+        is_progress_bars = type(thread).__module__.startswith("tqdm.")  # which computes nothing and never ends
+        if not is_pools and not is_progress_bars:
             thread.run = metered(thread.run)  # type: ignore[method-assign]
         unpatched(threading.Thread, "start")(thread)
 

@@ -76,8 +76,8 @@ class ConfigurationFolders:
             raise missing(name, f"{subfolder}/{file or 'config.json'}" if subfolder else file or "config.json")
         return folder
 
-    def stand_in(self, folder: Path | None, part: str | None) -> Any:
-        """What stands in for a part of an architecture, such as a tokenizer without its vocabulary; else ``None``.
+    def stand_in(self, folder: Path | None, part: str | None) -> dict[str, Any] | None:
+        """What an architecture has in place of a vocabulary; else ``None``.
 
         Args:
             folder: As :meth:`find` returned it.
@@ -86,14 +86,34 @@ class ConfigurationFolders:
         path = (folder or Path()) / (part or "") / STAND_IN
         if not path.is_relative_to(self._written) or not path.is_file():
             return None
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return getattr(stand_ins, config.pop("_class_name"))(**config)
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
+
+    def part_of(self, folder: Path, kind: str) -> str | None:
+        """The subfolder of an architecture's only component of a class; ``None`` elsewhere.
+
+        Some repositories hold one component, without a subfolder.
+
+        Args:
+            folder: As :meth:`find` returned it.
+            kind: Name of the class.
+        """
+        parts = [name for name, (_, each) in self.components(folder).items() if each == kind]
+        return parts[0] if len(parts) == 1 else None
+
+    def components(self, folder: Path) -> dict[str, tuple[str, str]]:
+        """Library and class of each component of an architecture; empty for any other folder."""
+        path = folder / "model_index.json"
+        if not folder.is_relative_to(self._written) or not path.is_file():
+            return {}
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {name: tuple(value) for name, value in index.items() if isinstance(value, list)}
 
     def name_of(self, path: Any, part: str | None = None) -> str:
         """The name that a script gave for a folder that was found, or for a part of it."""
         given = str(path)
-        for key, folder in self._found.items():
-            if Path(given).is_relative_to(folder) and key[0] != given:
+        for key, folder in reversed(self._found.items()):
+            if Path(given).is_relative_to(folder) and key[0] != str(folder):
                 given = "/".join([key[0], *Path(given).relative_to(folder).parts])
                 break
         return f"{given}/{part}" if part else given
@@ -177,7 +197,8 @@ def write_configuration(values: dict[str, Any], folder: Path) -> None:
         else:
             file = "preprocessor_config.json"
             config["image_processor_type"] = kind
-        index[name] = [library, kind]
+        if section["_class_name"] != "NoSafetyChecker":  # which no class method loads
+            index[name] = [library, kind]
         (folder / name).mkdir(parents=True)
         (folder / name / file).write_text(json.dumps(config), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import torch_utils
 
 from i2v_lab.pipeline.diffusers.script_media import script_media
 from i2v_lab.pipeline.diffusers.without_weights import Assume, without_weights
@@ -46,21 +45,12 @@ def script_scope(
         compile_(module)
 
     with ExitStack() as scopes:
-        _forget_device()
-        scopes.callback(_forget_device)
         scopes.enter_context(without_weights(assume))
         scopes.enter_context(script_media(assume))
         scopes.enter_context(patched_here(ModelMixin, "__init__", init))
         scopes.enter_context(patched_here(torch, "compile", compile_))
         scopes.enter_context(patched_here(torch.nn.Module, "compile", compile_module))
         yield
-
-
-def _forget_device() -> None:
-    """Let diffusers look for a card anew: what it found is kept for the life of the process."""
-    found = getattr(getattr(torch_utils, "TorchDeviceBackend", None), "_detect_device_type", torch_utils.get_device)
-    if hasattr(found, "cache_clear"):
-        found.cache_clear()
 
 
 def repeated(kind: type[Any]) -> list[type[torch.nn.Module]]:

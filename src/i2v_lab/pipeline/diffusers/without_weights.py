@@ -24,7 +24,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from i2v_lab.errors import ForecastError, shown
-from i2v_lab.pipeline.diffusers.configuration_folders import ConfigurationFolders
+from i2v_lab.pipeline.diffusers.configuration_folders import ConfigurationFolders, missing
 from i2v_lab.pipeline.diffusers.local_processors import processor_patches
 from i2v_lab.pipeline.diffusers.stand_ins import NoSafetyChecker
 from i2v_lab.pipeline.diffusers.weight_shapes import weight_patches
@@ -139,8 +139,12 @@ class _Loader:
 
         return load
 
-    def _folder(self, name: Any, kwargs: dict[str, Any], file: str) -> Path:
+    def _folder(self, name: Any, kwargs: dict[str, Any], file: str, kind: str = "") -> Path:
         where = {key: kwargs.pop(key, None) for key in ("revision", "cache_dir")}
+        found = self._folders.find(name, **where) if kind and not kwargs.get("subfolder") else None
+        part = self._folders.part_of(found, kind) if found is not None else None
+        if part is not None:
+            kwargs["subfolder"] = part
         return self._folders.require(name, kwargs.get("subfolder"), file, **where)
 
     def load_config(self, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +160,7 @@ class _Loader:
         device_map = kwargs.pop("device_map", None)
         device = None if device_map is None else _single_device(device_map, pretrained_model_name_or_path)
         kwargs = {key: value for key, value in kwargs.items() if key not in ABOUT_FILES}
+        self._check_components(cls, folder, kwargs, pretrained_model_name_or_path)
         if str(cls.load_config(folder).get("_class_name")).startswith("Cosmos") and "safety_checker" not in kwargs:
             self._assume(f"safety checker of {pretrained_model_name_or_path}", "none: it is a package of its own")
             kwargs["safety_checker"] = NoSafetyChecker()
@@ -166,6 +171,19 @@ class _Loader:
                     module.to(device)
             pipe.hf_device_map = device_map
         return pipe
+
+    def _check_components(self, cls: Any, folder: Path, given: dict[str, Any], name: Any) -> None:
+        """Refuse an architecture whose denoiser or autoencoder is another than a pipeline's.
+
+        Its repository may hold what other pipelines are made of besides.
+        """
+        types = cls._get_signature_types()
+        for part, (_, kind) in self._folders.components(folder).items():
+            model: Any = getattr(diffusers, kind, object)
+            expected = [each for each in types.get(part, ()) if isinstance(each, type) and issubclass(each, ModelMixin)]
+            is_other = issubclass(model, ModelMixin) and not issubclass(model, tuple(expected))
+            if expected and is_other and part not in given:
+                raise missing(name, f"{part}/config.json of {expected[0].__name__}")
 
     def single_file(self, cls: Any, pretrained_model_link_or_path: Any = None, **kwargs: Any) -> Any:
         """``from_single_file`` of pipelines and models: by the configuration that is named, not by the file."""
@@ -182,7 +200,7 @@ class _Loader:
 
     def diffusers_model(self, cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """``ModelMixin.from_pretrained``."""
-        folder = self._folder(pretrained_model_name_or_path, kwargs, cls.config_name)
+        folder = self._folder(pretrained_model_name_or_path, kwargs, cls.config_name, cls.__name__)
         _refuse(kwargs, pretrained_model_name_or_path)
         given = _taken(kwargs)
         subfolder = kwargs.pop("subfolder", None)
@@ -200,7 +218,8 @@ class _Loader:
     def transformers_model(self, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """``PreTrainedModel.from_pretrained``."""
         name = pretrained_model_name_or_path
-        folder = self._folder(name, kwargs, "" if kwargs.get("config") is not None else "config.json")
+        file = "" if kwargs.get("config") is not None else "config.json"
+        folder = self._folder(name, kwargs, file, cls.__name__)
         _refuse(kwargs, name)
         given = _taken(kwargs)
         config = kwargs.pop("config", None)

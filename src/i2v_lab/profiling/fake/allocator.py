@@ -1,12 +1,13 @@
 """Model of PyTorch's CUDA caching allocator: the bytes it counts as allocated, and those it reserves from the card.
 
-Follows ``c10/cuda/CUDACachingAllocator.cpp`` of PyTorch 2.11 at its default settings, for one stream on a card that is
-large enough.
+Follows ``c10/cuda/CUDACachingAllocator.cpp`` of PyTorch 2.11 at its default settings, on a card that is large enough.
+A free block is for requests of the stream alone on which it was allocated.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import defaultdict
 from dataclasses import dataclass
 
 MIN_BLOCK_BYTES = 512  # kMinBlockSize: every request is rounded up to a multiple of it
@@ -24,7 +25,8 @@ class Block:
     Attributes:
         size: Bytes that the allocator counts for it.
         address: Where it begins.
-        small: Which pool it belongs to.
+        small: Which pool of its stream it belongs to.
+        stream: On which it was allocated.
         free: Whether it is in the pool of free blocks.
         previous: The block below it in the segment.
         next: The block above it.
@@ -33,6 +35,7 @@ class Block:
     size: int
     address: int
     small: bool
+    stream: int = 0
     free: bool = False
     previous: Block | None = None
     next: Block | None = None
@@ -42,6 +45,7 @@ class CachingAllocator:
     """Allocates and frees blocks of segments, without a card.
 
     Attributes:
+        stream: The current one, on which blocks are allocated.
         allocated_bytes: In blocks that are not free, as ``torch.cuda.memory_allocated()``.
         reserved_bytes: In segments, as ``torch.cuda.memory_reserved()``.
         peak_reserved_bytes: Maximum of the reserved bytes since :meth:`reset_peak`.
@@ -53,10 +57,12 @@ class CachingAllocator:
     """
 
     def __init__(self) -> None:
+        self.stream = 0
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.peak_reserved_bytes = 0
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}  # by size, then address
+        self._free: defaultdict[tuple[int, bool], list[tuple[int, int, Block]]]  # by size, then address
+        self._free = defaultdict(list)
         self._next_address = 0
 
     def allocate(self, nbytes: int) -> Block:
@@ -67,13 +73,13 @@ class CachingAllocator:
         """
         size = _round_up(nbytes, MIN_BLOCK_BYTES)
         small = size <= SMALL_BYTES
-        pool = self._free[small]
+        pool = self._free[self.stream, small]
         index = bisect.bisect_left(pool, (size, -1))
         block = pool.pop(index)[2] if index < len(pool) else self._new_segment(size, small)
         block.free = False
         remaining = block.size - size
         if remaining >= MIN_BLOCK_BYTES if small else remaining > SMALL_BYTES:
-            remainder = Block(remaining, block.address + size, small, previous=block, next=block.next)
+            remainder = Block(remaining, block.address + size, small, block.stream, previous=block, next=block.next)
             if block.next is not None:
                 block.next.previous = remainder
             block.size, block.next = size, remainder
@@ -113,7 +119,7 @@ class CachingAllocator:
             segment = LARGE_SEGMENT_BYTES
         else:
             segment = _round_up(size, ROUND_LARGE_BYTES)
-        block = Block(segment, self._next_address, small)
+        block = Block(segment, self._next_address, small, self.stream)
         self._next_address += segment
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
@@ -121,10 +127,10 @@ class CachingAllocator:
 
     def _insert_free(self, block: Block) -> None:
         block.free = True
-        bisect.insort(self._free[block.small], (block.size, block.address, block))
+        bisect.insort(self._free[block.stream, block.small], (block.size, block.address, block))
 
     def _remove_free(self, block: Block) -> None:
-        pool = self._free[block.small]
+        pool = self._free[block.stream, block.small]
         del pool[bisect.bisect_left(pool, (block.size, block.address))]
 
 

@@ -18,16 +18,16 @@ from i2v_lab.torch_compat import FakeTensor
 OWN_CACHES = ("i2v_lab.", "torch.")  # modules whose caches hold no tensors of a pipeline
 _LruCache = functools._lru_cache_wrapper
 
-_without_tensors: set[int] = set()  # of caches that exist as long as their modules: their results held no tensors
 _found: tuple[int, list[tuple[Any, str, Any]]] = (0, [])
 
 
 @contextmanager
 def own_caches() -> Iterator[None]:
-    """Give this thread empty ``functools.lru_cache`` caches for functions that return tensors, within this scope.
+    """Give this thread empty ``functools.lru_cache`` caches for functions that can name torch, within this scope.
 
     ltx-core caches its grids of frequencies this way. A fake one would be useless to a real run, now in another thread
-    or later; a real one would be memory whose allocation a forecast does not see. Caches that are no attribute of a
+    or later; a real one would be memory whose allocation a forecast does not see. diffusers and accelerate cache
+    whether there is a card: in a forecast there is. Caches that are no attribute of a
     module or class cannot be replaced for a thread: those that hold tensors are cleared, for all threads.
     """
     private: dict[int, Callable[..., Any]] = {}
@@ -75,6 +75,8 @@ def _is_class_of(value: Any, module: str) -> bool:
 
 def _cache_of(value: Any) -> Any:
     """The cache that is this value, or that a function wraps."""
+    if isinstance(value, staticmethod):
+        return _cache_of(value.__func__)
     if type(value) is _LruCache:
         return value
     if type(value) is types.FunctionType and value.__closure__:
@@ -98,6 +100,8 @@ def _is_of_torch(cache: Any) -> bool:
 
 
 def _with_own_cache(function: Any, private: dict[int, Callable[..., Any]]) -> Callable[..., Any]:
+    if isinstance(function, staticmethod):  # which is already replaced in another thread
+        function = function.__func__
     cache = _cache_of(function)
     own = private.setdefault(id(cache), _own_cache(cache))
     if function is cache:
@@ -111,17 +115,7 @@ def _with_own_cache(function: Any, private: dict[int, Callable[..., Any]]) -> Ca
 
 
 def _own_cache(cache: Any) -> Callable[..., Any]:
-    own = functools.lru_cache(**cache.cache_parameters())(cache.__wrapped__)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if id(cache) in _without_tensors:
-            return cache(*args, **kwargs)
-        result = own(*args, **kwargs)
-        if not _contains([result, args, kwargs], torch.Tensor, depth=3):
-            _without_tensors.add(id(cache))
-        return result
-
-    return call
+    return functools.lru_cache(**cache.cache_parameters())(cache.__wrapped__)
 
 
 def _contains(values: Iterable[Any], kind: type[torch.Tensor], depth: int) -> bool:

@@ -1,10 +1,11 @@
 """What ``torch.cuda`` tells in a forecast: bytes as the forecast counts them, and the properties of one card.
 
-The card is the one that the models of workspaces and attention were measured on, an H100 of 80 GB.
+By default the card is the one that the models of workspaces and attention were measured on, an H100 of 80 GB.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.refusals import no_answer
 from i2v_lab.thread_patches import unpatched
 from i2v_lab.torch_compat import FakeTensor
@@ -43,10 +45,20 @@ class CountedBytes(Protocol):
     def empty_cache(self) -> None:
         """As ``torch.cuda.empty_cache()``."""
 
+    def use_stream(self, stream_id: int) -> None:
+        """Allocate on a stream from now on; 0 is the default one."""
+
 
 @dataclass(frozen=True)
 class CardProperties:
-    """``torch.cuda.get_device_properties()`` of the card; the same names."""
+    """``torch.cuda.get_device_properties()`` of a card; the same names.
+
+    The workspace of cuBLAS follows from its compute capability, and what is free from its memory.
+
+    Example:
+        >>> CardProperties("NVIDIA A100-SXM4-40GB", major=8, minor=0, total_memory=42_297_786_368).major
+        8
+    """
 
     name: str = "NVIDIA H100 80GB HBM3"
     major: int = 9
@@ -64,12 +76,16 @@ class CardProperties:
     is_multi_gpu_board: int = 0
 
 
+_STREAM_IDS = itertools.count(1)
+
+
 class FakeStream:
     """A stream or an event: in a forecast everything is done when it is called."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device = DEVICE
-        self.cuda_stream = self.stream_id = self.priority = 0
+        self.priority = 0
+        self.cuda_stream = self.stream_id = next(_STREAM_IDS)
 
     def query(self) -> bool:
         """Everything is done."""
@@ -109,12 +125,27 @@ class FakeCard:
     Args:
         counted: The forecast's own bytes.
         context_bytes: Of the CUDA context, which are not free.
+        properties: Of the card.
+
+    Raises:
+        ForecastError: The card is older than compute capability 8.0.
     """
 
-    def __init__(self, counted: CountedBytes, context_bytes: int = 0) -> None:
+    def __init__(self, counted: CountedBytes, context_bytes: int = 0, properties: CardProperties | None = None) -> None:
+        self.properties = properties or CardProperties()
+        if self.properties.major < 8:
+            capability = f"{self.properties.major}.{self.properties.minor}"
+            raise ForecastError(
+                f"card {self.properties.name} has compute capability {capability}; forecasts know the kernels of 8.0 "
+                "and above; measure a real run",
+                cause="unknown card",
+                capability=capability,
+            )
         self._counted = counted
         self._context_bytes = context_bytes
-        self._stream: Any = FakeStream()
+        self._default = FakeStream()
+        self._default.cuda_stream = self._default.stream_id = 0
+        self._stream: Any = self._default
 
     def memory_stats(self, device: Any = None) -> dict[str, Any]:
         """``torch.cuda.memory_stats_as_nested_dict()``, of what is known: no memory that is split, no pools."""
@@ -131,21 +162,23 @@ class FakeCard:
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free and total bytes."""
-        total = CardProperties().total_memory
+        total = self.properties.total_memory
         return max(0, total - self._context_bytes - self._counted.reserved_bytes()), total
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         """Make a stream the current one."""
-        before, self._stream = self._stream, stream or self._stream
+        before = self._stream
+        self.set_stream(stream or before)
         try:
             yield
         finally:
-            self._stream = before
+            self.set_stream(before)
 
     def set_stream(self, stream: Any) -> None:
-        """Make a stream the current one."""
+        """Make a stream the current one, on which memory is allocated."""
         self._stream = stream
+        self._counted.use_stream(stream.stream_id)
 
     def patches(self) -> Iterator[tuple[Any, str, Any]]:
         """What to replace, and by what."""
@@ -175,7 +208,7 @@ class FakeCard:
         }
 
     def _of_the_card(self) -> dict[str, Any]:
-        properties = CardProperties()
+        properties = self.properties
         nothing = {name: lambda *_, **__: None for name in ("init", "set_device", "synchronize", "ipc_collect")}
         return {
             **nothing,
@@ -193,7 +226,7 @@ class FakeCard:
             "Stream": FakeStream,
             "Event": FakeStream,
             "current_stream": lambda device=None: self._stream,
-            "default_stream": lambda device=None: FakeStream(),
+            "default_stream": lambda device=None: self._default,
             "stream": self.stream,
             "set_stream": self.set_stream,
             **{name: _refusal(name) for name in OF_A_REAL_CARD},

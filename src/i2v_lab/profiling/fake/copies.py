@@ -22,21 +22,22 @@ from i2v_lab.torch_compat import (
 )
 
 DEPTH = 3  # an object that holds an object that holds a module, in lists or dictionaries
-HOOKED = ("_hf_hook", "_diffusers_hook")  # modules that accelerate and diffusers move themselves
+HOOKS = ("_hf_hook", "_diffusers_hook")  # of accelerate and diffusers, which keep hold of the module
 
 
 def to_fake(values: Any, mode: FakeTensorMode, device: torch.device) -> Any:
     """Replace modules and tensors among ``values`` by fake copies on ``device``; the originals are not modified.
 
     Also those on the meta device: a module without memory is forecast as if it were on ``device``. An object that holds
-    modules is copied whole, with its modules on ``device``; those that hooks move stay where they are.
+    modules is copied whole, with its modules on ``device``.
 
     Whole numbers and masks keep their values, and so do the buffers of modules; other values are unknown.
 
     Since they are copies, a write to one is not seen by code that reaches the original in another way.
 
     Raises:
-        ForecastError: An object that holds modules cannot be copied.
+        ForecastError: An object that holds modules cannot be copied, or a module has hooks that keep hold of it, as
+            those for offloading do.
     """
     copies = _Copies(mode, device)
     return tree_map_only(object, copies.of, values)
@@ -88,7 +89,7 @@ class _Copies:
     def _module(self, original: torch.nn.Module) -> torch.nn.Module:
         self._add_tensors(original)
         copied: torch.nn.Module = copy.deepcopy(original, self._memo)
-        return copied if _is_hooked(copied) else copied.to(self._device)
+        return copied.to(self._device)
 
     def _holder(self, original: Any) -> Any:
         for _, module in _held(original).values():
@@ -107,11 +108,11 @@ class _Copies:
                 kind=type(original).__name__,
             ) from error
         for _, module in _held(copied).values():
-            if not _is_hooked(module):
-                module.to(self._device)
+            module.to(self._device)
         return copied
 
     def _add_tensors(self, module: torch.nn.Module) -> None:
+        _check_hooks(module)
         for parameter in module.parameters():
             if id(parameter) not in self._memo:
                 fake = torch.nn.Parameter(self._fake(parameter).detach(), parameter.requires_grad)
@@ -135,8 +136,16 @@ class _Copies:
         return skeleton
 
 
-def _is_hooked(module: torch.nn.Module) -> bool:
-    return any(hasattr(each, name) for each in module.modules() for name in HOOKED)
+def _check_hooks(module: torch.nn.Module) -> None:
+    hooked = [type(each).__name__ for each in module.modules() if any(hasattr(each, name) for name in HOOKS)]
+    if hooked:
+        raise ForecastError(
+            f"{type(module).__name__} has hooks of accelerate or diffusers, as for offloading, which a copy would "
+            "share; build it and enable them within `with forecasting(...)`, or in a function that is forecast",
+            cause="hooks",
+            module=type(module).__name__,
+            hooked=hooked[:5],
+        )
 
 
 def _held(holder: Any) -> dict[int, tuple[str, torch.nn.Module]]:

@@ -11,15 +11,16 @@ import functools
 import re
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
-from i2v_lab.profiling.fake.attention import fused_attention, safe_softmax
+from i2v_lab.profiling.fake.attention import ORDER, chosen_kernel, fused_attention, math_attention, safe_softmax
 from i2v_lab.profiling.fake.card import FakeCard
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
@@ -37,11 +38,13 @@ from i2v_lab.torch_compat import (
     TRUNCATED_NORMAL,
     FakeTensor,
     FakeTensorMode,
+    attention_order,
     cache_function_sets,
     convert_module,
     dense_flex_attention,
     disable_current_modes,
     gpu_context_patch,
+    inner_tensors,
     keep_device_guard,
     lifting_restored,
     no_dispatch,
@@ -133,11 +136,30 @@ def _understood(error: Exception, device: torch.device) -> ForecastError | None:
 # --- Functions that are intercepted before torch decomposes them into operators ---------------------------------------
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    original = unpatched(torch.nn.functional, "scaled_dot_product_attention")
-    attend = fused_attention if query.device.type == "cuda" else original
-    result: torch.Tensor = attend(query, key, value, *args, **kwargs)
-    return result
+def _attention(
+    operators: FakeOperators,
+    initial_order: Sequence[SDPBackend],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    if query.device.type != "cuda":
+        result: torch.Tensor = unpatched(torch.nn.functional, "scaled_dot_product_attention")(*arguments, **options)
+        return result
+    order: Sequence[SDPBackend] = attention_order()  # the code's own; at first that of the card that may be here
+    order = ORDER if order == initial_order else order
+    kernel = chosen_kernel(query, key, value, attn_mask, is_causal, enable_gqa, order)
+    if kernel != SDPBackend.MATH:
+        return fused_attention(*arguments, **options, kernel=kernel)
+    with operators.math_attention():
+        return math_attention(*arguments, **options)
 
 
 def _flex_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -206,6 +228,20 @@ def _format(tensor: torch.Tensor, spec: str, answers: Answers) -> str:
         return format(known.real.item(), spec)
 
 
+def _new(kind: type, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A fake; or a parameter, which code makes by ``type(parameter)(data, requires_grad=...)``."""
+    make = unpatched(FakeTensor, "__new__")
+    if isinstance(args[0], torch.Tensor):
+        return torch.nn.Parameter(*args, **kwargs)
+    made: torch.Tensor = make(kind, *args, **kwargs)
+    return made
+
+
+def _data_ptr(tensor: torch.Tensor) -> int:
+    """An address by which code tells tied weights; that of a fake is 0, or none."""
+    return storage_key(tensor) + int(tensor.storage_offset()) * tensor.itemsize
+
+
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     pinned = tensor.clone()
     pinned._i2v_lab_pinned = True  # type: ignore[attr-defined]
@@ -243,8 +279,11 @@ def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | None) -> Iterator[tuple[Any, str, Any]]:
     # By patches: a TorchFunctionMode would also be called for every shape and dtype that is read.
     yield torch, "tensor", functools.partial(_tensor, operators)
-    yield torch.nn.functional, "scaled_dot_product_attention", _attention
+    attend = functools.partial(_attention, operators, attention_order())
+    yield torch.nn.functional, "scaled_dot_product_attention", attend
     yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
+    yield FakeTensor, "__new__", _new
+    yield FakeTensor, "data_ptr", _data_ptr
     for name in ("__float__", "__int__", "__index__"):
         yield FakeTensor, name, functools.partial(_number, conversion=name, answers=operators.answers)
     reads: dict[str, Callable[..., Any]] = {"tolist": _tolist, "__bool__": _truth, "__format__": _format}
@@ -278,7 +317,7 @@ def _apply(
     operators: FakeOperators, module: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> Any:
     def check(module: torch.nn.Module, parameter: torch.Tensor) -> bool:
-        if isinstance(parameter, FakeTensor):
+        if all(isinstance(inner, FakeTensor) for inner in inner_tensors(parameter)):
             return False
         if storage_key(parameter) in operators.made_on_meta:
             return True

@@ -14,7 +14,7 @@ from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers, Assumptions, chosen_assumptions
 from i2v_lab.profiling.fake.block_trace import TracingAllocator
 from i2v_lab.profiling.fake.cached_tensors import own_caches
-from i2v_lab.profiling.fake.card import FakeCard
+from i2v_lab.profiling.fake.card import CardProperties, FakeCard
 from i2v_lab.profiling.fake.copies import components, to_fake
 from i2v_lab.profiling.fake.device import fake_device
 from i2v_lab.profiling.fake.garbage import no_collection
@@ -33,11 +33,12 @@ class ForecastMeter(LiveStorageMeter):
     Never entered as a dispatch mode: the fake device sees every operator anyway.
     """
 
-    def __init__(self, device_type: str, workspaces: Workspaces | None) -> None:
+    def __init__(self, device_type: str, workspaces: Workspaces | None, capability: tuple[int, int] = (9, 0)) -> None:
         allocator = TracingAllocator() if workspaces is not None else None
         super().__init__(device_type=device_type, allocator=allocator)
         self.allocator = allocator
         self._workspaces = workspaces
+        self._capability = capability
         self._initialized: set[str] = set()
         self._max_allocated_bytes = 0
         self._max_reserved_bytes = 0
@@ -47,7 +48,7 @@ class ForecastMeter(LiveStorageMeter):
         """Count the tensors that an operator takes and returns, and its kernel's workspaces."""
         self.observe(tensors)
         if self._workspaces is not None:
-            library, nbytes = self._workspaces.persistent(func)
+            library, nbytes = self._workspaces.persistent(func, self._capability)
             if nbytes and library not in self._initialized:
                 self._initialized.add(library)
                 self.add_persistent_workspace(nbytes, f"{library} workspace")
@@ -94,6 +95,11 @@ class ForecastMeter(LiveStorageMeter):
         if self.allocator is not None:
             self.allocator.empty_cache()
 
+    def use_stream(self, stream_id: int) -> None:
+        """Allocate on a stream from now on."""
+        if self.allocator is not None:
+            self.allocator.stream = stream_id
+
     def __enter__(self) -> Self:
         return self
 
@@ -108,6 +114,7 @@ def forecasting(
     memoize: Mapping[type[torch.nn.Module], MemoryKey] | None = None,
     workspaces: Workspaces | None = None,
     assume: Assumptions | str | None = DEFAULT,
+    card: CardProperties | None = None,
 ) -> Iterator[PhaseProfiler]:
     """Make tensors fake and ``device`` available within this scope, and profile it.
 
@@ -119,6 +126,7 @@ def forecasting(
             caching allocator's blocks, without it those of tensors alone.
         assume: What to answer where the code asks for values that are not known; ``"nothing"`` or ``None`` refuses all
             such questions. What was answered, and where, is in the profiler's records.
+        card: What ``torch.cuda`` tells of the card; an H100 of 80 GB by default.
 
     Yields:
         The profiler: a sink for a pipeline, or :meth:`~i2v_lab.profiling.phase_profiler.PhaseProfiler.phase`.
@@ -133,7 +141,8 @@ def forecasting(
         True
     """
     device = torch.device(device)
-    meter = ForecastMeter(device.type, workspaces)
+    properties = card or CardProperties()
+    meter = ForecastMeter(device.type, workspaces, (properties.major, properties.minor))
     profiler = PhaseProfiler(device, meter=meter, independent=True)
     paths = profiler.paths
     assert paths is not None
@@ -147,7 +156,7 @@ def forecasting(
             device,
             current_module=lambda: paths.current,
             on_operator=meter.on_operator,
-            card=FakeCard(meter, context_bytes),
+            card=FakeCard(meter, context_bytes, properties),
             answers=answers,
         ),
         ModuleMemo(meter, meter.allocator, paths, memoize or {}).active(),
@@ -166,6 +175,7 @@ def forecast(
     device: str | torch.device = "cuda",
     workspaces: Workspaces | None = None,
     assume: Assumptions | str | None = DEFAULT,
+    card: CardProperties | None = None,
     **kwargs: Any,
 ) -> Forecast:
     """Forecast one call of any torch code: a function, a model, a training step.
@@ -178,6 +188,7 @@ def forecast(
         device: As in :func:`forecasting`.
         workspaces: As in :func:`forecasting`.
         assume: As in :func:`forecasting`.
+        card: As in :func:`forecasting`.
         **kwargs: Its keyword arguments.
 
     Returns:
@@ -192,7 +203,7 @@ def forecast(
         36196352
     """
     start_s = time.perf_counter()
-    with forecasting(device, workspaces=workspaces, assume=assume) as profiler:
+    with forecasting(device, workspaces=workspaces, assume=assume, card=card) as profiler:
         run, args, kwargs = to_fake((run, args, kwargs), active_fake_mode(), torch.device(device))
         for name, module in components((run, args, kwargs)):
             profiler.component(name, module)

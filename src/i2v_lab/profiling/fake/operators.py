@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.assumptions import Answers
+from i2v_lab.profiling.fake.attention import safe_softmax
 from i2v_lab.profiling.fake.autograd_devices import AutogradDevices, with_real_device
 from i2v_lab.profiling.fake.known_values import (
     KnownValues,
@@ -45,6 +47,7 @@ from i2v_lab.torch_compat import (
     FakeTensorMode,
     UnsupportedOperatorException,
     in_kernel_invocation_manager,
+    is_wrapper,
     no_dispatch,
     storage_key,
     tree_map_only,
@@ -152,6 +155,7 @@ class FakeOperators(DispatchMode):
         self._current_module = current_module
         self._on_operator = on_operator
         self._outputs: dict[Any, _Outputs | None] = {}
+        self._is_math_attention = False
         self.devices = AutogradDevices()
         self.made_on_meta = StorageSet()
         self.default_dtype = torch.get_default_dtype()
@@ -160,6 +164,8 @@ class FakeOperators(DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # they run operators on what they hold, which come here
         if func is DEVICE and isinstance(args[0], FakeTensor):
             return self.devices.told(args[0].fake_device)
         kwargs = with_real_device(kwargs or {})
@@ -184,7 +190,10 @@ class FakeOperators(DispatchMode):
         if func is LOCAL_SCALAR:
             return self._scalar(func, inputs[0], known[0])
         if func is SAFE_SOFTMAX and inputs[0].device.type == "cuda":
-            raise math_attention_error(func, self._current_module())
+            if not self._is_math_attention:
+                raise math_attention_error(func, self._current_module())
+            with self:  # its kernel runs operators, each of which allocates
+                return safe_softmax(*args, **kwargs)
         if func is aten.convolution.default:
             check_devices(set(map(_device, inputs)))
         if func is aten.index.Tensor:
@@ -223,6 +232,15 @@ class FakeOperators(DispatchMode):
         lifted = func is aten.lift_fresh.default  # its input is the same tensor before it became fake
         self._on_operator(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result
+
+    @contextmanager
+    def math_attention(self) -> Iterator[None]:
+        """Attention by ordinary operators is that of the card, within this scope."""
+        before, self._is_math_attention = self._is_math_attention, True
+        try:
+            yield
+        finally:
+            self._is_math_attention = before
 
     def set_default_dtype(self, dtype: torch.dtype) -> None:
         """``torch.set_default_dtype`` for this forecast."""

@@ -21,6 +21,8 @@ from i2v_lab.torch_compat import (
     ModeStacks,
     TorchDispatchMode,
     dense_flex_attention,
+    inner_tensors,
+    is_wrapper,
     storage_key,
     tree_leaves,
     uncompiled_flex_attention,
@@ -56,7 +58,8 @@ class _FlexAttention(threading.local):
 class LiveStorageMeter(TorchDispatchMode):
     """Counts the storages behind all tensors that operators touch while the mode is active.
 
-    Each storage counts once, with its full size, from the first operator that takes or returns a tensor on it (or from
+    A tensor that holds others, such as a quantized one, is those that it holds. Each storage counts once, with its full
+    size, from the first operator that takes or returns a tensor on it (or from
     :meth:`observe`) until it is freed. Views add nothing. Only weak references are held. What a kernel allocates and
     frees internally is not seen.
 
@@ -140,6 +143,8 @@ class LiveStorageMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(map(is_wrapper, types)):
+            return NotImplemented  # they run operators on what they hold, which come here
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self._is_over:
@@ -180,7 +185,7 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def _observe(self, tensors: Iterable[torch.Tensor], weights: bool) -> None:
         before_bytes = self._live_bytes
-        for tensor in tensors:
+        for tensor in (inner for outer in tensors for inner in inner_tensors(outer)):
             device_type = (getattr(tensor, "fake_device", None) or tensor.device).type  # the attribute is faster
             if device_type == "meta" or (self._device_type is not None and device_type != self._device_type):
                 continue
@@ -276,7 +281,7 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def counted_bytes(self, tensors: Iterable[torch.Tensor]) -> int:
         """Allocated bytes of the storages of ``tensors``, each counted once."""
-        keys = {storage_key(tensor) for tensor in tensors}
+        keys = {storage_key(inner) for tensor in tensors for inner in inner_tensors(tensor)}
         return sum(self._live[key][2].nbytes for key in keys if key in self._live)
 
     # --- Storages saved by autograd graphs ---
@@ -284,9 +289,10 @@ class LiveStorageMeter(TorchDispatchMode):
     def mark_saved(self, tensor: torch.Tensor) -> None:
         """An autograd graph saved a tensor on this storage, the first one to do so."""
         self.observe([tensor])
-        known = self._live.get(storage_key(tensor))
-        if known is not None:  # otherwise on another device
-            known[0].saved.append([self._advance(), None])
+        for inner in inner_tensors(tensor):
+            known = self._live.get(storage_key(inner))
+            if known is not None:  # otherwise on another device
+                known[0].saved.append([self._advance(), None])
 
     def mark_released(self, key: int) -> None:
         """No graph saves the storage with this key any more."""
@@ -317,10 +323,11 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def drop_freed(self, tick: int | None = None) -> None:
         """Drop the records of storages freed by a tick, by default now, once they have been written."""
-        tick = self._tick if tick is None else tick
-        self.storages = [record for record in self.storages if record.freed_at is None or record.freed_at > tick]
-        first_tick, times_s = self._clock
-        self._clock = (tick, times_s[tick - first_tick :])
+        with self.lock:
+            tick = self._tick if tick is None else tick
+            self.storages = [record for record in self.storages if record.freed_at is None or record.freed_at > tick]
+            first_tick, times_s = self._clock
+            self._clock = (tick, times_s[tick - first_tick :])
 
     def _advance(self) -> int:
         first_tick, times_s = self._clock

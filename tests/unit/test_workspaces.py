@@ -1,0 +1,114 @@
+"""The libraries' workspaces by card, dtype and batch; and their factors from measurements of single convolutions."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from i2v_lab.capacity.calibration import calibrate
+from i2v_lab.errors import ForecastError, RecordError
+from i2v_lab.profiling.fake.card import CardProperties
+from i2v_lab.profiling.fake.forecast import forecast, forecasting
+from i2v_lab.profiling.fake.workspaces import load_workspaces
+
+GIB = 2**30
+A100 = CardProperties("NVIDIA A100-SXM4-40GB", major=8, minor=0, total_memory=40 * GIB)
+BLACKWELL = CardProperties("NVIDIA B200", major=10, minor=0, total_memory=178 * GIB)
+OLD = CardProperties("Tesla T4", major=7, minor=5, total_memory=15 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("card", "cublas_bytes"), [(None, 33_554_432), (A100, 8_519_680), (BLACKWELL, 8_519_680)], ids=str
+)
+def test_the_workspace_of_cublas_follows_from_the_card(card, cublas_bytes):
+    def multiply() -> None:
+        source = torch.empty(512, 512, device="cuda")
+        told.append((torch.cuda.get_device_capability(), torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]))
+        source @ source
+
+    told: list[tuple] = []
+    found = forecast(multiply, workspaces=load_workspaces(), card=card)
+    assert found.peak.peak_bytes == 2 * 2**20 + cublas_bytes
+    expected = card or CardProperties()
+    assert told == [((expected.major, expected.minor), expected.name, expected.total_memory)]
+
+
+def test_a_card_whose_kernels_are_not_known_is_refused():
+    with pytest.raises(ForecastError) as caught, forecasting("cuda", card=OLD):
+        pytest.fail("it ran")
+    assert caught.value.fields == {"cause": "unknown card", "capability": "7.5"}
+    assert pickle.loads(pickle.dumps(caught.value)).fields == caught.value.fields
+
+
+def _workspace(dtype: torch.dtype, batch: int, **factors) -> int:
+    model = replace(load_workspaces(), **factors)
+    source, weight = torch.empty(batch, 8, 64, 64, dtype=dtype), torch.empty(16, 8, 3, 3, dtype=dtype)
+    result = torch.empty(batch, 16, 64, 64, dtype=dtype)
+    arguments = (source, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    return model.transient(torch.ops.aten.convolution.default, arguments, result)
+
+
+def test_a_measured_dtype_and_batch_have_their_own_factors():
+    sizes = torch.tensor([8 * 64 * 64 * 4, 16 * 64 * 64 * 4, 16 * 8 * 9 * 4])  # of one picture in float32, and a weight
+    factors = {"float32": {1: (2.0, 1.0, 1.0), 4: (1.0, 0.0, 1.0)}}
+    one, picture = int(sizes[0]), int(sizes[:2].sum())
+    weight = int(sizes[2])
+    assert _workspace(torch.float32, 1, factors=factors) == one + picture + weight
+    assert _workspace(torch.float32, 2, factors=factors) == 2 * (one + picture) + weight
+    assert _workspace(torch.float32, 8, factors=factors) == 8 * one + weight
+    assert _workspace(torch.float32, 8, factors={}) == _workspace(torch.float64, 8, factors=factors) == 0
+    as_before = _workspace(torch.bfloat16, 8, factors={})
+    assert _workspace(torch.bfloat16, 8, factors=factors) == as_before > 0
+
+
+LAWS = {("float32", 1): (2, 1, 1), ("float32", 16): (0.5, 0, 1), ("bfloat16", 16): (1, 0.5, 0), ("float16", 1): None}
+
+
+def _measurements(folder: Path) -> Path:
+    sizes = [(2**20 * (10 + i), 2**20 * (5 + i % 7), 2**20 * (1 + i % 3)) for i in range(40)]
+    table = pd.DataFrame(sizes, columns=["input_bytes", "output_bytes", "weight_bytes"])
+    table = table.assign(workspace_bytes=table.sum(axis=1), contiguous=True, grouped=False)
+    source = folder / "gpu.json"
+    source.write_text(json.dumps({"gpu": "g", "torch": "t", "cudnn": 1, "cublas_bytes": 2, "context_bytes": 3}))
+    table.to_csv(source.with_suffix(".csv"), index=False)
+    rows = [{"kind": "device", "gpu": "g"}]
+    for (dtype, batch), law in LAWS.items():
+        for size in sizes:
+            nbytes = 0 if law is None else int(sum(f * n for f, n in zip(law, size, strict=True)))
+            parts = dict(zip(("input_bytes", "output_bytes", "weight_bytes"), size, strict=True))
+            row = {"kind": "convolution", "dtype": dtype, "batch": batch, "contiguous": True, "grouped": False}
+            rows.append({**row, **parts, "workspace_bytes": nbytes})
+            rows.append({**row, **parts, "workspace_bytes": 7 * nbytes, "contiguous": False})
+    rows += [dict(rows[1], batch=2)] * 2  # too few
+    source.with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return source
+
+
+def test_calibration_finds_the_factors_of_each_dtype_and_batch(tmp_path):
+    source, out = _measurements(tmp_path), tmp_path / "model.json"
+    lines = list(calibrate(source, out))
+    assert len(lines) == 2 + len(LAWS)
+    model = json.loads(out.read_text())
+    assert (model["input_factor"], model["output_factor"], model["weight_factor"]) == (1, 1, 1)
+    expected = {key: list(law or (0, 0, 0)) for key, law in LAWS.items()}
+    found = {(dtype, int(batch)): f for dtype, by_batch in model["factors"].items() for batch, f in by_batch.items()}
+    assert {key: pytest.approx(value, abs=0.002) for key, value in expected.items()} == found
+    source.with_suffix(".jsonl").unlink()
+    list(calibrate(source, out))
+    assert "factors" not in json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("text", ["{", '{"kind": "convolution"}', "[]", "3", '{"a": 1}', ""])
+def test_lines_that_cannot_be_read_are_refused(tmp_path, text):
+    source, out = _measurements(tmp_path), tmp_path / "model.json"
+    source.with_suffix(".jsonl").write_text(text)
+    with pytest.raises(RecordError) as caught:
+        list(calibrate(source, out))
+    assert caught.value.fields == {"path": source.with_suffix(".jsonl")}
+    assert not out.exists()
