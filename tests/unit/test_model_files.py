@@ -9,7 +9,9 @@ import random
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import TINY, architecture_names, load_architecture
@@ -211,6 +213,21 @@ def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right
     assert refused.value.fields == {name: value}
     assert str(right) in str(refused.value)
     runner.check_request(architecture, make_request(model, image=STILL, **{name: right}))
+
+
+def test_models_are_listed_with_the_bounds_of_their_sizes():
+    described = json.loads(CliRunner().invoke(app, ["models", "kandinsky-5-i2v", "--json"]).stdout)
+    assert described["sizes"] == {
+        "only": [],
+        "pixel_multiple": 16,
+        "min_pixels": 16,
+        "max_pixels": 2048,
+        "frame_step": 4,
+        "min_frames": 17,
+        "max_frames": 509,
+    }
+    printed = CliRunner().invoke(app, ["models", "kandinsky-5-i2v"]).stdout
+    assert "16 to 2048; frames: 4k+1, 17 to 509" in printed
 
 
 def _some_request(model: str, draw: random.Random) -> I2VRequest:
