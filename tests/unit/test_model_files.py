@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import TINY, architecture_names, load_architecture
 from i2v_lab.pipeline.diffusers.components import CLASS, build, default_dtype, find_class
@@ -201,6 +203,8 @@ def test_the_tiny_model_differs_in_sizes_alone(model):
         ("kandinsky-5-i2v", {"frames": 13}, 17),  # it normalizes the first frames by later ones
         ("svd-xt", {"frames": 1}, 2),  # its guidance rises from frame to frame
         ("wan-2.1-i2v-14b", {"frames": 4097}, 4093),
+        ("cosmos-predict2-2b-video2world", {"width": 2064}, 2048),
+        ("cosmos-predict2-2b-video2world", {"frames": 513}, 509),
         ("ltx-2-19b-diffusers", {"height": 32}, 64),  # its decoder pads by reflection
     ],
 )
@@ -213,6 +217,21 @@ def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right
     assert refused.value.fields == {name: value}
     assert str(right) in str(refused.value)
     runner.check_request(architecture, make_request(model, image=STILL, **{name: right}))
+
+
+def test_a_last_tile_that_a_decoder_cannot_pad_is_refused():
+    model = "ltx-2-19b-diffusers" + TINY  # tiles of 512 px, every 448
+    for size, name in (((928, 512), "width"), ((1024, 480), "height")):
+        settings = MemorySettings(vae_tiling=True)
+        asked = make_request(model, image=STILL, width=size[0], height=size[1], frames=9, steps=2, settings=settings)
+        with pytest.raises(InvalidRequest) as refused:
+            execute(RunSpec(request=asked, model=model), Mode.FAKE, "cuda")
+        side = getattr(asked, name)
+        assert refused.value.fields == {name: side}
+        assert f"use {side - 32} or {side + 32}" in str(refused.value)
+        execute(RunSpec(request=replace(asked, **{name: side + 32}), model=model), Mode.FAKE, "cuda")
+    one_tile = make_request(model, image=STILL, width=480, height=64, frames=9, steps=2, settings=settings)
+    execute(RunSpec(request=one_tile, model=model), Mode.FAKE, "cuda")
 
 
 def test_models_are_listed_with_the_bounds_of_their_sizes():
