@@ -37,7 +37,7 @@ def test_using_one_runner_imports_no_others_package_and_asking_for_one_imports_n
         "from i2v_lab.pipeline.registry import runner_of\n"
         "architecture = load_architecture('{}'); runner = runner_of(architecture)\n"
     )
-    work = "runner.skeleton_weights(architecture); runner.memoizable_modules(); runner._part('pipeline')"
+    work = "runner.skeleton_weights(architecture); runner.memoizable_modules(architecture); runner._part('pipeline')"
     asked = "import i2v_lab.cli.app, i2v_lab.runs.measure; [runner.require_package() for runner in RUNNERS.values()]"
     seen = _imports("from i2v_lab.pipeline.registry import RUNNERS\n" + asked)
     assert not seen & (packages | {"torch", "diffusers"})
@@ -173,7 +173,7 @@ def test_a_missing_package_is_said_with_the_command_that_installs_it(monkeypatch
         assert "run `pip install --no-deps ltx-video==0.1.2`" in str(refused)
     for runner in RUNNERS.values():
         with pytest.raises(RunnerUnavailable) as caught:
-            runner.memoizable_modules()
+            runner.memoizable_modules(load_architecture("ltx-2.3-tiny"))
         assert caught.value.fields == {"pipeline": runner.name}
         assert f"run `{runner.install}`" in str(caught.value)
 

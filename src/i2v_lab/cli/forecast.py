@@ -166,7 +166,8 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
     from i2v_lab.runs.sources import as_run
     from i2v_lab.runs.spec import RunSpec
 
-    policy = f", {request.memory}" if request.memory is not MemoryPolicy.RESIDENT else ""
+    held = request.settings.options or (str(request.memory) if request.memory is not MemoryPolicy.RESIDENT else "")
+    policy = f", {held}" if held else ""
     title = (
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
         f"{request.quantization}, decode {request.decode_scope}{policy}"

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2v_lab.errors import DeviceUnavailable, InvalidRequest
+from i2v_lab.errors import DeviceUnavailable, ForecastError, I2VLabError, InvalidRequest
 from i2v_lab.events import EventSink, Note, Phase, broadcast
 from i2v_lab.paths import find_still
 from i2v_lab.runs.provenance import run_metadata
@@ -133,9 +133,20 @@ def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
     workspaces = load_workspaces() if device == "cuda" else None
     # Group offload on a stream prefetches the weights of the next layers, so that no two calls are alike.
     memoize = {} if settings.offload_stream else runner.memoizable_modules(spec.architecture)
-    with forecasting(device, memoize=memoize, workspaces=workspaces) as profiler:
-        pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set, settings)
-        perform(spec, pipeline, profiler, lambda _, chunks: _drop(chunks))
+    try:
+        with forecasting(device, memoize=memoize, workspaces=workspaces) as profiler:
+            pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set, settings)
+            perform(spec, pipeline, profiler, lambda _, chunks: _drop(chunks))
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, I2VLabError) or settings.is_default:
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ForecastError(
+            f"model={spec.model!r} with {settings.options} fails, as it would on a card: {reason}; use other settings",
+            cause="fails on a card",
+            settings=settings.to_json(),
+            reason=reason,
+        ) from error
     return profiler
 
 

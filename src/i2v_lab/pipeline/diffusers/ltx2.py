@@ -147,7 +147,8 @@ class DiffusersLTX2:
         default = dtypes.get("default", torch.bfloat16)
 
         def build(name: str) -> Any:
-            return component(architecture, name).to(where, dtypes.get(name, default)).eval()
+            with default_dtype(dtypes.get(name, default)):
+                return component(architecture, name).to(where).eval()
 
         # On the device even where they do not stay there: on a CPU, to draw the numbers of 31 B weights takes minutes.
         with torch.random.fork_rng(devices=[]), torch.device(device), default_dtype(default):

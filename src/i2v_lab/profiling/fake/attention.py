@@ -18,12 +18,30 @@ ORDER = (
     SDPBackend.MATH,
     SDPBackend.CUDNN_ATTENTION,
 )  # in which torch tries them, unless the code sets another
+CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, *ORDER[:-1])  # on Hopper and data-centre Blackwell
+CUDNN_CAPABILITIES = ((9, 0), (10, 0))
+MAX_OUTPUT_WIDTH = 128  # above it, efficient attention in half precision accumulates its output in float32
 ENABLED = {
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
     SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
     SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
 }
+
+
+def usual_order(capability: tuple[int, int]) -> tuple[SDPBackend, ...]:
+    """The order in which torch tries kernels on a card, unless the code sets another.
+
+    Source: ``check_prefer_cudnn_attention`` in ATen's ``sdp_utils.cpp``; it holds for torch 2.11 on an H100.
+
+    Args:
+        capability: The card's compute capability.
+
+    Example:
+        >>> usual_order((9, 0))[0].name, usual_order((8, 9))[0].name
+        ('CUDNN_ATTENTION', 'FLASH_ATTENTION')
+    """
+    return CUDNN_FIRST if capability in CUDNN_CAPABILITIES else ORDER
 
 
 def chosen_kernel(
@@ -99,6 +117,8 @@ def _obstacle(
         return "needs tensors of one batch and number of heads"
     if 0 in (query.shape[2], key.shape[2]):
         return "needs sequences that are not empty"
+    if attn_mask is not None and attn_mask.shape[-1] > 1 and attn_mask.stride(-1) != 1:
+        return "needs a mask whose last dimension is contiguous"
     width, value_width = query.shape[3], value.shape[3]
     is_half = query.dtype in HALF
     match backend:
@@ -175,10 +195,19 @@ def fused_attention(
         if padding:  # the kernel requires rows aligned to 16 bytes
             attn_mask = torch.nn.functional.pad(attn_mask, (0, padding))[..., :-padding]
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    if kernel == SDPBackend.CUDNN_ATTENTION and not needs_grad:  # its fake kernel makes a sum for the backward pass too
+        order = sorted(range(4), key=query.stride, reverse=True)
+        shape = (*query.shape[:-1], value.shape[-1])
+        return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
     if kernel == SDPBackend.CUDNN_ATTENTION:
         arguments = (query, key, value, attn_mask, needs_grad, dropout_p, is_causal, False)
         return CUDNN_ATTENTION(*arguments, scale=scale)[0]
-    return EFFICIENT_ATTENTION(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+    accumulator = None
+    if query.dtype in HALF and value.shape[-1] > MAX_OUTPUT_WIDTH:
+        accumulator = torch.empty(*query.shape[:-1], value.shape[-1], dtype=torch.float32, device=query.device)
+    out = EFFICIENT_ATTENTION(query, key, value, attn_mask, needs_grad, dropout_p, is_causal, scale=scale)[0]
+    del accumulator
+    return out
 
 
 def math_attention(
@@ -202,7 +231,9 @@ def math_attention(
 
 
 def _added_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.where(mask, 0.0, -math.inf).to(dtype) if mask.dtype == torch.bool else mask
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, torch.full((), -math.inf, dtype=dtype, device=mask.device))
 
 
 def safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:

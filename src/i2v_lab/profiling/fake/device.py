@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend
 
 from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
-from i2v_lab.profiling.fake.attention import ORDER, chosen_kernel, fused_attention, math_attention, safe_softmax
-from i2v_lab.profiling.fake.card import FakeCard
+from i2v_lab.profiling.fake.attention import chosen_kernel, fused_attention, math_attention, safe_softmax, usual_order
+from i2v_lab.profiling.fake.card import CardProperties, FakeCard
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
@@ -138,7 +138,7 @@ def _understood(error: Exception, device: torch.device) -> ForecastError | None:
 
 def _attention(
     operators: FakeOperators,
-    initial_order: Sequence[SDPBackend],
+    orders: tuple[Sequence[SDPBackend], Sequence[SDPBackend]],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -153,8 +153,9 @@ def _attention(
     if query.device.type != "cuda":
         result: torch.Tensor = unpatched(torch.nn.functional, "scaled_dot_product_attention")(*arguments, **options)
         return result
+    initial_order, usual = orders
     order: Sequence[SDPBackend] = attention_order()  # the code's own; at first that of the card that may be here
-    order = ORDER if order == initial_order else order
+    order = usual if order == initial_order else order
     kernel = chosen_kernel(query, key, value, attn_mask, is_causal, enable_gqa, order)
     if kernel != SDPBackend.MATH:
         return fused_attention(*arguments, **options, kernel=kernel)
@@ -279,7 +280,9 @@ def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | None) -> Iterator[tuple[Any, str, Any]]:
     # By patches: a TorchFunctionMode would also be called for every shape and dtype that is read.
     yield torch, "tensor", functools.partial(_tensor, operators)
-    attend = functools.partial(_attention, operators, attention_order())
+    properties = card.properties if card is not None else CardProperties()
+    usual = usual_order((properties.major, properties.minor))
+    attend = functools.partial(_attention, operators, (attention_order(), usual))
     yield torch.nn.functional, "scaled_dot_product_attention", attend
     yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
     yield FakeTensor, "__new__", _new
