@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import TINY, architecture_names, load_architecture
 from i2v_lab.pipeline.diffusers.components import CLASS, build, default_dtype, find_class
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import PhaseRecord
+from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import Mode, execute
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import read_run
@@ -194,7 +200,11 @@ def test_the_tiny_model_differs_in_sizes_alone(model):
         ("cogvideox-1.5-5b-i2v", {"width": 2416}, 2400),  # tables of rotary positions end here
         ("kandinsky-5-i2v", {"height": 2064}, 2048),
         ("kandinsky-5-i2v", {"frames": 513}, 509),
+        ("kandinsky-5-i2v", {"frames": 13}, 17),  # it normalizes the first frames by later ones
+        ("svd-xt", {"frames": 1}, 2),  # its guidance rises from frame to frame
         ("wan-2.1-i2v-14b", {"frames": 4097}, 4093),
+        ("cosmos-predict2-2b-video2world", {"width": 2064}, 2048),
+        ("cosmos-predict2-2b-video2world", {"frames": 513}, 509),
         ("ltx-2-19b-diffusers", {"height": 32}, 64),  # its decoder pads by reflection
     ],
 )
@@ -209,15 +219,65 @@ def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right
     runner.check_request(architecture, make_request(model, image=STILL, **{name: right}))
 
 
+def test_a_last_tile_that_a_decoder_cannot_pad_is_refused():
+    model = "ltx-2-19b-diffusers" + TINY  # tiles of 512 px, every 448
+    for size, name in (((928, 512), "width"), ((1024, 480), "height")):
+        settings = MemorySettings(vae_tiling=True)
+        asked = make_request(model, image=STILL, width=size[0], height=size[1], frames=9, steps=2, settings=settings)
+        with pytest.raises(InvalidRequest) as refused:
+            execute(RunSpec(request=asked, model=model), Mode.FAKE, "cuda")
+        side = getattr(asked, name)
+        assert refused.value.fields == {name: side}
+        assert f"use {side - 32} or {side + 32}" in str(refused.value)
+        execute(RunSpec(request=replace(asked, **{name: side + 32}), model=model), Mode.FAKE, "cuda")
+    one_tile = make_request(model, image=STILL, width=480, height=64, frames=9, steps=2, settings=settings)
+    execute(RunSpec(request=one_tile, model=model), Mode.FAKE, "cuda")
+
+
+def test_models_are_listed_with_the_bounds_of_their_sizes():
+    described = json.loads(CliRunner().invoke(app, ["models", "kandinsky-5-i2v", "--json"]).stdout)
+    assert described["sizes"] == {
+        "only": [],
+        "pixel_multiple": 16,
+        "min_pixels": 16,
+        "max_pixels": 2048,
+        "frame_step": 4,
+        "min_frames": 17,
+        "max_frames": 509,
+    }
+    printed = CliRunner().invoke(app, ["models", "kandinsky-5-i2v"]).stdout
+    assert "16 to 2048; frames: 4k+1, 17 to 509" in printed
+
+
+def _some_request(model: str, draw: random.Random) -> I2VRequest:
+    """A small one that the model takes."""
+    architecture = load_architecture(model)
+    rule = runner_of(architecture).size_rule(architecture)
+    most = rule.min_pixels // rule.pixel_multiple + 3
+    width, height = (
+        draw.choice(rule.only)
+        if rule.only
+        else (rule.pixel_multiple * draw.randrange(rule.min_pixels // rule.pixel_multiple, most) for _ in range(2))
+    )
+    frames = rule.min_frames + rule.frame_step * draw.randrange(3)
+    asked = {"width": width, "height": height, "frames": frames, "steps": draw.randrange(2, 4)}
+    if "tokenizer" in architecture.config:
+        asked["prompt"] = "A wave breaks at night. " * draw.choice((0, 1, 5, 40))
+        asked["negative_prompt"] = draw.choice(("", "blurred"))
+    return make_request(model, image=STILL, **asked)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_tiny_model_generates_what_was_asked_for_in_the_phases_of_its_forecast(model, tmp_path):
+    model += TINY
     architecture = load_architecture(model)
     assert find_class(architecture, architecture.pipeline)  # imported before anything is counted: tables are tensors
-    prompt = "A wave breaks at night." if "tokenizer" in architecture.config else ""
-    request = make_request(model + TINY, image=STILL, prompt=prompt, steps=2)
-    spec = RunSpec(request=request, model=model + TINY, write_video=False)
-    execute(spec, Mode.REAL, "cpu", run_dir=tmp_path / "run")
-    real = sorted(read_run(tmp_path / "run").of(PhaseRecord), key=lambda phase: phase.start_s)
-    fake = execute(spec, Mode.FAKE, "cpu").phases
-    assert [phase.phase for phase in fake] == [phase.phase for phase in real]
-    assert [phase.peak_bytes for phase in fake] == [phase.peak_bytes for phase in real]
+    draw = random.Random(model)
+    for request in (make_request(model, image=STILL, steps=2), _some_request(model, draw)):
+        spec = RunSpec(request=request, model=model, write_video=False)
+        run_dir = tmp_path / f"{request.width}x{request.height}x{request.frames}-{request.steps}"
+        execute(spec, Mode.REAL, "cpu", run_dir=run_dir)
+        real = sorted(read_run(run_dir).of(PhaseRecord), key=lambda phase: phase.start_s)
+        fake = execute(spec, Mode.FAKE, "cpu").phases
+        assert [phase.phase for phase in fake] == [phase.phase for phase in real]
+        assert [phase.peak_bytes for phase in fake] == [phase.peak_bytes for phase in real]

@@ -9,6 +9,7 @@ import typer
 from i2v_lab.cli import options
 from i2v_lab.cli.output import print_json
 from i2v_lab.errors import RunnerUnavailable
+from i2v_lab.request import MAX_FRAMES, MAX_SIDE
 
 if TYPE_CHECKING:
     from i2v_lab.pipeline.contract.architectures import Architecture
@@ -69,7 +70,10 @@ def _described(architecture: Architecture) -> dict[str, Any]:
             "only": [list(size) for size in rule.only],
             "pixel_multiple": rule.pixel_multiple,
             "min_pixels": rule.min_pixels,
+            "max_pixels": rule.max_pixels,
             "frame_step": rule.frame_step,
+            "min_frames": rule.min_frames,
+            "max_frames": rule.max_frames,
         },
         "phases": _phases(architecture),
         "dtypes": architecture.dtypes,
@@ -132,9 +136,11 @@ def _print_one(model: dict[str, Any]) -> None:
     rule = (
         f"sizes: {', '.join(f'{width}x{height}' for width, height in sizes['only'])}"
         if sizes["only"]
-        else f"width and height: multiples of {sizes['pixel_multiple']}, {sizes['min_pixels']} or more"
+        else f"width and height: multiples of {sizes['pixel_multiple']}, "
+        f"{_bounds(sizes['min_pixels'], sizes['max_pixels'], MAX_SIDE)}"
     )
-    console.print(f"{rule}; frames: {sizes['frame_step']}k+1", soft_wrap=True)
+    frames = _bounds(sizes["min_frames"], sizes["max_frames"], MAX_FRAMES)
+    console.print(f"{rule}; frames: {sizes['frame_step']}k+1, {frames}", soft_wrap=True)
     console.print(f"phases: {', '.join(model['phases'])}", soft_wrap=True)
     facts = {
         "dtypes": ", ".join(f"{name} {dtype}" for name, dtype in model["dtypes"].items()),
@@ -149,6 +155,10 @@ def _print_one(model: dict[str, Any]) -> None:
     for name, text in facts.items():
         if text:
             console.print(f"{name}: {text}", soft_wrap=True)
+
+
+def _bounds(least: int, most: int, unlimited: int) -> str:
+    return f"{least} or more" if most == unlimited else f"{least} to {most}"
 
 
 def _billions(parameters: dict[str, int]) -> str:

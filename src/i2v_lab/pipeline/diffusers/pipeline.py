@@ -22,7 +22,7 @@ from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class
-from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, offload, set_autoencoder
+from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, check_tiles, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, VideoShape
 from i2v_lab.thread_patches import patched_here
@@ -146,7 +146,8 @@ class DiffusersPipeline:
             diffusers' own; its ``frames`` are for ``pt`` ``(1, F, 3, H, W)`` in [0, 1].
 
         Raises:
-            InvalidRequest: The request has other memory settings than the pipeline was built with.
+            InvalidRequest: The request has other memory settings than the pipeline was built with, or leaves a tile
+                that the autoencoder cannot decode.
         """
         if request.settings != self._settings:
             raise InvalidRequest(
@@ -154,6 +155,7 @@ class DiffusersPipeline:
                 f"{self._settings.name or 'none'}; build another one",
                 settings=request.settings.to_json(),
             )
+        check_tiles(self.pipe.vae, request.width, request.height)
         given = {**self._architecture.sampling, **self._arguments(request)}
         with _masks_as_in_a_real_run():
             return self.pipe(**given, output_type=output_type)

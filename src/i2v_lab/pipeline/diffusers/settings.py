@@ -38,6 +38,33 @@ def set_autoencoder(vae: Any, settings: MemorySettings, model: str) -> None:
         _enable(vae, "slicing", model)
 
 
+def check_tiles(vae: Any, width: int, height: int) -> None:
+    """Refuse a video whose last tiles are one latent position wide or high where the decoder pads by reflection.
+
+    Args:
+        vae: Of diffusers, tiling or not.
+        width: Of the video, pixels.
+        height: Of the video, pixels.
+
+    Raises:
+        InvalidRequest: With the side.
+    """
+    if not getattr(vae, "use_tiling", False) or vae.config.get("decoder_spatial_padding_mode") != "reflect":
+        return
+    scale = vae.spatial_compression_ratio
+    sides = {"width": width, "height": height}
+    if all(side <= getattr(vae, f"tile_sample_min_{name}") for name, side in sides.items()):
+        return  # one tile
+    for name, side in sides.items():
+        stride = getattr(vae, f"tile_sample_stride_{name}") // scale
+        if side // scale % stride == 1:
+            raise InvalidRequest(
+                f"{name}={side} leaves a tile of {scale} px, which {type(vae).__name__} cannot pad; use {side - scale} "
+                f"or {side + scale}, or another tile_sample_stride_{name}",
+                **{name: side},
+            )
+
+
 def _enable(vae: Any, what: str, model: str, **options: Any) -> None:
     try:
         getattr(vae, f"enable_{what}")(**options)
