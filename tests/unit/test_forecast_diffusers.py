@@ -148,6 +148,46 @@ def test_a_pipeline_is_forecast_by_a_call_of_it(name):
     assert pipe.scheduler.num_inference_steps is None
 
 
+def test_a_pipeline_is_loaded_from_its_files_within_a_forecast(tmp_path):
+    pipe = svd()[0]
+    small = {"image_encoder": pipe.image_encoder, "feature_extractor": pipe.feature_extractor, "vae": pipe.vae}
+    for name, part in small.items():
+        part.save_pretrained(tmp_path / name)
+    expected = sum(p.numel() * 2 for name in ("image_encoder", "vae") for p in small[name].parameters())
+    with torch.no_grad(), forecasting("cuda") as profiler, profiler.phase("load"):
+        vae = diffusers.AutoencoderKLTemporalDecoder.from_pretrained(tmp_path / "vae", torch_dtype=torch.bfloat16)
+        encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(
+            tmp_path / "image_encoder", dtype=torch.bfloat16
+        )
+        assert profiler.allocated_bytes() == 0
+        vae.to("cuda")
+        encoder.to("cuda")
+        weights = sum(p.nbytes for model in (vae, encoder) for p in model.parameters())
+        ids = encoder.vision_model.embeddings.position_ids.nbytes
+        assert profiler.allocated_bytes() == weights + ids == expected + ids
+    assert type(next(small["vae"].parameters())) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_files_of_safetensors_are_read_as_fakes_on_their_device(device, tmp_path):
+    import safetensors
+    import safetensors.torch
+
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"few": torch.arange(6.0).view(2, 3), "many": torch.zeros(100, 100)}, path)
+    with forecasting("cuda") as profiler, profiler.phase("read"):
+        loaded = safetensors.torch.load_file(path, device=device)
+        with safetensors.safe_open(path, "pt", device=device) as file:
+            part = file.get_slice("many")[:10]
+            assert (sorted(file.keys()), file.get_slice("many").get_shape()) == (["few", "many"], [100, 100])
+        assert {t.device.type for t in (part, *loaded.values())} == {device}
+        assert loaded["few"].sum().item() == 15
+        loaded["many"] += 1
+        on_card = sum(t.nbytes for t in (part, *loaded.values())) if device == "cuda" else 0
+        assert profiler.allocated_bytes() == on_card
+    assert safetensors.torch.load_file(path)["few"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 class Holder:
     def __init__(self, model: torch.nn.Module, **attributes: Any) -> None:
         self.parts = {"model": [model]}

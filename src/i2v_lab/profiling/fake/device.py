@@ -23,6 +23,7 @@ from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
 from i2v_lab.profiling.fake.attention import chosen_kernel, fused_attention, math_attention, safe_softmax, usual_order
 from i2v_lab.profiling.fake.card import CardProperties, FakeCard
+from i2v_lab.profiling.fake.checkpoint_files import reading_patches
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
@@ -233,9 +234,8 @@ def _format(tensor: torch.Tensor, spec: str, answers: Answers) -> str:
 def _new(kind: type, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A fake; or a parameter, which code makes by ``type(parameter)(data, requires_grad=...)``."""
     make = unpatched(FakeTensor, "__new__")
-    if isinstance(args[0], torch.Tensor):
-        kwargs = {name: kwargs[name] for name in ("requires_grad",) if name in kwargs}  # not a fake's own attributes
-        return torch.nn.Parameter(*args, **kwargs)
+    if isinstance(args[0], torch.Tensor):  # attributes of the old parameter may come along
+        return torch.nn.Parameter(args[0], kwargs.get("requires_grad", True))
     made: torch.Tensor = make(kind, *args, **kwargs)
     return made
 
@@ -306,6 +306,7 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch, "set_default_dtype", operators.set_default_dtype  # torch's own is that of all threads
     yield torch, "get_default_dtype", lambda: operators.default_dtype
     yield gpu_context_patch()
+    yield from reading_patches()
     yield from random_patches()
     if device.type == "cuda":
         yield torch, "Generator", lambda device="cpu": unpatched(torch, "Generator")("cpu")
