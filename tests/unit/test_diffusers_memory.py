@@ -139,7 +139,7 @@ def test_lighter_settings_hold_less():
         forecast_spec(RunSpec(request=each, model=TINY)).peak.peak_bytes for each in [request, *lighter(request, TINY)]
     ]
     assert peaks[0] == max(peaks)
-    assert min(peaks) == min(peaks[-2:])
+    assert max(peaks[2:]) < peaks[0]  # whatever the cuBLAS workspace, which a tiny model's peak is made of
     names = [each.settings.name for each in lighter(make_request(TINY, settings={"offload": "group-leaf"}), TINY)]
     assert names == ["offload-group-leaf_stream", "offload-group-leaf_stream_vae-tiling", *names[2:]]
 

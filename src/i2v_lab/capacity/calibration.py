@@ -99,7 +99,8 @@ def _by_dtype_and_batch(path: Path) -> list[Any]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         table = pd.DataFrame([row for row in rows if row["kind"] == "convolution"])
-        large = table[table["contiguous"] & ~table["grouped"] & (table[PARTS].sum(axis=1) >= LARGE_BYTES)]
+        spatial = table["contiguous"] & ~table["grouped"] & (table["kernel"] > 1)  # others are matrix products
+        large = table[spatial & (table[PARTS].sum(axis=1) >= LARGE_BYTES)]
         return list(large.groupby(["dtype", "batch"]))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(

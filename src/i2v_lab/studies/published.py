@@ -118,7 +118,7 @@ def sizes_around(
         >>> from i2v_lab.pipeline.contract.sizes import SizeRule
         >>> rule = SizeRule(pixel_multiple=16, min_pixels=16, frame_step=4, spatial_scale=8, temporal_scale=4)
         >>> sizes_around(rule, I2VRequest(image="still.png", width=832, height=480))
-        [(416, 240), (624, 368), (832, 480)]
+        [(416, 240), (624, 352), (832, 480)]
     """
     if rule.only:
         near = sorted(rule.only, key=lambda size: abs(size[0] * size[1] - request.width * request.height))

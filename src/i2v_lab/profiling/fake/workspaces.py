@@ -70,7 +70,7 @@ class Workspaces:
         if func is not aten.convolution.default:
             return 0
         source, weight, groups = args[0], args[1], args[8]
-        if groups > 1:  # ATen's depthwise kernels and grouped ones use none
+        if groups > 1 or weight[0, 0].numel() == 1:  # ATen's depthwise and grouped kernels, and 1x1 ones, use none
             return 0
         input_factor, output_factor, weight_factor = self._factors(source.dtype, len(source))
         nbytes = weight_factor * _tensor_bytes(weight)
