@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from i2v_lab.pipeline.contract.media import write_video
     from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
     from i2v_lab.pipeline.ltx2.weights import Weights, resolve_weights
+    from i2v_lab.profiling.fake.assumptions import Assumptions
+    from i2v_lab.profiling.fake.card import CardProperties
     from i2v_lab.profiling.fake.forecast import forecast, forecasting
     from i2v_lab.profiling.guard import guard_stream, watch
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -53,6 +55,8 @@ _HOME = {
     "PhaseProfiler": "i2v_lab.profiling.phase_profiler",
     "guard_stream": "i2v_lab.profiling.guard",
     "watch": "i2v_lab.profiling.guard",
+    "Assumptions": "i2v_lab.profiling.fake.assumptions",
+    "CardProperties": "i2v_lab.profiling.fake.card",
     "forecast": "i2v_lab.profiling.fake.forecast",
     "forecasting": "i2v_lab.profiling.fake.forecast",
     "forecast_request": "i2v_lab.runs.forecast",
@@ -70,6 +74,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Assumptions",
+    "CardProperties",
     "Compare",
     "DecodeScope",
     "Explorer",

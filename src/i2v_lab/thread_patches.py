@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 _Key = tuple[int, str]
+_SUBCLASSABLE = 1 << 10  # Py_TPFLAGS_BASETYPE
 
 
 class _Here(threading.local):
@@ -121,7 +122,7 @@ def _dispatcher(key: _Key, original: Any) -> Any:
         return _Flag(key, original)
     if isinstance(original, classmethod | staticmethod):
         return type(original)(_function_dispatcher(key, original.__func__))
-    if isinstance(original, type):
+    if isinstance(original, type) and original.__flags__ & _SUBCLASSABLE:
         return _class_dispatcher(key, original)
     if hasattr(original, "__set__"):
         return property(

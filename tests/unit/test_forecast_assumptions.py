@@ -143,12 +143,12 @@ def test_a_buffer_of_a_module_keeps_its_values_and_a_parameter_does_not():
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.tensor(3))
-            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False)
 
         def forward(self, x: torch.Tensor, name: str) -> torch.Tensor:
             return x.repeat(int(getattr(self, name).item()))
 
-    assert forecast(Counted(), torch.ones(100), "count").peak.peak_bytes == 8 + 4 + 1600
+    assert forecast(Counted(), torch.ones(100), "count").peak.peak_bytes == 8 + 8 + 1600
     with pytest.raises(ForecastError):
         forecast(Counted(), torch.ones(100), "weight")
 
@@ -206,6 +206,32 @@ def test_what_memory_depends_on_or_nothing_at_all_is_answered(name, assume):
         line = inspect.getsourcelines(ask)[1] + 1
     assert fields["place"] == f"test_forecast_assumptions.py:{line}"
     assert pickle.loads(pickle.dumps(caught.value)).fields == fields
+
+
+class Checker(torch.nn.Module):
+    """As diffusers' safety checker: compares scores with thresholds among its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thresholds = torch.nn.Parameter(torch.ones(17), requires_grad=False)
+        self.sizes = torch.ones(3) * 2  # neither a parameter nor a buffer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = x.mean(0).cpu().float().numpy()
+        flags = [score - self.thresholds[i].item() > 0 for i, score in enumerate(scores)]
+        return x[:0] if any(flags) else x.repeat(int(self.sizes[0]), 1)
+
+
+def test_thresholds_among_the_weights_are_zero_and_other_numbers_refused():
+    found = forecast(Checker(), torch.rand(4, 17))
+    assert found.peak.peak_bytes == 4 * 17 * (1 + 4 + 8)
+    assert {(each.operator.split(".")[1], each.answer, each.count) for each in found.assumptions} == {
+        ("Tensor", "zeros of (17,), float32", 1),
+        ("_local_scalar_dense", "0.0", 17),
+    }
+    with pytest.raises(ForecastError) as caught:
+        forecast(Checker(), torch.rand(4, 17), assume=Assumptions(arrays=False))
+    assert caught.value.fields["operator"] == "torch.Tensor.numpy"
 
 
 def test_a_tensor_made_from_tensors_by_its_class_has_their_values():

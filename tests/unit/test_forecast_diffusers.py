@@ -148,6 +148,46 @@ def test_a_pipeline_is_forecast_by_a_call_of_it(name):
     assert pipe.scheduler.num_inference_steps is None
 
 
+def test_a_pipeline_is_loaded_from_its_files_within_a_forecast(tmp_path):
+    pipe = svd()[0]
+    small = {"image_encoder": pipe.image_encoder, "feature_extractor": pipe.feature_extractor, "vae": pipe.vae}
+    for name, part in small.items():
+        part.save_pretrained(tmp_path / name)
+    expected = sum(p.numel() * 2 for name in ("image_encoder", "vae") for p in small[name].parameters())
+    with torch.no_grad(), forecasting("cuda") as profiler, profiler.phase("load"):
+        vae = diffusers.AutoencoderKLTemporalDecoder.from_pretrained(tmp_path / "vae", torch_dtype=torch.bfloat16)
+        encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(
+            tmp_path / "image_encoder", dtype=torch.bfloat16
+        )
+        assert profiler.allocated_bytes() == 0
+        vae.to("cuda")
+        encoder.to("cuda")
+        weights = sum(p.nbytes for model in (vae, encoder) for p in model.parameters())
+        ids = encoder.vision_model.embeddings.position_ids.nbytes
+        assert profiler.allocated_bytes() == weights + ids == expected + ids
+    assert type(next(small["vae"].parameters())) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_files_of_safetensors_are_read_as_fakes_on_their_device(device, tmp_path):
+    import safetensors
+    import safetensors.torch
+
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"few": torch.arange(6.0).view(2, 3), "many": torch.zeros(100, 100)}, path)
+    with forecasting("cuda") as profiler, profiler.phase("read"):
+        loaded = safetensors.torch.load_file(path, device=device)
+        with safetensors.safe_open(path, "pt", device=device) as file:
+            part = file.get_slice("many")[:10]
+            assert (sorted(file.keys()), file.get_slice("many").get_shape()) == (["few", "many"], [100, 100])
+        assert {t.device.type for t in (part, *loaded.values())} == {device}
+        assert loaded["few"].sum().item() == 15
+        loaded["many"] += 1
+        on_card = sum(t.nbytes for t in (part, *loaded.values())) if device == "cuda" else 0
+        assert profiler.allocated_bytes() == on_card
+    assert safetensors.torch.load_file(path)["few"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 class Holder:
     def __init__(self, model: torch.nn.Module, **attributes: Any) -> None:
         self.parts = {"model": [model]}
@@ -174,6 +214,31 @@ def test_any_object_that_holds_modules_and_its_methods_are_forecast():
     assert set(peaks.values()) == {weights + 3 * x.nbytes}
     assert forecast(model.forward, x, device="cpu").peak.peak_bytes == weights + 2 * x.nbytes
     assert type(holder.same.weight) is torch.nn.Parameter
+
+
+class Rotated(torch.nn.Module):
+    """Keeps frequencies beside its parameters and buffers, as diffusers' rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.polar(torch.ones(64), torch.arange(64.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.frequencies.real.to(x.device)
+
+
+def test_tensors_beside_parameters_and_buffers_are_copied_with_their_values():
+    model, x = Rotated(), torch.ones(4, 64)
+    expected = x.nbytes * 2 + 64 * 4
+    assert forecast(model, x).peak.peak_bytes == forecast(Holder(torch.nn.Sequential(model)).same, x).peak.peak_bytes
+    assert forecast(model, x).peak.peak_bytes == expected
+    holder = Holder(model, sizes=torch.tensor([2, 3]))
+
+    def repeated(held: Holder, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(held.sizes[1].item(), 1)
+
+    assert forecast(repeated, holder, x).peak.peak_bytes == 4 * x.nbytes
+    assert type(model.frequencies) is torch.Tensor
 
 
 def test_an_object_that_cannot_be_copied_is_refused_before_it_runs():
@@ -310,15 +375,12 @@ def test_offloaded_layers_are_counted_to_the_byte(build, peak_bytes):
     assert second.end_bytes in (0, WIDE)  # a stream has fetched the first layer of a next call
 
 
-def test_tied_weights_are_moved_once():
-    from accelerate import dispatch_model
-
-    with torch.no_grad(), forecasting("cuda") as profiler:
-        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
-        model[2].weight = model[0].weight
-        dispatch_model(model, {"0": 0, "1": "cpu", "2": 0}, main_device="cuda:0", force_hooks=True)
-        assert profiler.allocated_bytes() == 4 * (64 * 64 + 2 * 64)
-        model(torch.zeros(4, 64, device="cuda"))
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:Accessing the data pointer of FakeTensor")
+def test_offloading_to_files_is_refused(tmp_path):
+    with torch.no_grad(), pytest.raises(ForecastError) as caught, forecasting("cuda"):
+        _by_group(offload_type="leaf_level", offload_to_disk_path=str(tmp_path))(torch.zeros(4, 64, device="cuda"))
+    assert caught.value.fields["operator"] == "safetensors.torch.serialize_file"
+    assert "group_offloading.py" in caught.value.fields["place"]
 
 
 def test_hooks_of_a_pipeline_that_is_passed_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import pickle
 import sys
@@ -15,8 +16,11 @@ import torch
 from PIL import Image
 from script_folders import PIPELINES, build_directly, write_folder
 
-from i2v_lab.errors import CheckpointError, ForecastError, ScriptError
+from i2v_lab.errors import CheckpointError, ForecastError, RunnerUnavailable, ScriptError
+from i2v_lab.pipeline.contract import runner
+from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
 from i2v_lab.pipeline.diffusers import configuration_folders
+from i2v_lab.pipeline.diffusers.components import build, default_dtype
 from i2v_lab.pipeline.diffusers.local_processors import stand_in_tokenizer
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.fake.workspaces import load_workspaces
@@ -205,7 +209,7 @@ pipe.to("cuda")
 
 def _bytes_on_the_card(*modules: torch.nn.Module) -> int:
     """Of parameters and buffers, each in blocks of 512 bytes, tied ones once."""
-    tensors = {t.data_ptr(): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
     return sum(-(-t.nbytes // 512) * 512 for t in tensors.values())
 
 
@@ -239,16 +243,11 @@ def test_a_name_resolves_to_an_architecture_whose_repository_has_it(
     kind, parts = PIPELINES["ltx"]
     config = {name: {"_class_name": cls.__name__, **values} for name, (cls, values) in parts.items()}
     config["tokenizer"] = {"_class_name": "ByteTokenizer", "special": {"<pad>": 0}, "model_max_length": 128}
-    values = {
-        "name": "tiny",
-        "repository": ["Lightricks/Tiny"],
-        "pipeline": kind,
-        "config": config,
-        "runner": "diffusers",
-    }
-    (tmp_path / "data" / "architectures").mkdir(parents=True)
-    (tmp_path / "data" / "architectures" / "tiny.json").write_text(json.dumps(values))
-    monkeypatch.setattr(configuration_folders, "data_dir", lambda: tmp_path / "data")
+    tiny = Architecture(
+        "tiny", "1", config, {}, runner="diffusers", pipeline=kind, repository=("Lightricks/Tiny", "Lightricks/Other")
+    )
+    monkeypatch.setattr(configuration_folders, "architecture_names", lambda: ["tiny"])
+    monkeypatch.setattr(configuration_folders, "load_architecture", lambda name: tiny)
     found = _forecast(tmp_path, NAMED)
     assert found.peak.peak_bytes == named_bytes
     assert {each.operator for each in found.assumptions} == {"tokenizer of Lightricks/Tiny/tokenizer"}
@@ -398,6 +397,13 @@ def test_a_script_that_cannot_be_read_is_refused(name: str, tmp_path: Path) -> N
     assert caught.value.fields["script"] == str(tmp_path / name)
 
 
+def test_a_script_needs_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    with pytest.raises(RunnerUnavailable) as caught:
+        _forecast(tmp_path, "x = 1")
+    assert caught.value.fields["pipeline"] == "diffusers"
+
+
 @pytest.mark.parametrize("text", ["x = 1", "import torch\nx = torch.ones(1000)", "import sys\nsys.exit()"])
 def test_a_script_that_puts_nothing_on_the_card_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ForecastError) as caught:
@@ -443,7 +449,7 @@ WRITING = """
 import torch
 from PIL import Image
 from diffusers import AutoencoderKLWan
-from diffusers.utils import export_to_gif, export_to_video
+from diffusers.utils import encode_video, export_to_gif, export_to_video
 from safetensors.torch import save_file
 
 x = torch.ones(4, 4, device="cuda")
@@ -463,6 +469,9 @@ def twice(x):
     return 2 * x
 
 twice(x)
+encode_video(torch.zeros(9, 8, 8, 3), fps=24, output_path="{folder}/video.mp4")
+import numpy
+numpy.save("{folder}/frames.npy", numpy.zeros(4))
 import io
 memory = io.BytesIO()
 picture.save(memory, format="png")
@@ -487,6 +496,8 @@ def test_nothing_is_written_and_every_assumption_has_its_line(tmp_path: Path) ->
         ("save_pretrained", "16", 1),
         ("torch.compile of Linear", "17", 1),
         ("torch.compile of twice", "20", 1),
+        ("encode_video", "25", 1),
+        ("numpy.save", "27", 1),
     }
 
 
@@ -548,6 +559,21 @@ HookRegistry.check_if_exists_or_initialize(block).register_hook(ModelHook(), "ca
     )
 
 
+def test_a_block_that_changes_between_two_calls_is_executed_anew(tmp_path: Path) -> None:
+    folder = write_folder("ltx", tmp_path / "model")
+    changed = """
+feed_forward = pipe.transformer.transformer_blocks[0].ff
+class Larger(type(feed_forward)):
+    def forward(self, x):
+        larger = torch.empty(2**26, dtype=torch.uint8, device=x.device)
+        return super().forward(x)
+feed_forward.__class__ = Larger
+"""
+    text = LOAD.format(folder=folder) + 'pipe.to("cuda")\n' + CALL.format(steps=3) + changed + CALL.format(steps=3)
+    first, second = [each for each in _forecast(tmp_path, text).phases if each.phase == "denoise_stage_1"]
+    assert second.peak_bytes > first.peak_bytes + 2**25
+
+
 def test_a_lora_is_read_by_its_header(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = {
@@ -570,3 +596,47 @@ on_card = load_file("{path}", device="cuda")
     path.rename(tmp_path / "folder" / "lora.safetensors")
     found = _forecast(tmp_path, text, path=tmp_path / "folder" / "lora.safetensors", folder=tmp_path / "folder")
     assert found.peak.peak_bytes == 1024
+
+
+def test_a_published_name_is_the_model_of_full_size(tmp_path: Path) -> None:
+    text = """
+import torch
+from diffusers import StableVideoDiffusionPipeline
+name = "stabilityai/stable-video-diffusion-img2vid-xt"
+pipe = StableVideoDiffusionPipeline.from_pretrained(name, torch_dtype=torch.float16, variant="fp16").to("cuda")
+assert sum(each.numel() for each in pipe.unet.parameters()) == 1_524_623_082
+"""
+    found = _forecast(tmp_path, text)
+    architecture = load_architecture("svd-xt")
+    with forecasting("cuda"), default_dtype(HALF):
+        expected = _bytes_on_the_card(*(build(architecture, name) for name in ("unet", "vae", "image_encoder")))
+    assert expected <= found.peak.peak_bytes < 1.01 * expected  # large blocks are not split for less than 1 MiB
+
+
+DTYPES_OF = """
+import torch, diffusers, transformers
+found = {{}}
+for part, name in {parts!r}.items():
+    kind = getattr(diffusers, name, None) or getattr(transformers, name)
+    for dtype in (None, torch.float16, torch.bfloat16):
+        module = kind.from_pretrained("{folder}", subfolder=part, torch_dtype=dtype)
+        tensors = {{**dict(module.named_parameters()), **dict(module.named_buffers())}}
+        found[part, str(dtype)] = {{key: (str(each.dtype), tuple(each.shape)) for key, each in tensors.items()}}
+"""
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_tensor_is_as_loading_its_weights_makes_it(name: str, tmp_path: Path) -> None:
+    """Of the same folder, with weights in float32: by the libraries themselves, and in a forecast."""
+    folder = write_folder(name, tmp_path / "model")
+    pipe = build_directly(name, {"": FULL}, stand_in_tokenizer)
+    modules = {part: each for part, each in pipe.components.items() if isinstance(each, torch.nn.Module)}
+    for part, module in modules.items():
+        module.save_pretrained(folder / part)
+    names = {part: type(module).__name__ for part, module in modules.items()}
+    text = DTYPES_OF.format(folder=folder, parts=names)
+    loaded: dict[str, Any] = {}
+    exec(text, loaded)
+    keep = "on_card = torch.ones(1, device='cuda')\nimport builtins\nbuiltins.kept_by_a_test = found\n"
+    _forecast(tmp_path, text + keep)
+    assert builtins.__dict__.pop("kept_by_a_test") == loaded["found"]

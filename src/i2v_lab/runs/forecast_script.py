@@ -24,6 +24,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from i2v_lab.errors import ForecastError, I2VLabError, ScriptError, shown
+from i2v_lab.pipeline.registry import find_runner
 from i2v_lab.profiling.call_phases import CallPhases
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.fake.garbage import no_collection
@@ -54,6 +55,7 @@ def forecast_script(script: str | Path, arguments: Sequence[str] = ()) -> Foreca
     Raises:
         ScriptError: It cannot be read or compiled, raises an error, or exits with a status that is not 0.
         ForecastError: It needs what a forecast does not know, or puts nothing on the card; ``fields`` has the ``line``.
+        RunnerUnavailable: diffusers is not installed.
         CheckpointError: A folder that it names holds code, or damaged files.
 
     Example:
@@ -62,6 +64,7 @@ def forecast_script(script: str | Path, arguments: Sequence[str] = ()) -> Foreca
     """
     path = Path(script)
     _compile(path)
+    find_runner("diffusers").require_package()
     start_s = time.perf_counter()
     workspaces = load_workspaces()
     try:

@@ -17,9 +17,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from i2v_lab.errors import ForecastError, shown
-from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.contract.architectures import Architecture, architecture_names, load_architecture
 from i2v_lab.pipeline.contract.weight_folders import require_files
 from i2v_lab.pipeline.diffusers import stand_ins
+from i2v_lab.pipeline.diffusers.components import find_class
 
 STAND_IN = "stand_in.json"  # of a component for which there is no file
 
@@ -129,12 +130,12 @@ class ConfigurationFolders:
         if cached is not None and any(path.suffix in (".json", ".safetensors") for path in cached.rglob("*")):
             require_files(cached, (), "script", "configuration")
             return cached
-        for path in sorted((data_dir() / "architectures").glob("*.json")):
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if name.lower() in (each.lower() for each in _names(values)) and "pipeline" in values:
-                folder = self._written / path.stem
+        for known in architecture_names():
+            architecture = load_architecture(known)
+            if architecture.pipeline and name.lower() in map(str.lower, architecture.repository):
+                folder = self._written / known
                 if not folder.exists():
-                    write_configuration(values, folder)
+                    write_configuration(architecture, folder)
                 return folder
         return None
 
@@ -163,42 +164,38 @@ def missing(name: Any, files: str) -> ForecastError:
     )
 
 
-def _names(values: dict[str, Any]) -> list[str]:
-    names = values.get("repository", [])
-    return [names] if isinstance(names, str) else names
-
-
-def _is_stand_in(kind: str) -> bool:
-    return getattr(getattr(stand_ins, kind, None), "__module__", None) == stand_ins.__name__
-
-
-def write_configuration(values: dict[str, Any], folder: Path) -> None:
+def write_configuration(architecture: Architecture, folder: Path) -> None:
     """Write an architecture as the JSON files of its pipeline, as they are on the hub.
 
     Args:
-        values: Of the architecture: ``pipeline``, ``arguments``, ``config`` and ``dtypes``.
+        architecture: Of a pipeline of diffusers.
         folder: Made.
+
+    Raises:
+        RunnerUnavailable: The installed packages lack one of its classes.
     """
-    index: dict[str, Any] = {"_class_name": values["pipeline"], **values.get("arguments", {})}
-    dtypes = values.get("dtypes", {})
-    for name, section in values["config"].items():
-        config = dict(section)
-        kind = config.pop("_class_name")
-        file, library = "config.json", "transformers"
-        if _is_stand_in(kind):
-            file, config["_class_name"] = STAND_IN, kind
-            kind = "ProcessorMixin" if "Processor" in kind else "PreTrainedTokenizerFast"
-        elif hasattr(diffusers, kind):
-            file, library = getattr(diffusers, kind).config_name, "diffusers"
-            config["_class_name"] = kind
-        elif issubclass(getattr(transformers, kind), transformers.PreTrainedModel):
-            config |= {"architectures": [kind], "model_type": getattr(transformers, kind).config_class.model_type}
-            config.setdefault("torch_dtype", dtypes.get(name, dtypes.get("", "float32")))
+    index: dict[str, Any] = {"_class_name": architecture.pipeline, **architecture.arguments}
+    default = architecture.dtypes.get("", architecture.dtypes.get("default", "float32"))
+    for name, section in architecture.config.items():
+        config = {key: value for key, value in section.items() if key != "_class_name"}
+        named = section["_class_name"]
+        kind = find_class(architecture, named)
+        library = kind.__module__.partition(".")[0]
+        if kind.__module__ == stand_ins.__name__:
+            file, library, config["_class_name"] = STAND_IN, "transformers", named
+            named = "ProcessorMixin" if "Processor" in named else "PreTrainedTokenizerFast"
+        elif library == "diffusers":
+            file, config["_class_name"] = kind.config_name, named
+            library = library if hasattr(diffusers, named) else kind.__module__.split(".")[2]  # its pipeline's package
+        elif issubclass(kind, transformers.PreTrainedModel):
+            file = "config.json"
+            config |= {"architectures": [named], "model_type": kind.config_class.model_type}
+            config.setdefault("torch_dtype", architecture.dtypes.get(name, default))
         else:
             file = "preprocessor_config.json"
-            config["image_processor_type"] = kind
-        if section["_class_name"] != "NoSafetyChecker":  # which no class method loads
-            index[name] = [library, kind]
+            config["image_processor_type"] = named
+        if kind is not stand_ins.NoSafetyChecker:  # which no class method loads
+            index[name] = [library, named]
         (folder / name).mkdir(parents=True)
         (folder / name / file).write_text(json.dumps(config), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import PIL.Image
-import torch
 
 from i2v_lab.errors import ForecastError, shown
 from i2v_lab.paths import data_dir
@@ -19,18 +18,21 @@ from i2v_lab.thread_patches import patched_here, unpatched
 STILL = "stills/lighthouse.png"
 # Homes of a function, all of which scripts import it from.
 LOADERS = ("diffusers.utils", "diffusers.utils.loading_utils", "transformers.image_utils")
+EXPORTERS = ("diffusers.utils", "diffusers.utils.export_utils", "diffusers.pipelines.ltx2.export_utils")
 WRITERS = {
-    "export_to_video": ("diffusers.utils", "diffusers.utils.export_utils"),
-    "export_to_gif": ("diffusers.utils", "diffusers.utils.export_utils"),
-    "export_to_obj": ("diffusers.utils", "diffusers.utils.export_utils"),
-    "export_to_ply": ("diffusers.utils", "diffusers.utils.export_utils"),
-    "encode_video": ("diffusers.pipelines.ltx2.export_utils",),
+    "export_to_video": EXPORTERS,
+    "export_to_gif": EXPORTERS,
+    "export_to_obj": EXPORTERS,
+    "export_to_ply": EXPORTERS,
+    "encode_video": EXPORTERS,
     "mimsave": ("imageio", "imageio.v2"),
     "mimwrite": ("imageio", "imageio.v2"),
     "imwrite": ("imageio", "imageio.v2", "imageio.v3"),
     "write_video": ("torchvision.io",),
     "save_image": ("torchvision.utils",),
     "save_file": ("safetensors.torch",),
+    "save": ("numpy", "torch", "torchaudio"),
+    "savez": ("numpy",),
 }
 SAVERS = (("diffusers", "DiffusionPipeline"), ("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel"))
 
@@ -71,11 +73,10 @@ def script_media(assume: Callable[[str, str], None]) -> Iterator[None]:
                 with suppress(ImportError):
                     module = importlib.import_module(home)
                     if hasattr(module, name):
-                        silence(module, name, name)
+                        silence(module, name, name if name != "save" else f"{home}.save")
         for home, kind in SAVERS:
             silence(getattr(importlib.import_module(home), kind), "save_pretrained", "save_pretrained")
         silence(PIL.Image.Image, "save", "Image.save")
-        silence(torch, "save", "torch.save")
         yield
 
 

@@ -14,6 +14,8 @@ from i2v_lab.pipeline.diffusers.script_media import script_media
 from i2v_lab.pipeline.diffusers.without_weights import Assume, without_weights
 from i2v_lab.thread_patches import patched_here, unpatched
 
+ADAPTERS = ("active_adapters", "merged_adapters", "disable_adapters")  # of a layer with a LoRA
+
 
 @contextmanager
 def script_scope(
@@ -71,15 +73,19 @@ def repeated(kind: type[Any]) -> list[type[torch.nn.Module]]:
 def memory_key(module: torch.nn.Module, *_: Any, **__: Any) -> Hashable:
     """What decides, besides shapes, which operators a call of a denoiser or block runs.
 
-    Its attention processors and chunks; a call with hooks that keep anything for the next, such as a cache or a
-    prefetch, equals no other.
+    The classes of its parts, which a LoRA replaces, where their weights are and in which dtypes, attention processors
+    and chunks, any of which a script may change between two calls; a call with hooks that keep anything for the next,
+    such as a cache or a prefetch, equals no other.
     """
-    chosen = []
+    chosen: list[Hashable] = []
     for part in module.modules():
         registry = getattr(part, "_diffusers_hook", None)
         if registry is not None and not all(_is_stateless(name, hook) for name, hook in registry.hooks.items()):
             return object()
-        chosen.append((type(getattr(part, "processor", None)), getattr(part, "_chunk_size", None)))
+        stored = tuple((each.dtype, each.device) for each in part._parameters.values() if each is not None)
+        adapters = tuple(str(getattr(part, name, "")) for name in ADAPTERS) if hasattr(part, "lora_A") else ()
+        kinds = type(part), type(getattr(part, "processor", None))
+        chosen.append((*kinds, getattr(part, "_chunk_size", None), stored, adapters))
     return tuple(chosen)
 
 

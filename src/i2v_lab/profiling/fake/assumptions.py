@@ -18,7 +18,7 @@ from i2v_lab.profiling.fake.refusals import data_dependent_error, endless_loop_e
 from i2v_lab.profiling.records import AssumptionRecord
 from i2v_lab.torch_compat import NUMPY, no_dispatch
 
-SKIPPED = ("torch.", "i2v_lab.profiling.", "i2v_lab.thread_patches.", "i2v_lab.torch_compat.")
+SKIPPED = ("torch.", "safetensors.", "i2v_lab.profiling.", "i2v_lab.thread_patches.", "i2v_lab.torch_compat.")
 MAX_ANSWERS = 100_000  # to one question at one place: a loop that waits for another answer would never end
 
 
@@ -82,11 +82,17 @@ class Answers:
         assume: The answers.
         current_module: Returns the path of the running module.
         current_phase: Returns the name of the phase.
+        is_weight: Whether a tensor is part of a weight of a module.
     """
 
     def __init__(
-        self, assume: Assumptions, current_module: Callable[[], str], current_phase: Callable[[], str] = str
+        self,
+        assume: Assumptions,
+        current_module: Callable[[], str],
+        current_phase: Callable[[], str] = str,
+        is_weight: Callable[[torch.Tensor], bool] = lambda tensor: False,
     ) -> None:
+        self._is_weight = is_weight
         self._assume = assume
         self._current_module = current_module
         self._current_phase = current_phase
@@ -104,25 +110,28 @@ class Answers:
         self._add(operator, str(answer))
         return answer
 
-    def number(self, operator: Any, dtype: torch.dtype) -> bool | int | float:
-        """An unknown value of a tensor with one element.
+    def number(self, operator: Any, tensor: torch.Tensor) -> bool | int | float:
+        """An unknown value of a tensor with one element; 0 for a weight, such as a threshold, if arrays are zeros.
 
         Raises:
             ForecastError: Numbers are refused, or this one was asked too often.
         """
-        if dtype == torch.bool:
+        if tensor.dtype == torch.bool:
             return self.condition(operator)
-        if self._assume.numbers is None:
-            raise self.refusal(operator)
-        number = float(self._assume.numbers) if dtype.is_floating_point else int(self._assume.numbers)
-        self._add(operator, str(number))
-        return number
+        is_weight = tensor.dtype.is_floating_point and self._is_weight(tensor)
+        return self._number(operator, tensor, self._assume.arrays and is_weight)
 
-    def number_in_text(self, operator: Any, dtype: torch.dtype) -> bool | int | float:
+    def number_in_text(self, operator: Any, tensor: torch.Tensor) -> bool | int | float:
         """As :meth:`number`, of one that is only printed: 0 if arrays are zeros."""
-        if dtype == torch.bool or self._assume.numbers is not None or not self._assume.arrays:
-            return self.number(operator, dtype)
-        number = 0.0 if dtype.is_floating_point else 0
+        if tensor.dtype == torch.bool:
+            return self.condition(operator)
+        return self._number(operator, tensor, self._assume.arrays)
+
+    def _number(self, operator: Any, tensor: torch.Tensor, is_harmless: bool) -> int | float:
+        number = 0 if self._assume.numbers is None and is_harmless else self._assume.numbers
+        if number is None:
+            raise self.refusal(operator)
+        number = float(number) if tensor.dtype.is_floating_point else int(number)
         self._add(operator, str(number))
         return number
 
@@ -153,7 +162,7 @@ class Answers:
             ForecastError: Arrays are refused; or of a tensor without dimensions, numbers.
         """
         if not tensor.dim():
-            return self.number(operator, tensor.dtype)
+            return self.number(operator, tensor)
         if not self._assume.arrays:
             raise self.refusal(operator)
         dtype = str(tensor.dtype).removeprefix("torch.")

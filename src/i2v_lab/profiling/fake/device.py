@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from i2v_lab.errors import ForecastError
 from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
 from i2v_lab.profiling.fake.attention import chosen_kernel, fused_attention, math_attention, safe_softmax, usual_order
 from i2v_lab.profiling.fake.card import CardProperties, FakeCard
+from i2v_lab.profiling.fake.checkpoint_files import reading_patches
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
@@ -207,7 +209,7 @@ def _number(tensor: torch.Tensor, conversion: str, answers: Answers) -> Any:
     """``float(tensor)`` and the like, which ``torch.Tensor(list)`` calls past all dispatch modes."""
     known = known_values(tensor)
     if known is None and tensor.numel() == 1:
-        return getattr(answers.number(LOCAL_SCALAR, tensor.dtype), conversion)()
+        return getattr(answers.number(LOCAL_SCALAR, tensor), conversion)()
     with no_dispatch():
         real = known.real if known is not None else torch.empty(tensor.shape, device="cpu")  # torch's own error
         return getattr(real, conversion)()
@@ -224,7 +226,7 @@ def _format(tensor: torch.Tensor, spec: str, answers: Answers) -> str:
         return str(unpatched(FakeTensor, "__format__")(tensor, spec))
     known = known_values(tensor)
     if known is None:
-        return format(answers.number_in_text("torch.Tensor.__format__", tensor.dtype), spec)
+        return format(answers.number_in_text("torch.Tensor.__format__", tensor), spec)
     with no_dispatch():
         return format(known.real.item(), spec)
 
@@ -232,15 +234,10 @@ def _format(tensor: torch.Tensor, spec: str, answers: Answers) -> str:
 def _new(kind: type, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A fake; or a parameter, which code makes by ``type(parameter)(data, requires_grad=...)``."""
     make = unpatched(FakeTensor, "__new__")
-    if isinstance(args[0], torch.Tensor):
-        return torch.nn.Parameter(*args, **kwargs)
+    if isinstance(args[0], torch.Tensor):  # attributes of the old parameter may come along
+        return torch.nn.Parameter(args[0], kwargs.get("requires_grad", True))
     made: torch.Tensor = make(kind, *args, **kwargs)
     return made
-
-
-def _data_ptr(tensor: torch.Tensor) -> int:
-    """An address by which code tells tied weights; that of a fake is 0, or none."""
-    return storage_key(tensor) + int(tensor.storage_offset()) * tensor.itemsize
 
 
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -249,8 +246,8 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     return pinned
 
 
-def _save(*_: Any, answers: Answers, **__: Any) -> None:
-    raise answers.refusal("torch.save")
+def _save(*_: Any, answers: Answers, function: str, **__: Any) -> None:
+    raise answers.refusal(function)
 
 
 def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -264,7 +261,8 @@ def _set_data(operators: FakeOperators, tensor: torch.Tensor, value: torch.Tenso
 def _deepcopy(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
     """Clone a fake: torch would copy its storage, which has no data, past the meter and without the known values."""
     if not isinstance(tensor, FakeTensor):
-        result: torch.Tensor = unpatched(torch.Tensor, "__deepcopy__")(tensor, memo)
+        with no_dispatch():
+            result: torch.Tensor = unpatched(torch.Tensor, "__deepcopy__")(tensor, memo)
         return result
     if id(tensor) not in memo:
         copied = tensor.detach().clone()
@@ -286,7 +284,6 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch.nn.functional, "scaled_dot_product_attention", attend
     yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
     yield FakeTensor, "__new__", _new
-    yield FakeTensor, "data_ptr", _data_ptr
     for name in ("__float__", "__int__", "__index__"):
         yield FakeTensor, name, functools.partial(_number, conversion=name, answers=operators.answers)
     reads: dict[str, Callable[..., Any]] = {"tolist": _tolist, "__bool__": _truth, "__format__": _format}
@@ -297,13 +294,19 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch.nn.Module, "_apply", lambda module, fn, recurse=True: _apply(operators, module, fn, recurse)
     yield torch.Tensor, "pin_memory", _pin_memory
     yield torch.Tensor, "is_pinned", lambda tensor, device=None: getattr(tensor, "_i2v_lab_pinned", False)
-    yield torch, "save", functools.partial(_save, answers=operators.answers)
+    yield torch, "save", functools.partial(_save, answers=operators.answers, function="torch.save")
+    safetensors = sys.modules.get("safetensors.torch")
+    for name in ("serialize", "serialize_file"):  # which read the memory of tensors
+        if hasattr(safetensors, name):
+            refuse = functools.partial(_save, answers=operators.answers, function=f"safetensors.torch.{name}")
+            yield safetensors, name, refuse
     for kind in (torch.nn.Linear, CONVOLUTION_BASE, torch.nn.Embedding):
         yield kind, "reset_parameters", lambda module: None  # fills storages that have no data
     yield *TRUNCATED_NORMAL, lambda tensor, *_, **__: tensor
     yield torch, "set_default_dtype", operators.set_default_dtype  # torch's own is that of all threads
     yield torch, "get_default_dtype", lambda: operators.default_dtype
     yield gpu_context_patch()
+    yield from reading_patches()
     yield from random_patches()
     if device.type == "cuda":
         yield torch, "Generator", lambda device="cpu": unpatched(torch, "Generator")("cpu")

@@ -24,7 +24,7 @@ from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.thread_patches import patched_here
-from i2v_lab.torch_compat import active_fake_mode, tree_leaves
+from i2v_lab.torch_compat import active_fake_mode, storage_key, tree_leaves
 
 
 class ForecastMeter(LiveStorageMeter):
@@ -147,7 +147,12 @@ def forecasting(
     paths = profiler.paths
     assert paths is not None
     context_bytes = workspaces.context_bytes if workspaces is not None else 0
-    answers = Answers(chosen_assumptions(assume), lambda: paths.current, lambda: paths.phase)
+
+    def is_weight(tensor: torch.Tensor) -> bool:
+        module = paths.current  # first: it registers modules not seen before, with their weights
+        return bool(module) and storage_key(tensor) in paths.weights
+
+    answers = Answers(chosen_assumptions(assume), lambda: paths.current, lambda: paths.phase, is_weight)
     with (
         no_collection(),
         own_caches(),

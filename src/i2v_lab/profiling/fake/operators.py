@@ -365,6 +365,6 @@ class FakeOperators(DispatchMode):
 
     def _scalar(self, func: Any, tensor: torch.Tensor, known: KnownValues | None) -> Any:
         if known is None:
-            return self.answers.number(func, tensor.dtype)
+            return self.answers.number(func, tensor)
         with no_dispatch():
             return known.real.item()
