@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import TINY, architecture_names, load_architecture
 from i2v_lab.pipeline.diffusers.components import CLASS, build, default_dtype, find_class
+from i2v_lab.pipeline.diffusers.settings import check_tiles
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import I2VRequest
@@ -221,17 +221,25 @@ def test_sizes_that_a_model_has_no_positions_for_are_refused(model, wrong, right
 
 def test_a_last_tile_that_a_decoder_cannot_pad_is_refused():
     model = "ltx-2-19b-diffusers" + TINY  # tiles of 512 px, every 448
-    for size, name in (((928, 512), "width"), ((1024, 480), "height")):
-        settings = MemorySettings(vae_tiling=True)
-        asked = make_request(model, image=STILL, width=size[0], height=size[1], frames=9, steps=2, settings=settings)
-        with pytest.raises(InvalidRequest) as refused:
-            execute(RunSpec(request=asked, model=model), Mode.FAKE, "cuda")
-        side = getattr(asked, name)
-        assert refused.value.fields == {name: side}
-        assert f"use {side - 32} or {side + 32}" in str(refused.value)
-        execute(RunSpec(request=replace(asked, **{name: side + 32}), model=model), Mode.FAKE, "cuda")
-    one_tile = make_request(model, image=STILL, width=480, height=64, frames=9, steps=2, settings=settings)
-    execute(RunSpec(request=one_tile, model=model), Mode.FAKE, "cuda")
+    vae = build(load_architecture(model), "vae")
+    check_tiles(vae, 928, 512)  # not tiled
+    vae.enable_tiling()
+    for width, height, refused in (
+        (928, 512, {"width": 928}),
+        (1024, 480, {"height": 480}),
+        (512, 1376, {"height": 1376}),
+    ):
+        with pytest.raises(InvalidRequest) as error:
+            check_tiles(vae, width, height)
+        assert error.value.fields == refused
+    for width, height in ((480, 64), (512, 512), (896, 512), (960, 512), (1024, 512)):
+        check_tiles(vae, width, height)
+
+    settings = MemorySettings(vae_tiling=True)
+    request = make_request(model, image=STILL, width=928, height=64, frames=9, settings=settings)
+    with pytest.raises(InvalidRequest) as error:
+        execute(RunSpec(request=request, model=model), Mode.FAKE, "cuda")
+    assert error.value.fields == {"width": 928}
 
 
 def test_models_are_listed_with_the_bounds_of_their_sizes():
