@@ -53,11 +53,12 @@ seen: set[tuple[Any, ...]] = set()
 
 
 def collect() -> None:
-    weights = skeleton_weights(load_architecture("ltx-2.3-22b"))
+    architecture = load_architecture("ltx-2.3-22b")
+    weights = skeleton_weights(architecture)
     for values in tqdm(REQUESTS, desc="collecting shapes"):
         request = I2VRequest(image=str(STILL), **values)
         nothing = Collector(0, 0, 0, 0, 0)
-        with forecasting("cuda", memoize=memoizable_modules(), workspaces=nothing) as profiler:
+        with forecasting("cuda", memoize=memoizable_modules(architecture), workspaces=nothing) as profiler:
             for _ in TwoStagePipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass
 

@@ -25,7 +25,10 @@ LARGER = ["--width", "192", "--height", "64", "--frames", "9", "--fps", "120"]  
 CLI = [sys.executable, "-m", "i2v_lab.cli"]
 
 
-COMMANDS = ["generate", "show", "forecast", "fit", "measure", "accuracy", "calibrate", "reproduce", "lab", "doctor"]
+COMMANDS = [
+    *("generate", "show", "forecast", "fit", "models", "measure"),
+    *("accuracy", "calibrate", "reproduce", "lab", "doctor"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

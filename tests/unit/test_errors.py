@@ -13,7 +13,10 @@ from i2v_lab import errors
 from i2v_lab.errors import I2VLabError
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, I2VLabError)]
-FAILED_RUN = {"GradScopeError", "VramCapExceeded", "GradEscape", "GenerationStopped", "MeasureError", "ReproduceError"}
+FAILED_RUN = {
+    *("GradScopeError", "VramCapExceeded", "GradEscape", "GenerationStopped"),
+    *("MeasureError", "ReproduceError", "ScriptError"),
+}
 
 
 def _same(error: I2VLabError, other: BaseException) -> bool:

@@ -96,7 +96,7 @@ def test_memoization_changes_no_byte(variant):
     )
     weights = skeleton_weights(load_architecture("ltx-2.3-tiny"))
     found = []
-    for memoize in (None, memoizable_modules()):
+    for memoize in (None, memoizable_modules(load_architecture("ltx-2.3-tiny"))):
         with forecasting("cuda", memoize=memoize, workspaces=load_workspaces()) as profiler:
             for _ in TwoStagePipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass

@@ -266,7 +266,7 @@ def test_memoization_changes_no_byte(variant):
     request = replace(SMALL, width=128, frames=17, variant=variant)
     weights = skeleton_weights(load_architecture("ltxv-tiny"))
     found = []
-    for memoize in (None, memoizable_modules()):
+    for memoize in (None, memoizable_modules(load_architecture("ltxv-tiny"))):
         with forecasting("cuda", memoize=memoize, workspaces=load_workspaces()) as profiler:
             for _ in LtxVideoPipeline(weights, "cuda", sinks=[profiler])(request).video:
                 pass

@@ -16,6 +16,7 @@ from ltx_core.model.video_vae import SpatialTilingConfig, TemporalTilingConfig
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 VALID = I2VRequest(image="still.png")
@@ -181,6 +182,8 @@ def test_every_field_counts_in_the_digest():
         "tiling": None,
         "decode_scope": DecodeScope.ESCAPED,
         "memory": MemoryPolicy.LEAN,
+        "settings": MemorySettings(offload="model"),
+        "steps": 4,
     }
     assert changed.keys() == {f.name for f in fields(I2VRequest)}
     tilings = [Tiling(**{f.name: getattr(Tiling(), f.name) - 32}) for f in fields(Tiling) if "overlap" not in f.name]

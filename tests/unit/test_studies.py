@@ -15,7 +15,7 @@ from ltx_core.model.video_vae.tiling import SpatialTilingConfig, TemporalTilingC
 from ltx_core.model.video_vae.video_vae import VideoDecoder
 
 from i2v_lab.capacity.cards import context_bytes
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, UnknownModel
 from i2v_lab.pipeline.ltx2.tiles import SIZES, tile_grid
 from i2v_lab.profiling.records import (
     GenerationRecord,
@@ -363,9 +363,10 @@ def test_published_runs_are_each_there_once_and_join_only_what_they_are_about():
 def test_what_is_varied_is_given_or_the_models_own():
     assert varied("ltx-2.3-22b", "frames") == [25, 49, 97, 121]
     assert varied("ltx-2.3-22b", "frames", [9]) == [9]
-    with pytest.raises(InvalidRequest) as refused:
+    assert varied("wan-2.2-ti2v-5b", "frames") == [61, 121]
+    with pytest.raises(UnknownModel) as unknown:
         varied("other", "frames")
-    assert refused.value.fields == {"model": "other"}
+    assert unknown.value.fields == {"model": "other"}
     assert to_size("1024x768") == (1024, 768)
     assert to_tiling("512/64/64/24") == Tiling(512, 64, 64, 24)
     assert to_tiling("none") is None

@@ -132,7 +132,8 @@ def test_a_tokenizer_that_was_given_code_after_it_was_verified_runs_none_and_ask
 
 
 def test_every_call_of_from_pretrained_says_that_it_trusts_no_code():
-    sources = [path.read_text() for path in package_dir().rglob("*.py")]
+    paths = [path for path in package_dir().rglob("*.py") if path.name != "without_weights.py"]  # replaces such calls
+    sources = [path.read_text() for path in paths]
     calls = [call for text in sources for call in re.findall(r"\.from_pretrained\(((?:[^()]|\([^()]*\))*)\)", text)]
     assert len(calls) >= 3
     assert all("trust_remote_code=False" in call and "local_files_only=True" in call for call in calls)

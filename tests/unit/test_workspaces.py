@@ -83,6 +83,7 @@ def _measurements(folder: Path) -> Path:
             nbytes = 0 if law is None else int(sum(f * n for f, n in zip(law, size, strict=True)))
             parts = dict(zip(("input_bytes", "output_bytes", "weight_bytes"), size, strict=True))
             row = {"kind": "convolution", "dtype": dtype, "batch": batch, "contiguous": True, "grouped": False}
+            row["kernel"] = 3
             rows.append({**row, **parts, "workspace_bytes": nbytes})
             rows.append({**row, **parts, "workspace_bytes": 7 * nbytes, "contiguous": False})
     rows += [dict(rows[1], batch=2)] * 2  # too few

@@ -118,7 +118,12 @@ class DiffusersPipeline:
         kind = find_class(self._architecture, self._architecture.pipeline)
         dtypes = {name: self._dtype(name) for name in ("default", *self._dtypes)}
         pipe = kind.from_pretrained(
-            folder, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **self._architecture.arguments
+            folder,
+            torch_dtype=dtypes,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **self._architecture.arguments,
         )
         set_autoencoder(pipe.vae, self._settings, self._architecture.name)
         return pipe if self._settings.offloads else pipe.to(self._device)
