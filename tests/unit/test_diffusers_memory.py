@@ -136,7 +136,8 @@ def test_offloading_of_blocks_fails_in_a_forecast_as_on_a_card():
 def test_lighter_settings_hold_less():
     request = make_request(TINY, steps=1)
     peaks = [
-        forecast_spec(RunSpec(request=each, model=TINY)).peak.peak_bytes for each in [request, *lighter(request, TINY)]
+        forecast_spec(RunSpec(request=each, model=TINY)).peak.peak_bytes
+        for each in [request, *lighter(request, TINY)[::2]]
     ]
     assert peaks[0] == max(peaks)
     assert max(peaks[2:]) < peaks[0]  # whatever the cuBLAS workspace, which a tiny model's peak is made of
