@@ -102,8 +102,8 @@ def no_weights(name: Any, why: str) -> ForecastError:
 
 def _refuse_pickle(file: Any, *_: Any, **__: Any) -> Any:
     raise ForecastError(
-        f"torch.load of {shown(str(file))} reads a pickle, which a forecast does not; use safetensors, of which it reads "
-        "the header alone, or make the tensors in the script",
+        f"torch.load of {shown(str(file))} reads a pickle, which a forecast does not; use safetensors, of which it "
+        "reads the header alone, or make the tensors in the script",
         cause="pickle",
         operator="torch.load",
     )
