@@ -120,7 +120,7 @@ def test_weights_are_those_of_the_measured_runs():
 
 
 # Whose place in the configurations of transformers has changed between versions.
-MOVED = {"rope_theta", "pad_token_id"}
+MOVED = {"rope_theta", "pad_token_id", "vision_use_head"}
 
 
 def _unknown_keys(kind: type, config: dict[str, object]) -> set[str]:
