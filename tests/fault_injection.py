@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-FAULTS = int(os.environ.get("I2V_LAB_FAULTS", "14"))
+FAULTS = int(os.environ.get("I2V_LAB_FAULTS", "8"))
 INPUTS = 10 * FAULTS
 PART = 25  # cases a test
 PATIENCE_S = 60.0
