@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from i2v_lab.cli import options
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import Offload
+from i2v_lab.memory_settings import NO_SETTINGS, Offload
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
 
@@ -138,7 +139,7 @@ def fit(
     elif found.request is None:
         peak = found.forecast.peak
         remedy = (
-            f"with {_remedy(instead.request)}, {_described(instead.request)} fits"
+            f"with {_remedy(instead.request)}, {_described(replace(instead.request, settings=NO_SETTINGS))} fits"
             if instead and instead.request
             else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
         )
