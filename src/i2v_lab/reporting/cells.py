@@ -44,6 +44,8 @@ class Cells:
     def __init__(self, out_dir: str | Path, notebook: str) -> None:
         self.out = Path(out_dir)
         self.notebook = notebook
+        pd.set_option("display.max_rows", None)  # otherwise pandas shows ten rows of a long table
+        pd.set_option("display.max_colwidth", None)  # and 50 letters of a reason
 
     def table(self, name: str, table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame | Markdown:
         """Write a tidy table as CSV and show some of its columns.
