@@ -50,14 +50,21 @@ def processor_patches(
         assume: Told of every one that no file describes.
     """
 
+    def of_architecture(cls: Any, name: Any, folder: Any, kwargs: dict[str, Any]) -> Any:
+        """The stand-in that an architecture of this package describes; ``None`` where none does."""
+        config = folders.stand_in(folder, kwargs.get("subfolder"))
+        if config is None:
+            return None
+        assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", WORDS)
+        return stand_in_tokenizer(cls.__name__, config)
+
     def tokenizer(kind: type) -> Callable[..., Any]:
         def load(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
             name = pretrained_model_name_or_path
             folder = _folder(folders, name, kwargs)
-            config = folders.stand_in(folder, kwargs.get("subfolder"))
-            if config is not None:
-                assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", WORDS)
-                return stand_in_tokenizer(cls.__name__, config)
+            own = of_architecture(cls, name, folder, kwargs)
+            if own is not None:
+                return own
             if folder is not None and _has(folder, kwargs, VOCABULARIES):
                 return unpatched(kind, "from_pretrained")(cls, str(folder), *args, **kwargs)
             assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", WORDS)
@@ -69,10 +76,9 @@ def processor_patches(
         def load(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
             name = pretrained_model_name_or_path
             folder = _folder(folders, name, kwargs)
-            config = folders.stand_in(folder, kwargs.get("subfolder"))
-            if config is not None:
-                assume(f"tokenizer of {folders.name_of(name, kwargs.get('subfolder'))}", WORDS)
-                return stand_in_tokenizer(cls.__name__, config)
+            own = of_architecture(cls, name, folder, kwargs)
+            if own is not None:
+                return own
             if folder is not None and _has(folder, kwargs, PROCESSORS):
                 return unpatched(kind, "from_pretrained")(cls, str(folder), *args, **kwargs)
             if not issubclass(cls, ImageProcessingMixin):
