@@ -98,7 +98,7 @@ class ForecastMeter(LiveStorageMeter):
     def use_stream(self, stream_id: int) -> None:
         """Allocate on a stream from now on."""
         if self.allocator is not None:
-            self.allocator.stream = stream_id
+            self.allocator.use_stream(stream_id)
 
     def __enter__(self) -> Self:
         return self
