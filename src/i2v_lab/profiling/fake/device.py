@@ -24,6 +24,7 @@ from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
 from i2v_lab.profiling.fake.attention import chosen_kernel, fused_attention, math_attention, safe_softmax, usual_order
 from i2v_lab.profiling.fake.card import CardProperties, FakeCard
 from i2v_lab.profiling.fake.checkpoint_files import reading_patches
+from i2v_lab.profiling.fake.compact_zeros import picture_patches
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
@@ -307,6 +308,7 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch, "get_default_dtype", lambda: operators.default_dtype
     yield gpu_context_patch()
     yield from reading_patches()
+    yield from picture_patches()
     yield from random_patches()
     if device.type == "cuda":
         yield torch, "Generator", lambda device="cpu": unpatched(torch, "Generator")("cpu")
