@@ -33,6 +33,7 @@ from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.pipeline.diffusers.components import default_dtype
+from i2v_lab.pipeline.diffusers.decoding import decoding_in
 from i2v_lab.pipeline.diffusers.pipeline import as_chunk
 from i2v_lab.pipeline.diffusers.settings import cast_layers, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
@@ -224,16 +225,17 @@ class DiffusersLTX2:
         half: dict[str, Any] = {"width": request.width // 2, "height": request.height // 2}
         video, audio = self.generate(**common, **half, sigmas=DISTILLED_SIGMA_VALUES, output_type="latent")
         (video,) = self.upsample(latents=video, **half, output_type="latent", return_dict=False)
-        made: tuple[torch.Tensor, torch.Tensor] = self.generate(
-            **common,
-            width=request.width,
-            height=request.height,
-            latents=video,
-            audio_latents=audio,
-            sigmas=STAGE_2_DISTILLED_SIGMA_VALUES,
-            noise_scale=STAGE_2_DISTILLED_SIGMA_VALUES[0],
-            output_type=output_type if self.decode is None else "latent",
-        )
+        with decoding_in(request.decode_scope, self.generate):
+            made: tuple[torch.Tensor, torch.Tensor] = self.generate(
+                **common,
+                width=request.width,
+                height=request.height,
+                latents=video,
+                audio_latents=audio,
+                sigmas=STAGE_2_DISTILLED_SIGMA_VALUES,
+                noise_scale=STAGE_2_DISTILLED_SIGMA_VALUES[0],
+                output_type=output_type if self.decode is None else "latent",
+            )
         if self.decode is None or output_type == "latent":
             return made
         return self._decode(*made, common["generator"], output_type)
