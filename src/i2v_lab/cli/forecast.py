@@ -38,6 +38,10 @@ For a card with less memory, as JSON for a script:
 
     i2v-lab forecast --width 1024 --height 768 --vram-cap-gib 24 --json
 
+A model of diffusers, with its components waiting on the CPU:
+
+    i2v-lab forecast --model wan-2.2-ti2v-5b --offload model
+
 A script of diffusers, unchanged, with its own arguments after `--`:
 
     i2v-lab forecast --script my_pipeline.py -- --frames 81
