@@ -106,7 +106,8 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``measured`` with ``spec`` as the spec's name and without ``versions``, then ``forecast_bytes, error,
-        forecast_reserved_bytes, reserved_error``. Errors are relative to the measured peak, negative where the forecast is below it.
+        forecast_reserved_bytes, reserved_error``. Errors are relative to the measured peak, negative where the forecast
+        is below it.
     """
     keys = [spec.memory_key() for spec in measured["spec"]]
     unique = dict(zip(keys, measured["spec"], strict=True))
