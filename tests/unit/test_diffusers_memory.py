@@ -16,11 +16,12 @@ from i2v_lab.capacity.fit import lighter
 from i2v_lab.cli.app import app
 from i2v_lab.cli.options import memory_settings
 from i2v_lab.errors import ForecastError, InvalidRequest
+from i2v_lab.events import Phase
 from i2v_lab.lab.controls import memory_settings as offered_settings
 from i2v_lab.lab.controls import request_for_model, sizes
 from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
 from i2v_lab.paths import data_dir
-from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
 from i2v_lab.pipeline.registry import RUNNERS, check_request
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.fake.workspaces import load_workspaces
@@ -166,10 +167,32 @@ def test_the_models_command_lists_every_model_and_describes_one():
     assert not any(name.endswith("-tiny") for name in listed)
     wan = listed["wan-2.2-i2v-a14b"]
     assert sum(wan["parameters"].values()) > 34e9
-    assert wan["phases"][0] == "encode_prompt"
-    assert wan["phases"][-1] == "decode_video"
+    assert wan["phases"] == ["encode_prompt", "encode_image", "denoise_stage_1", "denoise_stage_2", "decode_video"]
+    two_stages = [phase.value for phase in Phase]
+    for model, phases in (
+        ("ltx-2-19b-diffusers", ["encode_prompt", "encode_image", "denoise_stage_1", "decode_video", "decode_audio"]),
+        ("ltx-2.3-22b-diffusers", [*two_stages[:5], "decode_video", "decode_audio"]),
+        ("ltx-2.3-22b", two_stages),
+        ("ltxv-13b-0.9.8", [*two_stages[:5], "decode_video"]),
+        ("hunyuanvideo-i2v", ["encode_image", "encode_prompt", "denoise_stage_1", "decode_video"]),
+        ("svd-xt", ["encode_image", "denoise_stage_1", "decode_video"]),
+    ):
+        assert listed[model]["phases"] == phases
     described = CliRunner().invoke(app, ["models", "wan-2.2-i2v-a14b"]).stdout
     assert "transformer_2: 14.29 B parameters" in described
+
+
+def test_the_list_of_models_is_as_wide_as_columns_says_and_loses_nothing(monkeypatch):
+    names = [name for name in architecture_names() if "tiny" not in name]
+    for columns, widest in (("", 120), ("0", 120), ("200", 200), ("80", 80), ("48", 48)):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = CliRunner().invoke(app, ["models"]).stdout.splitlines()
+        table = lines[: next(index for index, line in enumerate(lines) if line.startswith("parameters:"))]
+        assert max(map(len, table)) <= widest
+        phases = "".join(line[table[0].index("phases") :] for line in table[1:]).replace(" ", "")
+        assert phases.count("decode_video") == len(names)
+        found = [line.split()[0] for line in table[1:] if line[0] != " "]
+        assert found == names if widest >= 80 else "".join(found) == "".join(names)
 
 
 # --- Measured on an H100 ---

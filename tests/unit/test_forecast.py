@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=int(os.environ.get("I2V_LAB_EXAMPLES", "15")), deadline=None)
 @given(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=6), st.integers(1, 40), st.booleans())
 def test_on_the_cpu_any_chain_of_layers_is_forecast_to_the_byte(names: list[str], rows: int, grad: bool):
     model = torch.nn.Sequential(*(LAYERS[name]() for name in names))

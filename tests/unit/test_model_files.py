@@ -289,3 +289,5 @@ def test_a_tiny_model_generates_what_was_asked_for_in_the_phases_of_its_forecast
         fake = execute(spec, Mode.FAKE, "cpu").phases
         assert [phase.phase for phase in fake] == [phase.phase for phase in real]
         assert [phase.peak_bytes for phase in fake] == [phase.peak_bytes for phase in real]
+    listed = json.loads(CliRunner().invoke(app, ["models", model, "--json"]).stdout)["phases"]
+    assert listed == list(dict.fromkeys(phase.phase for phase in fake))

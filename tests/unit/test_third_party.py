@@ -66,7 +66,9 @@ def test_offloading_keeps_weights_off_the_card(forecasts):
     assert peaks[DIFFUSERS[2]] < peaks[DIFFUSERS[1]] < peaks[DIFFUSERS[0]]
     first, _, _, _, second, *_ = forecasts[DIFFUSERS[2]].phases
     assert first.phase == second.phase == "encode_prompt"
-    assert second.peak_bytes - first.peak_bytes < MIB // 8  # what went on the card the first time is not there twice
+    # What went on the card the first time is not there twice. cuBLASLt took its 1 MiB after the first peak.
+    assert second.end_bytes - first.end_bytes < MIB // 8
+    assert second.peak_bytes - first.peak_bytes < MIB + MIB // 8
 
 
 def test_they_stand_beside_our_policies(request_, forecasts, tmp_path):

@@ -108,6 +108,8 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     from i2v_lab.reporting.console import wide_console
 
     table = Table("run", "outcome", "peak", "phase", "time", box=None, header_style="bold", pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
     for column in (table.columns[2], table.columns[4]):
         column.justify = "right"
     for outcome in outcomes:

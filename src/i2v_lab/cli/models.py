@@ -24,6 +24,10 @@ Every model in full size, then one of them with its components, sizes and source
     i2v-lab models --tiny --json
 """
 BILLION = 10**9
+WHOLE_NAMES = 72
+"""Columns of a console from which on names are not folded."""
+IMAGE_FIRST = {"HunyuanVideoImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"}
+"""Pipelines that encode the still before the prompt."""
 
 
 def models(
@@ -88,23 +92,26 @@ def _described(architecture: Architecture) -> dict[str, Any]:
 
 
 def _phases(architecture: Architecture) -> list[str]:
-    """The phases of a generation, in the order in which they begin."""
+    """The phases of a generation, in the order in which they begin, by the names that its records give them."""
     from i2v_lab.events import Phase
-    from i2v_lab.profiling.components import phase_of
+    from i2v_lab.profiling.components import DENOISE, phase_of
 
-    components = architecture.config
+    order = list(Phase)
+    if architecture.runner == "diffusers":
+        order.sort(key=lambda phase: phase is Phase.DECODE_AUDIO)
+    if architecture.pipeline in IMAGE_FIRST:
+        order.sort(key=lambda phase: phase is not Phase.ENCODE_IMAGE)
     if not architecture.pipeline:
         silent = architecture.runner == "ltx-video"
-        return [each.value for each in Phase if each is not Phase.DECODE_AUDIO or not silent]
-    found = {
-        phase
-        for name, config in components.items()
+        return [each.value for each in order if each is not Phase.DECODE_AUDIO or not silent]
+    found = [
+        phase_of([name, config["_class_name"]], [part] if part else [], "diffusers")
+        for name, config in architecture.config.items()
         for part in (("encoder", "decoder") if name == "vae" else ("",))
         if name in architecture.parameters
-        and (phase := phase_of([name, config["_class_name"]], [part] if part else [], "diffusers"))
-    }
-    ends = {Phase.ENCODE_PROMPT.value: 0, Phase.ENCODE_IMAGE.value: 1, Phase.DECODE_VIDEO.value: 3}
-    return sorted(found, key=lambda phase: (ends.get(phase, 2), phase))
+    ]
+    stages = [Phase.DENOISE_STAGE_1, Phase.DENOISE_STAGE_2][: found.count(DENOISE)]
+    return [each.value for each in order if each in found or each in stages]
 
 
 def _print_all(every: list[dict[str, Any]]) -> None:
@@ -114,10 +121,13 @@ def _print_all(every: list[dict[str, Any]]) -> None:
 
     table = Table("model", "parameters", "default", "phases", box=None, header_style="bold", pad_edge=False)
     table.columns[1].justify = "right"
+    console = wide_console()
+    for column in table.columns:
+        column.overflow = "fold"
+    table.columns[0].no_wrap = console.width >= WHOLE_NAMES  # narrower, nothing would be left for the phases
     for each in every:
         style = "dim" if each["unavailable"] else ""
         table.add_row(each["name"], _billions(each["parameters"]), _size(each), ", ".join(each["phases"]), style=style)
-    console = wide_console()
     console.print(table)
     for each in every:
         if each["unavailable"]:

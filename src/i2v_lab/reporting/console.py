@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from rich.text import Text
 from i2v_lab.display import printable
 
 TABLE_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe, where rich would assume 80."""
+"""Columns of a table that goes to a file or a pipe, where rich would assume 80, if ``COLUMNS`` does not say."""
 
 
 class PlainConsole(Console):
@@ -45,5 +46,7 @@ class PlainConsole(Console):
 
 
 def wide_console() -> PlainConsole:
-    """Return a :class:`PlainConsole` that is ``TABLE_WIDTH`` columns wide unless stdout is a terminal."""
-    return PlainConsole(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+    """Return a :class:`PlainConsole` as wide as the terminal or ``COLUMNS`` says, else ``TABLE_WIDTH`` columns."""
+    columns = os.environ.get("COLUMNS", "")
+    asked = columns.isdecimal() and int(columns) > 0
+    return PlainConsole(width=None if asked or sys.stdout.isatty() else TABLE_WIDTH)

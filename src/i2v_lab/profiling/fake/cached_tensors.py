@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +21,8 @@ OWN_CACHES = ("i2v_lab.", "torch.")  # modules whose caches hold no tensors of a
 _LruCache = functools._lru_cache_wrapper
 
 _found: tuple[int, list[tuple[Any, str, Any]]] = (0, [])
+_known: weakref.WeakSet[Any] = weakref.WeakSet()
+_KNOWN_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -42,11 +46,21 @@ def own_caches() -> Iterator[None]:
 
 
 def _clear_caches_with(kind: type[torch.Tensor], apart_from: Mapping[int, Any]) -> None:
-    # Not by gc.get_objects(): it references tuples that other threads are about to build, which then fails there.
-    for candidate in gc.get_referrers(_LruCache):
-        is_other = type(candidate) is _LruCache and id(candidate) not in apart_from
-        if is_other and _contains(gc.get_referents(candidate), kind, depth=3):
+    for candidate in known_caches():
+        if id(candidate) not in apart_from and _contains(gc.get_referents(candidate), kind, depth=3):
             candidate.cache_clear()
+
+
+def known_caches() -> list[Any]:
+    """Every ``functools.lru_cache`` of this process.
+
+    After ``gc.freeze()``, which hides what there is from the search, those that an earlier call has found.
+    """
+    # Not by gc.get_objects(): it references tuples that other threads are about to build, which then fails there.
+    found = [each for each in gc.get_referrers(_LruCache) if type(each) is _LruCache]
+    with _KNOWN_LOCK:
+        _known.update(found)
+        return list(_known)
 
 
 def _cached_functions() -> list[tuple[Any, str, Any]]:
