@@ -133,7 +133,7 @@ def test_each_quantity_is_compared_with_what_the_forecast_says_of_it(tmp_path):
             **printed(card / 0.9),
             "reason": "not explained; tiles",
         },
-        {**TINY, "id": "batch", "batch": "2"},
+        {**TINY, "id": "batch", "batch": "2", "reason": "images"},
         {**TINY, "id": "odd", "frames": "10"},
         {**TINY, "id": "no-size", "width": "", "frames": ""},
         {**TINY, "id": "other-model", "model": "flux-1-dev"},
@@ -148,7 +148,7 @@ def test_each_quantity_is_compared_with_what_the_forecast_says_of_it(tmp_path):
     assert (table.loc["known", "reason"], table.loc["far", "reason"]) == ("another version", "")
     assert table.loc["tried", "reason"] == "not explained; tiles"
     assert table.loc["no-size", "reason"] == "width, frames not stated"
-    assert table.loc["batch", "reason"].startswith("batch of 2")
+    assert table.loc["batch", "reason"] == "batch of 2, where a request here is one video; images"
     assert table.loc["other-model", "reason"] == "flux-1-dev is no model here"
     assert "frames=10" in table.loc["odd", "reason"]
     summary = published_summary(table.reset_index()).set_index("quantity")

@@ -114,7 +114,7 @@ def published_table(path: Path | None = None, ids: Sequence[str] = (), models: S
         One row for each peak, in the order of the file: ``id, model, pipeline, run`` (the spec's name), ``quantity,
         published_bytes, forecast_bytes, error`` (relative to the published peak, negative where the forecast is
         below), ``status`` (``within 5 %``, ``explained``, ``not explained``, ``not compared``), ``reason`` (of the
-        file, or why it is not compared), ``versions, source``.
+        file, after why it is not compared), ``versions, source``.
 
     Raises:
         InvalidRequest: One of ``ids`` is none of the file's.
@@ -158,7 +158,8 @@ def _forecasts(specs: Mapping[str, RunSpec], whys: dict[str, str]) -> dict[str, 
 
 def _comparison(peak: PublishedPeak, forecast: Forecast | None, why: str) -> dict[str, Any]:
     if forecast is None:
-        return {"forecast_bytes": None, "error": None, "status": NOT_COMPARED, "reason": why}
+        reason = "; ".join(filter(None, (why, peak.reason)))
+        return {"forecast_bytes": None, "error": None, "status": NOT_COMPARED, "reason": reason}
     forecast_bytes = counted_bytes(peak.quantity, forecast)
     error = forecast_bytes / peak.peak_bytes - 1
     explained = peak.reason and not peak.reason.startswith(NOT_EXPLAINED)
