@@ -126,23 +126,33 @@ def test_each_quantity_is_compared_with_what_the_forecast_says_of_it(tmp_path):
         {**TINY, "id": "less", "quantity": "allocated", **printed(allocated / 1.04), "reason": "not needed"},
         {**TINY, "id": "far", "quantity": "allocated", **printed(allocated / 1.06)},
         {**TINY, "id": "known", "quantity": "nvidia-smi", **printed(card / 0.9), "reason": "another version"},
-        {**TINY, "id": "batch", "batch": "2"},
+        {
+            **TINY,
+            "id": "tried",
+            "quantity": "nvidia-smi",
+            **printed(card / 0.9),
+            "reason": "not explained; tiles",
+        },
+        {**TINY, "id": "batch", "batch": "2", "reason": "images"},
         {**TINY, "id": "odd", "frames": "10"},
+        {**TINY, "id": "no-size", "width": "", "frames": ""},
         {**TINY, "id": "other-model", "model": "flux-1-dev"},
     ]
     path = write(tmp_path / "memory.csv", *rows)
     table = published_table(path).set_index("id")
     assert list(table.index) == [row["id"] for row in rows]
-    statuses = ["within 5 %", "within 5 %", "not explained", "explained", *["not compared"] * 3]
+    statuses = ["within 5 %", "within 5 %", "not explained", "explained", "not explained", *["not compared"] * 4]
     assert list(table["status"]) == statuses
-    assert table["forecast_bytes"].dropna().tolist() == [reserved, allocated, allocated, card]
-    assert table["error"].dropna().round(4).tolist() == [0.0, 0.04, 0.06, -0.1]
+    assert table["forecast_bytes"].dropna().tolist() == [reserved, allocated, allocated, card, card]
+    assert table["error"].dropna().round(4).tolist() == [0.0, 0.04, 0.06, -0.1, -0.1]
     assert (table.loc["known", "reason"], table.loc["far", "reason"]) == ("another version", "")
-    assert table.loc["batch", "reason"].startswith("batch of 2")
+    assert table.loc["tried", "reason"] == "not explained; tiles"
+    assert table.loc["no-size", "reason"] == "width, frames not stated"
+    assert table.loc["batch", "reason"] == "batch of 2, where a request here is one video; images"
     assert table.loc["other-model", "reason"] == "flux-1-dev is no model here"
     assert "frames=10" in table.loc["odd", "reason"]
     summary = published_summary(table.reset_index()).set_index("quantity")
-    assert summary.loc["all", ["peaks", "compared", "within"]].tolist() == [7, 4, 2]
+    assert summary.loc["all", ["peaks", "compared", "within"]].tolist() == [9, 5, 2]
     assert summary.loc["reserved", ["peaks", "compared", "within"]].tolist() == [1, 1, 1]
     assert round(summary.loc["all", "worst_error"], 3) == 0.1
     assert published_table(path, ["far"])["id"].tolist() == ["far"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from i2v_lab.errors import RecordError
+from i2v_lab.errors import RecordError, UnknownModel
 from i2v_lab.pipeline.contract.architectures import model_names
 from i2v_lab.studies.releases import (
     COLUMNS,
     forecast_release,
+    main,
     merged_rows,
+    models_by_release,
     read_releases,
     released_models,
     releases_table,
@@ -87,3 +89,33 @@ def test_a_forecast_becomes_a_row():
     made = forecast_release("wan-2.2-ti2v-5b-tiny")
     assert (int(made["peak_bytes"]) > 0, bool(made["phase"]), made["note"]) == (True, True, "")
     assert set(made) | {"verdict"} == set(COLUMNS)
+
+
+def test_a_model_is_one_row_of_its_peaks_and_of_what_changed(tmp_path):
+    rows = [
+        *(row(release, peak, "grows") for release, peak in {"0.9.0": 1000, "0.38.0": 1000, "0.40.0": 1200}.items()),
+        *(row(release, peak, "new") for release, peak in {"0.9.0": None, "0.38.0": None, "0.40.0": 7}.items()),
+        *(row(release, 5, "equal") for release in ("0.9.0", "0.40.0")),
+        row("0.9.0", None, "never"),
+    ]
+    path = tmp_path / "releases.csv"
+    write_releases(merged_rows([], rows), path)
+    table = models_by_release(releases_table(path)).set_index("model")
+    assert list(table.columns) == ["run", "0.9.0_bytes", "0.38.0_bytes", "0.40.0_bytes", "phase", "verdict", "note"]
+    words = {name: (each["verdict"], each["note"]) for name, each in table.iterrows()}
+    assert words == {
+        "equal": ("same", ""),
+        "grows": ("worse in 0.40.0", ""),
+        "never": ("none", "no such class"),
+        "new": ("first in 0.40.0", "no such class"),
+    }
+    assert table.loc["grows", "0.9.0_bytes":"0.40.0_bytes"].tolist() == [1000, 1000, 1200]
+    assert table["0.38.0_bytes"].isna().to_dict() == {"equal": True, "grows": False, "never": True, "new": True}
+
+
+def test_rows_that_were_made_are_kept_when_a_later_model_stops_the_command(tmp_path, monkeypatch):
+    path = tmp_path / "releases.csv"
+    monkeypatch.setattr("i2v_lab.studies.releases.releases_path", lambda: path)
+    with pytest.raises(UnknownModel):
+        main(["wan-2.2-ti2v-5b-tiny", "no-such-model"])
+    assert [peak.model for peak in read_releases(path)] == ["wan-2.2-ti2v-5b-tiny"]

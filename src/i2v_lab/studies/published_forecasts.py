@@ -50,9 +50,9 @@ def published_spec(peak: PublishedPeak) -> RunSpec:
     """
     if peak.model not in model_names():
         raise _no_run(peak, "model", f"{peak.model} is no model here")
-    for name in ("width", "height", "frames"):
-        if getattr(peak, name) is None:
-            raise _no_run(peak, name, f"{name} not stated")
+    unknown = [name for name in ("width", "height", "frames") if getattr(peak, name) is None]
+    if unknown:
+        raise _no_run(peak, unknown[0], f"{', '.join(unknown)} not stated")
     if peak.batch != 1:
         raise _no_run(peak, "batch", f"batch of {peak.batch}, where a request here is one video")
     architecture = load_architecture(peak.model)
@@ -114,7 +114,7 @@ def published_table(path: Path | None = None, ids: Sequence[str] = (), models: S
         One row for each peak, in the order of the file: ``id, model, pipeline, run`` (the spec's name), ``quantity,
         published_bytes, forecast_bytes, error`` (relative to the published peak, negative where the forecast is
         below), ``status`` (``within 5 %``, ``explained``, ``not explained``, ``not compared``), ``reason`` (of the
-        file, or why it is not compared), ``versions, source``.
+        file, after why it is not compared), ``versions, source``.
 
     Raises:
         InvalidRequest: One of ``ids`` is none of the file's.
@@ -158,10 +158,12 @@ def _forecasts(specs: Mapping[str, RunSpec], whys: dict[str, str]) -> dict[str, 
 
 def _comparison(peak: PublishedPeak, forecast: Forecast | None, why: str) -> dict[str, Any]:
     if forecast is None:
-        return {"forecast_bytes": None, "error": None, "status": NOT_COMPARED, "reason": why}
+        reason = "; ".join(filter(None, (why, peak.reason)))
+        return {"forecast_bytes": None, "error": None, "status": NOT_COMPARED, "reason": reason}
     forecast_bytes = counted_bytes(peak.quantity, forecast)
     error = forecast_bytes / peak.peak_bytes - 1
-    status = WITHIN if abs(error) <= TOLERANCE else EXPLAINED if peak.reason else NOT_EXPLAINED
+    explained = peak.reason and not peak.reason.startswith(NOT_EXPLAINED)
+    status = WITHIN if abs(error) <= TOLERANCE else EXPLAINED if explained else NOT_EXPLAINED
     return {"forecast_bytes": forecast_bytes, "error": error, "status": status, "reason": peak.reason}
 
 

@@ -71,7 +71,8 @@ class PublishedPeak:
         date: Year and month.
         source: The address.
         note: What else matters.
-        reason: Why a forecast differs from it by more than a twentieth; empty where nobody has explained it.
+        reason: Why a forecast differs from it by more than a twentieth, or ``not explained; `` and what was tried; what
+            else a row that is not compared lacks. Empty where there is nothing to say.
         line: Of the file.
     """
 

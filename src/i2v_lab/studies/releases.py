@@ -214,19 +214,53 @@ def releases_table(path: Path | None = None) -> pd.DataFrame:
     return table.astype({"peak_bytes": "Int64"})
 
 
+def models_by_release(table: pd.DataFrame) -> pd.DataFrame:
+    """One row for each model, its peaks side by side.
+
+    Args:
+        table: Of :func:`releases_table`.
+
+    Returns:
+        ``model, run``, then a column of bytes for each release, such as ``0.42.1_bytes``, missing where it cannot run
+        the model; ``phase`` with the newest release; ``verdict``, ``same``, ``none``, or each change and the release
+        that made it; ``note``, why a peak is missing.
+
+    Example:
+        >>> shown = models_by_release(releases_table())
+        >>> len(shown) == len(released_models())
+        True
+    """
+    releases = sorted(set(table["release"]), key=release_order)
+    rows = []
+    for model, part in table.groupby("model", sort=False):
+        peaks = dict(zip(part["release"], part["peak_bytes"], strict=True))
+        row = {"model": model} | {f"{release}_bytes": peaks.get(release) for release in releases}
+        row |= {name: part[name].iloc[-1] for name in ("run", "phase")}
+        verdicts = dict(zip(part["release"], part["verdict"], strict=True))
+        changes = [f"{verdict} in {release}" for release, verdict in verdicts.items() if verdict in (BETTER, WORSE)]
+        since = [release for release, verdict in verdicts.items() if verdict == FIRST]
+        if since and NONE in verdicts.values():
+            changes.insert(0, f"{FIRST} in {since[0]}")
+        missing = part.loc[part["verdict"] == NONE, "note"]
+        row["verdict"] = ", ".join(changes) or (ALIKE if since else NONE)
+        row["note"] = missing.iloc[-1] if len(missing) else ""
+        rows.append(row)
+    columns = ["model", "run", *(f"{release}_bytes" for release in releases), "phase", "verdict", "note"]
+    made = pd.DataFrame(rows, columns=columns)
+    return made.astype({name: "Int64" for name in columns if name.endswith("_bytes")})
+
+
 def main(models: Sequence[str] = ()) -> None:
-    """Forecast models with the release that is installed, and put its rows into the committed file.
+    """Forecast models with the release that is installed, and put each row into the committed file once it is made.
 
     Args:
         models: All of them if empty.
     """
-    old = [{**vars(peak), "peak_bytes": str(peak.peak_bytes or "")} for peak in _known()]
-    new = [forecast_release(model) for model in models or released_models()]
-    write_releases(merged_rows(old, new), releases_path())
-
-
-def _known() -> tuple[ReleasePeak, ...]:
-    return read_releases() if releases_path().is_file() else ()
+    for model in models or released_models():
+        new = forecast_release(model)
+        old = read_releases() if releases_path().is_file() else ()
+        known = [{**vars(peak), "peak_bytes": str(peak.peak_bytes or "")} for peak in old]
+        write_releases(merged_rows(known, [new]), releases_path())
 
 
 if __name__ == "__main__":
