@@ -75,7 +75,7 @@ NOT_QUANTIZATIONS = {
     "bnb-int8": "the outlier columns that bitsandbytes keeps apart depend on the values of the activations",
     "bnb-nf4": BNB_KERNELS,
     "bnb-fp4": BNB_KERNELS,
-    "torchao-int4-weight-only": "its packing is a CUDA kernel that has no implementation for tensors without values",
+    "torchao-int4-weight-only": "its packing takes CUDA kernels of another package",
 }
 GROUP_OFFLOADS = (Offload.GROUP_LEAF, Offload.GROUP_BLOCK)
 MOST = 2**20  # of a number among them

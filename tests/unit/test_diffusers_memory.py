@@ -49,6 +49,7 @@ ANY = st.builds(
     ),
     vae_slicing=st.booleans(),
     layerwise_casting=st.booleans(),
+    quantization=st.sampled_from(["none", "gguf-q8_0", "torchao-int8-weight-only", "bnb-int8"]),
     dtypes=st.dictionaries(st.sampled_from(["vae", "default"]), st.sampled_from(["float32", "bfloat16", "int8"])),
 )
 
@@ -298,6 +299,13 @@ def test_a_quantization_without_its_package_is_refused_with_the_command_that_ins
     with pytest.raises(RunnerUnavailable, match=r"pip install 'i2v-lab\[quantization\]'") as refused:
         check_request(load_architecture(TINY), request)
     assert refused.value.fields == {"quantization": "gguf-q8_0", "missing": "gguf"}
+
+
+def test_gguf_is_refused_with_the_kernels_that_a_forecast_does_not_know(monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_GGUF_CUDA_KERNELS", "true")
+    with pytest.raises(InvalidRequest) as refused:
+        check_request(load_architecture(TINY), make_request(TINY, settings={"quantization": "gguf-q8_0"}))
+    assert refused.value.fields == {"quantization": "gguf-q8_0"}
 
 
 def test_one_option_of_the_command_line_takes_both_kinds_of_quantization():

@@ -1,5 +1,6 @@
 """diffusers' pipelines with random weights; the only package that imports diffusers."""
 
+import os
 from importlib.util import find_spec
 
 from i2v_lab.errors import InvalidRequest, RunnerUnavailable
@@ -10,6 +11,7 @@ from i2v_lab.pipeline.contract.sizes import SizeRule
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
 
 SIZES = SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8)
+GGUF_KERNELS = "DIFFUSERS_GGUF_CUDA_KERNELS"  # as diffusers reads it
 MID_CHANNELS = 1024  # diffusers' default of the latent upsampler
 PATCH_PX = 4  # of the diffusion decoder's last stage
 
@@ -52,7 +54,8 @@ def check_quantization(architecture: Architecture, settings: MemorySettings) -> 
     """Refuse a quantization where it would have no effect, or where its package is not installed.
 
     Raises:
-        InvalidRequest: The model has no transformer, or is one that is put together of several pipelines.
+        InvalidRequest: The model has no transformer, or is one that is put together of several pipelines; or GGUF is
+            to be computed by CUDA kernels.
         RunnerUnavailable: With the package.
     """
     if not settings.quantizes:
@@ -66,6 +69,12 @@ def check_quantization(architecture: Architecture, settings: MemorySettings) -> 
             model=architecture.name,
         )
     package = settings.quantization.package
+    if package == "gguf" and os.getenv(GGUF_KERNELS, "false").lower() in ("1", "true", "yes"):
+        raise InvalidRequest(
+            f"quantization={name} is not for {GGUF_KERNELS}={os.environ[GGUF_KERNELS]}, whose kernels allocate what a "
+            f"forecast cannot see; unset {GGUF_KERNELS}",
+            quantization=name,
+        )
     if find_spec(package) is None:
         raise RunnerUnavailable(
             f"quantization={name} needs {package}, which is not installed; run `pip install 'i2v-lab[quantization]'`",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import accelerate
@@ -60,13 +60,9 @@ def build_quantized(
     config = dict(architecture.config[name])
     kind = find_class(architecture, config.pop(CLASS))
     is_gguf = quantization.package == "gguf"
-    quantizer = DiffusersAutoQuantizer.from_config(quantizer_config(quantization, dtype), pre_quantized=is_gguf)
-    device_map = {"": torch.get_default_device()}
-    quantizer.validate_environment(torch_dtype=dtype, device_map=device_map)
     with accelerate.init_empty_weights():
         model: torch.nn.Module = kind(**config)
-    kept = list(kind._keep_in_fp32_modules or ())
-    weights = _RandomWeights(model, dtype, quantization if is_gguf else None, kept)
+    weights = _RandomWeights(model, dtype, quantization if is_gguf else None, _kept(kind))
     if is_gguf and not weights.packed:
         raise InvalidRequest(
             f"quantization={quantization.value} is not for model={architecture.name!r}, of whose {name} no layer's "
@@ -74,6 +70,39 @@ def build_quantized(
             quantization=quantization.value,
             model=architecture.name,
         )
+    config = quantizer_config(quantization, dtype)
+    return _loaded(model, weights, config, dtype, torch.get_default_device(), is_gguf=is_gguf)
+
+
+def load_quantized(build: Callable[[], Any], config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build a model, and quantize weights that are drawn for it, by a configuration of torchao.
+
+    Args:
+        build: Makes the model; its parameters are left on the meta device.
+        config: A ``TorchAoConfig`` of diffusers.
+        dtype: Of what is not quantized.
+        device: Where the model is loaded.
+
+    Returns:
+        The model in evaluation mode.
+    """
+    with accelerate.init_empty_weights():
+        model = build()
+    return _loaded(model, _RandomWeights(model, dtype, None, []), config, dtype, device, is_gguf=False)
+
+
+def _kept(kind: Any) -> list[str]:
+    kept = kind._keep_in_fp32_modules or ()
+    return [kept] if isinstance(kept, str) else list(kept)
+
+
+def _loaded(
+    model: Any, weights: _RandomWeights, config: Any, dtype: torch.dtype, device: torch.device, *, is_gguf: bool
+) -> Any:
+    """Load weights into a model as diffusers does."""
+    quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=is_gguf)
+    device_map, kept = {"": device}, _kept(type(model))
+    quantizer.validate_environment(torch_dtype=dtype, device_map=device_map)
     quantizer.preprocess_model(model, device_map=device_map, state_dict=weights, keep_in_fp32_modules=kept)
     load_model_dict_into_meta(
         model, weights, dtype=dtype, hf_quantizer=quantizer, keep_in_fp32_modules=kept, device_map=device_map
