@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from PIL import Image
 from script_folders import PIPELINES, build_directly, write_folder
-from torchao.quantization import Int8WeightOnlyConfig
 
 from i2v_lab.errors import CheckpointError, ForecastError, RunnerUnavailable, ScriptError
 from i2v_lab.pipeline.contract import runner
@@ -568,6 +567,8 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def test_weights_quantized_by_torchao_are_forecast(tmp_path: Path) -> None:
     """As many bytes as diffusers' own loader makes of the same weights."""
+    from torchao.quantization import Int8WeightOnlyConfig  # slow to import
+
     folder = write_folder("ltx", tmp_path / "model")
     head = (
         "import torch\nfrom diffusers import LTXImageToVideoPipeline, LTXVideoTransformer3DModel, TorchAoConfig\n"
