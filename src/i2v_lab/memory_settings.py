@@ -43,6 +43,40 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class TransformerQuantization(StrEnum):
+    """How the transformers of a diffusers model are quantized; their linear layers compute in the model's dtype.
+
+    ``torchao-...``: by diffusers' ``TorchAoConfig``. ``gguf-...``: as a GGUF file has them, by
+    ``GGUFQuantizationConfig``; layers whose width is no multiple of the type's block stay as they are.
+
+    Example:
+        >>> TransformerQuantization("gguf-q4_k").package
+        'gguf'
+    """
+
+    NONE = "none"
+    TORCHAO_INT8 = "torchao-int8-weight-only"
+    TORCHAO_FLOAT8 = "torchao-float8-weight-only"
+    GGUF_Q8_0 = "gguf-q8_0"
+    GGUF_Q6_K = "gguf-q6_k"
+    GGUF_Q5_K = "gguf-q5_k"
+    GGUF_Q4_K = "gguf-q4_k"
+    GGUF_Q4_0 = "gguf-q4_0"
+
+    @property
+    def package(self) -> str:
+        """The Python package that it needs; empty for none."""
+        return "" if self is TransformerQuantization.NONE else self.value.partition("-")[0]
+
+
+# Quantizations whose memory is not known before they run.
+BNB_KERNELS = "bitsandbytes' CUDA kernels allocate what a forecast cannot see"
+NOT_QUANTIZATIONS = {
+    "bnb-int8": "the outlier columns that bitsandbytes keeps apart depend on the values of the activations",
+    "bnb-nf4": BNB_KERNELS,
+    "bnb-fp4": BNB_KERNELS,
+    "torchao-int4-weight-only": "its packing takes CUDA kernels of another package",
+}
 GROUP_OFFLOADS = (Offload.GROUP_LEAF, Offload.GROUP_BLOCK)
 MOST = 2**20  # of a number among them
 
@@ -63,6 +97,7 @@ class MemorySettings(HtmlFields):
             component's dtype while it runs.
         dtypes: Dtype of a component by its name, such as ``vae``, or of all others by the name ``default``; the model's
             own by default. A mapping is kept as sorted pairs.
+        quantization: Of the transformers; the package of its library must be installed.
 
     Raises:
         InvalidRequest: A value that is unknown, or one that is without effect beside the others.
@@ -84,6 +119,7 @@ class MemorySettings(HtmlFields):
     vae_slicing: bool = False
     layerwise_casting: bool = False
     dtypes: tuple[tuple[str, Dtype], ...] = ()
+    quantization: TransformerQuantization = TransformerQuantization.NONE
 
     def __post_init__(self) -> None:
         self._set("offload", _choice(Offload, "offload", self.offload))
@@ -91,6 +127,7 @@ class MemorySettings(HtmlFields):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidRequest(f"{name}={shown(value)} is neither; use true or false", **{name: value})
+        self._set("quantization", _quantization(self.quantization))
         tile = _pairs("vae_tile", self.vae_tile)
         for name, value in tile:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
@@ -128,6 +165,19 @@ class MemorySettings(HtmlFields):
             )
         if self.vae_tile and not self.vae_tiling:
             raise InvalidRequest("vae_tile has no effect without vae_tiling; set both", vae_tile=dict(self.vae_tile))
+        if self.quantizes and self.layerwise_casting:
+            raise InvalidRequest(
+                f"quantization={self.quantization.value} is not for layerwise_casting=True, which casts the weights "
+                "that it packs; use one of the two",
+                quantization=self.quantization.value,
+            )
+        if self.quantizes and self.offload is Offload.SEQUENTIAL:
+            raise InvalidRequest(
+                f"quantization={self.quantization.value} is not for offload='sequential', with which accelerate makes "
+                "plain tensors of quantized ones; use offload='model'",
+                quantization=self.quantization.value,
+                offload=self.offload.value,
+            )
 
     @property
     def is_default(self) -> bool:
@@ -140,6 +190,11 @@ class MemorySettings(HtmlFields):
         return self.offload is not Offload.NONE
 
     @property
+    def quantizes(self) -> bool:
+        """Whether weights are quantized."""
+        return self.quantization is not TransformerQuantization.NONE
+
+    @property
     def name(self) -> str:
         """What is set, short, for folders and axes; empty for the defaults."""
         parts = [f"offload-{self.offload.value}"] if self.offloads else []
@@ -149,6 +204,7 @@ class MemorySettings(HtmlFields):
         parts += [f"{name.replace('_', '-')}{value:g}" for name, value in self.vae_tile]
         parts += ["vae-slicing"] if self.vae_slicing else []
         parts += ["layerwise-fp8"] if self.layerwise_casting else []
+        parts += [self.quantization.value.replace("_", "-")] if self.quantizes else []
         parts += [f"{name.replace('_', '-')}-{dtype.value}" for name, dtype in self.dtypes]
         return "_".join(parts)
 
@@ -162,13 +218,16 @@ class MemorySettings(HtmlFields):
         parts += [f"--vae-tile {name}={value:g}" for name, value in self.vae_tile]
         parts += ["--vae-slicing"] if self.vae_slicing else []
         parts += ["--layerwise-casting"] if self.layerwise_casting else []
+        parts += [f"--quantization {self.quantization.value}"] if self.quantizes else []
         parts += [f"--dtype {name}={dtype.value}" for name, dtype in self.dtypes]
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values; :meth:`from_json` reads them back."""
-        dtypes = {name: dtype.value for name, dtype in self.dtypes}
-        return {**asdict(self), "offload": self.offload.value, "vae_tile": dict(self.vae_tile), "dtypes": dtypes}
+        """Fields as JSON values; :meth:`from_json` reads them back. Without a quantization there is no such key."""
+        values = {**asdict(self), "offload": self.offload.value, "vae_tile": dict(self.vae_tile)}
+        values |= {"dtypes": {name: dtype.value for name, dtype in self.dtypes}}
+        del values["quantization"]  # as in records from before there was one, whose digests hold
+        return {**values, "quantization": self.quantization.value} if self.quantizes else values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MemorySettings:
@@ -189,6 +248,16 @@ def _choice(kind: type[StrEnum], name: str, value: Any) -> Any:
         words = f"{name}={shown(value)} is unknown; use {' or '.join(kind)}"
         raise InvalidRequest(words, **{name.split(": ")[-1]: value})
     return kind(value)
+
+
+def _quantization(value: Any) -> TransformerQuantization:
+    """Raises InvalidRequest with the reason where a name is known, but not its memory."""
+    if isinstance(value, str) and value in NOT_QUANTIZATIONS:
+        names = " or ".join(name for name in TransformerQuantization if name.package)
+        words = f"quantization={value} is not forecast: {NOT_QUANTIZATIONS[value]}; use {names}"
+        raise InvalidRequest(words, quantization=value)
+    found: TransformerQuantization = _choice(TransformerQuantization, "quantization", value)
+    return found
 
 
 def _pairs(name: str, values: Any) -> tuple[tuple[str, Any], ...]:

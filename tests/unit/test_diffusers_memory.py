@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,14 +16,15 @@ from typer.testing import CliRunner
 
 from i2v_lab.capacity.fit import lighter
 from i2v_lab.cli.app import app
-from i2v_lab.cli.options import memory_settings
-from i2v_lab.errors import ForecastError, InvalidRequest
+from i2v_lab.cli.options import build_request, memory_settings
+from i2v_lab.errors import ForecastError, InvalidRequest, RunnerUnavailable
 from i2v_lab.events import Phase
 from i2v_lab.lab.controls import memory_settings as offered_settings
 from i2v_lab.lab.controls import request_for_model, sizes
-from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, TransformerQuantization
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.diffusers.quantized import build_quantized
 from i2v_lab.pipeline.registry import RUNNERS, check_request
 from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.fake.workspaces import load_workspaces
@@ -47,6 +50,7 @@ ANY = st.builds(
     ),
     vae_slicing=st.booleans(),
     layerwise_casting=st.booleans(),
+    quantization=st.sampled_from(["none", "gguf-q8_0", "torchao-int8-weight-only", "bnb-int8"]),
     dtypes=st.dictionaries(st.sampled_from(["vae", "default"]), st.sampled_from(["float32", "bfloat16", "int8"])),
 )
 
@@ -244,3 +248,109 @@ def _mask(name: str, batch: int, heads: int, rows: int, keys: int, dtype: torch.
     kind = {"bool": torch.bool, "bool 1row": torch.bool, "bool full": torch.bool, "float32 mask": torch.float32}
     shape = (batch, heads if name in ("float", "bool full") else 1, 1 if "1row" in name else rows, keys)
     return torch.zeros(*shape, device="cuda", dtype=kind.get(name, dtype))
+
+
+# --- Quantization ---
+
+
+def _peaks(spec: RunSpec, mode: Mode) -> dict[str, int]:
+    return {record.phase: record.peak_bytes for record in execute(spec, mode, "cpu").phases}
+
+
+@pytest.mark.parametrize("quantization", ["torchao-int8-weight-only", "torchao-float8-weight-only", "gguf-q8_0"])
+def test_a_quantized_transformer_takes_in_every_phase_what_is_forecast(quantization):
+    spec = RunSpec(request=make_request(TINY, steps=1, settings={"quantization": quantization}), model=TINY)
+    plain = RunSpec(request=make_request(TINY, steps=1), model=TINY)
+    forecast = _peaks(spec, Mode.FAKE)  # first: importing diffusers makes a few tensors of its own
+    assert forecast == _peaks(spec, Mode.REAL)
+    assert all(forecast[phase] < peak for phase, peak in _peaks(plain, Mode.FAKE).items())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "block_bytes", "values"),
+    [("gguf-q8_0", 34, 32), ("gguf-q6_k", 210, 256), ("gguf-q5_k", 176, 256), ("gguf-q4_k", 144, 256)],
+)
+def test_blocks_of_gguf_are_counted_and_compute_finite_numbers(quantization, block_bytes, values):
+    architecture = load_architecture(TINY)
+    config = {**architecture.config["transformer"], "attention_head_dim": 128, "num_attention_heads": 2}
+    wide = replace(architecture, config={**architecture.config, "transformer": config})
+    model = build_quantized(wide, "transformer", TransformerQuantization(quantization), torch.bfloat16)
+    layer = model.transformer_blocks[0].attn1.to_q
+    assert layer.weight.untyped_storage().nbytes() == 256 * 256 // values * block_bytes
+    assert layer(torch.ones(1, 256, dtype=torch.bfloat16)).isfinite().all()
+    assert layer.bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "fields"),
+    [
+        (TINY, {"quantization": "bnb-int8"}, {"quantization": "bnb-int8"}),
+        (TINY, {"quantization": "bnb-nf4"}, {"quantization": "bnb-nf4"}),
+        (TINY, {"quantization": "torchao-int4-weight-only"}, {"quantization": "torchao-int4-weight-only"}),
+        (TINY, {"quantization": "gguf-q8_0", "layerwise_casting": True}, {"quantization": "gguf-q8_0"}),
+        (
+            TINY,
+            {"quantization": "gguf-q8_0", "offload": "sequential"},
+            {"quantization": "gguf-q8_0", "offload": "sequential"},
+        ),
+        ("svd-xt-tiny", {"quantization": "gguf-q8_0"}, {"quantization": "gguf-q8_0", "model": "svd-xt-tiny"}),
+        ("ltx-2.3-tiny", {"quantization": "gguf-q8_0"}, {"quantization": "gguf-q8_0"}),
+        (
+            "ltx-2.3-tiny-diffusers",
+            {"quantization": "gguf-q8_0"},
+            {"quantization": "gguf-q8_0", "model": "ltx-2.3-tiny-diffusers"},
+        ),
+    ],
+)
+def test_a_quantization_that_cannot_be_honoured_is_refused_before_anything_is_built(model, values, fields):
+    with pytest.raises(InvalidRequest) as refused:
+        check_request(load_architecture(model), make_request(model, settings=values))
+    assert refused.value.fields == fields
+    assert "\n" not in str(refused.value)
+
+
+def test_a_quantization_no_layer_is_wide_enough_for_is_refused():
+    with pytest.raises(InvalidRequest) as refused:
+        build_quantized(load_architecture(TINY), "transformer", TransformerQuantization.GGUF_Q4_K, torch.bfloat16)
+    assert refused.value.fields == {"quantization": "gguf-q4_k", "model": TINY}
+
+
+def test_a_quantization_without_its_package_is_refused_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(sys, "path", [])
+    request = make_request(TINY, settings={"quantization": "gguf-q8_0"})
+    with pytest.raises(RunnerUnavailable, match=r"pip install 'i2v-lab\[quantization\]'") as refused:
+        check_request(load_architecture(TINY), request)
+    assert refused.value.fields == {"quantization": "gguf-q8_0", "missing": "gguf"}
+
+
+def test_gguf_is_refused_with_the_kernels_that_a_forecast_does_not_know(monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_GGUF_CUDA_KERNELS", "true")
+    with pytest.raises(InvalidRequest) as refused:
+        check_request(load_architecture(TINY), make_request(TINY, settings={"quantization": "gguf-q8_0"}))
+    assert refused.value.fields == {"quantization": "gguf-q8_0"}
+
+
+def test_one_option_of_the_command_line_takes_both_kinds_of_quantization():
+    assert memory_settings(quantization="gguf-q4_0") == MemorySettings(quantization="gguf-q4_0")
+    assert memory_settings(quantization="fp8-cast") == memory_settings(quantization="bf16") == NO_SETTINGS
+    with pytest.raises(InvalidRequest) as refused:
+        memory_settings(quantization="fp8")
+    assert refused.value.fields == {"quantization": "fp8"}
+    architecture = load_architecture(TINY)
+    request = build_request(
+        architecture, (None,) * 4, False, image="still.png", quantization="gguf-q4_0", settings=NO_SETTINGS
+    )
+    assert request.quantization.value == "bf16"
+    with pytest.raises(InvalidRequest) as refused:
+        build_request(architecture, (None,) * 4, False, image="still.png", quantization="fp8-cast")
+    assert refused.value.fields == {"quantization": "fp8-cast"}
+
+
+def test_settings_without_a_quantization_have_the_digest_of_before_there_was_one():
+    offloaded = MemorySettings(offload="model")
+    assert "quantization" not in offloaded.to_json()
+    quantized = MemorySettings(offload="model", quantization="gguf-q4_k")
+    assert MemorySettings.from_json(quantized.to_json()) == quantized
+    assert quantized.options == "--offload model --quantization gguf-q4_k"
+    assert quantized.name == "offload-model_gguf-q4-k"

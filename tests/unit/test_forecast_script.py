@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import safetensors.torch
@@ -318,6 +319,18 @@ REFUSED = {
     ),
     "diffusers.WanTransformer3DModel.from_pretrained({folder!r}, subfolder='transformer', quantization_config="
     "{{'load_in_8bit': True}})": "decided by loading",
+    "diffusers.WanTransformer3DModel.from_pretrained({folder!r}, subfolder='transformer', quantization_config="
+    "diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16))": "decided by loading",
+    "diffusers.WanTransformer3DModel.from_single_file('x.gguf', config={folder!r}, subfolder='transformer', "
+    "quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16))": "decided by loading",
+    "diffusers.WanTransformer3DModel.from_pretrained({folder!r}, subfolder='transformer', quantization_config="
+    "diffusers.TorchAoConfig(__import__('torchao.quantization').quantization.Int4WeightOnlyConfig()))": (
+        "decided by loading"
+    ),
+    "diffusers.DiffusionPipeline.from_pretrained({folder!r}, quantization_config=diffusers.PipelineQuantizationConfig("
+    "quant_mapping={{'transformer': diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)}}))": (
+        "decided by loading"
+    ),
     "transformers.UMT5EncoderModel.from_pretrained({folder!r}, subfolder='text_encoder', quantization_config="
     "{{'quant_method': 'fp8'}})": "decided by loading",
     "diffusers.DiffusionPipeline.from_pretrained({folder!r}, custom_pipeline='some/code')": "decided by loading",
@@ -534,6 +547,46 @@ def test_offloading_takes_what_it_takes_of_a_pipeline_built_directly(move: str, 
         exec(body, {"pipe": pipe, "torch": torch, "image": Image.new("RGB", (64, 64))})
     assert found.peak.peak_bytes == profiler.peak.peak_bytes
     assert [phase.phase for phase in found.phases].count("denoise_stage_1") == 2
+
+
+QUANTIZED = {
+    "none": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', dtype=torch.bfloat16)",
+    "component": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', "
+    "dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))",
+    "pipeline": "part = LTXImageToVideoPipeline.from_pretrained(name, dtype=torch.bfloat16, quantization_config="
+    "PipelineQuantizationConfig(quant_mapping={'transformer': TorchAoConfig(Int8WeightOnlyConfig())})).transformer",
+}
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a quantized one holds, or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def test_weights_quantized_by_torchao_are_forecast(tmp_path: Path) -> None:
+    """As many bytes as diffusers' own loader makes of the same weights."""
+    from torchao.quantization import Int8WeightOnlyConfig  # slow to import
+
+    folder = write_folder("ltx", tmp_path / "model")
+    head = (
+        "import torch\nfrom diffusers import LTXImageToVideoPipeline, LTXVideoTransformer3DModel, TorchAoConfig\n"
+        "from diffusers import PipelineQuantizationConfig\nfrom torchao.quantization import Int8WeightOnlyConfig\n"
+        f"name = {str(folder)!r}\n"
+    )
+    count = "\nend = torch.cuda.memory_allocated()\npart.to('cuda')\nprint(torch.cuda.memory_allocated() - end)"
+    taken = {how: _forecast(tmp_path, head + line + count).peak.peak_bytes for how, line in QUANTIZED.items()}
+    assert taken["component"] == taken["pipeline"] < taken["none"]
+
+    model = build_directly("ltx", {"": BRAIN}, stand_in_tokenizer).transformer
+    model.save_pretrained(folder / "transformer")
+    config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    loaded = type(model).from_pretrained(
+        folder / "transformer", dtype=torch.bfloat16, quantization_config=config, use_safetensors=True
+    )
+    tensors = [part for tensor in (*loaded.parameters(), *loaded.buffers()) for part in _parts(tensor)]
+    assert taken["component"] == sum(-(-part.nbytes // 512) * 512 for part in tensors)
 
 
 def test_equal_steps_are_executed_once_unless_a_hook_keeps_something(tmp_path: Path) -> None:

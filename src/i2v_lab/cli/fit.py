@@ -85,6 +85,7 @@ def fit(
         vae_slicing=vae_slicing,
         layerwise_casting=layerwise_casting,
         dtype=dtype,
+        quantization=quantization,
     )
     request = options.build_request(
         architecture,

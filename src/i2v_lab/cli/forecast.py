@@ -112,6 +112,7 @@ def forecast(
         vae_slicing=vae_slicing,
         layerwise_casting=layerwise_casting,
         dtype=dtype,
+        quantization=quantization,
     )
     request = options.build_request(
         load_architecture(model),

@@ -115,6 +115,7 @@ def generate(
         vae_slicing=vae_slicing,
         layerwise_casting=layerwise_casting,
         dtype=dtype,
+        quantization=quantization,
     )
     request = options.build_request(
         architecture,

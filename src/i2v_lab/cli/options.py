@@ -12,7 +12,7 @@ import typer
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import MemorySettings, Offload
+from i2v_lab.memory_settings import NOT_QUANTIZATIONS, MemorySettings, Offload, TransformerQuantization
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
@@ -28,7 +28,12 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Model = Annotated[str, typer.Option(help="Name of an architecture in data/architectures.")]
 VariantOption = Annotated[Variant, typer.Option(help="Sampler of the model.")]
 QuantizationOption = Annotated[
-    Quantization | None, typer.Option(help="Quantization of the transformer. [default: the model's]")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Quantization of the transformer: {' or '.join(Quantization)}; of diffusers' models "
+        f"{', '.join(name for name in TransformerQuantization if name.package)}. [default: the model's]",
+    ),
 ]
 TilePx = Annotated[int | None, typer.Option(help="Longer side of a VAE decoder tile, pixels. [default: 768]")]
 TileOverlapPx = Annotated[int | None, typer.Option(help="Spatial overlap of tiles, pixels. [default: 64]")]
@@ -129,12 +134,20 @@ def memory_settings(
     vae_slicing: bool = False,
     layerwise_casting: bool = False,
     dtype: Sequence[str] | None = None,
+    quantization: str | None = None,
 ) -> MemorySettings:
     """The memory settings of a command line; a tile's size alone turns tiling on.
+
+    A quantization of this package's own models is none of them: see :func:`build_request`.
 
     Raises:
         InvalidRequest: A pair is not ``NAME=VALUE``, or a value is unknown.
     """
+    own = list(Quantization)
+    if quantization and quantization not in (*own, *TransformerQuantization, *NOT_QUANTIZATIONS):
+        known = ", ".join(name for name in TransformerQuantization if name.package)
+        words = f"quantization={quantization!r} is unknown; use {' or '.join(own)}, or for diffusers' models {known}"
+        raise InvalidRequest(words, quantization=quantization)
     tile: dict[str, Any] = {}
     for name, text in _named("vae_tile", vae_tile).items():
         try:
@@ -151,6 +164,7 @@ def memory_settings(
             "vae_slicing": vae_slicing,
             "layerwise_casting": layerwise_casting,
             "dtypes": _named("dtype", dtype),
+            "quantization": quantization if quantization and quantization not in own else "none",
         }
     )
 
@@ -200,6 +214,8 @@ def build_request(
         RunnerUnavailable: The model's package is not installed.
     """
     given = {name: value for name, value in values.items() if value is not None}
+    if given.get("quantization") not in list(Quantization):  # but one of the memory settings
+        given.pop("quantization", None)
     given |= {name: as_text(given[name], name) for name in ("prompt", "negative_prompt") if name in given}
     names = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames")
     tiles = {name: value for name, value in zip(names, tile, strict=True) if value is not None}

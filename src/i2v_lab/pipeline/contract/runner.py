@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from i2v_lab.errors import InvalidRequest, RunnerUnavailable
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
-from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, TransformerQuantization
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.sizes import SizeRule
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
@@ -201,10 +201,15 @@ class RunnerSpec:
         for name, choices in known.items():
             value = getattr(request, name).value
             if value not in choices:
-                raise InvalidRequest(
-                    f"{name}={value!r} is not for {whose}; use {' or '.join(choices)}", **{name: value}
-                )
+                use = " or ".join(choices)
+                if name == "quantization" and self.settings:
+                    use += f", or {', '.join(each for each in TransformerQuantization if each.package)}"
+                raise InvalidRequest(f"{name}={value!r} is not for {whose}; use {use}", **{name: value})
         if not self.settings:
+            if request.settings.quantizes:
+                value = request.settings.quantization.value
+                use = " or ".join(self.quantizations)
+                raise InvalidRequest(f"quantization={value!r} is not for {whose}; use {use}", quantization=value)
             for name, unset in {"settings": NO_SETTINGS, "steps": None}.items():
                 if getattr(request, name) != unset:
                     value = getattr(request, name)

@@ -1,12 +1,17 @@
 """diffusers' pipelines with random weights; the only package that imports diffusers."""
 
-from i2v_lab.errors import InvalidRequest
+import os
+from importlib.util import find_spec
+
+from i2v_lab.errors import InvalidRequest, RunnerUnavailable
+from i2v_lab.memory_settings import MemorySettings
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
 from i2v_lab.pipeline.contract.sizes import SizeRule
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
 
 SIZES = SizeRule(pixel_multiple=64, min_pixels=64, frame_step=8, spatial_scale=32, temporal_scale=8)
+GGUF_KERNELS = "DIFFUSERS_GGUF_CUDA_KERNELS"  # as diffusers reads it
 MID_CHANNELS = 1024  # diffusers' default of the latent upsampler
 PATCH_PX = 4  # of the diffusion decoder's last stage
 
@@ -20,8 +25,8 @@ def check_model(architecture: Architecture, request: I2VRequest) -> None:
     """Refuse what a model of diffusers has no use for, or what one with two stages cannot generate.
 
     Raises:
-        InvalidRequest: A prompt for a model without a text encoder, the dtype of a component that there is not, the
-            grad mode of a diffusion decoder, or the size of a video.
+        InvalidRequest: A prompt for a model without a text encoder, the dtype of a component that there is not, a
+            quantization without a transformer, the grad mode of a diffusion decoder, or the size of a video.
     """
     components = architecture.config
     for name in ("prompt", "negative_prompt"):
@@ -39,9 +44,43 @@ def check_model(architecture: Architecture, request: I2VRequest) -> None:
                 f"dtypes: {name}={dtype.value} is not for model={architecture.name!r}; use {', '.join(known)}",
                 **{name: dtype.value},
             )
+    check_quantization(architecture, request.settings)
     check_scope(architecture, request)
     if not architecture.pipeline:
         check_latent(architecture, request)
+
+
+def check_quantization(architecture: Architecture, settings: MemorySettings) -> None:
+    """Refuse a quantization where it would have no effect, or where its package is not installed.
+
+    Raises:
+        InvalidRequest: The model has no transformer, or is one that is put together of several pipelines; or GGUF is
+            to be computed by CUDA kernels.
+        RunnerUnavailable: With the package.
+    """
+    if not settings.quantizes:
+        return
+    name = settings.quantization.value
+    if not architecture.pipeline or "transformer" not in architecture.config:
+        why = "has no transformer" if architecture.pipeline else "is put together of two pipelines here"
+        raise InvalidRequest(
+            f"quantization={name} is not for model={architecture.name!r}, which {why}; leave it out",
+            quantization=name,
+            model=architecture.name,
+        )
+    package = settings.quantization.package
+    if package == "gguf" and os.getenv(GGUF_KERNELS, "false").lower() in ("1", "true", "yes"):
+        raise InvalidRequest(
+            f"quantization={name} is not for {GGUF_KERNELS}={os.environ[GGUF_KERNELS]}, whose kernels allocate what a "
+            f"forecast cannot see; unset {GGUF_KERNELS}",
+            quantization=name,
+        )
+    if find_spec(package) is None:
+        raise RunnerUnavailable(
+            f"quantization={name} needs {package}, which is not installed; run `pip install 'i2v-lab[quantization]'`",
+            quantization=name,
+            missing=package,
+        )
 
 
 def check_scope(architecture: Architecture, request: I2VRequest) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from transformers import masking_utils
@@ -23,6 +24,7 @@ from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class
 from i2v_lab.pipeline.diffusers.decoding import decoding_in
+from i2v_lab.pipeline.diffusers.quantized import TRANSFORMERS, build_quantized, quantizer_config
 from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, check_tiles, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, VideoShape
@@ -107,8 +109,12 @@ class DiffusersPipeline:
 
     def _built(self, name: str) -> Any:
         # On the device even where it does not stay there: on a CPU, to draw the numbers of 14 B weights takes minutes.
-        with torch.device(self._device), default_dtype(self._dtype(name)):
-            part = build(self._architecture, name)
+        quantization, dtype = self._settings.quantization, self._dtype(name)
+        with torch.device(self._device), default_dtype(dtype):
+            if self._settings.quantizes and name in TRANSFORMERS:
+                part = build_quantized(self._architecture, name, quantization, dtype)
+            else:
+                part = build(self._architecture, name)
         if isinstance(part, torch.nn.Module):
             part.to("cpu" if self._settings.offloads else self._device)  # torch.Tensor() knows no default device
         if name == "vae":
@@ -120,6 +126,7 @@ class DiffusersPipeline:
         dtypes = {name: self._dtype(name) for name in ("default", *self._dtypes)}
         pipe = kind.from_pretrained(
             folder,
+            quantization_config=self._quantization_config(),
             torch_dtype=dtypes,
             use_safetensors=True,
             local_files_only=True,
@@ -128,6 +135,21 @@ class DiffusersPipeline:
         )
         set_autoencoder(pipe.vae, self._settings, self._architecture.name)
         return pipe if self._settings.offloads else pipe.to(self._device)
+
+    def _quantization_config(self) -> Any:
+        """Of diffusers' own loader, for the transformers of a folder."""
+        quantization = self._settings.quantization
+        if not self._settings.quantizes:
+            return None
+        if quantization.package == "gguf":
+            raise InvalidRequest(
+                f"quantization={quantization.value} is not for --weights, whose weights no GGUF file holds; use a "
+                "torchao one, or leave out one of the two",
+                quantization=quantization.value,
+            )
+        names = [name for name in TRANSFORMERS if name in self._architecture.config]
+        parts = {name: quantizer_config(quantization, self._dtype(name)) for name in names}
+        return diffusers.PipelineQuantizationConfig(quant_mapping=parts)
 
     # --- Generation ---
 

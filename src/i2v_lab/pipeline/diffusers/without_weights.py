@@ -26,6 +26,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from i2v_lab.errors import ForecastError, shown
 from i2v_lab.pipeline.diffusers.configuration_folders import ConfigurationFolders, missing
 from i2v_lab.pipeline.diffusers.local_processors import processor_patches
+from i2v_lab.pipeline.diffusers.quantized import TORCHAO, load_quantized
 from i2v_lab.pipeline.diffusers.stand_ins import NoSafetyChecker
 from i2v_lab.pipeline.diffusers.weight_shapes import weight_patches
 from i2v_lab.thread_patches import patched_here, unpatched
@@ -156,7 +157,11 @@ class _Loader:
     def pipeline(self, cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """``DiffusionPipeline.from_pretrained``."""
         folder = self._folder(pretrained_model_name_or_path, kwargs, cls.config_name)
-        _refuse(kwargs, pretrained_model_name_or_path)
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, diffusers.PipelineQuantizationConfig):  # its parts are looked at one by one
+            _refuse({**kwargs, "quantization_config": None}, pretrained_model_name_or_path)
+        else:
+            _refuse(kwargs, pretrained_model_name_or_path)
         device_map = kwargs.pop("device_map", None)
         device = None if device_map is None else _single_device(device_map, pretrained_model_name_or_path)
         kwargs = {key: value for key, value in kwargs.items() if key not in ABOUT_FILES}
@@ -201,12 +206,23 @@ class _Loader:
     def diffusers_model(self, cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """``ModelMixin.from_pretrained``."""
         folder = self._folder(pretrained_model_name_or_path, kwargs, cls.config_name, cls.__name__)
+        quantization = kwargs.get("quantization_config")
+        if _is_forecast(quantization):
+            del kwargs["quantization_config"]
         _refuse(kwargs, pretrained_model_name_or_path)
         given = _taken(kwargs)
         subfolder = kwargs.pop("subfolder", None)
         config, unused = cls.load_config(folder, subfolder=subfolder, return_unused_kwargs=True, **kwargs)
         _refuse(config, pretrained_model_name_or_path)
         dtype = given["dtype"] if isinstance(given["dtype"], torch.dtype) else None
+        if _is_forecast(quantization):
+            device_map = given["device_map"]
+            device = torch.device("cpu") if device_map is None else _single_device(device_map, folder)
+            dtype = dtype or torch.bfloat16  # as diffusers' quantizer
+            with torch.device("cpu"), _default_dtype(dtype):
+                model = load_quantized(lambda: cls.from_config(config, **unused), quantization, dtype, device)
+            model.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            return _loaded(model, given, pretrained_model_name_or_path)
         with torch.device("cpu"), _default_dtype(dtype):
             model = cls.from_config(config, **unused)
         if dtype is not None:
@@ -251,11 +267,19 @@ def _taken(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_forecast(quantization: Any) -> bool:
+    """Whether a quantization is one that can be forecast: of torchao, and of the weights alone."""
+    kind = type(getattr(quantization, "quant_type", None)).__name__
+    return isinstance(quantization, diffusers.TorchAoConfig) and kind in TORCHAO.values()
+
+
 def _refuse(values: dict[str, Any], name: Any) -> None:
     for key in NOT_FORECAST:
         if values.get(key):
             value = values[key]
             words = shown(value) if isinstance(value, str | int | bool) else type(value).__name__
+            if key == "quantization_config" and hasattr(value, "quant_type"):
+                words += f"({type(value.quant_type).__name__})"
             raise ForecastError(
                 f"{key}={words} of {shown(name)} is not forecast: what it makes of the weights is decided when they "
                 "are loaded; leave it out, or measure a real run",
