@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from i2v_lab.runs import workers
 from i2v_lab.runs.workers import run_in_child
 
 HERE = "I2V_LAB_OF_THE_MOMENT"
@@ -119,3 +120,15 @@ def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
 
 def test_a_product_has_the_same_bits_wherever_in_memory_its_operands_lie():
     assert run_in_child(_products_of_equal_operands).status == 0
+
+
+@pytest.mark.parametrize("card", [None, 13])
+def test_where_there_is_a_card_nothing_is_preloaded_that_imports_torchao(monkeypatch, card):
+    monkeypatch.setattr(workers, "driver_cuda_major", lambda: card)
+    preloaded = workers._preloaded()
+    assert (preloaded == workers.LIBRARIES) is (card is None)
+    if card is not None:
+        lines = "\n".join(f"import {name}" for name in preloaded)
+        code = f"{lines}\nimport sys, torch\nprint('torchao' in sys.modules, torch.cuda.is_initialized())"
+        shown = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+        assert shown.stdout.split() == ["False", "False"]

@@ -6,6 +6,7 @@ interpreter after those imports, and no CUDA context, which does not survive a f
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import multiprocessing.util
 import os
@@ -23,6 +24,7 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 from i2v_lab.files import scratch_folder
+from i2v_lab.profiling.meters.nvml import driver_cuda_major
 from i2v_lab.runs import fork_server
 from i2v_lab.stopping import on_stop, stop_on_signals
 
@@ -39,7 +41,8 @@ LIBRARIES = (
     "ltx_core.model.audio_vae",
     "ltx_core.text_encoders.gemma",
 )
-
+WITHOUT_TRANSFORMERS = ("torch", "torchaudio", "av")
+"""Those of them that import no torchao, which looks for CUDA when it is imported, as by transformers."""
 
 END_S = 1.0
 """Seconds that a worker has to remove its partial files before it is killed."""
@@ -69,8 +72,14 @@ def _context() -> BaseContext:
     # What multiprocessing removes when Python exits, which a stopped command does not wait for.
     _FOR_GOOD.enter_context(on_stop(partial(shutil.rmtree, multiprocessing.util.get_temp_dir(), True)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([fork_server.__name__, *LIBRARIES])
+    context.set_forkserver_preload([fork_server.__name__, *_preloaded()])
     return context
+
+
+def _preloaded() -> tuple[str, ...]:
+    """What the fork server imports: no torchao where there is a card, whose context does not survive a fork."""
+    asks_cuda = importlib.util.find_spec("torchao") is not None and driver_cuda_major() is not None
+    return WITHOUT_TRANSFORMERS if asks_cuda else LIBRARIES
 
 
 def worker_context() -> BaseContext:
