@@ -354,3 +354,23 @@ def test_settings_without_a_quantization_have_the_digest_of_before_there_was_one
     assert MemorySettings.from_json(quantized.to_json()) == quantized
     assert quantized.options == "--offload model --quantization gguf-q4_k"
     assert quantized.name == "offload-model_gguf-q4-k"
+
+
+def test_fit_goes_past_settings_that_fail_on_a_card():
+    asked = [
+        "fit",
+        "--gpu",
+        "0.72GiB",
+        "--model",
+        "framepack-i2v-tiny",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--frames",
+        "33",
+    ]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 1
+    assert "fails, as it would on a card" in shown.stderr
+    assert "are needed at least" in shown.stderr + shown.stdout

@@ -10,7 +10,7 @@ import typer
 
 from i2v_lab.cli import options
 from i2v_lab.cli.output import log, print_json, say
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS, Offload
 from i2v_lab.request import I2VRequest, Variant
@@ -120,7 +120,9 @@ def fit(
     for other in lighter(request, model) if found.request is None else ():
         try:
             others.append(largest(other)[1])
-        except InvalidRequest as error:  # an autoencoder that does not tile
+        except (InvalidRequest, ForecastError) as error:  # an autoencoder that does not tile; what fails on a card
+            if isinstance(error, ForecastError) and error.fields.get("cause") != "fails on a card":
+                raise
             log(f"{other.settings.options}: {error}")
             continue
         if others[-1].request is not None:
