@@ -190,7 +190,8 @@ def test_the_list_of_models_is_as_wide_as_columns_says_and_loses_nothing(monkeyp
     names = [name for name in architecture_names() if "tiny" not in name]
     for columns, widest in (("", 120), ("0", 120), ("200", 200), ("80", 80), ("48", 48)):
         monkeypatch.setenv("COLUMNS", columns)
-        lines = CliRunner().invoke(app, ["models"]).stdout.splitlines()
+        shown = CliRunner().invoke(app, ["models"]).stdout.splitlines()
+        lines = [line for line in shown if not line.startswith("model=")]  # what the installed versions lack
         table = lines[: next(index for index, line in enumerate(lines) if line.startswith("parameters:"))]
         assert max(map(len, table)) <= widest
         phases = "".join(line[table[0].index("phases") :] for line in table[1:]).replace(" ", "")

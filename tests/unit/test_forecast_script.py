@@ -550,10 +550,10 @@ def test_offloading_takes_what_it_takes_of_a_pipeline_built_directly(move: str, 
 
 
 QUANTIZED = {
-    "none": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', dtype=torch.bfloat16)",
+    "none": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', torch_dtype=torch.bfloat16)",
     "component": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', "
     "dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))",
-    "pipeline": "part = LTXImageToVideoPipeline.from_pretrained(name, dtype=torch.bfloat16, quantization_config="
+    "pipeline": "part = LTXImageToVideoPipeline.from_pretrained(name, torch_dtype=torch.bfloat16, quantization_config="
     "PipelineQuantizationConfig(quant_mapping={'transformer': TorchAoConfig(Int8WeightOnlyConfig())})).transformer",
 }
 
@@ -583,7 +583,7 @@ def test_weights_quantized_by_torchao_are_forecast(tmp_path: Path) -> None:
     model.save_pretrained(folder / "transformer")
     config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
     loaded = type(model).from_pretrained(
-        folder / "transformer", dtype=torch.bfloat16, quantization_config=config, use_safetensors=True
+        folder / "transformer", torch_dtype=torch.bfloat16, quantization_config=config, use_safetensors=True
     )
     tensors = [part for tensor in (*loaded.parameters(), *loaded.buffers()) for part in _parts(tensor)]
     assert taken["component"] == sum(-(-part.nbytes // 512) * 512 for part in tensors)
