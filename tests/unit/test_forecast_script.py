@@ -550,9 +550,10 @@ def test_offloading_takes_what_it_takes_of_a_pipeline_built_directly(move: str, 
 
 
 QUANTIZED = {
-    "none": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', torch_dtype=torch.bfloat16)",
+    "none": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', "
+    "torch_dtype=torch.bfloat16)",
     "component": "part = LTXVideoTransformer3DModel.from_pretrained(name, subfolder='transformer', "
-    "dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))",
+    "torch_dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))",
     "pipeline": "part = LTXImageToVideoPipeline.from_pretrained(name, torch_dtype=torch.bfloat16, quantization_config="
     "PipelineQuantizationConfig(quant_mapping={'transformer': TorchAoConfig(Int8WeightOnlyConfig())})).transformer",
 }

@@ -90,7 +90,7 @@ class RecordedRuns:
 
         Args:
             spec: What is looked for.
-            card: Only on this one; by default on that which has the most runs.
+            card: Only on this one; by default on that which has the most runs of its model.
         """
         return self.find_together([spec], card)[0]
 
@@ -99,7 +99,8 @@ class RecordedRuns:
         found = [self._by_key.get(spec.memory_key(), []) for spec in specs]
         if card is None:
             own = Counter(name for runs in found for name in {card_of(run) for run in runs})
-            everything = Counter(card_of(run) for runs in self._by_key.values() for run in runs)
+            models = {spec.model for spec in specs}  # runs of other models say nothing of where these were measured
+            everything = Counter(card_of(run) for each, run in self._results if each.model in models)
             card = max(sorted(own), key=lambda name: (own[name], everything[name]), default=None)
         return [_median([run for run in runs if card_of(run) == card]) for runs in found]
 
