@@ -149,7 +149,10 @@ def _loaded_by_transformers(
             trust_remote_code=False,
         )
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    wrong = {key: tuple(shape) for key, shape, _ in found["mismatched_keys"]}
+    wrong = {}
+    for each in found["mismatched_keys"]:  # before transformers 5 names alone
+        key, shape = (each, shapes.get(each, ())) if isinstance(each, str) else each[:2]
+        wrong[key] = tuple(shape)
     return sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), wrong, expected
 
 
