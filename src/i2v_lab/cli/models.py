@@ -26,8 +26,6 @@ Every model in full size, then one of them with its components, sizes and source
 BILLION = 10**9
 WHOLE_NAMES = 72
 """Columns of a console from which on names are not folded."""
-IMAGE_FIRST = {"HunyuanVideoImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"}
-"""Pipelines that encode the still before the prompt."""
 
 
 def models(
@@ -99,7 +97,7 @@ def _phases(architecture: Architecture) -> list[str]:
     order = list(Phase)
     if architecture.runner == "diffusers":
         order.sort(key=lambda phase: phase is Phase.DECODE_AUDIO)
-    if architecture.pipeline in IMAGE_FIRST:
+    if architecture.image_first:
         order.sort(key=lambda phase: phase is not Phase.ENCODE_IMAGE)
     if not architecture.pipeline:
         silent = architecture.runner == "ltx-video"

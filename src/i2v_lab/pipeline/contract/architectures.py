@@ -42,6 +42,7 @@ class Architecture:
         dtypes: Of its components' weights, by name; the name ``""`` is for all others.
         sizes: The sizes that it takes, as the fields of a :class:`~i2v_lab.pipeline.contract.sizes.SizeRule`, where its
             runner has no rule for all models.
+        image_first: Whether its pipeline encodes the still before the prompt.
         parameters: How many there are in each component, where they were counted.
         source: Where the configuration was published.
         note: What else there is to know.
@@ -64,6 +65,7 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    image_first: bool = False
     parameters: dict[str, int] = field(default_factory=dict)
     source: str = ""
     note: str = ""
