@@ -111,6 +111,25 @@ class PublishedPeak:
 COLUMNS = tuple(field.name for field in fields(PublishedPeak) if field.name != "line")
 
 
+def read_lines(path: Path, what: str, remedy: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header of a CSV file, and its other rows, each with the number of its last line.
+
+    Args:
+        path: In UTF-8.
+        what: The rows, for the message.
+        remedy: What to do about a file that cannot be read.
+
+    Raises:
+        RecordError: It cannot be read.
+    """
+    try:
+        lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
+        return next(lines, []), [(lines.line_num, row) for row in lines]
+    except (OSError, ValueError, csv.Error) as error:
+        words = f"{what} '{path}' cannot be read ({' '.join(str(error).split())}); {remedy}"
+        raise RecordError(words, path=path) from error
+
+
 def read_published(path: Path | None = None) -> tuple[PublishedPeak, ...]:
     """All published peaks, in the order of the file.
 
@@ -128,13 +147,7 @@ def read_published(path: Path | None = None) -> tuple[PublishedPeak, ...]:
         (60.09, 'not stated')
     """
     source = path or data_dir() / "published" / "memory.csv"
-    try:
-        lines = csv.reader(io.StringIO(source.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-        header = next(lines, [])
-        rows = [(lines.line_num, row) for row in lines]
-    except (OSError, ValueError, csv.Error) as error:
-        words = f"published peaks '{source}' cannot be read ({' '.join(str(error).split())}); give a CSV file in UTF-8"
-        raise RecordError(words, path=source) from error
+    header, rows = read_lines(source, "published peaks", "give a CSV file in UTF-8")
     if tuple(header) != COLUMNS:
         raise RecordError(
             f"published peaks '{source}' have the columns {shown(header)}; use {','.join(COLUMNS)}", path=source

@@ -24,6 +24,7 @@ from i2v_lab.pipeline.contract.architectures import TINY, load_architecture, mod
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.provenance import code_digest, installed_version
 from i2v_lab.runs.spec import RunSpec, make_request
+from i2v_lab.studies.published_memory import read_lines
 
 SAME = 0.005  # of the peak with the release before
 FIRST, ALIKE, BETTER, WORSE, NONE = "first", "same", "better", "worse", "none"
@@ -167,22 +168,19 @@ def read_releases(path: Path | None = None) -> tuple[ReleasePeak, ...]:
         True
     """
     source = path or releases_path()
-    try:
-        lines = list(csv.reader(io.StringIO(source.read_text(encoding="utf-8"), newline=""), strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        words = f"releases '{source}' cannot be read ({' '.join(str(error).split())}); run `nox -s releases`"
-        raise RecordError(words, path=source) from error
-    if not lines or tuple(lines[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in lines):
+    header, lines = read_lines(source, "releases", "run `nox -s releases`")
+    if tuple(header) != COLUMNS or any(len(row) != len(COLUMNS) for _, row in lines):
         words = f"releases '{source}' are no table of {','.join(COLUMNS)}; run `nox -s releases`"
         raise RecordError(words, path=source)
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in lines[1:]]
-    for line, row in enumerate(rows, 2):
+    numbers = [line for line, _ in lines]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for _, row in lines]
+    for line, row in zip(numbers, rows, strict=True):
         for column, pattern in {"peak_bytes": r"|[1-9]\d{0,15}", "release": r"\d+(\.\d+)+"}.items():
             if not re.fullmatch(pattern, row[column], re.ASCII):
                 raise _refusal(source, line, column, row)
         if bool(row["peak_bytes"]) == bool(row["note"]):
             raise _refusal(source, line, "note", row)
-    for line, (row, wanted) in enumerate(zip(rows, merged_rows((), rows), strict=False), 2):
+    for line, row, wanted in zip(numbers, rows, merged_rows((), rows), strict=False):
         for column in ("model", "release", "verdict"):
             if row[column] != wanted[column]:
                 raise _refusal(source, line, column, row)
