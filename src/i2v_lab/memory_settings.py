@@ -69,6 +69,7 @@ class TransformerQuantization(StrEnum):
         return "" if self is TransformerQuantization.NONE else self.value.partition("-")[0]
 
 
+QUANTIZATIONS = tuple(each for each in TransformerQuantization if each.package)
 # Quantizations whose memory is not known before they run.
 BNB_KERNELS = "bitsandbytes' CUDA kernels allocate what a forecast cannot see"
 NOT_QUANTIZATIONS = {
@@ -253,7 +254,7 @@ def _choice(kind: type[StrEnum], name: str, value: Any) -> Any:
 def _quantization(value: Any) -> TransformerQuantization:
     """Raises InvalidRequest with the reason where a name is known, but not its memory."""
     if isinstance(value, str) and value in NOT_QUANTIZATIONS:
-        names = " or ".join(name for name in TransformerQuantization if name.package)
+        names = " or ".join(QUANTIZATIONS)
         words = f"quantization={value} is not forecast: {NOT_QUANTIZATIONS[value]}; use {names}"
         raise InvalidRequest(words, quantization=value)
     found: TransformerQuantization = _choice(TransformerQuantization, "quantization", value)

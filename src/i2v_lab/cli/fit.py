@@ -64,6 +64,7 @@ def fit(
     from i2v_lab.capacity.cards import gpu_memory_bytes
     from i2v_lab.capacity.fit import FitSearch, Largest, lighter
     from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.runs.execute import FAILS_ON_A_CARD
     from i2v_lab.units import format_bytes
 
     if (width is None) != (height is None):
@@ -121,7 +122,7 @@ def fit(
         try:
             others.append(largest(other)[1])
         except (InvalidRequest, ForecastError) as error:  # an autoencoder that does not tile; what fails on a card
-            if isinstance(error, ForecastError) and error.fields.get("cause") != "fails on a card":
+            if isinstance(error, ForecastError) and error.fields.get("cause") != FAILS_ON_A_CARD:
                 raise
             log(f"{other.settings.options}: {error}")
             continue

@@ -12,7 +12,7 @@ import typer
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import NOT_QUANTIZATIONS, MemorySettings, Offload, TransformerQuantization
+from i2v_lab.memory_settings import NOT_QUANTIZATIONS, QUANTIZATIONS, MemorySettings, Offload, TransformerQuantization
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
@@ -32,7 +32,7 @@ QuantizationOption = Annotated[
     typer.Option(
         metavar="NAME",
         help=f"Quantization of the transformer: {' or '.join(Quantization)}; of diffusers' models "
-        f"{', '.join(name for name in TransformerQuantization if name.package)}. [default: the model's]",
+        f"{', '.join(QUANTIZATIONS)}. [default: the model's]",
     ),
 ]
 TilePx = Annotated[int | None, typer.Option(help="Longer side of a VAE decoder tile, pixels. [default: 768]")]
@@ -145,7 +145,7 @@ def memory_settings(
     """
     own = list(Quantization)
     if quantization and quantization not in (*own, *TransformerQuantization, *NOT_QUANTIZATIONS):
-        known = ", ".join(name for name in TransformerQuantization if name.package)
+        known = ", ".join(QUANTIZATIONS)
         words = f"quantization={quantization!r} is unknown; use {' or '.join(own)}, or for diffusers' models {known}"
         raise InvalidRequest(words, quantization=quantization)
     tile: dict[str, Any] = {}

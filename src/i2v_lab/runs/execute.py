@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 VIDEO = "video.mp4"
 SAMPLE_INTERVAL_S = 0.5  # of the whole card; with the pipeline's steps some ten seconds long a file stays small
+FAILS_ON_A_CARD = "fails on a card"  # cause of a ForecastError: the settings, not the forecast
 WHOLE = "generation"  # the phase around everything in runs whose time is compared
 
 
@@ -143,7 +144,7 @@ def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ForecastError(
             f"model={spec.model!r} with {settings.options} fails, as it would on a card: {reason}; use other settings",
-            cause="fails on a card",
+            cause=FAILS_ON_A_CARD,
             settings=settings.to_json(),
             reason=reason,
         ) from error

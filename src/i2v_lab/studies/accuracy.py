@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +91,10 @@ def other_versions(measured: pd.DataFrame) -> dict[str, list[str]]:
         >>> other_versions(measured_table())  # doctest: +SKIP
         {'transformers': ['5.17.0']}
     """
-    found: dict[str, set[str]] = {}
-    for recorded in measured["versions"]:
-        here = versions([name for name in recorded if name not in ("python", "i2v-lab")])
-        for name, version in here.items():
-            if version and recorded.get(name) not in (None, version):
-                found.setdefault(name, set()).add(recorded[name])
-    return {name: sorted(others) for name, others in found.items()}
+    recorded = {pair for each in measured["versions"] for pair in each.items()}
+    here = versions({name for name, _ in recorded} - {"python", "i2v-lab"})
+    others = sorted((name, each) for name, each in recorded if each and here.get(name) not in (None, each))
+    return {name: [each for _, each in pairs] for name, pairs in groupby(others, key=itemgetter(0))}
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:

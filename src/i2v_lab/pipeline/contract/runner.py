@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from i2v_lab.errors import InvalidRequest, RunnerUnavailable
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
-from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, TransformerQuantization
+from i2v_lab.memory_settings import NO_SETTINGS, QUANTIZATIONS, MemorySettings
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.sizes import SizeRule
-from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Variant
+from i2v_lab.request import I2VRequest, Quantization, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,6 @@ class RunnerSpec:
         weight_options: Names of the options that give real weights.
         quantizations: Of the transformer; the first is the default.
         variants: Samplers, as far as an architecture has them.
-        decode_scopes: Grad modes of the decoding.
         techniques: How it can lower its peak.
         tiled: Whether its decoder can cut the latent into tiles; where not all of its models agree, a function that
             says so of an architecture.
@@ -84,7 +83,6 @@ class RunnerSpec:
     weight_options: tuple[str, ...] = ()
     quantizations: tuple[Quantization, ...] = tuple(Quantization)
     variants: tuple[Variant, ...] = tuple(Variant)
-    decode_scopes: tuple[DecodeScope, ...] = tuple(DecodeScope)
     techniques: Techniques = frozenset()
     tiled: bool | Callable[[Architecture], bool] = False
     lazy_decode: bool = True
@@ -196,14 +194,13 @@ class RunnerSpec:
             "quantization": self.quantizations,
             "variant": [variant for variant in self.variants if variant in architecture.variants],
             "memory": self.memory,
-            "decode_scope": self.decode_scopes,
         }
         for name, choices in known.items():
             value = getattr(request, name).value
             if value not in choices:
                 use = " or ".join(choices)
                 if name == "quantization" and self.settings:
-                    use += f", or {', '.join(each for each in TransformerQuantization if each.package)}"
+                    use += f", or {', '.join(QUANTIZATIONS)}"
                 raise InvalidRequest(f"{name}={value!r} is not for {whose}; use {use}", **{name: value})
         if not self.settings:
             if request.settings.quantizes:
