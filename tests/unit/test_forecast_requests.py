@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import pandas as pd
 import pytest
@@ -35,7 +36,7 @@ from i2v_lab.runs.forecast import forecast_request, forecast_specs
 from i2v_lab.runs.sources import forecast_sweep
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import read_run
-from i2v_lab.studies.accuracy import accuracy_table, measured_table, summary_table
+from i2v_lab.studies.accuracy import accuracy_table, measured_table, other_versions, summary_table
 
 GIB = 2**30
 STILL = "stills/lighthouse.png"
@@ -129,6 +130,21 @@ def test_at_full_size_every_phase_is_within_1_percent_of_what_was_measured(full_
     assert list(summary.index)[-1] == "all"
     assert summary.loc["all", "runs"] == 14
     assert summary.loc["decode_video", "worst_error"] < 1e-3
+
+
+def test_measured_runs_are_those_of_the_own_pipelines_of_one_model_or_of_diffusers_models_too():
+    own, every = measured_table(), measured_table(diffusers=True)
+    wan = measured_table("wan-2.2-ti2v-5b")
+    assert set(own["model"]) == {"ltx-2.3-22b"}
+    assert set(wan["model"]) == {"wan-2.2-ti2v-5b"}
+    assert len(wan) == (every["model"] == "wan-2.2-ti2v-5b").sum() > 0
+    assert (every["model"] == "ltx-2.3-22b").sum() == len(own)  # and none of ltx-pipelines
+
+
+def test_versions_that_runs_had_and_that_are_not_installed_are_named_once():
+    here = {"torch": version("torch"), "no such package": "1.0", "python": "2.7", "i2v-lab": "0.0.1", "av": None}
+    runs = [here, {**here, "torch": "1.0"}, {**here, "torch": "0.9"}, {**here, "torch": "1.0"}]
+    assert other_versions(pd.DataFrame({"versions": runs})) == {"torch": ["0.9", "1.0"]}
 
 
 def test_at_full_size_every_phase_of_streamed_is_within_3_percent_of_what_was_measured():

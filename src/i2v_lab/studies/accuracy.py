@@ -92,8 +92,9 @@ def other_versions(measured: pd.DataFrame) -> dict[str, list[str]]:
         {'transformers': ['5.17.0']}
     """
     recorded = {pair for each in measured["versions"] for pair in each.items()}
-    here = versions({name for name, _ in recorded} - {"python", "i2v-lab"})
-    others = sorted((name, each) for name, each in recorded if each and here.get(name) not in (None, each))
+    here = versions({name for name, _ in recorded})
+    known = {name: here[name] for name in here.keys() - {"python", "i2v-lab"}}
+    others = sorted((name, each) for name, each in recorded if each and known.get(name) not in (None, each))
     return {name: [each for _, each in pairs] for name, pairs in groupby(others, key=itemgetter(0))}
 
 
