@@ -83,11 +83,12 @@ def patched_here(target: Any, name: str, substitute: Any) -> Iterator[None]:
 
 def unpatched(target: Any, name: str) -> Any:
     """The original of an attribute, whether it is replaced in this thread or not; a class method as its function."""
-    patch = _PATCHES.get((id(target), name))
-    original = patch.original if patch is not None else inspect.getattr_static(target, name, None)
-    if isinstance(original, classmethod):
-        return original.__func__
-    return original if patch is not None else getattr(target, name)
+    with _LOCK:  # another thread may be about to replace or restore it
+        patch = _PATCHES.get((id(target), name))
+        original = patch.original if patch is not None else inspect.getattr_static(target, name, None)
+        if isinstance(original, classmethod):
+            return original.__func__
+        return original if patch is not None else getattr(target, name)
 
 
 def _install(key: _Key, target: Any, name: str) -> None:

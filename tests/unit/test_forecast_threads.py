@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -256,6 +257,29 @@ def test_cached_tensors_are_a_forecasts_own():
     assert grid(3) is real
     assert type(grid(5)) is torch.Tensor
     assert grid.cache_info().currsize == 2
+
+
+def test_the_original_is_found_while_another_thread_replaces_and_restores_it():
+    def original() -> None: ...
+
+    def replace_and_restore() -> None:
+        while not ended.is_set():
+            with patched_here(module, "name", lambda: None):
+                pass
+
+    module, ended = types.ModuleType("module"), threading.Event()
+    module.name = original
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            for _ in range(2):
+                pool.submit(replace_and_restore)
+            found = {unpatched(module, "name") for _ in range(200_000)}
+        finally:
+            ended.set()
+            sys.setswitchinterval(interval)
+    assert found == {original}
 
 
 def test_a_cache_that_was_frozen_out_of_garbage_collection_keeps_no_tensor_of_a_forecast():
