@@ -49,6 +49,8 @@ class _Patch:
 _HERE = _Here()
 _LOCK = threading.RLock()
 _PATCHES: dict[_Key, _Patch] = {}
+_COVERED: list[_Patch] = []
+"""Patches over which another one was laid, that may put their dispatchers back when they are gone themselves."""
 
 
 @contextmanager
@@ -85,18 +87,22 @@ def unpatched(target: Any, name: str) -> Any:
     """The original of an attribute, whether it is replaced in this thread or not; a class method as its function."""
     with _LOCK:  # another thread may be about to replace or restore it
         patch = _PATCHES.get((id(target), name))
-        original = patch.original if patch is not None else inspect.getattr_static(target, name, None)
+        value = patch.dispatcher if patch is not None else inspect.getattr_static(target, name, None)
+        original = patch.original if patch is not None else _seen_through(value)
         if isinstance(original, classmethod):
             return original.__func__
-        return original if patch is not None else getattr(target, name)
+        return getattr(target, name) if original is value else original
 
 
 def _install(key: _Key, target: Any, name: str) -> None:
     with _LOCK:
         patch = _PATCHES.get(key)
-        if patch is None or inspect.getattr_static(target, name) is not patch.dispatcher:  # another patch lies over it
-            original = inspect.getattr_static(target, name)
+        value = inspect.getattr_static(target, name)
+        if patch is None or value is not patch.dispatcher:  # another patch lies over it
+            original = _seen_through(value)
             scopes = patch.scopes if patch is not None else 0
+            if patch is not None:
+                _COVERED.append(patch)
             patch = _Patch(target, original, _dispatcher(key, original), name not in vars(target), scopes)
             _PATCHES[key] = patch
             setattr(target, name, patch.dispatcher)
@@ -111,11 +117,17 @@ def _remove(key: _Key, name: str) -> None:
             return
         del _PATCHES[key]
         if inspect.getattr_static(patch.target, name) is not patch.dispatcher:
+            _COVERED.append(patch)
             return
         if patch.inherited:
             delattr(patch.target, name)
         else:
             setattr(patch.target, name, patch.original)
+
+
+def _seen_through(value: Any) -> Any:
+    """A value, or the original of one that is a dispatcher, put back by whoever undid a patch over it."""
+    return next((patch.original for patch in _COVERED if patch.dispatcher is value), value)
 
 
 def _dispatcher(key: _Key, original: Any) -> Any:

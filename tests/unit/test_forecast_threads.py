@@ -426,3 +426,20 @@ def test_a_patch_over_a_patch_that_another_made_is_kept(monkeypatch):
         with patched_here(module, "grid", lambda size: "second"):
             assert grid(1) == "second"
     assert grid(1) == "laid over"
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_patch_over_a_patch_that_is_undone_afterwards_leaves_the_original(over, monkeypatch):
+    module, original = types.ModuleType("module"), lambda: "original"
+    module.name = original
+    with patched_here(module, "name", lambda: "first"):
+        monkeypatch.setattr(module, "name", lambda: "laid over")
+        if over:
+            with patched_here(module, "name", lambda: "second"):
+                pass
+    monkeypatch.undo()  # puts back what it found
+    assert module.name() == "original"
+    assert unpatched(module, "name") is original
+    with patched_here(module, "name", lambda: "third"):
+        assert (module.name(), unpatched(module, "name")) == ("third", original)
+    assert module.name is original
