@@ -92,13 +92,19 @@ def without_forecasts(folder: Path) -> Path:
 
 
 def _wait_for_url(server: subprocess.Popen[str], log: list[str]) -> str:
+    """The address that it has written, once it listens there: it does so afterwards."""
     for _ in range(600):
-        found = re.search(r"http://127\.0\.0\.1:\d+/lab\S*\?token=\w+", "".join(log))
-        if found:
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/lab\S*\?token=\w+", "".join(log))
+        if found and _listens(int(found[1])):
             return found[0]
         assert server.poll() is None, "".join(log)
         time.sleep(0.1)
     raise AssertionError("".join(log))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def set_parameters(notebook: Path, values: dict[str, Any]) -> None:
