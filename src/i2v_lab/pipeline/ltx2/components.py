@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ltx_core.guidance.perturbations import PerturbationType
-from ltx_core.loader import LoraPathStrengthAndSDOps
+from ltx_core.loader import LoraPathStrengthAndSDOps, SDOps
 from ltx_core.loader import SingleGPUModelBuilder as Builder
 from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
 from ltx_core.model.video_vae import VideoDecoder
@@ -28,6 +28,8 @@ from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops, tokenizer_
 from i2v_lab.pipeline.ltx2.layout import gemma_dimensions, transformer_key_ops
 from i2v_lab.pipeline.ltx2.memory.builders import with_techniques
 from i2v_lab.pipeline.ltx2.memory.chunked_transformer import ChunkedBlock
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
+from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.request import Quantization
 
@@ -43,6 +45,7 @@ class Ledger(ModelLedger):
         quantization: Of the transformer.
         techniques: Memory techniques, applied to the components as they are built.
         with_lora: Fuse the distilled LoRA into the transformer.
+        host_weights: Where streamed blocks are in host memory; by default nothing is kept when a component is released.
 
     Example:
         >>> ledger = Ledger(weights, torch.device("cuda"), Quantization.FP8_CAST)  # doctest: +SKIP
@@ -57,9 +60,11 @@ class Ledger(ModelLedger):
         techniques: Techniques = frozenset(),
         *,
         with_lora: bool = False,
+        host_weights: HostWeights | None = None,
     ) -> None:
         self._weights = weights
         self._techniques = techniques
+        self._host_weights = host_weights or HostWeights()
         loras = (LoraPathStrengthAndSDOps(weights.lora, 1.0, weights.lora_keys),) if with_lora else ()
         super().__init__(
             dtype=DTYPE,
@@ -86,8 +91,27 @@ class Ledger(ModelLedger):
         key_ops = transformer_key_ops(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)
         builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
-        for name, builder in with_techniques(builders, self._techniques, self._weights.reader).items():
+        changed = with_techniques(builders, self._techniques, self._weights.reader, self._host_weights)
+        for name, builder in changed.items():
             setattr(self, name, replace(builder, model_loader=self._weights.loader))
+
+    def _quantized_transformer(self) -> tuple[Builder[Any], dict[str, Any]]:
+        """The transformer's builder and the arguments of its build besides the device, as ltx-pipelines' ledger."""
+        builder, policy = self.transformer_builder, self.quantization
+        if policy is None:
+            return builder, {"dtype": self.dtype}
+        key_ops = builder.model_sd_ops
+        assert key_ops is not None
+        if policy.sd_ops is not None:
+            name = f"sd_ops_chain_{key_ops.name}+{policy.sd_ops.name}"
+            key_ops = SDOps(name=name, mapping=(*key_ops.mapping, *policy.sd_ops.mapping))
+        return replace(builder, module_ops=(*builder.module_ops, *policy.module_ops), model_sd_ops=key_ops), {}
+
+    def read_transformer_ahead(self) -> None:
+        """Have threads read the transformer's blocks into host memory, if it is streamed, until it is built."""
+        builder, options = self._quantized_transformer()
+        if isinstance(builder, StreamedBuilder):
+            builder.read_ahead(self._target_device(), **options)
 
     def text_encoder(self) -> torch.nn.Module:
         """Gemma 3 with its tokenizer, at the architecture's size."""

@@ -16,6 +16,7 @@ from i2v_lab.memory_policy import Techniques
 from i2v_lab.pipeline.contract.lifecycle import PhaseScope
 from i2v_lab.pipeline.ltx2 import operations, sampling
 from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.sampling import Contexts, Latents, Stage
 from i2v_lab.pipeline.ltx2.tiles import stage_shape
 from i2v_lab.pipeline.ltx2.weights import Weights
@@ -32,6 +33,7 @@ class Run:
         device: Where components run.
         generator: The run's only source of randomness.
         techniques: Memory techniques, applied to the components.
+        host_weights: Where streamed blocks are in host memory.
     """
 
     request: I2VRequest
@@ -39,10 +41,18 @@ class Run:
     device: torch.device
     generator: torch.Generator
     techniques: Techniques
+    host_weights: HostWeights
 
     def ledger(self, *, with_lora: bool = False) -> Ledger:
         """The builders; with the distilled LoRA fused into the transformer if ``with_lora``."""
-        return Ledger(self.weights, self.device, self.request.quantization, self.techniques, with_lora=with_lora)
+        return Ledger(
+            self.weights,
+            self.device,
+            self.request.quantization,
+            self.techniques,
+            with_lora=with_lora,
+            host_weights=self.host_weights,
+        )
 
     def noiser(self) -> GaussianNoiser:
         """ltx-core's noiser over the run's generator."""

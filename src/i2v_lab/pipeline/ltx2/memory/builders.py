@@ -13,6 +13,7 @@ from ltx_core.loader.module_ops import ModuleOps
 from i2v_lab.memory_policy import Technique, Techniques
 from i2v_lab.pipeline.ltx2.memory.chunked_text import FEATURE_CHUNKS, TEXT_ONLY, text_only_keys
 from i2v_lab.pipeline.ltx2.memory.chunked_transformer import SHARED_MODULATIONS, TOKEN_CHUNKS
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.in_place_decode import ROW_BANDS
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
 from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
@@ -37,7 +38,10 @@ STREAMED: Mapping[Technique, Mapping[str, bool]] = {
 
 
 def with_techniques(
-    builders: Mapping[str, Builder[Any]], techniques: Techniques, reader: Callable[[], TensorReader]
+    builders: Mapping[str, Builder[Any]],
+    techniques: Techniques,
+    reader: Callable[[], TensorReader],
+    host_weights: HostWeights,
 ) -> dict[str, Builder[Any]]:
     """A ledger's builders with techniques applied.
 
@@ -45,6 +49,7 @@ def with_techniques(
         builders: By their names in ltx-pipelines' ledger.
         techniques: Those to apply.
         reader: Creates the reader of single tensors; called only for streamed weights.
+        host_weights: Where streamed blocks are in host memory.
 
     Returns:
         All builders, by the same names.
@@ -60,5 +65,5 @@ def with_techniques(
         if technique in techniques:
             for name, repeated in streamed.items():
                 fields = {field.name: getattr(result[name], field.name) for field in dataclasses.fields(result[name])}
-                result[name] = StreamedBuilder(**fields, reader=reader(), repeated=repeated)
+                result[name] = StreamedBuilder(**fields, reader=reader(), host_weights=host_weights, repeated=repeated)
     return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import sys
+import weakref
+from typing import Any
 
 import psutil
 import torch
@@ -33,6 +35,7 @@ class PageLocked:
     Args:
         nbytes: Its size.
         device: The device that copies from it; nothing is locked for a CPU, nor in a forecast.
+        lock: Lock its pages now; otherwise :meth:`lock` does, which is faster once they have been written to.
 
     Attributes:
         data: ``(nbytes,)``, uint8.
@@ -41,21 +44,39 @@ class PageLocked:
         RuntimeError: The driver refuses to lock more memory.
     """
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._locked: torch.Tensor | None = None
-        if device.type != "cuda" or is_fake():
+    def __init__(self, nbytes: int, device: torch.device, *, lock: bool = True) -> None:
+        self._is_lockable = device.type == "cuda" and not is_fake()
+        self._unlock: weakref.finalize[Any, Any] | None = None
+        if not self._is_lockable:
             self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             return
-        pages = own_pages(nbytes)
-        pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
-        self._locked, self.data = pages, pages[:nbytes]
+        self._pages = own_pages(nbytes)
+        self.data = self._pages[:nbytes]
+        if lock:
+            self._pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
+            self.lock()
+
+    def lock(self) -> None:
+        """Lock the pages, unless they are.
+
+        Raises:
+            RuntimeError: The driver refuses to lock more memory.
+        """
+        if self._is_lockable and self._unlock is None:
+            pages = self._pages
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
+            self._unlock = weakref.finalize(self, _unregister, pages)
+            self._unlock.atexit = False  # the driver does, and may be gone by then
 
     def release(self) -> None:
         """Unlock the pages. No copy from or to the buffer may be in flight."""
-        if self._locked is not None:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr()))
-            self._locked = None
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+
+def _unregister(pages: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pages.data_ptr()))
 
 
 def own_pages(nbytes: int) -> torch.Tensor:
