@@ -166,9 +166,10 @@ class PhaseProfiler:
                 self.component(name, module)
                 if self.paths is not None:
                     self.paths.components.append(name)
-            case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes):
+            case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes, resident_bytes):
                 if pageable_bytes:
-                    self.write(HostMemoryRecord(phase.value, name, page_locked_bytes, pageable_bytes))
+                    host = (page_locked_bytes, pageable_bytes)
+                    self.write(HostMemoryRecord(phase.value, name, *host, resident_bytes))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):
