@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from ltx_core.loader import SafetensorsModelStateDictLoader, StateDict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from i2v_lab.errors import CheckpointError
 from i2v_lab.pipeline.contract.scaled_fp8 import as_weight, dequantized, own_keys, scale_keys
+from i2v_lab.pipeline.contract.weight_headers import reason
 from i2v_lab.pipeline.ltx2.lora import LoraKeys
+
+
+@contextmanager
+def _opened(path: str, device: str = "cpu") -> Iterator[Any]:
+    """An open weight file; what fails within this scope is an error about it.
+
+    Raises:
+        CheckpointError: It was whole when the run began, and has been removed or damaged; ``fields`` has its ``path``.
+    """
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"weight file '{path}' cannot be read any more ({reason(error)}); restore it and run again", path=path
+        ) from error
 
 
 class ScaledStateDictLoader(SafetensorsModelStateDictLoader):
@@ -17,6 +38,12 @@ class ScaledStateDictLoader(SafetensorsModelStateDictLoader):
 
     ltx-core's own loader passes the scales on as further tensors, which a module that has none drops without a word.
     """
+
+    def metadata(self, path: str) -> dict[str, Any]:
+        """The configuration in a file's metadata; empty where it has none."""
+        with _opened(path) as file:
+            config: dict[str, Any] = json.loads((file.metadata() or {}).get("config", "{}"))
+            return config
 
     def load(self, path: str | list[str], sd_ops: Any | None = None, device: torch.device | None = None) -> StateDict:
         """Load the tensors whose checkpoint keys ``sd_ops`` lets through.
@@ -32,7 +59,7 @@ class ScaledStateDictLoader(SafetensorsModelStateDictLoader):
         target = device or torch.device("cpu")
         loaded: dict[str, torch.Tensor] = {}
         for one in [path] if isinstance(path, str) else path:
-            with safe_open(one, framework="pt", device=str(target)) as file:
+            with _opened(one, str(target)) as file:
                 scales = scale_keys(file.keys())
                 for key in own_keys(file.keys()):
                     mapped = key if sd_ops is None else sd_ops.apply_to_key(key)
