@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from i2v_lab.errors import CheckpointError
 from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
+from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.request import I2VRequest, Quantization
+from i2v_lab.runs.execute import execute
+from i2v_lab.runs.spec import RunSpec
 
 CPU = torch.device("cpu")
 STREAMED = TECHNIQUES[MemoryPolicy.STREAMED]
@@ -293,6 +296,35 @@ def test_an_interrupt_while_a_block_is_waited_for_ends_the_wait(tiny, gate):
     assert host.held_bytes == 0
     for timer in timers:
         timer.join()
+
+
+def test_generations_of_a_run_and_of_the_lab_keep_weights_until_its_end(
+    request_64, reads, monkeypatch, tmp_path, session_folder
+):
+    monkeypatch.setattr(host_weights, "host_budget_bytes", lambda _: PLENTY)
+    made = []
+    original = HostWeights.__init__
+
+    def noting(self, *args, **options):
+        original(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(HostWeights, "__init__", noting)
+    spec = RunSpec(request=request_64, model="ltx-2.3-tiny", generations=2, profiler="none")
+    execute(spec, device="cpu")
+    once = len(set(reads)) > 0
+    assert len([one for one in made if one.keep]) == once == 1
+    first = len(reads)
+    job = GenerationJob(tmp_path, device="cpu")
+    for _ in range(2):
+        job.start(request_64, "ltx-2.3-tiny")
+        job.wait()
+        assert job.state is State.DONE, job.message
+    assert len(reads) == 2 * first
+    kept = [one for one in made if one.keep]
+    assert [one.held_bytes > 0 for one in kept] == [False, True]
+    job.close()
+    assert {one.held_bytes for one in made} == {0}
 
 
 @pytest.mark.parametrize("fails", ["buffer", "lock"])

@@ -263,7 +263,8 @@ class HostBlocks:
 
     @property
     def _keeps(self) -> bool:
-        return self.repeated or (self._store.keep and all(plan.paths for plan in self._plans.values()))
+        in_files = bool(self._plans) and all(plan.paths for plan in self._plans.values())
+        return self.repeated or (self._store.keep and in_files)
 
     def evict(self) -> None:
         """Release the block that came last."""
