@@ -18,6 +18,7 @@ from i2v_lab.errors import CheckpointError
 from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
@@ -201,6 +202,30 @@ def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_o
         assert {expected[one.name].dtype for one in own} == {torch.bfloat16}
         assert stream.pageable_bytes == 0
         stream.close()
+        whole = Ledger(weights, CPU, Quantization.BF16, host_weights=HostWeights(PLENTY)).transformer().state_dict()
+        for key, value in expected.items():
+            assert torch.equal(_bytes(whole[f"velocity_model.{key}"]), _bytes(value))
+
+
+@pytest.mark.parametrize("budget", [2000, PLENTY])
+def test_whole_components_are_read_ahead_too(tiny, own_checkpoint, monkeypatch, budget):
+    monkeypatch.setattr(loader, "GROUP_BYTES", 2**16)
+    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2**17)
+    for component in ("transformer", "text_encoder", "video_decoder", "vocoder", "spatial_upsampler"):
+        states = [
+            getattr(Ledger(tiny, CPU, Quantization.FP8_CAST, host_weights=HostWeights(most)), component)().state_dict()
+            for most in (None, budget)
+        ]
+        assert states[0].keys() == states[1].keys()
+        for key, value in states[0].items():
+            assert value.dtype is states[1][key].dtype
+            assert torch.equal(_bytes(value), _bytes(states[1][key])), key
+    os.truncate(own_checkpoint.checkpoint, Path(own_checkpoint.checkpoint).stat().st_size - 4096)
+    read_ahead = loader.AheadStateDictLoader(HostWeights(budget))
+    with pytest.raises(CheckpointError) as caught:
+        read_ahead.load(own_checkpoint.checkpoint, device=CPU)
+    assert caught.value.fields["path"] == own_checkpoint.checkpoint
+    assert not _threads()
 
 
 def test_a_file_that_changed_between_generations_is_read_anew(own_checkpoint):

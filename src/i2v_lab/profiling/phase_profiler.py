@@ -167,7 +167,7 @@ class PhaseProfiler:
                 if self.paths is not None:
                     self.paths.components.append(name)
             case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes):
-                if pageable_bytes:
+                if page_locked_bytes or pageable_bytes:
                     self.write(HostMemoryRecord(phase.value, name, page_locked_bytes, pageable_bytes))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)

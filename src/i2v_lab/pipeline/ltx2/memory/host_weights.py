@@ -29,6 +29,12 @@ class HostWeights:
             built, and none for a model on a CPU.
         keep: Keep blocks until :meth:`close`; otherwise until their component is released.
 
+    Attributes:
+        keep: As given.
+        budget_bytes: As given.
+        changed: Notified when a thread ends the reading of a block; its lock is that of all components.
+        held_bytes: What they take now.
+
     Example:
         >>> with HostWeights(keep=True) as host_weights:
         ...     host_weights.held_bytes
@@ -38,7 +44,7 @@ class HostWeights:
     def __init__(self, budget_bytes: int | None = None, *, keep: bool = False) -> None:
         self.keep = keep
         self.changed = threading.Condition(threading.RLock())
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._limit_bytes = budget_bytes or 0
         self._components: dict[Hashable, HostBlocks] = {}  # the last to be used last
         self._ahead: list[HostBlocks] = []
@@ -46,8 +52,8 @@ class HostWeights:
 
     def limit_bytes(self, device: torch.device) -> int:
         """The most host memory that weights for ``device`` may take, with what they take now."""
-        if self._budget_bytes is not None:
-            return self._budget_bytes
+        if self.budget_bytes is not None:
+            return self.budget_bytes
         return self.held_bytes + host_budget_bytes(device)
 
     def blocks(

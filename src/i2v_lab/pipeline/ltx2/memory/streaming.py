@@ -93,6 +93,8 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
             return self._fused(copied(copy, base, name, device), device, dtype)
 
         loads: dict[str, Load] = {name: partial(load, name) for name in names}
+        for host in hosts:
+            host.read_ahead()
         model.weight_stream = WeightStream(model, loads, device, hosts=hosts)
         return model
 
