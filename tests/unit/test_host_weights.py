@@ -20,7 +20,7 @@ from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
-from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers
+from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers, tensors_ahead
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.request import I2VRequest, Quantization
@@ -202,7 +202,7 @@ def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_o
 
 @pytest.mark.parametrize("budget", [2000, PLENTY])
 def test_whole_components_are_read_ahead_too(tiny, own_checkpoint, monkeypatch, budget):
-    monkeypatch.setattr(loader, "GROUP_BYTES", 2**16)
+    monkeypatch.setattr(tensors_ahead, "GROUP_BYTES", 2**16)
     monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2**17)
     for component in ("transformer", "text_encoder", "video_decoder", "vocoder", "spatial_upsampler"):
         states = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +15,10 @@ from i2v_lab.errors import CheckpointError
 from i2v_lab.pipeline.contract.scaled_fp8 import as_weight, dequantized, own_keys, scale_keys
 from i2v_lab.pipeline.contract.weight_headers import reason
 from i2v_lab.pipeline.ltx2.lora import LoraKeys
-from i2v_lab.pipeline.ltx2.memory.host_copies import ALIGNMENT, BlockPlan, PlannedTensor
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader
+from i2v_lab.pipeline.ltx2.memory.tensors_ahead import tensors_ahead
 from i2v_lab.torch_compat import is_fake
-
-GROUP_BYTES = 2**27  # of tensors that are read at once
 
 
 @contextmanager
@@ -102,47 +100,18 @@ class AheadStateDictLoader(ScaledStateDictLoader):
         target = device or torch.device("cpu")
         if isinstance(sd_ops, LoraKeys) or is_fake() or not self._host_weights.limit_bytes(target):
             return super().load(path, sd_ops, device)
-        reader = SafetensorsReader()
-        plans, mapped = _plans(reader, [path] if isinstance(path, str) else path, sd_ops)
-        files = tuple(reader.identity(one) for one in ([path] if isinstance(path, str) else path))
+        reader, paths = SafetensorsReader(), [path] if isinstance(path, str) else path
+        found = [
+            (one, key, key if sd_ops is None else sd_ops.apply_to_key(key)) for one in paths for key in reader.keys(one)
+        ]
+        wanted = [(one, key, mapped) for one, key, mapped in found if mapped is not None]
         loaded: dict[str, torch.Tensor] = {}
-        blocks = self._host_weights.blocks(tuple(mapped.values()), files, plans, target, repeated=False)
-        try:
-            for name, plan in plans.items():
-                copy = blocks.take(name)
-                tensors = plan.loaded(target) if copy is None else copy.tensors_on(target)
-                for key, tensor in tensors:
-                    own = mapped[key]
-                    pairs = [(own, tensor)] if sd_ops is None else sd_ops.apply_to_key_value(own, tensor)
-                    loaded |= {name: as_weight(value) for name, value in pairs}
-                    del tensor, pairs
-                blocks.used(name, torch.cuda.current_stream(target).record_event() if target.type == "cuda" else None)
-            if target.type == "cuda":
-                torch.cuda.current_stream(target).synchronize()
-        finally:
-            blocks.close()
+        sources = [(one, key) for one, key, _ in wanted]
+        with closing(tensors_ahead(sources, reader, self._host_weights, target)) as tensors:
+            for _, _, mapped in wanted:
+                tensor = next(tensors)
+                pairs = [(mapped, tensor)] if sd_ops is None else sd_ops.apply_to_key_value(mapped, tensor)
+                loaded |= {name: as_weight(value) for name, value in pairs}
+                del tensor, pairs
         size = sum(tensor.nbytes for tensor in loaded.values())
         return StateDict(sd=loaded, device=target, size=size, dtype={tensor.dtype for tensor in loaded.values()})
-
-
-def _plans(
-    reader: SafetensorsReader, paths: Sequence[str], sd_ops: Any | None
-) -> tuple[dict[str, BlockPlan], dict[str, str]]:
-    """Tensors in groups that are read at once, in the order of the files; and the name of each for the module."""
-    groups: list[list[PlannedTensor]] = []
-    room, mapped = 0, {}
-    for path in paths:
-        for key in reader.keys(path):
-            own = key if sd_ops is None else sd_ops.apply_to_key(key)
-            if own is None:
-                continue
-            part, scale = reader.part(path, key), reader.scale(path, key)
-            size = part.nbytes + (0 if scale is None else scale.nbytes) + 2 * ALIGNMENT
-            if size > room:
-                groups.append([])
-                room = GROUP_BYTES
-            room -= size
-            mapped[key] = own
-            target = part.dtype if scale is None else torch.bfloat16
-            groups[-1].append(PlannedTensor(key, part.shape, part.dtype, target, part, scale))
-    return {str(index): BlockPlan(group, GROUP_BYTES) for index, group in enumerate(groups)}, mapped
