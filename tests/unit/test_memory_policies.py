@@ -28,8 +28,9 @@ from i2v_lab.pipeline.ltx2.memory import (
     in_place_decode,
     token_chunks,
 )
+from i2v_lab.pipeline.ltx2.memory.blocks import block_names
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader
-from i2v_lab.pipeline.ltx2.memory.streaming import WeightStream, block_names
+from i2v_lab.pipeline.ltx2.memory.streaming import WeightStream
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.sampling import Latents
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter

@@ -245,12 +245,15 @@ class HostMemoryRecord(HtmlFields):
         component: Its name.
         page_locked_bytes: Page-locked, of the blocks that are kept from their first call on.
         pageable_bytes: The largest block that was read from its file at once.
+        resident_bytes: What it would take on the device if 0, 1, ... of its blocks stayed there; empty where not all of
+            them are streamed.
     """
 
     phase: str
     component: str
     page_locked_bytes: int
     pageable_bytes: int
+    resident_bytes: tuple[int, ...]
 
 
 Record = (

@@ -212,6 +212,9 @@ class RunnerSpec:
                 raise InvalidRequest(
                     f"{name}={value!r} is not for {whose}; use {' or '.join(choices)}", **{name: value}
                 )
+        if request.placement is not None and not self.techniques:
+            words = f"a placement is not for {whose}; leave it out, or use a model whose runner is ltx-2"
+            raise InvalidRequest(words, placement=request.placement.to_json())
         if not self.settings:
             for name, unset in {"settings": NO_SETTINGS, "steps": None}.items():
                 if getattr(request, name) != unset:

@@ -32,6 +32,7 @@ from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import will_need
 from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
 from i2v_lab.pipeline.ltx2.weights import Weights
+from i2v_lab.placement import Placement
 from i2v_lab.request import Quantization
 
 
@@ -44,7 +45,7 @@ class Ledger(ModelLedger):
         weights: The weight files and their loader.
         device: Where components are built.
         quantization: Of the transformer.
-        techniques: Memory techniques, applied to the components as they are built.
+        placement: Memory techniques, applied to the components as they are built, and what stays on the device.
         with_lora: Fuse the distilled LoRA into the transformer.
         host_weights: Where streamed blocks are in host memory; by default nothing is kept when a component is released.
 
@@ -58,13 +59,13 @@ class Ledger(ModelLedger):
         weights: Weights,
         device: torch.device,
         quantization: Quantization,
-        techniques: Techniques = frozenset(),
+        placement: Placement | Techniques = frozenset(),
         *,
         with_lora: bool = False,
         host_weights: HostWeights | None = None,
     ) -> None:
         self._weights = weights
-        self._techniques = techniques
+        self._placement = placement if isinstance(placement, Placement) else Placement(techniques=placement)
         self._host_weights = host_weights or HostWeights()
         loras = (LoraPathStrengthAndSDOps(weights.lora, 1.0, weights.lora_keys),) if with_lora else ()
         super().__init__(
@@ -93,7 +94,7 @@ class Ledger(ModelLedger):
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)
         builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
         loader = self._weights.loader_ahead(HostWeights(self._host_weights.budget_bytes))
-        changed = with_techniques(builders, self._techniques, self._weights.reader, self._host_weights)
+        changed = with_techniques(builders, self._placement, self._weights.reader, self._host_weights)
         for name, builder in changed.items():
             setattr(self, name, replace(builder, model_loader=loader))
 

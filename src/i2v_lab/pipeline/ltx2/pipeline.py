@@ -10,7 +10,7 @@ import torch
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
+from i2v_lab.memory_policy import MemoryPolicy, Techniques
 from i2v_lab.pipeline.contract.generation import (
     GRAD_SCOPES,
     Generation,
@@ -29,6 +29,7 @@ from i2v_lab.pipeline.ltx2.layout import file_layout, meta_component
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
+from i2v_lab.placement import Placement
 from i2v_lab.request import I2VRequest, Quantization
 
 
@@ -43,7 +44,7 @@ class TwoStagePipeline:
         weights: From :func:`~i2v_lab.pipeline.ltx2.weights.resolve_weights`.
         device: ``"cpu"`` or ``"cuda"``.
         sinks: Called with every :data:`~i2v_lab.events.Event`.
-        techniques: Override those of the request's memory policy.
+        techniques: Override those of the request's memory policy, not those of a placement.
         host_weights: Where streamed weights are in host memory, for pipelines that share them; it is the caller's to
             close.
 
@@ -116,9 +117,11 @@ class TwoStagePipeline:
         pixels = load_still(request.image)
         require_memory(self.weights, request.quantization, self.device)
         generator = torch.Generator(self.device).manual_seed(request.seed)
-        techniques = TECHNIQUES[request.memory] if self._techniques is None else self._techniques
+        placement = request.placed
+        if self._techniques is not None and request.placement is None:
+            placement = Placement(techniques=self._techniques)
         host_weights = self._shared or self._own or HostWeights()
-        run = phases.Run(request, self.weights, self.device, generator, techniques, host_weights)
+        run = phases.Run(request, self.weights, self.device, generator, placement, host_weights)
         scopes = GRAD_SCOPES[request.decode_scope]
         with scopes.body(), ExitStack() as reading:
             reading.callback(host_weights.end_ahead if host_weights.keep else host_weights.close)

@@ -47,7 +47,7 @@ class HostWeights:
         self.budget_bytes = budget_bytes
         self._limit_bytes = budget_bytes or 0
         self._components: dict[Hashable, HostBlocks] = {}  # the last to be used last
-        self._ahead: list[HostBlocks] = []
+        self._ahead: list[tuple[HostBlocks, Any, Any]] = []
         self.held_bytes = 0
 
     def limit_bytes(self, device: torch.device) -> int:
@@ -70,11 +70,6 @@ class HostWeights:
             repeated: Whether its blocks are called many times, and so are kept while it is used.
         """
         with self.changed:
-            changed = [one for one in self._ahead if one is self._components.get((key, device)) and one.files != files]
-        for one in changed:
-            self._ahead.remove(one)
-            one.close()
-        with self.changed:
             found = self._components.get((key, device))
             if found is not None and found.files != files and not found.users:
                 found.release()
@@ -83,23 +78,34 @@ class HostWeights:
                 found = HostBlocks(self, files, plans, device)
             self._components.pop((key, device), None)
             self._components[key, device] = found
-            if found in self._ahead:
-                self._ahead.remove(found)
-            else:
-                found.users += 1
-                self._limit_bytes = self.limit_bytes(device)
-                found.start(repeated=repeated)
+            found.users += 1
+            self._limit_bytes = self.limit_bytes(device)
+            found.start(repeated=repeated)
             return found
 
-    def read_ahead(self, blocks: HostBlocks) -> None:
-        """Have threads read a component's blocks until it is used next, or until :meth:`end_ahead`."""
-        self._ahead.append(blocks)
+    def read_ahead(self, blocks: HostBlocks, identity: Any, prepared: Any) -> None:
+        """Have threads read a component's blocks until :meth:`end_ahead`, or for longer if it is claimed.
+
+        Args:
+            blocks: The blocks, in use.
+            identity: By which the component is claimed.
+            prepared: What :meth:`claim` returns.
+        """
+        self._ahead.append((blocks, identity, prepared))
         blocks.read_ahead()
 
+    def claim(self, identity: Any) -> Any:
+        """What was prepared when a component was read ahead, once; ``None`` if it was not. Its blocks are in use."""
+        for index, (_, own, prepared) in enumerate(self._ahead):
+            if own == identity:
+                del self._ahead[index]
+                return prepared
+        return None
+
     def end_ahead(self) -> None:
-        """End the reading ahead of components that were not used."""
+        """End the reading ahead of components that were not claimed."""
         while self._ahead:
-            self._ahead.pop().close()
+            self._ahead.pop()[0].close()
 
     def close(self) -> None:
         """Release everything; threads that read have ended. Components still in use load their blocks from then on."""

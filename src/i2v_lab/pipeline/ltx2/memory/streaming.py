@@ -2,13 +2,15 @@
 
 A block's weights are loaded when it is called and freed when it returns. Where a block is called many times, as in
 every step of denoising, its weights are offloaded to host memory after the first load, within a budget: one page-locked
-buffer a block, prefetched to the device on a stream of its own while the preceding block computes. At most two blocks
-are on the device. Where weights are in files, threads read them into host memory ahead of their use.
+buffer a block, prefetched to the device on a stream of its own while the preceding blocks compute. Of the streamed
+blocks at most one more than are prefetched are on the device. Where weights are in files, threads read them into host
+memory ahead of their use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -18,41 +20,27 @@ import torch
 from ltx_core.loader import SingleGPUModelBuilder, StateDict
 from ltx_core.loader.fuse_loras import apply_loras
 from ltx_core.loader.primitives import LoraStateDictWithStrength
-from ltx_core.model.transformer.adaln import AdaLayerNormSingle
-from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
-from ltx_core.model.video_vae.resnet import ResnetBlock3D
-from ltx_core.model.video_vae.sampling import DepthToSpaceUpsample, SpaceToDepthDownsample
-from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerBlock1D
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from i2v_lab.pipeline.contract.scaled_fp8 import as_weight
+from i2v_lab.pipeline.ltx2.memory.blocks import BlockOrder
 from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, PlannedTensor, planned
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostBlocks, HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
+from i2v_lab.pipeline.ltx2.memory.tensors_ahead import tensors_ahead
 from i2v_lab.torch_compat import is_fake
-
-BLOCKS = (  # module classes whose weights are streamed
-    BasicAVTransformerBlock,
-    AdaLayerNormSingle,
-    Gemma3DecoderLayer,
-    _BasicTransformerBlock1D,
-    ResnetBlock3D,
-    DepthToSpaceUpsample,
-    SpaceToDepthDownsample,
-)
-LARGE_LAYERS = ("embed_tokens", "video_aggregate_embed", "audio_aggregate_embed")  # names of single layers, likewise
 
 Load = Callable[[], dict[str, torch.Tensor]]
 _Source = tuple[str, str, str]  # path, key in the file, key in the module
 
 
-def block_names(model: torch.nn.Module) -> list[str]:
-    """Paths of the submodules of ``model`` whose weights are streamed, in the order in which they are defined."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BLOCKS) or name.rpartition(".")[2] in LARGE_LAYERS
-    ]
+@dataclass(frozen=True)
+class _Prepared:
+    """A component before its weights: on the meta device, its streamed blocks, their tensors, and their host memory."""
+
+    model: Any
+    names: Sequence[str]
+    tensors: Mapping[str, Sequence[_Source]]
+    blocks: HostBlocks
 
 
 @dataclass(frozen=True)
@@ -63,11 +51,15 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         reader: Reads single tensors.
         host_weights: Where blocks are in host memory.
         repeated: Whether blocks are called many times, so that they are kept there.
+        resident_blocks: Blocks that are loaded when it is built, and stay on the device.
+        prefetch: Streamed blocks that are copied to the device ahead of the one that runs.
     """
 
     reader: TensorReader | None = None
     host_weights: HostWeights = field(default_factory=HostWeights)
     repeated: bool = False
+    resident_blocks: int = 0
+    prefetch: int = 1
 
     def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
         """The component on ``device`` without its blocks' weights, which its ``weight_stream`` loads when they run.
@@ -77,14 +69,22 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
             dtype: Of all weights; as stored by default.
         """
         device = device or torch.device("cuda")
-        model = self.meta_model(self.model_config(), self.module_ops)
-        names = block_names(model)
-        tensors = self._by_block(names)
-        rest = self._fused(self._load(tensors.pop("", []), device, dtype), device, dtype)
-        model.load_state_dict(rest, strict=False, assign=True)
-        base = self._host_blocks(tensors, names, device, dtype, repeated=self.repeated and not self.loras)
-        hosts = [self._host_blocks(tensors, names, device, dtype, repeated=True, fused=True)] if self.loras else []
-        hosts.append(base)
+        prepared = self.host_weights.claim(self._identity(device, dtype)) or self._prepared(device, dtype)
+        if prepared is None:
+            return super().build(device, dtype)
+        model, tensors, hosts = prepared.model, prepared.tensors, [prepared.blocks]
+        base, names = prepared.blocks, prepared.names
+        try:
+            if self.loras:
+                hosts.insert(0, self._host_blocks(tensors, names, device, dtype, repeated=True, fused=True))
+            for host in hosts:
+                host.read_ahead()
+            rest = self._fused(self._load(tensors.get("", []), device, dtype, ahead=True), device, dtype)
+            model.load_state_dict(rest, strict=False, assign=True)
+        except BaseException:
+            for host in hosts:
+                host.close()
+            raise
 
         def load(name: str) -> dict[str, torch.Tensor]:
             copy = base.take(name) if self.loras else None
@@ -93,20 +93,28 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
             return self._fused(copied(copy, base, name, device), device, dtype)
 
         loads: dict[str, Load] = {name: partial(load, name) for name in names}
-        for host in hosts:
-            host.read_ahead()
-        model.weight_stream = WeightStream(model, loads, device, hosts=hosts)
+        model.weight_stream = WeightStream(model, loads, device, hosts=hosts, prefetch=self.prefetch)
         return model
 
     def read_ahead(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Have threads read its blocks into host memory until it is built; arguments as for :meth:`build`."""
-        if not self.host_weights.limit_bytes(device) or is_fake():
-            return
-        names = block_names(self.meta_model(self.model_config(), self.module_ops))
+        if self.host_weights.limit_bytes(device) and not is_fake():
+            prepared = self._prepared(device, dtype)
+            if prepared is not None:
+                self.host_weights.read_ahead(prepared.blocks, self._identity(device, dtype), prepared)
+
+    def _identity(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, ...]:
+        """Equal for builders of equal components."""
+        return self.model_path, self.module_ops, self.model_sd_ops, self.loras, self.resident_blocks, device, dtype
+
+    def _prepared(self, device: torch.device, dtype: torch.dtype | None) -> _Prepared | None:
+        model = self.meta_model(self.model_config(), self.module_ops)
+        names = BlockOrder.of(model).streamed(self.resident_blocks)
+        if not names:
+            return None
         tensors = self._by_block(names)
-        tensors.pop("", None)
         repeated = self.repeated and not self.loras
-        self.host_weights.read_ahead(self._host_blocks(tensors, names, device, dtype, repeated=repeated))
+        return _Prepared(model, names, tensors, self._host_blocks(tensors, names, device, dtype, repeated=repeated))
 
     def _host_blocks(
         self,
@@ -120,7 +128,7 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
     ) -> HostBlocks:
         """Its blocks in host memory; with LoRAs fused if ``fused``, which is done on the device."""
         assert self.reader is not None
-        paths = sorted({path for sources in tensors.values() for path, _, _ in sources})
+        paths = sorted({path for name in names for path, _, _ in tensors.get(name, ())})
         loras = [lora.path for lora in self.loras] if fused else []
         files = tuple(self.reader.identity(path) for path in (*paths, *loras))
         plans: dict[str, BlockPlan] = {}
@@ -162,12 +170,15 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         return found
 
     def _load(
-        self, tensors: Sequence[_Source], device: torch.device, dtype: torch.dtype | None
+        self, sources: Sequence[_Source], device: torch.device, dtype: torch.dtype | None, *, ahead: bool = False
     ) -> dict[str, torch.Tensor]:
         assert self.reader is not None
+        host_weights = HostWeights(self.host_weights.budget_bytes if ahead else 0)
         own: dict[str, torch.Tensor] = {}
-        for path, key, mapped in tensors:
-            own |= self._module_form(mapped, self.reader.tensor(path, key, device), dtype)
+        wanted = [(path, key) for path, key, _ in sources]
+        with closing(tensors_ahead(wanted, self.reader, host_weights, device)) as tensors:
+            for _, _, mapped in sources:
+                own |= self._module_form(mapped, next(tensors), dtype)
         return own
 
     def _module_form(self, mapped: str, value: torch.Tensor, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -217,6 +228,7 @@ class WeightStream:
         host_budget_bytes: Of host memory, for blocks that were loaded once; blocks beyond it are loaded at every call.
         hosts: Stand in for it: where blocks are in host memory; the first for the model's own, the others for what
             ``loads`` uses. They are closed with the stream.
+        prefetch: Blocks that are copied to the device ahead of the one that runs.
     """
 
     def __init__(
@@ -226,6 +238,7 @@ class WeightStream:
         device: torch.device,
         host_budget_bytes: int = 0,
         hosts: Sequence[HostBlocks] = (),
+        prefetch: int = 1,
     ) -> None:
         self._model = model
         self._loads = loads
@@ -235,6 +248,9 @@ class WeightStream:
         )
         self._host = self._hosts[0]
         self._loaded_bytes = 0
+        self._prefetch = prefetch
+        self._blocks = BlockOrder.of(model)  # while they have their sizes
+        self._block_bytes: dict[str, int] = {}
         self._order = {name: index for index, name in enumerate(loads)}
         self._following = dict(pairwise(["", *loads]))  # the block called after each, as observed in the last pass
         self._last = ""
@@ -259,6 +275,16 @@ class WeightStream:
         """The most pageable host memory: of the largest block that was loaded, or of tensors that threads converted."""
         return max(self._loaded_bytes, *(host.pageable_bytes for host in self._hosts))
 
+    @property
+    def resident_bytes(self) -> tuple[int, ...]:
+        """What the first 0, 1, ... blocks would take on the device if they stayed; empty while one is not known."""
+        order = self._blocks
+        if not self._block_bytes.keys() >= set(order.names):
+            return ()
+        return tuple(
+            sum(self._block_bytes[name] for name in order.resident(count)) for count in range(len(order.names) + 1)
+        )
+
     def close(self) -> None:
         """Remove the hooks and free every byte, on the device and on the host."""
         for hook in self._hooks:
@@ -272,6 +298,7 @@ class WeightStream:
 
     def _before_call(self, name: str, module: torch.nn.Module, args: Any) -> None:
         tensors = self._fetch(name)
+        self._block_bytes[name] = sum(tensor.nbytes for tensor in tensors.values())
         for key, tensor in tensors.items():
             owner, _, leaf = key.rpartition(".")
             part = self._model.get_submodule(owner)
@@ -280,11 +307,14 @@ class WeightStream:
             own[leaf] = tensor
         self._following[self._last] = name
         self._last = name
-        following = self._following.get(name, "")
-        ahead = self._order.get(following, 0) > self._order[name]
-        copy = self._host.ready(following) if ahead and following not in self._in_flight else None
-        if copy is not None and self._host.repeated:
-            self._in_flight[following] = (copy, *self._copy_to_device(following, copy))
+        following = name
+        for _ in range(self._prefetch if self._host.repeated else 0):
+            previous, following = following, self._following.get(following, "")
+            if self._order.get(following, 0) <= self._order[previous]:  # the next pass begins there
+                break
+            copy = self._host.ready(following) if following not in self._in_flight else None
+            if copy is not None:
+                self._in_flight[following] = (copy, *self._copy_to_device(following, copy))
 
     def _after_call(self, name: str, module: torch.nn.Module, args: Any, result: Any) -> None:
         self._free(name)
