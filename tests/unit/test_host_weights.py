@@ -175,6 +175,22 @@ def test_blocks_with_a_lora_are_kept_beside_those_without_and_made_from_them(tin
     assert small.held_bytes == 0
 
 
+def test_the_first_pass_holds_one_block_on_the_device_whatever_is_in_host_memory(tiny):
+    """As in a forecast of one generation, so that none of several takes more."""
+    with HostWeights(PLENTY, keep=True) as host:
+        for _ in range(2):
+            stream = _stream(tiny, host)
+            for number in (1, 2):
+                for name in stream._order:
+                    block = stream._model.get_submodule(name)
+                    stream._before_call(name, block, ())
+                    assert not stream._in_flight or number == 2
+                    stream._after_call(name, block, (), None)
+                    if number == 2:
+                        assert len(stream._in_flight) == (name != list(stream._order)[-1])
+            stream.close()
+
+
 def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_on_the_device(tiny, tmp_path):
     tensors = load_file(tiny.checkpoint)
     blocks = {key: value for key, value in tensors.items() if "transformer_blocks." in key and key.endswith(".weight")}

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -252,7 +251,7 @@ class WeightStream:
         self._blocks = BlockOrder.of(model)  # while they have their sizes
         self._block_bytes: dict[str, int] = {}
         self._order = {name: index for index, name in enumerate(loads)}
-        self._following = dict(pairwise(["", *loads]))  # the block called after each, as observed in the last pass
+        self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
         self._in_flight: dict[str, tuple[HostCopy, torch.Tensor, Any]] = {}
         real_cuda = device.type == "cuda" and not is_fake()
