@@ -166,10 +166,9 @@ class PhaseProfiler:
                 self.component(name, module)
                 if self.paths is not None:
                     self.paths.components.append(name)
-            case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes, resident_bytes):
-                if pageable_bytes:
-                    host = (page_locked_bytes, pageable_bytes)
-                    self.write(HostMemoryRecord(phase.value, name, *host, resident_bytes))
+            case ComponentReleased(phase, name, locked, pageable, resident):
+                if locked or pageable:
+                    self.write(HostMemoryRecord(phase.value, name, locked, pageable, resident))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):

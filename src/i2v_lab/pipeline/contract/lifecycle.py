@@ -40,6 +40,9 @@ class PhaseScope:
         """
         try:
             module = build()
+        except CheckpointError as error:
+            error.fields.setdefault("component", name)
+            raise
         except (OSError, SafetensorError) as error:  # it was whole when the run began
             raise CheckpointError(
                 f"the weights of {name} cannot be read any more ({error}); restore their file and run again",

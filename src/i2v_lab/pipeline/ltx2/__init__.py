@@ -46,6 +46,7 @@ RUNNER = RunnerSpec(
         "skeleton_weights": "ltx2.weights:skeleton_weights",
         "pipeline": "ltx2.pipeline:TwoStagePipeline",
         "memoizable_modules": "ltx2.components:memoizable_modules",
+        "kept_weights": "ltx2.memory.host_weights:HostWeights",
     },
     weight_options=("checkpoint", "gemma", "upsampler", "lora"),
     quantizations=(Quantization.FP8_CAST, Quantization.BF16),
@@ -57,7 +58,10 @@ UPSTREAM = replace(
     RUNNER,
     name="ltx-pipelines",
     label="ltx-pipelines",
-    parts={**RUNNER.parts, "pipeline": "ltx2.upstream:UpstreamPipeline"},
+    parts={
+        **{name: part for name, part in RUNNER.parts.items() if name != "kept_weights"},
+        "pipeline": "ltx2.upstream:UpstreamPipeline",
+    },
     techniques=frozenset(),
     third_party=True,
 )

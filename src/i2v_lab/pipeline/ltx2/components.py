@@ -29,6 +29,7 @@ from i2v_lab.pipeline.ltx2.layout import gemma_dimensions, transformer_key_ops
 from i2v_lab.pipeline.ltx2.memory.builders import with_techniques
 from i2v_lab.pipeline.ltx2.memory.chunked_transformer import ChunkedBlock
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
+from i2v_lab.pipeline.ltx2.memory.readers import will_need
 from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.placement import Placement
@@ -92,9 +93,10 @@ class Ledger(ModelLedger):
         key_ops = transformer_key_ops(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)
         builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
+        loader = self._weights.loader_ahead(HostWeights(self._host_weights.budget_bytes))
         changed = with_techniques(builders, self._placement, self._weights.reader, self._host_weights)
         for name, builder in changed.items():
-            setattr(self, name, replace(builder, model_loader=self._weights.loader))
+            setattr(self, name, replace(builder, model_loader=loader))
 
     def _quantized_transformer(self) -> tuple[Builder[Any], dict[str, Any]]:
         """The transformer's builder and the arguments of its build besides the device, as ltx-pipelines' ledger."""
@@ -109,10 +111,12 @@ class Ledger(ModelLedger):
         return replace(builder, module_ops=(*builder.module_ops, *policy.module_ops), model_sd_ops=key_ops), {}
 
     def read_transformer_ahead(self) -> None:
-        """Have threads read the transformer's blocks into host memory, if it is streamed, until it is built."""
+        """Have the transformer read while other components run: by threads if it is streamed, else by the system."""
         builder, options = self._quantized_transformer()
         if isinstance(builder, StreamedBuilder):
             builder.read_ahead(self._target_device(), **options)
+        elif not self._weights.is_synthetic:
+            will_need([self._weights.checkpoint])
 
     def text_encoder(self) -> torch.nn.Module:
         """Gemma 3 with its tokenizer, at the architecture's size."""

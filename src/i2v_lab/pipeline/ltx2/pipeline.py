@@ -124,7 +124,7 @@ class TwoStagePipeline:
         run = phases.Run(request, self.weights, self.device, generator, placement, host_weights)
         scopes = GRAD_SCOPES[request.decode_scope]
         with scopes.body(), ExitStack() as reading:
-            reading.callback(host_weights.end_ahead)
+            reading.callback(host_weights.end_ahead if host_weights.keep else host_weights.close)
             run.ledger().read_transformer_ahead()
             with self._phase(Phase.ENCODE_PROMPT) as scope:
                 contexts = phases.encode_prompt(run, scope)

@@ -7,7 +7,7 @@ it is read. What is kept as it is in the file is read straight into the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,10 +58,19 @@ class HostCopy:
 
     def unpacked(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors as the module has them: views of ``buffer``, a copy on the device, or made from such views."""
-        return _unpacked(self.tensors, buffer)
+        return dict(_unpacked(self.tensors, buffer, lambda view: view))
+
+    def tensors_on(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors as the module has them, one after another, each with memory of its own on ``device``.
+
+        They are complete for work that is queued next on the current stream.
+        """
+        return _unpacked(self.tensors, self.buffer.data, lambda view: view.to(device, non_blocking=True, copy=True))
 
 
-def _unpacked(tensors: Iterable[HostTensor], buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+def _unpacked(
+    tensors: Iterable[HostTensor], buffer: torch.Tensor, placed: Convert
+) -> Iterator[tuple[str, torch.Tensor]]:
     typed: dict[torch.dtype, torch.Tensor] = {}
 
     def view(one: HostTensor) -> torch.Tensor:
@@ -69,13 +78,11 @@ def _unpacked(tensors: Iterable[HostTensor], buffer: torch.Tensor) -> dict[str, 
             typed[one.dtype] = buffer.view(one.dtype)
         return typed[one.dtype].as_strided(one.shape, _strides(one.shape), one.offset // one.dtype.itemsize)
 
-    found = {}
     for one in tensors:
-        value = view(one)
+        value = placed(view(one))
         if one.scale is not None:
-            value = dequantized(value, view(one.scale))
-        found[one.name] = value if value.dtype is one.target else value.to(one.target)
-    return found
+            value = dequantized(value, placed(view(one.scale)))
+        yield one.name, value if value.dtype is one.target else value.to(one.target)
 
 
 def _strides(shape: torch.Size) -> list[int]:
@@ -130,6 +137,7 @@ class BlockPlan:
 
     Args:
         tensors: Its tensors.
+        capacity: Of its buffer in bytes, if it is to be larger than they are; buffers of one size are filled again.
 
     Attributes:
         layout: Where each is in the buffer.
@@ -137,12 +145,13 @@ class BlockPlan:
         paths: The files that it is read from; none where a tensor is made on demand.
     """
 
-    def __init__(self, tensors: Iterable[PlannedTensor]) -> None:
+    def __init__(self, tensors: Iterable[PlannedTensor], capacity: int = 0) -> None:
         self._tensors = tuple(tensors)
-        self.layout, self.nbytes = packed(
+        self.layout, nbytes = packed(
             (one.name, one.dtype, one.shape, one.target, one.scale if one.keeps_scale else None)
             for one in self._tensors
         )
+        self.nbytes = max(nbytes, capacity)
         from_files = all(one.part is not None for one in self._tensors)
         self.paths = {one.part.path for one in self._tensors if one.part is not None} if from_files else set[str]()
 
@@ -152,6 +161,15 @@ class BlockPlan:
         return tuple(
             (one.name, one.target, None if one.part is None else (one.part.path, one.part.key)) for one in self._tensors
         )
+
+    def loaded(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of files on ``device``, as the module has them, without a buffer."""
+        for one in self._tensors:
+            assert one.part is not None
+            value = one.part.read().to(device)
+            if one.scale is not None:
+                value = dequantized(value, one.scale.read())
+            yield one.name, value if one.convert is None else one.convert(value)
 
     def jobs(self, buffer: torch.Tensor) -> list[Job]:
         """What fills a buffer, ``(nbytes,)`` uint8: to be called in any order, by any thread, each once."""
@@ -232,7 +250,8 @@ class _Conversion:
         value = one.part.read()
         if one.scale is not None:
             value = dequantized(value, one.scale.read())
-        _unpacked([self.place], self.buffer)[one.name].copy_(convert(value))
+        _, target = next(_unpacked([self.place], self.buffer, lambda view: view))
+        target.copy_(convert(value))
 
 
 def planned(

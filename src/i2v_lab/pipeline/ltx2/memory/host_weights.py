@@ -7,24 +7,18 @@ copy.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Hashable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from i2v_lab.errors import CheckpointError
-from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, Job, packed
+from i2v_lab.pipeline.ltx2.memory.block_reader import BlockReader, Reading, Spare
+from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, packed
 from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked, host_budget_bytes
-from i2v_lab.pipeline.ltx2.memory.readers import file_identity
 from i2v_lab.torch_compat import is_fake
 
 AHEAD_BYTES = 2**30  # of blocks that are not kept, read ahead of their use
-THREADS = min(8, os.cpu_count() or 1)  # that read one component
 
 
 class HostWeights:
@@ -35,6 +29,12 @@ class HostWeights:
             built, and none for a model on a CPU.
         keep: Keep blocks until :meth:`close`; otherwise until their component is released.
 
+    Attributes:
+        keep: As given.
+        budget_bytes: As given.
+        changed: Notified when a thread ends the reading of a block; its lock is that of all components.
+        held_bytes: What they take now.
+
     Example:
         >>> with HostWeights(keep=True) as host_weights:
         ...     host_weights.held_bytes
@@ -44,16 +44,16 @@ class HostWeights:
     def __init__(self, budget_bytes: int | None = None, *, keep: bool = False) -> None:
         self.keep = keep
         self.changed = threading.Condition(threading.RLock())
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._limit_bytes = budget_bytes or 0
         self._components: dict[Hashable, HostBlocks] = {}  # the last to be used last
-        self._ahead: list[HostBlocks] = []
+        self._ahead: list[tuple[HostBlocks, Any, Any]] = []
         self.held_bytes = 0
 
     def limit_bytes(self, device: torch.device) -> int:
         """The most host memory that weights for ``device`` may take, with what they take now."""
-        if self._budget_bytes is not None:
-            return self._budget_bytes
+        if self.budget_bytes is not None:
+            return self.budget_bytes
         return self.held_bytes + host_budget_bytes(device)
 
     def blocks(
@@ -78,23 +78,34 @@ class HostWeights:
                 found = HostBlocks(self, files, plans, device)
             self._components.pop((key, device), None)
             self._components[key, device] = found
-            if found in self._ahead:
-                self._ahead.remove(found)
-            else:
-                found.users += 1
-                self._limit_bytes = self.limit_bytes(device)
-                found.start(repeated=repeated)
+            found.users += 1
+            self._limit_bytes = self.limit_bytes(device)
+            found.start(repeated=repeated)
             return found
 
-    def read_ahead(self, blocks: HostBlocks) -> None:
-        """Have threads read a component's blocks until it is used next, or until :meth:`end_ahead`."""
-        self._ahead.append(blocks)
+    def read_ahead(self, blocks: HostBlocks, identity: Any, prepared: Any) -> None:
+        """Have threads read a component's blocks until :meth:`end_ahead`, or for longer if it is claimed.
+
+        Args:
+            blocks: The blocks, in use.
+            identity: By which the component is claimed.
+            prepared: What :meth:`claim` returns.
+        """
+        self._ahead.append((blocks, identity, prepared))
         blocks.read_ahead()
 
+    def claim(self, identity: Any) -> Any:
+        """What was prepared when a component was read ahead, once; ``None`` if it was not. Its blocks are in use."""
+        for index, (_, own, prepared) in enumerate(self._ahead):
+            if own == identity:
+                del self._ahead[index]
+                return prepared
+        return None
+
     def end_ahead(self) -> None:
-        """End the reading ahead of components that were not used."""
+        """End the reading ahead of components that were not claimed."""
         while self._ahead:
-            self._ahead.pop().close()
+            self._ahead.pop()[0].close()
 
     def close(self) -> None:
         """Release everything; threads that read have ended. Components still in use load their blocks from then on."""
@@ -142,35 +153,6 @@ class HostWeights:
         self._limit_bytes = 0
 
 
-@dataclass
-class _Reading:
-    """A block that threads are reading.
-
-    Attributes:
-        buffer: Gets it.
-        left: Jobs that have not ended.
-        error: The first that ended one.
-        refused: Whether its buffer could not be had.
-    """
-
-    buffer: PageLocked | None = None
-    left: int = 1
-    error: BaseException | None = None
-    refused: bool = False
-
-    @property
-    def failed(self) -> bool:
-        return self.refused or self.error is not None
-
-
-@dataclass
-class _Spare:
-    """A buffer whose block has been used, and the event after which the device has its copy."""
-
-    buffer: PageLocked
-    event: Any
-
-
 class HostBlocks:
     """The blocks of one component in host memory; made by :meth:`HostWeights.blocks`.
 
@@ -179,7 +161,6 @@ class HostBlocks:
         users: How many use them.
         repeated: Whether they are called many times.
         page_locked_bytes: The most host memory that they took at once.
-        pageable_bytes: The most that the conversion of tensors took at once.
     """
 
     def __init__(
@@ -188,24 +169,28 @@ class HostBlocks:
         self.files = files
         self.users = 0
         self.repeated = False
-        self.page_locked_bytes = self.pageable_bytes = 0
+        self.page_locked_bytes = 0
         self._store = store
         self._plans = plans
         self._device = device
-        self._held_bytes = self._passing_bytes = self._converting_bytes = 0
+        self._held_bytes = self._passing_bytes = 0
         self._most_kept_bytes = 0
         self._copies: dict[str, HostCopy] = {}
         self._passing: set[str] = set()  # blocks that are not kept
-        self._spare: list[_Spare] = []  # buffers of such
+        self._spare: list[Spare] = []  # buffers of such
         self._empty: dict[str, PageLocked] = {}  # buffers of blocks that are made on demand
-        self._reading: dict[str, _Reading] = {}
+        self._reading: set[str] = set()
         self._errors: dict[str, BaseException] = {}
-        self._identities: dict[str, Hashable] = {}
-        self._threads: ThreadPoolExecutor | None = None
+        self._reader = BlockReader(device)
         self._stopping = False
 
     def __len__(self) -> int:
         return len(self._copies)
+
+    @property
+    def pageable_bytes(self) -> int:
+        """The most pageable memory that the conversion of tensors took at once."""
+        return self._reader.pageable_bytes
 
     def start(self, *, repeated: bool) -> None:
         """Make room, and decide how much is kept; with the lock of the store held."""
@@ -243,7 +228,7 @@ class HostBlocks:
         with self._store.changed:
             if name in self._passing and name in self._copies:
                 self._passing.discard(name)
-                self._spare.append(_Spare(self._copies.pop(name).buffer, event))
+                self._spare.append(Spare(self._copies.pop(name).buffer, event))
                 self._read(name, from_next=True)
 
     def offload(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -290,7 +275,8 @@ class HostBlocks:
 
     @property
     def _keeps(self) -> bool:
-        return self.repeated or (self._store.keep and all(plan.paths for plan in self._plans.values()))
+        in_files = bool(self._plans) and all(plan.paths for plan in self._plans.values())
+        return self.repeated or (self._store.keep and in_files)
 
     def evict(self) -> None:
         """Release the block that came last."""
@@ -342,12 +328,8 @@ class HostBlocks:
                 if spare is None and not self._reserve_passing(plan.nbytes):
                     return
                 self._passing.add(name)
-            for path in plan.paths:
-                self._identities.setdefault(path, file_identity(path))
-            self._reading[name] = _Reading()
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="i2v-lab-weights")
-            self._threads.submit(self._begin, name, spare)
+            self._reading.add(name)
+            self._reader.read(Reading(name, plan, self._ended), spare)
 
     def _order(self, first: str, *, from_next: bool) -> Iterator[str]:
         names = list(self._plans)
@@ -356,11 +338,11 @@ class HostBlocks:
         if self.repeated:
             yield from names[: index + from_next]
 
-    def _spare_buffer(self, size: int, *, needed: bool) -> _Spare | None:
+    def _spare_buffer(self, size: int, *, needed: bool) -> Spare | None:
         if needed:  # what was read ahead in vain: blocks are called in another order
             for name in [name for name in self._copies if name in self._passing]:
                 self._passing.discard(name)
-                self._spare.append(_Spare(self._copies.pop(name).buffer, None))
+                self._spare.append(Spare(self._copies.pop(name).buffer))
         for index, spare in enumerate(self._spare):
             if len(spare.buffer.data) == size:
                 return self._spare.pop(index)
@@ -376,101 +358,39 @@ class HostBlocks:
             return False
         return self._reserve(size, kept=False)
 
-    # --- In threads ---
+    # --- At the end of a reading ---
 
-    def _begin(self, name: str, spare: _Spare | None) -> None:
-        reading, plan = self._reading[name], self._plans[name]
-        try:
-            if spare is None:
-                reading.buffer = PageLocked(plan.nbytes, self._device, lock=not plan.paths)
+    def _ended(self, reading: Reading) -> None:
+        """Called by the thread that ended it."""
+        name = reading.name
+        with self._store.changed:
+            self._reading.discard(name)
+            if reading.is_whole and reading.buffer is not None:
+                if reading.plan.paths:
+                    self._copies[name] = HostCopy(reading.buffer, reading.plan.layout)
+                else:
+                    self._empty[name] = reading.buffer
             else:
-                reading.buffer = spare.buffer
-                if spare.event is not None:
-                    spare.event.synchronize()
-            jobs = plan.jobs(reading.buffer.data) if plan.paths else []
-        except (RuntimeError, MemoryError):
-            reading.refused, jobs = True, []
-        reading.left += len(jobs)
-        for job in jobs:
-            if self._threads is None or self._stopping:
-                return
-            with suppress(RuntimeError):  # it is being shut down
-                self._threads.submit(self._run, name, job)
-        self._ended(name)
-
-    def _run(self, name: str, job: Job) -> None:
-        reading = self._reading[name]
-        with self._store.changed:
-            self._converting_bytes += job.staging_bytes
-            self.pageable_bytes = max(self.pageable_bytes, self._converting_bytes)
-        try:
-            if not reading.failed and not self._stopping:
-                job()
-        except BaseException as error:  # for who takes the block
-            reading.error = reading.error or error
-        with self._store.changed:
-            self._converting_bytes -= job.staging_bytes
-        self._ended(name)
-
-    def _ended(self, name: str) -> None:
-        reading, plan = self._reading[name], self._plans[name]
-        with self._store.changed:
-            reading.left -= 1
-            if reading.left:
-                return
-        buffer = reading.buffer
-        if buffer is not None and not reading.failed and not self._stopping:
-            try:
-                self._verify(plan)
-                buffer.lock()
-            except CheckpointError as error:
-                reading.error = error
-            except RuntimeError:  # the driver refuses to lock more memory
-                reading.refused = True
-        with self._store.changed:
-            del self._reading[name]
-            if reading.failed or buffer is None or self._stopping:
-                self._drop(name, reading)
-            elif plan.paths:
-                self._copies[name] = HostCopy(buffer, plan.layout)
-            else:
-                self._empty[name] = buffer
+                if reading.buffer is not None:
+                    reading.buffer.release()
+                self._unreserve(reading.plan.nbytes, kept=name not in self._passing)
+                self._passing.discard(name)
+                if reading.error is not None:
+                    self._errors[name] = reading.error
+                if reading.refused:
+                    self._store.refused()
             self._store.changed.notify_all()
-
-    def _verify(self, plan: BlockPlan) -> None:
-        for path in plan.paths:
-            if file_identity(path) != self._identities[path]:
-                raise CheckpointError(
-                    f"weight file '{path}' changed while it was read; leave weights in place while a run streams them, "
-                    "and run again",
-                    path=path,
-                )
-
-    def _drop(self, name: str, reading: _Reading) -> None:
-        if reading.buffer is not None:
-            reading.buffer.release()
-        self._unreserve(self._plans[name].nbytes, kept=name not in self._passing)
-        self._passing.discard(name)
-        if reading.error is not None:
-            self._errors[name] = reading.error
-        if reading.refused:
-            self._store.refused()
 
     def stop(self) -> None:
         """Wait until no thread reads any more; release what was not read to its end, and what only passes."""
         self._stopping = True
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._reader.stop()
         with self._store.changed:
-            self._threads = None
-            for name, reading in self._reading.items():  # some of their jobs were cancelled
-                self._drop(name, reading)
             for name in [name for name in self._copies if name in self._passing]:
                 self._release(self._copies.pop(name).buffer, kept=False)
             for spare in self._spare:
                 self._release(spare.buffer, kept=False)
             for buffer in self._empty.values():
                 self._release(buffer)
-            for left in (self._reading, self._passing, self._spare, self._empty, self._errors):
+            for left in (self._passing, self._spare, self._empty, self._errors):
                 left.clear()
-            self._store.changed.notify_all()

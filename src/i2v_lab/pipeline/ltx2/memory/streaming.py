@@ -10,9 +10,9 @@ memory ahead of their use.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,10 +25,21 @@ from i2v_lab.pipeline.ltx2.memory.blocks import BlockOrder
 from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, PlannedTensor, planned
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostBlocks, HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
+from i2v_lab.pipeline.ltx2.memory.tensors_ahead import tensors_ahead
 from i2v_lab.torch_compat import is_fake
 
 Load = Callable[[], dict[str, torch.Tensor]]
 _Source = tuple[str, str, str]  # path, key in the file, key in the module
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A component before its weights: on the meta device, its streamed blocks, their tensors, and their host memory."""
+
+    model: Any
+    names: Sequence[str]
+    tensors: Mapping[str, Sequence[_Source]]
+    blocks: HostBlocks
 
 
 @dataclass(frozen=True)
@@ -57,16 +68,22 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
             dtype: Of all weights; as stored by default.
         """
         device = device or torch.device("cuda")
-        model = self.meta_model(self.model_config(), self.module_ops)
-        names = BlockOrder.of(model).streamed(self.resident_blocks)
-        if not names:
+        prepared = self.host_weights.claim(self._identity(device, dtype)) or self._prepared(device, dtype)
+        if prepared is None:
             return super().build(device, dtype)
-        tensors = self._by_block(names)
-        rest = self._fused(self._load(tensors.pop("", []), device, dtype), device, dtype)
-        model.load_state_dict(rest, strict=False, assign=True)
-        base = self._host_blocks(tensors, names, device, dtype, repeated=self.repeated and not self.loras)
-        hosts = [self._host_blocks(tensors, names, device, dtype, repeated=True, fused=True)] if self.loras else []
-        hosts.append(base)
+        model, tensors, hosts = prepared.model, prepared.tensors, [prepared.blocks]
+        base, names = prepared.blocks, prepared.names
+        try:
+            if self.loras:
+                hosts.insert(0, self._host_blocks(tensors, names, device, dtype, repeated=True, fused=True))
+            for host in hosts:
+                host.read_ahead()
+            rest = self._fused(self._load(tensors.get("", []), device, dtype, ahead=True), device, dtype)
+            model.load_state_dict(rest, strict=False, assign=True)
+        except BaseException:
+            for host in hosts:
+                host.close()
+            raise
 
         def load(name: str) -> dict[str, torch.Tensor]:
             copy = base.take(name) if self.loras else None
@@ -80,16 +97,23 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
 
     def read_ahead(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Have threads read its blocks into host memory until it is built; arguments as for :meth:`build`."""
-        if not self.host_weights.limit_bytes(device) or is_fake():
-            return
+        if self.host_weights.limit_bytes(device) and not is_fake():
+            prepared = self._prepared(device, dtype)
+            if prepared is not None:
+                self.host_weights.read_ahead(prepared.blocks, self._identity(device, dtype), prepared)
+
+    def _identity(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, ...]:
+        """Equal for builders of equal components."""
+        return self.model_path, self.module_ops, self.model_sd_ops, self.loras, self.resident_blocks, device, dtype
+
+    def _prepared(self, device: torch.device, dtype: torch.dtype | None) -> _Prepared | None:
         model = self.meta_model(self.model_config(), self.module_ops)
         names = BlockOrder.of(model).streamed(self.resident_blocks)
         if not names:
-            return
+            return None
         tensors = self._by_block(names)
-        tensors.pop("", None)
         repeated = self.repeated and not self.loras
-        self.host_weights.read_ahead(self._host_blocks(tensors, names, device, dtype, repeated=repeated))
+        return _Prepared(model, names, tensors, self._host_blocks(tensors, names, device, dtype, repeated=repeated))
 
     def _host_blocks(
         self,
@@ -103,7 +127,7 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
     ) -> HostBlocks:
         """Its blocks in host memory; with LoRAs fused if ``fused``, which is done on the device."""
         assert self.reader is not None
-        paths = sorted({path for sources in tensors.values() for path, _, _ in sources})
+        paths = sorted({path for name in names for path, _, _ in tensors.get(name, ())})
         loras = [lora.path for lora in self.loras] if fused else []
         files = tuple(self.reader.identity(path) for path in (*paths, *loras))
         plans: dict[str, BlockPlan] = {}
@@ -145,12 +169,15 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         return found
 
     def _load(
-        self, tensors: Sequence[_Source], device: torch.device, dtype: torch.dtype | None
+        self, sources: Sequence[_Source], device: torch.device, dtype: torch.dtype | None, *, ahead: bool = False
     ) -> dict[str, torch.Tensor]:
         assert self.reader is not None
+        host_weights = HostWeights(self.host_weights.budget_bytes if ahead else 0)
         own: dict[str, torch.Tensor] = {}
-        for path, key, mapped in tensors:
-            own |= self._module_form(mapped, self.reader.tensor(path, key, device), dtype)
+        wanted = [(path, key) for path, key, _ in sources]
+        with closing(tensors_ahead(wanted, self.reader, host_weights, device)) as tensors:
+            for _, _, mapped in sources:
+                own |= self._module_form(mapped, next(tensors), dtype)
         return own
 
     def _module_form(self, mapped: str, value: torch.Tensor, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -224,7 +251,7 @@ class WeightStream:
         self._blocks = BlockOrder.of(model)  # while they have their sizes
         self._block_bytes: dict[str, int] = {}
         self._order = {name: index for index, name in enumerate(loads)}
-        self._following = dict(pairwise(["", *loads]))  # the block called after each, as observed in the last pass
+        self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
         self._in_flight: dict[str, tuple[HostCopy, torch.Tensor, Any]] = {}
         real_cuda = device.type == "cuda" and not is_fake()
