@@ -121,7 +121,7 @@ def forecast(
         )
     budget_bytes = vram_cap_bytes if asked.budget_bytes is None else asked.budget_bytes
     if vram_budget == placed.AUTO and budget_bytes is None:
-        budget_bytes = _free_bytes()
+        budget_bytes = placed.budget_or_free_bytes(vram_budget)
     if asked.solve and budget_bytes is None:
         raise InvalidRequest(
             "memory=auto depends on the card; give its size with --vram-budget or --vram-cap-gib",
@@ -173,12 +173,6 @@ def forecast(
         print_json(values)
     else:
         _print(request, model, result, fits)
-
-
-def _free_bytes() -> int:
-    from i2v_lab.capacity.this_machine import available_memory
-
-    return available_memory("cuda")[1]
 
 
 def _forecast(request: I2VRequest, model: str) -> Forecast:

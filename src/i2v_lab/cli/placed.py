@@ -129,6 +129,27 @@ def budget_bytes(text: str) -> int:
     return int(float(size[1]) * unit)
 
 
+def budget_or_free_bytes(text: str) -> int:
+    """A budget in bytes; for ``auto`` what the card of this machine has free.
+
+    Raises:
+        InvalidRequest: It is no size.
+        DeviceUnavailable: There is no card.
+    """
+    from i2v_lab.capacity.this_machine import available_memory
+
+    return available_memory("cuda")[1] if text == AUTO else budget_bytes(text)
+
+
+def not_placed(model: str) -> InvalidRequest:
+    """The error for a model whose runner has no techniques."""
+    return InvalidRequest(
+        f"a placement is not for model={model!r}; leave out --vram-budget and what belongs to it, or use a model "
+        "whose runner is ltx-2 (`i2v-lab models`)",
+        model=model,
+    )
+
+
 def _counts(pairs: Sequence[str] | None) -> dict[str, int]:
     found: dict[str, int] = {}
     for pair in pairs or ():
@@ -153,11 +174,7 @@ def check_asked(request: I2VRequest, model: str, asked: Asked) -> I2VRequest:
     if not (asked.solve or fixed.resident_blocks or fixed.numbers):
         return request
     if not runner_of(architecture).techniques:
-        raise InvalidRequest(
-            f"a placement is not for model={model!r}; leave out --vram-budget and what belongs to it, or use a model "
-            "whose runner is ltx-2 (`i2v-lab models`)",
-            model=model,
-        )
+        raise not_placed(model)
     techniques = fixed.techniques
     if techniques is None:
         techniques = TECHNIQUES[MemoryPolicy.STREAMED if asked.solve else request.memory]
