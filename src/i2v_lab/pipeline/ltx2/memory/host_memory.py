@@ -44,7 +44,8 @@ class PageLocked:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._locked: torch.Tensor | None = None
         if device.type != "cuda" or is_fake():
-            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            locked = device.type == "cuda"  # in a forecast, where it is said and not done
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
             return
         pages = own_pages(nbytes)
         pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
