@@ -42,6 +42,7 @@ class ForecastMeter(LiveStorageMeter):
         self._capability = capability
         self._initialized: set[str] = set()
         self.costs = OperatorCosts(device_type)
+        self._segments = 0
         self._max_allocated_bytes = 0
         self._max_reserved_bytes = 0
         self._reserved_bytes = 0  # without a model of the allocator: what it has to keep until its cache is emptied
@@ -70,6 +71,9 @@ class ForecastMeter(LiveStorageMeter):
 
     def take_costs(self) -> list[tuple[CostRow, ...]]:
         """What operators cost since it was asked last, segment by segment."""
+        if self.allocator is not None and self.allocator.segments > self._segments:
+            self.costs.count("segment", "", count=self.allocator.segments - self._segments)
+            self._segments = self.allocator.segments
         self.costs.cut()
         return self.costs.take()
 

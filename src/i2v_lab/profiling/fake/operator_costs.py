@@ -194,7 +194,12 @@ class OperatorCosts:
         nbytes = 2 * _bytes(query) + _bytes(key) + _bytes(value) + (0 if mask is None else _bytes(mask))
         kind = f"{kernel} attention {padded_width}" + ("" if mask is None else " masked")
         self.count(kind, _name(query.dtype), flops, nbytes)
-        self._first(kind, (kind, query.shape, key.shape) if kernel == "cudnn" else kind)
+        if kernel == "cudnn":  # which compiles a kernel for each configuration, and plans each shape
+            ragged = bool(queries % tile or keys % tile)
+            self._first("cudnn attention", (kind, query.shape, key.shape))
+            self._first("configuration of cudnn attention", (kind, ragged))
+        else:
+            self._first("kernel", kind)
 
     def operator(self, func: Any, args: Any, result: Any, tensors: list[torch.Tensor]) -> None:
         """Count an operator.
@@ -259,7 +264,7 @@ class OperatorCosts:
         elif kind == "pointwise":
             kind = _pointwise_kind(tensors)
         self.count(kind, _name(last.dtype), 0, nbytes)
-        self._first("kernel", (packet, last.dtype))
+        self._first("kernel", packet)
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor, to_device: bool) -> None:
         host = source if to_device else target
