@@ -16,6 +16,7 @@ from i2v_lab.capacity.device_profile import (
     profile_from_json,
     profile_to_json,
 )
+from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds
 from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest, RecordError
@@ -164,3 +165,49 @@ def test_forecasts_on_the_command_line_have_seconds_on_the_card_that_is_named():
 def test_a_card_that_is_not_known_is_refused_before_anything_runs():
     result = CliRunner().invoke(app, ["forecast", "--gpu", "RTX 9999"])
     assert isinstance(result.exception, InvalidRequest)
+
+
+def _rows(kind, cases, rate, **values):
+    """Measurements of operators that take exactly what a rate says."""
+    for case, flops, nbytes in cases:
+        yield {"kind": kind, "host_s": 1e-9, "first_s": 1.0, **values, **case, "seconds": rate.seconds(flops, nbytes)}
+
+
+def test_rates_are_fitted_to_measured_operators(tmp_path):
+    matmul, pointwise = Rate(2e-6, 5e14, 2e12), Rate(1e-6, None, 3e12)
+    sizes = [(1, 4096, 4096), (64, 64, 64), (4096, 64, 4096), (4096, 4096, 4096), (8192, 4096, 128)]
+    linears = [
+        ({"m": m, "k": k, "n": n, "bias": False}, 2 * m * k * n, 2 * (m * k + k * n + m * n)) for m, k, n in sizes
+    ]
+    adds = [({"what": "pow", "elements": 512 * rows}, 0, 4 * 512 * rows) for rows in (1, 2**19, 2**20)]
+    launched = ("F.linear", "nn.Conv2d", "sdpa", "nn.LayerNorm", "view", "empty", "add")
+    copied = ("to device, pageable", "to device, page-locked", "to host, new", "to host, page-locked")
+    rows = [
+        {"kind": "device", "name": "NVIDIA T9 1GB", "torch": "2", "cudnn": 9},
+        *_rows("linear", linears, matmul, dtype="bf16"),
+        *_rows("memory", adds, pointwise, dtype="bf16"),
+        *({"kind": "launch", "what": what, "host_s": 1e-5} for what in launched),
+        *({"kind": "copy", "what": what, "bytes": b, "seconds": 1e-5 + b / 1e9} for what in copied for b in (8, 10**9)),
+        *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm", "cold")),
+        {"kind": "encode", "width": 2, "height": 3, "frames": 4, "seconds": 12},
+        {"kind": "convolution", "first_s": 3, "seconds": 1},
+        {"kind": "attention", "kernel": "CUDNN_ATTENTION", "first_s": 5, "seconds": 1},
+    ]
+    source, out = tmp_path / "rates.jsonl", tmp_path / "device.json"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = list(calibrate_time(source, out))
+    assert lines[-1] == f"wrote {out}"
+    profile = profile_from_json(json.loads(out.read_text()))
+    assert profile.name == "NVIDIA T9 1GB"
+    fitted = profile.operators["matmul"]
+    assert fitted.latency_s == pytest.approx(2e-6, rel=0.01)
+    assert (fitted.flops_per_s, fitted.bytes_per_s) == pytest.approx((5e14, 2e12), rel=0.01)
+    assert profile.operators["pointwise"].bytes_per_s == pytest.approx(3e12, rel=0.01)
+    assert profile.once_s["first cudnn attention"] == 4
+    assert profile.load == {"read": 5, "disk": 5, "encoded_pixels": 2}
+    assert profile.copy_seconds(10**9, page_locked=False) == pytest.approx(1.0, rel=0.01)
+    for damaged in (rows[1:], [row for row in rows if row["kind"] != "launch"], [3]):
+        source.write_text("".join(json.dumps(row) + "\n" for row in damaged))
+        with pytest.raises(RecordError) as refused:
+            list(calibrate_time(source, out))
+        assert refused.value.fields["path"] == source

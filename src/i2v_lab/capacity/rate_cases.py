@@ -94,26 +94,30 @@ def case(values: Mapping[str, Any], device: str = "cuda") -> Call | None:
     return None if make is None else make(values, device)
 
 
-def _empty(shape: tuple[int, ...], dtype: str, device: str) -> torch.Tensor:
-    return torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+def _random(shape: tuple[int, ...], dtype: str, device: str) -> torch.Tensor:
+    """Not zeros, with which products take less power and run faster."""
+    kind = DTYPES[dtype]
+    if kind.itemsize == 1:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device).to(kind)
+    return torch.randn(shape, dtype=kind, device=device)
 
 
 def _linear(values: Mapping[str, Any], device: str) -> Call:
     m, k, n, dtype = values["m"], values["k"], values["n"], values["dtype"]
-    source, weight = _empty((m, k), dtype, device), _empty((n, k), dtype, device)
-    bias = _empty((n,), dtype, device) if values.get("bias", True) else None
+    source, weight = _random((m, k), dtype, device), _random((n, k), dtype, device)
+    bias = _random((n,), dtype, device) if values.get("bias", True) else None
     return lambda: functional.linear(source, weight, bias)
 
 
 def _bmm(values: Mapping[str, Any], device: str) -> Call:
     b, m, k, n, dtype = (values[name] for name in ("b", "m", "k", "n", "dtype"))
-    first, second = _empty((b, m, k), dtype, device), _empty((b, k, n), dtype, device)
+    first, second = _random((b, m, k), dtype, device), _random((b, k, n), dtype, device)
     return lambda: torch.bmm(first, second)
 
 
 def _scaled(values: Mapping[str, Any], device: str) -> Call:
     m, k, n = values["m"], values["k"], values["n"]
-    source, weight = _empty((m, k), "f8", device), _empty((n, k), "f8", device)
+    source, weight = _random((m, k), "f8", device), _random((n, k), "f8", device)
     one = torch.ones((), device=device)
     return lambda: torch._scaled_mm(source, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
@@ -122,9 +126,9 @@ def _attention(values: Mapping[str, Any], device: str) -> Call | None:
     if values["kernel"] == "MATH":
         return None
     b, h, queries, keys, width = (values[name] for name in ("b", "h", "l", "s", "e"))
-    query = _empty((b, h, queries, width), values["dtype"], device)
-    key = _empty((b, h, keys, width), values["dtype"], device)
-    mask = _empty((1, 1, queries, keys), values["dtype"], device) if values.get("mask") else None
+    query = _random((b, h, queries, width), values["dtype"], device)
+    key = _random((b, h, keys, width), values["dtype"], device)
+    mask = _random((1, 1, queries, keys), values["dtype"], device) if values.get("mask") else None
     mask = None if mask is None else mask.expand(b, h, queries, keys)
     kernel = getattr(SDPBackend, values["kernel"])
 
@@ -138,11 +142,11 @@ def _attention(values: Mapping[str, Any], device: str) -> Call | None:
 def _convolution(values: Mapping[str, Any], device: str) -> Call:
     shape, channels, kernel, dtype = values["shape"], values["channels"], values["kernel"], values["dtype"]
     groups = values.get("groups", 1)
-    source = _empty(tuple(shape), dtype, device)
+    source = _random(tuple(shape), dtype, device)
     if values.get("transposed"):
-        weight = _empty((shape[1], channels, *kernel), dtype, device)
+        weight = _random((shape[1], channels, *kernel), dtype, device)
         return lambda: functional.conv_transpose1d(source, weight, None, values["stride"], values["padding"])
-    weight, bias = _empty((channels, shape[1] // groups, *kernel), dtype, device), _empty((channels,), dtype, device)
+    weight, bias = _random((channels, shape[1] // groups, *kernel), dtype, device), _random((channels,), dtype, device)
     convolve: Callable[..., torch.Tensor] = CONVOLUTIONS[len(kernel) - 1]
     stride, padding = (tuple(v) if isinstance(v, list) else v for v in (values["stride"], values["padding"]))
     return lambda: convolve(source, weight, bias, stride, padding, 1, groups)
@@ -153,5 +157,5 @@ def _memory(values: Mapping[str, Any], device: str) -> Call | None:
     if operator is None:
         return None
     shape = tuple(values.get("shape") or (-(-values["elements"] // ROW), ROW))
-    a, b = _empty(shape, values["dtype"], device), _empty(shape, values["dtype"], device)
+    a, b = _random(shape, values["dtype"], device), _random(shape, values["dtype"], device)
     return lambda: operator(a, b)
