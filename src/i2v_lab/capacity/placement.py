@@ -105,6 +105,7 @@ class Resolution:
         memory_bytes: The budget.
         allocatable_bytes: Of it, less the CUDA context and the margin for fragmentation: the most that is allocated.
         components: Where the blocks of each component are; empty where nothing is streamed.
+        streamed: Forecast of the same with no block kept; ``None`` where nothing is streamed.
     """
 
     request: I2VRequest
@@ -113,6 +114,7 @@ class Resolution:
     memory_bytes: int
     allocatable_bytes: int
     components: tuple[ComponentPlacement, ...] = ()
+    streamed: Forecast | None = None
 
 
 def allocatable_bytes(memory_bytes: int, context_bytes: int, device: str = "cuda") -> int:
@@ -264,7 +266,7 @@ class _Solver:
             over = self._too_large(forecast)
             if not over:
                 components = tuple(self._component(name, counts[name], sizes[name], forecast) for name in sorted(names))
-                return self._resolution(request, forecast, components)
+                return replace(self._resolution(request, forecast, components), streamed=streamed)
             fewer = {name for name in counts if counts[name] and set(PHASES.get(name, ())) & set(over)}
             fewer -= set(self.fixed.resident_blocks)
             if not fewer:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options, placed
+from i2v_lab.cli.forecast_report import seconds_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
@@ -142,7 +143,7 @@ def fit(
     resolution = None
     if solve and found.request is not None:
         fixed = Fixed(tiling=sought == "tiling")
-        asked = placed.Asked(memory_bytes, solve, fixed, explain)
+        asked = placed.Asked(memory_bytes, solve, fixed, explain, gpu)
         resolution = placed.solved(found.request, model, memory_bytes, asked)
         found = replace(found, request=resolution.request, forecast=resolution.forecast)
     # What would fit instead: the same search under what holds less.
@@ -171,9 +172,10 @@ def fit(
             "peak_bytes": found.forecast.peak.peak_bytes,
             "instead": instead.request.to_json() if instead and instead.request else None,
             "needed_bytes": needed_bytes,
+            "predicted_seconds": seconds_on(found.forecast, gpu) if found.request else None,
         }
         if resolution is not None:
-            answer["placement"] = placed.explanation(resolution)
+            answer["placement"] = placed.explanation(resolution, gpu)
         print_json(answer)
     elif found.request is None:
         peak = found.forecast.peak
@@ -192,10 +194,15 @@ def fit(
         more = "; the search ends there, more may fit" if found.at_the_bound else ""
         say(
             f"{_described(found.request)} fits {gpu} ({format_bytes(memory_bytes)}): "
-            f"{format_bytes(peak.peak_bytes)} in {peak.phase}{more}"
+            f"{format_bytes(peak.peak_bytes)} in {peak.phase}{_predicted(found.forecast, gpu)}{more}"
         )
     if found.request is None:
         raise typer.Exit(1)
+
+
+def _predicted(result: Forecast, gpu: str) -> str:
+    seconds = seconds_on(result, gpu)
+    return "" if seconds is None else f", predicted to take {seconds:,.0f} s"
 
 
 def _remedy(request: I2VRequest) -> str:

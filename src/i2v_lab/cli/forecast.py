@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options, placed
-from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
+from i2v_lab.cli.forecast_report import DEFAULT_GPU, print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
 from i2v_lab.cli.output import print_json
 from i2v_lab.errors import InvalidRequest
@@ -41,6 +41,10 @@ For a card with less memory, as JSON for a script:
 What stays on a card of 12 GiB, and what is streamed:
 
     i2v-lab forecast --width 1024 --height 768 --vram-budget 12GiB --explain
+
+How long it takes on another card, by its published rates:
+
+    i2v-lab forecast --width 1024 --height 768 --gpu "RTX 5090"
 
 A script of diffusers, unchanged, with its own arguments after `--`:
 
@@ -92,17 +96,21 @@ def forecast(
             "`python` would run it; from_pretrained reads configuration files alone, and nothing is downloaded."
         ),
     ] = None,
+    gpu: Annotated[str, typer.Option(help="Predict seconds on this card, as nvidia-smi names it.")] = DEFAULT_GPU,
     as_json: options.AsJson = False,
 ) -> None:
-    """Forecast the peak memory of every phase on a GPU, without one, and which cards it fits."""
+    """Forecast the peak memory and the seconds of every phase on a GPU, without one, and which cards it fits."""
+    from i2v_lab.capacity.device_profile import device_profile
     from i2v_lab.pipeline.contract.architectures import load_architecture
+
+    device_profile(gpu)  # refused before anything runs
 
     vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     if profile is not None:
         check_new_folder(profile, "profile")
     check_script_options(context, script, arguments)
     if script is not None:
-        report_script(script, arguments or [], vram_cap_gib, profile, as_json)
+        report_script(script, arguments or [], vram_cap_gib, profile, gpu, as_json)
         return
     asked = placed.asked_placement(
         context,
@@ -112,6 +120,7 @@ def forecast(
         prefetch=prefetch,
         chunk_tokens=chunk_tokens,
         explain=explain,
+        gpu=gpu,
     )
     if asked.budget_bytes is not None and vram_cap_bytes is not None:
         raise InvalidRequest(
@@ -167,12 +176,12 @@ def forecast(
     if profile is not None:
         _write_run(profile, request, model, result)
     if as_json:
-        values = {"model": model, "request": request.to_json(), **report(result, fits)}
+        values = {"model": model, "request": request.to_json(), **report(result, fits, gpu)}
         if resolution is not None:
-            values["placement"] = placed.explanation(resolution)
+            values["placement"] = placed.explanation(resolution, gpu)
         print_json(values)
     else:
-        _print(request, model, result, fits)
+        _print(request, model, result, fits, gpu)
 
 
 def _forecast(request: I2VRequest, model: str) -> Forecast:
@@ -197,7 +206,7 @@ def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) 
             writer.append(record)
 
 
-def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -> None:
+def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], gpu: str) -> None:
     from i2v_lab.runs.sources import as_run
     from i2v_lab.runs.spec import RunSpec
 
@@ -209,4 +218,4 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
         f"{request.quantization}, decode {request.decode_scope}{policy}"
     )
-    print_forecast(title, as_run(RunSpec(request=request, model=model), result), result, fits)
+    print_forecast(title, as_run(RunSpec(request=request, model=model), result), result, fits, gpu)

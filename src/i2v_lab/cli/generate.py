@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +160,7 @@ def generate(
     media.check_size(request.width, request.height)
     media.load_still(image)
 
-    from i2v_lab.capacity.this_machine import memory_budget_bytes
+    from i2v_lab.capacity.this_machine import available_memory, memory_budget_bytes
     from i2v_lab.cli.progress import ProgressReport
     from i2v_lab.pipeline.contract.generation import resolve_device
     from i2v_lab.runs.execute import Hooks, Mode, execute
@@ -170,6 +170,7 @@ def generate(
     resolution = None
     if asked.solve:
         available_bytes = memory_budget_bytes(device, vram_cap_bytes)
+        device_name = available_memory(device)[0].removeprefix("this ")
         budget_bytes = available_bytes if asked.budget_bytes is None else asked.budget_bytes
         if budget_bytes > available_bytes:
             raise DeviceUnavailable(
@@ -178,6 +179,7 @@ def generate(
                 vram_budget=budget_bytes,
                 available_bytes=available_bytes,
             )
+        asked = replace(asked, gpu=device_name)
         resolution = placed.solved(request, model, budget_bytes, asked, target.type)
         request = resolution.request
         if asked.budget_bytes is not None:
@@ -206,7 +208,7 @@ def generate(
     assert profiler is not None
     report = _report(request, model, out, profiler)
     if resolution is not None:
-        report["placement"] = placed.explanation(resolution)
+        report["placement"] = placed.explanation(resolution, asked.gpu)
     if as_json:
         print_json(report)
     else:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from i2v_lab.cli.forecast_report import DEFAULT_GPU, seconds_on
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.placement import Placement
 from i2v_lab.request import I2VRequest
-from i2v_lab.units import GIB, format_bytes
+from i2v_lab.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.capacity.placement import Fixed, Resolution
@@ -65,12 +66,14 @@ class Asked:
         solve: Whether there is something to solve for.
         fixed: What the user decides.
         explain: Whether the result is printed.
+        gpu: The card whose seconds are predicted.
     """
 
     budget_bytes: int | None
     solve: bool
     fixed: Fixed
     explain: bool
+    gpu: str = DEFAULT_GPU
 
 
 def asked_placement(
@@ -82,6 +85,7 @@ def asked_placement(
     prefetch: int | None = None,
     chunk_tokens: int | None = None,
     explain: bool = False,
+    gpu: str = DEFAULT_GPU,
 ) -> Asked:
     """Read the options.
 
@@ -93,6 +97,7 @@ def asked_placement(
         prefetch: Of the placement.
         chunk_tokens: Likewise.
         explain: Whether the result is printed.
+        gpu: The card whose seconds are predicted.
 
     Raises:
         InvalidRequest: A size or a pair that is none, or ``--explain`` without anything to explain.
@@ -106,7 +111,7 @@ def asked_placement(
     if explain and not solve:
         raise InvalidRequest("explain=True has nothing to explain; give --vram-budget or --memory auto", explain=True)
     budget = None if vram_budget in (None, AUTO) else budget_bytes(str(vram_budget))
-    return Asked(budget, solve, fixed, explain)
+    return Asked(budget, solve, fixed, explain, gpu)
 
 
 def budget_bytes(text: str) -> int:
@@ -200,7 +205,7 @@ def solved(request: I2VRequest, model: str, memory_bytes: int, asked: Asked, dev
     resolution = resolve_memory(request, memory_bytes, model, device, fixed=asked.fixed)
     log(f"i2v-lab: {resolution.reason}")
     if asked.explain:
-        for line in explained(resolution):
+        for line in explained(resolution, asked.gpu):
             log(line)
     return resolution
 
@@ -220,8 +225,13 @@ def use_expandable_segments() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
-def explained(resolution: Resolution) -> list[str]:
-    """A placement in lines: bytes by component, what each phase takes, and what one more block would need."""
+def explained(resolution: Resolution, gpu: str = DEFAULT_GPU) -> list[str]:
+    """A placement in lines: bytes by component, what each phase takes, and what one more block would need.
+
+    Args:
+        resolution: The placement.
+        gpu: The card whose seconds are predicted; none are for one that is not known.
+    """
     from i2v_lab.capacity.placement import MARGIN_PERCENT
 
     forecast, room = resolution.forecast, resolution.allocatable_bytes
@@ -246,11 +256,16 @@ def explained(resolution: Resolution) -> list[str]:
                 f"{format_bytes(one.free_bytes)} free"
             )
     lines += [f"{phase.phase}: {format_bytes(phase.peak_bytes)}" for phase in forecast.phases]
+    seconds = seconds_on(forecast, gpu)
+    if seconds is not None:
+        lines.append(f"predicted on {gpu}: {format_seconds(seconds)}")
+        if resolution.streamed is not None:
+            lines[-1] += f"; {format_seconds(seconds_on(resolution.streamed, gpu) or 0)} with no block kept"
     return lines
 
 
-def explanation(resolution: Resolution) -> dict[str, Any]:
-    """The same as JSON values."""
+def explanation(resolution: Resolution, gpu: str = DEFAULT_GPU) -> dict[str, Any]:
+    """The same as JSON values; arguments as for :func:`explained`."""
     return {
         "memory_bytes": resolution.memory_bytes,
         "context_bytes": resolution.forecast.context_bytes,
@@ -258,5 +273,6 @@ def explanation(resolution: Resolution) -> dict[str, Any]:
         "memory": resolution.request.memory.value,
         "placement": resolution.request.placed.to_json(),
         "components": [asdict(one) for one in resolution.components],
+        "predicted_seconds": seconds_on(resolution.forecast, gpu),
         "reason": resolution.reason,
     }

@@ -29,6 +29,7 @@ from i2v_lab.profiling.fake.operator_kinds import (
     tensors_in,
     written_tensors,
 )
+from i2v_lab.profiling.fake.page_locked import set_page_locked
 from i2v_lab.profiling.fake.refusals import (
     check_devices,
     math_attention_error,
@@ -139,6 +140,7 @@ class FakeOperators(DispatchMode):
         current_module: Returns the path of the running module, for errors.
         on_operator: Called after every operator.
         answers: Answers questions about unknown values.
+        on_attention: Called with attention that runs as no operator: kernel, query, key, value, mask.
 
     Attributes:
         devices: What C++ code is told of the devices of fakes.
@@ -147,9 +149,15 @@ class FakeOperators(DispatchMode):
     """
 
     def __init__(
-        self, mode: FakeTensorMode, current_module: Callable[[], str], on_operator: OnOperator, answers: Answers
+        self,
+        mode: FakeTensorMode,
+        current_module: Callable[[], str],
+        on_operator: OnOperator,
+        answers: Answers,
+        on_attention: Callable[..., None] = lambda *_: None,
     ) -> None:
         super().__init__()
+        self.on_attention = on_attention
         self.answers = answers
         self._mode = mode
         self._current_module = current_module
@@ -171,7 +179,8 @@ class FakeOperators(DispatchMode):
         kwargs = with_real_device(kwargs or {})
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
-        if kwargs.get("pin_memory"):
+        is_locked = bool(kwargs.get("pin_memory"))
+        if is_locked:
             kwargs = {**kwargs, "pin_memory": None}  # of the host, whose memory is never a fake device's
         inputs = tensors_in((args, kwargs), [])
         others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
@@ -229,6 +238,8 @@ class FakeOperators(DispatchMode):
         propagate_values(func, args, kwargs, outputs, written, known, all_known)
         if any(tensor.layout is not torch.strided for tensor in outputs):
             raise not_strided_error(func, self._current_module())
+        for tensor in outputs if is_locked else ():
+            set_page_locked(tensor)
         lifted = func is aten.lift_fresh.default  # its input is the same tensor before it became fake
         self._on_operator(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result

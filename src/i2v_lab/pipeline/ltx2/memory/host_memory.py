@@ -48,7 +48,8 @@ class PageLocked:
         self._is_lockable = device.type == "cuda" and not is_fake()
         self._unlock: weakref.finalize[Any, Any] | None = None
         if not self._is_lockable:
-            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            locked = device.type == "cuda"  # in a forecast, where it is said and not done
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
             return
         self._pages = own_pages(nbytes)
         self.data = self._pages[:nbytes]
