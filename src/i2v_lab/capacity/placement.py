@@ -23,8 +23,10 @@ from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.units import format_bytes
 
-MARGIN_PERCENT = 3
-"""Of the allocated peak, for fragmentation under expandable segments: 2.3 % were enough on an H100 (docs/log)."""
+FRAGMENTATION_BYTES = 256 * 2**20
+"""Reserved and not allocated with expandable segments: up to 0.27 GiB on an H100, 0.12 of which nothing could use."""
+KERNEL_BYTES = 128 * 2**20
+"""Of kernels that are loaded when they first run, beside the context that forecasts assume: up to 0.1 GiB there."""
 
 DENOISE = ("denoise_stage_1", "upsample_latent", "denoise_stage_2")
 DECODE = "decode_video"
@@ -103,7 +105,8 @@ class Resolution:
         forecast: Of that request.
         reason: One sentence on why it was chosen.
         memory_bytes: The budget.
-        allocatable_bytes: Of it, less the CUDA context and the margin for fragmentation: the most that is allocated.
+        allocatable_bytes: Of it, less the CUDA context and the margins: the most that is allocated.
+        cap_bytes: What the caching allocator may reserve.
         components: Where the blocks of each component are; empty where nothing is streamed.
         streamed: Forecast of the same with no block kept; ``None`` where nothing is streamed.
     """
@@ -113,30 +116,36 @@ class Resolution:
     reason: str
     memory_bytes: int
     allocatable_bytes: int
+    cap_bytes: int
     components: tuple[ComponentPlacement, ...] = ()
     streamed: Forecast | None = None
 
 
 def allocatable_bytes(memory_bytes: int, context_bytes: int, device: str = "cuda") -> int:
-    """The highest peak of allocated bytes within a budget: without the CUDA context and a margin for fragmentation.
+    """The highest peak of allocated bytes within a budget: without the CUDA context and the margins.
 
     Example:
-        >>> allocatable_bytes(1130, 100)
-        1000
+        >>> allocatable_bytes(2**30, 0) // 2**20, allocatable_bytes(2**30, 0, "cpu") // 2**20
+        (640, 1024)
     """
-    percent = 100 + (MARGIN_PERCENT if device == "cuda" else 0)
-    return max(0, memory_bytes - context_bytes) * 100 // percent
+    return max(0, memory_bytes - needed_bytes(0, context_bytes, device))
 
 
 def needed_bytes(peak_bytes: int, context_bytes: int, device: str = "cuda") -> int:
     """The smallest budget for a peak of allocated bytes: the reverse of :func:`allocatable_bytes`.
 
     Example:
-        >>> needed_bytes(1000, 100)
-        1130
+        >>> needed_bytes(640 * 2**20, 0) // 2**20
+        1024
     """
-    percent = 100 + (MARGIN_PERCENT if device == "cuda" else 0)
-    return -(-peak_bytes * percent // 100) + context_bytes
+    margin_bytes = FRAGMENTATION_BYTES + KERNEL_BYTES if device == "cuda" else 0
+    return peak_bytes + context_bytes + margin_bytes
+
+
+def cap_bytes(memory_bytes: int, context_bytes: int, device: str = "cuda") -> int:
+    """What the caching allocator may reserve within a budget: the highest peak and the margin for fragmentation."""
+    margin_bytes = FRAGMENTATION_BYTES if device == "cuda" else 0
+    return max(1, allocatable_bytes(memory_bytes, context_bytes, device) + margin_bytes)
 
 
 def resolve_memory(
@@ -317,7 +326,8 @@ class _Solver:
         reason = "; ".join(
             [f"{_named(request)}: {need} of {format_bytes(self.memory_bytes)}{tight}", *dict.fromkeys(self.passed_over)]
         )
-        return Resolution(request, forecast, reason, self.memory_bytes, self.room_bytes, components)
+        cap = cap_bytes(self.memory_bytes, forecast.context_bytes, self.device)
+        return Resolution(request, forecast, reason, self.memory_bytes, self.room_bytes, cap, components)
 
     def _refusal(self, smallest: I2VRequest, forecast: Forecast) -> DeviceUnavailable:
         peak = forecast.peak

@@ -183,7 +183,7 @@ def generate(
         resolution = placed.solved(request, model, budget_bytes, asked, target.type)
         request = resolution.request
         if asked.budget_bytes is not None:
-            vram_cap_bytes = min(vram_cap_bytes or budget_bytes, placed.cap_bytes_of(resolution))
+            vram_cap_bytes = min(vram_cap_bytes or budget_bytes, resolution.cap_bytes)
     spec = RunSpec(
         request=request,
         model=model,

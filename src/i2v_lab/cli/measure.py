@@ -93,7 +93,7 @@ def _placed(each: PlannedRun, budget_bytes: int, explain: bool) -> PlannedRun:
         raise placed.not_placed(spec.model)
     asked = placed.Asked(budget_bytes, True, Fixed(tiling=True), explain)
     resolution = placed.solved(spec.request, spec.model, budget_bytes, asked)
-    spec = replace(spec, request=resolution.request, techniques=None, vram_cap_bytes=placed.cap_bytes_of(resolution))
+    spec = replace(spec, request=resolution.request, techniques=None, vram_cap_bytes=resolution.cap_bytes)
     return replace(each, name=f"{each.name}_budget{budget_bytes / GIB:g}", spec=spec)
 
 

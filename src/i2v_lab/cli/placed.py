@@ -210,11 +210,6 @@ def solved(request: I2VRequest, model: str, memory_bytes: int, asked: Asked, dev
     return resolution
 
 
-def cap_bytes_of(resolution: Resolution) -> int:
-    """What the allocator may take of a budget: all but the CUDA context."""
-    return max(1, resolution.memory_bytes - resolution.forecast.context_bytes)
-
-
 def use_expandable_segments() -> None:
     """Have torch's allocator grow its segments, unless the environment configures it.
 
@@ -232,13 +227,12 @@ def explained(resolution: Resolution, gpu: str = DEFAULT_GPU) -> list[str]:
         resolution: The placement.
         gpu: The card whose seconds are predicted; none are for one that is not known.
     """
-    from i2v_lab.capacity.placement import MARGIN_PERCENT
-
     forecast, room = resolution.forecast, resolution.allocatable_bytes
     placement = resolution.request.placed
     budget = (
-        f"budget {format_bytes(resolution.memory_bytes)}: {format_bytes(forecast.context_bytes)} CUDA context, "
-        f"{format_bytes(room)} for tensors, the rest a margin of {MARGIN_PERCENT} % for fragmentation"
+        f"budget {format_bytes(resolution.memory_bytes)}: {format_bytes(room)} for tensors, "
+        f"{format_bytes(resolution.cap_bytes - room)} for fragmentation, "
+        f"{format_bytes(resolution.memory_bytes - resolution.cap_bytes)} for the CUDA context and kernels"
     )
     lines = [budget, f"techniques: {', '.join(sorted(placement.techniques)) or 'none'}"]
     if resolution.components:
@@ -270,6 +264,7 @@ def explanation(resolution: Resolution, gpu: str = DEFAULT_GPU) -> dict[str, Any
         "memory_bytes": resolution.memory_bytes,
         "context_bytes": resolution.forecast.context_bytes,
         "allocatable_bytes": resolution.allocatable_bytes,
+        "cap_bytes": resolution.cap_bytes,
         "memory": resolution.request.memory.value,
         "placement": resolution.request.placed.to_json(),
         "components": [asdict(one) for one in resolution.components],
