@@ -90,6 +90,7 @@ def test_a_generation_stays_within_its_budget_and_says_why(still, tmp_path, tiny
     assert report["peak_bytes"] <= found["allocatable_bytes"] == found["memory_bytes"] == least * 2**20
     run_spec = RunSpec.from_json(read_run(tmp_path / "run").metadata["spec"])
     assert run_spec.placement.to_json() == found["placement"]
+    assert report["memory"] == found["memory"] == "placed"
     assert run_spec.vram_cap_bytes == least * 2**20
     assert {one["component"] for one in found["components"]} >= {"video_encoder", "video_decoder"}
     for line in (f"budget {least}.0 MiB", "video_decoder: ", "encode_image: "):

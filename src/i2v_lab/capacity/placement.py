@@ -231,8 +231,7 @@ class _Solver:
         )
         request = replace(self.asked, memory=MemoryPolicy.RESIDENT, placement=placement)
         smaller, finer = self._smaller_placements(placement), self._finer_tilings()
-        best = self._forecast(request)[1]
-        forecast = best
+        forecast = self._forecast(request)[1]
         while over := self._too_large(forecast):
             if DECODE in over and (tiling := next(finer, None)) is not None:
                 request = replace(request, tiling=tiling)

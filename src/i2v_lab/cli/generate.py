@@ -231,7 +231,7 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
         "fps": request.fps,
         "seed": request.seed,
         "decode_scope": request.decode_scope.value,
-        "memory": request.memory.value,
+        "memory": str(request.placed.policy or "placed"),
         "peak_bytes": peak.peak_bytes,
         "peak_phase": peak.phase,
         "phases": [{key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in phases],

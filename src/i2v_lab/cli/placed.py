@@ -265,7 +265,7 @@ def explanation(resolution: Resolution, gpu: str = DEFAULT_GPU) -> dict[str, Any
         "context_bytes": resolution.forecast.context_bytes,
         "allocatable_bytes": resolution.allocatable_bytes,
         "cap_bytes": resolution.cap_bytes,
-        "memory": resolution.request.memory.value,
+        "memory": str(resolution.request.placed.policy or "placed"),
         "placement": resolution.request.placed.to_json(),
         "components": [asdict(one) for one in resolution.components],
         "predicted_seconds": seconds_on(resolution.forecast, gpu),
