@@ -73,6 +73,7 @@ CASES = {
     ),
     "to device": (lambda: half(8, device="cpu").to("cuda"), {("copy to device, pageable", ""): (1, 0, 16)}),
     "to host": (lambda: half(8).to("cpu"), {("copy to host, pageable", ""): (1, 0, 16)}),
+    "to no device": (lambda: half(8).to("meta"), {}),  # of weights whose host copy is kept
     "page-locked": (
         lambda: half(8, device="cpu").pin_memory().to("cuda"),
         {("copy to device, page-locked", ""): (1, 0, 16), ("host", "bfloat16"): (1, 0, 32)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -17,10 +18,14 @@ from i2v_lab.capacity.device_profile import (
     profile_to_json,
 )
 from i2v_lab.capacity.time_calibration import calibrate_time
-from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds
+from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
 from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest, RecordError
 from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
+from i2v_lab.runs.forecast import forecast_spec
+from i2v_lab.runs.spec import RunSpec, make_request
+from i2v_lab.runs.store import RunWriter
+from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
 DEVICE = DeviceProfile(
     name="a card",
@@ -29,7 +34,8 @@ DEVICE = DeviceProfile(
         "pointwise": Rate(0.0, None, 100.0),
         "matmul": Rate(1.0, 10.0, None),
         "matmul float32": Rate(0.0, 1.0, None),
-        "flash attention": Rate(0.0, 5.0, None),
+        "flash attention 64": Rate(0.0, 1.0, None),
+        "flash attention 256": Rate(0.0, 5.0, None),
     },
     copies={"copy to device, page-locked": Rate(0.0, None, 10.0), "copy to host, pageable": Rate(0.5, None, 10.0)},
     host_s={"matmul": 2.0, "view": 0.5, "weight": 0.25, "module": 1.0, "build": 8.0, "operator": 1.0},
@@ -211,3 +217,36 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
         with pytest.raises(RecordError) as refused:
             list(calibrate_time(source, out))
         assert refused.value.fields["path"] == source
+
+
+def _recorded(folder, spec, card, result, **changes):
+    metadata = {"device": "cuda", "device_name": card, "spec": spec.to_json()}
+    with RunWriter(folder, metadata) as writer:
+        for each in result.phases:
+            writer.append(dataclasses.replace(each, seconds=2.0, **changes))
+
+
+def test_predicted_seconds_are_compared_with_recorded_ones(tmp_path):
+    request = make_request("ltx-2.3-tiny", width=64, height=64, frames=9)
+    spec = RunSpec(request=request, model="ltx-2.3-tiny", write_video=True)
+    result = forecast_spec(spec)
+    _recorded(tmp_path / "a", spec, "NVIDIA H200", result)
+    _recorded(tmp_path / "b", dataclasses.replace(spec, write_video=False), "NVIDIA H100 80GB HBM3", result)
+    _recorded(tmp_path / "broken", spec, "NVIDIA H200", result, completed=False)
+    _recorded(tmp_path / "unknown", spec, "A card of tomorrow", result)
+    times = time_table(tmp_path)
+    assert list(times["run"].unique()) == ["a", "b"]
+    for run, card, pixels in (("a", "H200", 64 * 64 * 9), ("b", "H100 80GB", 0)):
+        device = device_profile(card)
+        expected = [time.seconds for time in phase_times(result, device)]
+        expected[-1] += video_seconds(pixels, device)
+        own = times[times["run"] == run]
+        assert own["phase"].tolist() == [each.phase for each in result.phases]
+        assert own["predicted_seconds"].tolist() == pytest.approx(expected)
+        assert own["error"].tolist() == pytest.approx([seconds / 2 - 1 for seconds in expected])
+    summary = time_summary(times).set_index("what")
+    assert summary.loc["decode_video", "cases"] == 2
+    assert summary.loc["runs", "cases"] == 2
+    assert summary.loc["runs, NVIDIA H200", "worst_error"] == pytest.approx(
+        abs(runs_table(times).set_index("run").loc["a", "error"])
+    )

@@ -94,15 +94,22 @@ class DeviceProfile:
 
 @cache
 def _nearest(kind: str, dtype: str, known: frozenset[str]) -> str:
-    """The key of a kind and dtype: itself, the kind alone, then kinds with fewer words at the end."""
+    """The key of a kind and dtype: itself, the kind alone, then kinds with fewer words at the end.
+
+    Attention of a width that is not there has the rate of the nearest one, of flash attention if need be.
+    """
     words = kind.split()
     for count in range(len(words), 0, -1):
         part = " ".join(words[:count])
         for name in (f"{part} {dtype}", part):
             if name in known:
                 return name
-    if kind.endswith("attention") or "attention" in words:
-        return _nearest(f"flash attention {words[2]}", dtype, known) if words[0] != "flash" else "flash attention"
+    if words[1:2] == ["attention"]:
+        for kernel in (words[0], "flash"):
+            plain = [name.split() for name in known if name.startswith(f"{kernel} attention ")]
+            widths = sorted(int(parts[2]) for parts in plain if len(parts) == 3)
+            if widths:
+                return f"{kernel} attention {min(widths, key=lambda width: abs(width - int(words[2])))}"
     return "pointwise"
 
 

@@ -85,7 +85,6 @@ def case(values: Mapping[str, Any], device: str = "cuda") -> Call | None:
     makers: dict[str, Callable[[Mapping[str, Any], str], Call | None]] = {
         "linear": _linear,
         "bmm": _bmm,
-        "scaled_mm": _scaled,
         "attention": _attention,
         "convolution": _convolution,
         "memory": _memory,
@@ -113,13 +112,6 @@ def _bmm(values: Mapping[str, Any], device: str) -> Call:
     b, m, k, n, dtype = (values[name] for name in ("b", "m", "k", "n", "dtype"))
     first, second = _random((b, m, k), dtype, device), _random((b, k, n), dtype, device)
     return lambda: torch.bmm(first, second)
-
-
-def _scaled(values: Mapping[str, Any], device: str) -> Call:
-    m, k, n = values["m"], values["k"], values["n"]
-    source, weight = _random((m, k), "f8", device), _random((n, k), "f8", device)
-    one = torch.ones((), device=device)
-    return lambda: torch._scaled_mm(source, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
 
 
 def _attention(values: Mapping[str, Any], device: str) -> Call | None:

@@ -46,6 +46,10 @@ How long it takes on another card, by its published rates:
 
     i2v-lab forecast --width 1024 --height 768 --gpu "RTX 5090"
 
+A model of diffusers, with its components waiting on the CPU:
+
+    i2v-lab forecast --model wan-2.2-ti2v-5b --offload model
+
 A script of diffusers, unchanged, with its own arguments after `--`:
 
     i2v-lab forecast --script my_pipeline.py -- --frames 81

@@ -214,7 +214,7 @@ class OperatorCosts:
             self.count("view", "")
             return
         packet = _packet(func)
-        if packet in NOTHING or not tensors:
+        if packet in NOTHING or not tensors or _device_type(tensors[-1]) == "meta":  # where offloaded weights end
             self.count("empty", "")
             return
         last = tensors[-1]

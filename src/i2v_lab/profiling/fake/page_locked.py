@@ -12,6 +12,7 @@ def is_page_locked(tensor: torch.Tensor) -> bool:
     return getattr(tensor.untyped_storage(), PAGE_LOCKED, False)
 
 
-def set_page_locked(tensor: torch.Tensor) -> None:
-    """Take the memory of a fake host tensor to be page-locked."""
-    setattr(tensor.untyped_storage(), PAGE_LOCKED, True)
+def set_page_locked(*tensors: torch.Tensor) -> None:
+    """Take the memory of fake host tensors to be page-locked."""
+    for tensor in tensors:
+        setattr(tensor.untyped_storage(), PAGE_LOCKED, True)
