@@ -29,9 +29,9 @@ def test_they_have_the_parameters_and_buffers_of_ltx_cores_own(tiny, name, monke
     computed = []
     original = vocoder.kaiser_sinc_filter1d
 
-    def noting(**arguments):
-        computed.append(tuple(sorted(arguments.items())))
-        return original(**arguments)
+    def noting(*args, **arguments):
+        computed.append((args, tuple(sorted(arguments.items()))))
+        return original(*args, **arguments)
 
     monkeypatch.setattr(vocoder, "kaiser_sinc_filter1d", noting)
     builder = getattr(Ledger(tiny, torch.device("cpu"), Quantization.FP8_CAST), name)
