@@ -11,6 +11,8 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = True
 
 LTX_VIDEO = "ltx-video==0.1.2"
+# The last of each minor version of the range, and the one before it.
+RELEASES = ("0.38.0", "0.39.0", "0.40.0", "0.41.0", "0.42.1")
 
 
 def run_tests(session: nox.Session, lock: str, *selection: str) -> None:
@@ -37,3 +39,12 @@ def conformance(session: nox.Session) -> None:
 def quick_highest(session: nox.Session) -> None:
     """Run the quick tests with the newest of everything."""
     run_tests(session, "locks/highest.txt", "-m", "not slow")
+
+
+@nox.session(default=False)
+@nox.parametrize("release", RELEASES)
+def releases(session: nox.Session, release: str) -> None:
+    """Forecast every model of diffusers with a release of it, into ``data/published/releases.csv``."""
+    session.install("--no-deps", "--requirement", "locks/setup.txt")
+    session.install("--no-deps", "--editable", ".", f"diffusers=={release}")
+    session.run("python", "-W", "ignore", "-m", "i2v_lab.studies.releases", *session.posargs)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C import DisableTorchFunctionSubclass  # calls no __torch_function__ of a class within its scope
 from torch._higher_order_ops.flex_attention import sdpa_dense as dense_flex_attention  # by ordinary operators
 from torch._subclasses import fake_tensor  # FakeTensorMode has no public name
 from torch._subclasses.fake_tensor import (
@@ -59,11 +60,13 @@ __all__ = [
     "EFFICIENT_ATTENTION",
     "FLASH_ATTENTION",
     "LOCAL_SCALAR",
+    "MAKE_SUBCLASS",
     "MATH_ATTENTION",
     "NUMPY",
     "SAFE_SOFTMAX",
     "TRUNCATED_NORMAL",
     "DeviceContext",
+    "DisableTorchFunctionSubclass",
     "DispatchMode",
     "FakeTensor",
     "FakeTensorConverter",
@@ -105,6 +108,7 @@ disable_current_modes = _disable_current_modes
 
 DATA: Any = torch._C.TensorBase.data  # descriptor behind Tensor.data, which a forecast replaces
 NUMPY: Any = torch._C.TensorBase.numpy  # method behind Tensor.numpy, which a forecast replaces
+MAKE_SUBCLASS = (torch.Tensor, "_make_subclass")  # by which a class of tensors takes the storage of another one
 TRUNCATED_NORMAL = (torch.nn.init, "_no_grad_trunc_normal_")  # draws until all values are within, from torch 2.14 on
 CONVOLUTION_BASE = torch.nn.modules.conv._ConvNd  # its reset_parameters serves all convolutions
 
@@ -216,11 +220,7 @@ def uncompiled_flex_attention(attend: Callable[..., Any] | None = None) -> Itera
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Address of the ``StorageImpl`` behind a tensor, the same for all its views.
-
-    ``_cdata`` is private, but nothing public identifies the storage of a fake tensor: all their ``data_ptr()`` are 0.
-    A key is valid only while the storage exists; hold a weak reference beside it.
-    """
+    """Address of a tensor's ``StorageImpl``, the same for all views; valid while that exists. Fakes have no other."""
     return tensor.untyped_storage()._cdata
 
 

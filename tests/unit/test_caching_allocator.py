@@ -93,17 +93,19 @@ def test_after_any_calls_blocks_are_apart_and_every_byte_is_accounted_for(calls:
 
 # --- Traces -----------------------------------------------------------------------------------------------------------
 
-CALLS = st.lists(st.one_of(st.integers(1, 64 * MIB), st.integers(-100, -1)), max_size=30)
+CALLS = st.lists(st.one_of(st.integers(1, 64 * MIB), st.integers(-100, -1), st.just(0)), max_size=30)
 
 
 def _carry_out(allocator: CachingAllocator, calls: list[int]) -> tuple[list[Block], int]:
-    """Sizes to allocate and which own block to free; the blocks that are left, and the peak of the allocated bytes."""
+    """Sizes to allocate, which own block to free, or 0 for empty_cache; the blocks left, and the peak allocated."""
     mine: list[Block] = []
     peak_bytes = allocator.allocated_bytes
     for call in calls:
         if call > 0:
             mine.append(allocator.allocate(call))
             peak_bytes = max(peak_bytes, allocator.allocated_bytes)
+        elif call == 0:
+            allocator.empty_cache()
         elif mine:
             allocator.free(mine.pop(call % len(mine)))
     return mine, peak_bytes
@@ -172,3 +174,40 @@ def test_a_memoized_call_reserves_what_it_would_if_it_were_executed(memoize):
         scratch(x)  # so this one needs another segment
     assert profiler.peak.peak_reserved_bytes == (2 + 4 * 10 + 30 + 30) * MIB
     assert kept.numel() == 25 * MIB
+
+
+class OnAStream(torch.nn.Module):
+    """Allocates on another stream, as an offloading hook that prefetches does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            scratch = torch.empty(30 * MIB, dtype=torch.uint8, device=x.device)
+        return scratch[:1] + x
+
+
+class Emptying(torch.nn.Module):
+    """Empties the cache between 40 MiB and 30, as accelerate does after each weight that it moves."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.empty(40 * MIB, dtype=torch.uint8, device=x.device)
+        torch.cuda.empty_cache()
+        return torch.empty(30 * MIB, dtype=torch.uint8, device=x.device)[:1] + x
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak_bytes", "left_bytes"),
+    [(Emptying, (2 + 30 + 40) * MIB, 32 * MIB), (OnAStream, (2 + 4 * 30) * MIB, (2 + 4 * 30) * MIB)],
+)
+@pytest.mark.parametrize("is_memoized", [False, True])
+def test_a_memoized_call_empties_the_cache_and_uses_the_streams_that_it_would_if_executed(
+    kind: type[torch.nn.Module], peak_bytes: int, left_bytes: int, is_memoized: bool
+):
+    module = kind()
+    memoize = {kind: lambda *_: ()} if is_memoized else None
+    forecast = forecasting("cuda", memoize=memoize, workspaces=load_workspaces())
+    with forecast as profiler, torch.no_grad(), profiler.phase("calls"):
+        x = torch.empty(1, dtype=torch.uint8, device="cuda")
+        for _ in range(4):
+            module(x)
+        assert torch.cuda.memory_reserved() == left_bytes
+    assert profiler.peak.peak_reserved_bytes == peak_bytes

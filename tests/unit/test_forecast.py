@@ -18,7 +18,7 @@ from i2v_lab.profiling.fake.workspaces import Workspaces, load_workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
 from i2v_lab.profiling.records import HolderRecord, ModuleRecord
-from i2v_lab.torch_compat import FakeTensor
+from i2v_lab.torch_compat import FakeTensor, FakeTensorMode
 
 F = torch.nn.functional
 WIDTH = 8
@@ -668,3 +668,22 @@ def test_what_a_cache_says_of_the_card_is_that_of_the_forecast_within_it_alone(m
             assert Detecting().ask()
         assert Detecting().ask() is there_is_one
     Detecting.card.cache_clear()
+
+
+def test_parts_of_a_tensor_that_are_filled_one_by_one_are_not_inferred_one_by_one(monkeypatch):
+    inferred = []
+    dispatch = FakeTensorMode.dispatch
+    monkeypatch.setattr(FakeTensorMode, "dispatch", lambda *args: inferred.append(args[1]) or dispatch(*args))
+    with forecasting("cuda") as profiler, profiler.phase("mask"):
+        mask = torch.full((300, 300), -1.0, device="cuda")  # as the causal mask of HunyuanVideo 1.5's autoencoder
+        few = torch.zeros(3, 2, device="cuda")
+        inferred.clear()
+        for row in range(300):
+            mask[row, : row + 1] = 0
+        assert len(inferred) < 10
+        few[1, :] = 2
+        few[2].zero_()
+        assert few.tolist() == [[0, 0], [2, 2], [0, 0]]
+        with pytest.raises(RuntimeError):
+            few.fill_(torch.ones(2, device="cuda"))
+    assert profiler.phases[0].end_bytes == 300 * 300 * 4 + 3 * 2 * 4

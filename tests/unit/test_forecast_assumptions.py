@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 
@@ -98,6 +99,39 @@ def test_a_decoded_video_becomes_pictures_without_the_memory_of_its_arrays():
     assert (picture.size, picture.getextrema()) == ((1280, 704), ((0, 0),) * 3)
     assert (array[0, :2, :2] + np.arange(3)).tolist() == [[[0, 1, 2]] * 2] * 2
     assert (array[0].sum(), array[0, 0].max()) == (0, 0)
+
+
+def test_a_decoded_video_takes_no_memory_whatever_a_pipeline_does_with_its_frames():
+    with forecasting("cuda"):
+        video = torch.rand(97, 3, 704, 1280, device="cuda").cpu().permute(0, 2, 3, 1).numpy()
+        one = torch.rand(1, 704, 1280, 3, device="cuda").cpu().numpy()  # a pipeline may copy frame by frame
+        pictures = [Image.fromarray((frame * 255).astype(np.uint8)) for frame in video]
+    size = (97, 704, 1280, 3)
+    checked = np.stack([(frame * 255).astype(np.uint8) for frame in video])  # as for a safety checker
+    made = {
+        "one": (one, (1, *size[1:])),
+        "checked": (checked.astype(np.float32) / 255.0 * 2 - 1, size),
+        "stacked": (np.stack([video, video], axis=1), (97, 2, *size[1:])),
+        "joined": (np.concatenate([video[:3], video[:5], one]), (9, *size[1:])),
+        "wide": (np.hstack([video, video]), (97, 1408, 1280, 3)),
+        "copied": (copy.deepcopy(video.copy()), size),
+        "flat": (video.ravel(), (np.prod(size),)),
+        "repeated": (np.tile(video.repeat(2, axis=0), (1, 2, 1, 1)), (194, 1408, 1280, 3)),
+        "chosen": (video[[0, 5, 9]], (3, *size[1:])),
+        "taken": (np.take(video, [1, 2], axis=3), (*size[:3], 2)),
+        "where": (np.where(video > 0, video, 1.0), size),
+        "like": (np.full_like(video, 3), size),
+        "turned": (np.clip(np.rot90(video, axes=(1, 2)), 0, 1), (97, 1280, 704, 3)),
+    }
+    for name, (array, shape) in made.items():
+        assert (name, array.shape, set(array.strides)) == (name, shape, {0})
+    values = {name: float(array.reshape(-1)[-1]) for name, (array, _) in made.items()}
+    assert values == {**dict.fromkeys(made, 0.0), "checked": -1.0, "where": 1.0, "like": 3.0}
+    assert {id(picture) for picture in pictures} == {id(pictures[0])}
+    assert pictures[0].size == (1280, 704)
+    assert np.stack([video[0, 0], np.ones((1280, 3), np.float32)]).mean() == 0.5  # values that differ take memory
+    with pytest.raises(ValueError, match="must match"):
+        np.concatenate([video, video[:, :5]])
 
 
 @pytest.mark.parametrize("size", [8, 64, 200])

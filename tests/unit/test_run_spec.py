@@ -65,8 +65,6 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**UPSTREAM, "memory": "lean"}, {"memory": "lean"}),
     ({**UPSTREAM, "memory": "streamed"}, {"memory": "streamed"}),
     *(({**UPSTREAM, "techniques": [name]}, {"technique": name}) for name in sorted(STREAMED - set(NEEDS))),
-    ({**DIFFUSERS, "decode_scope": "escaped"}, {"decode_scope": "escaped"}),
-    ({**DIFFUSERS, "decode_scope": "inference_mode"}, {"decode_scope": "inference_mode"}),
     ({**DIFFUSERS, "variant": "dev"}, {"variant": "dev"}),
     ({**DIFFUSERS, "consumer": "guarded"}, {"consumer": "guarded"}),
     ({**DIFFUSERS, "consumer": "left_open"}, {"consumer": "left_open"}),
@@ -160,7 +158,7 @@ def test_nothing_is_loaded_to_refuse_a_plan(tmp_path):
 
 
 def test_the_command_refuses_a_bad_plan_with_one_line_and_status_2(tmp_path):
-    plan = _plan(tmp_path / "bad.yaml", {**DIFFUSERS, "decode_scope": "escaped"})
+    plan = _plan(tmp_path / "bad.yaml", {"model": "ltx-2.5-tiny-diffusion-decoder", "decode_scope": "escaped"})
     command = [sys.executable, "-m", "i2v_lab.cli", "measure", "--plan", str(plan), "--out", str(tmp_path / "out")]
     child = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (child.returncode, child.stdout) == (2, "")
@@ -192,7 +190,6 @@ SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         **WHOLE,
         **UNTILED_BF16,
         "variant": ("distilled",),
-        "decode_scope": ("no_grad",),
         "consumer": ("plain",),
         "generations": (1,),
         "profiler": ("full", "none"),  # phases are found, so all of them or none

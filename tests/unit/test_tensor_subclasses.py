@@ -112,3 +112,49 @@ def test_one_that_is_made_and_moved_within_a_forecast_counts_once():
         run(model, torch.zeros(COLUMNS, 1, dtype=torch.bfloat16, device="cuda"))
         model.to("cpu")
         assert profiler.allocated_bytes() == 0
+
+
+class PackedParameter(torch.nn.Parameter):
+    """As diffusers' GGUFParameter and bitsandbytes' Params4bit: bytes of a plain tensor, and what they mean."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False, bits: int = 0) -> PackedParameter:
+        made = torch.Tensor._make_subclass(cls, data, requires_grad)
+        made.bits = bits
+        return made
+
+    def as_tensor(self) -> torch.Tensor:
+        return torch.Tensor._make_subclass(torch.Tensor, self, self.requires_grad)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return cls(result, bits=args[0].bits) if isinstance(result, torch.Tensor) else result
+
+
+class Packed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = PackedParameter(torch.zeros(ROWS, COLUMNS, dtype=torch.uint8), bits=8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight.bits == 8
+        return torch.mm(self.weight.as_tensor().to(torch.bfloat16), x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_packed_parameter_keeps_its_class_its_attributes_and_its_storage(device):
+    with LiveStorageMeter() as meter:
+        real = Packed()
+        meter.reset_peak()
+        run(real, torch.zeros(COLUMNS, 1, dtype=torch.bfloat16))
+    with forecasting(device) as profiler, profiler.phase("call"):
+        model = Packed().to(device)
+        assert isinstance(model.weight, PackedParameter)
+        assert isinstance(model._parameters["weight"], torch.nn.Parameter)
+        assert (model.weight.bits, model.weight.device.type, model.weight.requires_grad) == (8, device, False)
+        assert profiler.allocated_bytes() == ROWS * COLUMNS  # also after a view of it was made
+        assert model.weight.as_tensor().shape == (ROWS, COLUMNS)
+        assert not isinstance(model.weight.as_tensor(), PackedParameter)
+        assert profiler.allocated_bytes() == ROWS * COLUMNS
+        run(model, torch.zeros(COLUMNS, 1, dtype=torch.bfloat16, device=device))
+    assert profiler.peak.peak_bytes == meter.peak_bytes()

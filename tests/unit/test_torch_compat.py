@@ -492,3 +492,18 @@ def test_a_default_device_is_that_of_every_function_after_a_forecast(forked_pyth
     """Torch collects the functions once in a process, which here is within a forecast."""
     said = subprocess.run([*forked_python, "-c", AFTER_A_FORECAST], capture_output=True, text=True, check=True)
     assert said.stdout == "{'meta'}\n"
+
+
+def test_a_class_of_tensors_takes_storage_past_its_own_torch_function():
+    target, name = compat.MAKE_SUBCLASS
+    data = torch.zeros(3)
+    made = getattr(target, name)(torch.nn.Parameter, data, False)
+    assert storage_key(made) == storage_key(data)
+
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, *_: object, **__: object) -> None:
+            raise AssertionError("called")
+
+    with compat.DisableTorchFunctionSubclass():
+        assert aten.detach.default(data.as_subclass(Loud)).shape == (3,)

@@ -113,3 +113,16 @@ def test_lines_that_cannot_be_read_are_refused(tmp_path, text):
         list(calibrate(source, out))
     assert caught.value.fields == {"path": source.with_suffix(".jsonl")}
     assert not out.exists()
+
+
+def test_a_product_with_a_bias_also_allocates_the_workspace_of_cublaslt_once():
+    def multiply(*layers: torch.nn.Linear) -> None:
+        source = torch.empty(512, 512, device="cuda")
+        for layer in layers:
+            layer(source)
+
+    plain, biased = (torch.nn.Linear(512, 512, bias=bias) for bias in (False, True))
+    found = [forecast(multiply, *each, workspaces=load_workspaces()) for each in ((plain,), (plain, biased, biased))]
+    tensors = 3 * 2**20  # source, weight and product
+    assert found[0].peak.peak_bytes == tensors + 33_554_432
+    assert found[1].peak.peak_bytes == tensors + 2**20 + 2048 + 33_554_432 + 1_048_576

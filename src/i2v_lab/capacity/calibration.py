@@ -21,6 +21,7 @@ DEVICE = {"gpu", "torch", "cudnn", "cublas_bytes", "context_bytes"}
 LARGE_BYTES = 8 * 2**20  # below, the allocator's rounding and the choice of algorithm dominate
 PARTS = ["input_bytes", "output_bytes", "weight_bytes"]
 FEWEST = 4  # convolutions that three factors are fitted to
+CUBLASLT_BYTES = 2**20  # parseCUDABlasLtWorkspaceSize: 1,024 KiB
 CUBLAS_BYTES = {"9.0": 32 * 2**20, "other": 8_519_680}  # parseChosenWorkspaceSize: 32 MiB, or ":4096:2:16:8"
 
 
@@ -80,6 +81,7 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
         "weight_factor": factors[2],
         "cublas_bytes": device["cublas_bytes"],
         "cublas_bytes_by_capability": CUBLAS_BYTES,
+        "cublaslt_bytes": CUBLASLT_BYTES,
         "context_bytes": device["context_bytes"],
     }
     lines = source.with_suffix(".jsonl")

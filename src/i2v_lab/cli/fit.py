@@ -27,6 +27,10 @@ The largest 4:3 video of 97 frames, then the most frames at 1024x768, then the f
     i2v-lab fit --gpu "RTX 5090" --frames 97
     i2v-lab fit --gpu "RTX 5090" --width 1024 --height 768
     i2v-lab fit --gpu "RTX 5090" --width 1024 --height 768 --frames 97
+
+The most frames of a model of diffusers (`i2v-lab models` lists them):
+
+    i2v-lab fit --gpu "RTX 4090" --model cogvideox-5b-i2v --width 720 --height 480 --offload model
 """
 
 

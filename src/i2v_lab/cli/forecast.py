@@ -42,6 +42,10 @@ What stays on a card of 12 GiB, and what is streamed:
 
     i2v-lab forecast --width 1024 --height 768 --vram-budget 12GiB --explain
 
+A model of diffusers, with its components waiting on the CPU:
+
+    i2v-lab forecast --model wan-2.2-ti2v-5b --offload model
+
 A script of diffusers, unchanged, with its own arguments after `--`:
 
     i2v-lab forecast --script my_pipeline.py -- --frames 81

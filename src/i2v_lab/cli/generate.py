@@ -36,6 +36,10 @@ The published defect, its cost, and the modules whose tensors hold the memory:
     i2v-lab generate --image stills/lighthouse.png --decode-scope escaped --out video.mp4 --profile runs/escaped
     i2v-lab show runs/escaped
 
+A model of diffusers, tiny and with random weights:
+
+    i2v-lab generate --model wan-2.2-ti2v-5b-tiny --image stills/lighthouse.png --out video.mp4
+
 Real weights on a GPU:
 
     i2v-lab generate --model ltx-2.3-22b --device cuda --image still.png --prompt "..." --out video.mp4

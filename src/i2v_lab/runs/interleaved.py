@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2v_lab.errors import RecordError
+from i2v_lab.errors import InvalidRequest, RecordError
 from i2v_lab.files import scratch_folder
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.paths import data_dir
@@ -53,7 +54,7 @@ def profiler_arms(request: I2VRequest, model: str) -> dict[str, RunSpec]:
     if runner.emits_events:
         arms["phase boundaries"] = replace(plain, profiler=ProfilerMode.BOUNDARIES)
     arms["modules and graphs"] = replace(plain, profiler=ProfilerMode.FULL)
-    if DecodeScope.ESCAPED in runner.decode_scopes:
+    with suppress(InvalidRequest):  # of a model that cannot
         arms["decoded outside no_grad"] = plain.with_request(decode_scope=DecodeScope.ESCAPED)
     for other in RUNNERS.values():
         if other.third_party and other.models == runner.name and other is not runner:

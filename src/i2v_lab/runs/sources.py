@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
 from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import forecast_specs, is_quiet
@@ -87,6 +88,21 @@ def choose_model(name: str, source: str, device: str = "auto") -> str:
     if to_source(source) is Source.MEASURE and not _has_cuda(device):
         return SMALL_MODEL
     return FULL_SIZE_MODEL
+
+
+def small_model_of(name: str) -> str:
+    """The tiny architecture that stands in for a model on a CPU: of the same runner, the nearest by name.
+
+    Raises:
+        UnknownModel: There is no such architecture.
+
+    Example:
+        >>> small_model_of("ltx-2.3-22b"), small_model_of("wan-2.2-ti2v-5b")
+        ('ltx-2.3-tiny', 'wan-2.2-ti2v-5b-tiny')
+    """
+    runner = load_architecture(name).runner
+    tiny = [each for each in architecture_names() if "tiny" in each and load_architecture(each).runner == runner]
+    return max(tiny, key=lambda each: len(commonprefix([each, name])))  # noqa: RUF071, of names
 
 
 def _has_cuda(device: str) -> bool:

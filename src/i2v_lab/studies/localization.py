@@ -1,4 +1,4 @@
-"""Where is the peak: before the pipeline returns, or while its stream is consumed?"""
+"""Where is the peak: before the pipeline returns, or while its video is decoded by the caller?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from i2v_lab.studies.published import published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import GIB, format_bytes
 
-AFTER_RETURN = Phase.DECODE_VIDEO.value  # the only phase that runs while the stream is consumed
+AFTER_RETURN = Phase.DECODE_VIDEO.value  # runs while the stream is consumed, or when the caller decodes latents
+DECODES = (AFTER_RETURN, Phase.DECODE_AUDIO.value)
 SCOPES = (DecodeScope.ESCAPED, DecodeScope.NO_GRAD)
 
 
@@ -43,21 +44,35 @@ def boundaries_table(observations: Sequence[Observation]) -> pd.DataFrame:
     return table.assign(published_so_far_bytes=values.astype("Int64"))
 
 
+def late_phases(table: pd.DataFrame) -> list[str]:
+    """The phases that run after the pipeline has returned: the decoding of the video, and of sound that follows it.
+
+    A pipeline of diffusers has sound to decode after the video; that of this package has decoded it before.
+
+    Args:
+        table: Of :func:`~i2v_lab.runs.sources.phases_frame`.
+    """
+    order = list(dict.fromkeys(table["phase"]))
+    return [name for name in DECODES if name in order and order.index(name) >= order.index(AFTER_RETURN)]
+
+
 def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """The peak until the pipeline returns, and that of the whole run.
 
     Returns:
-        One row for each run: ``decode_scope, inside_bytes`` (until the return), ``whole_bytes, gap_bytes``,
-        ``floor_phase`` (with the highest peak until the return), ``published_inside_bytes, published_whole_bytes``.
+        One row for each run: ``decode_scope, inside_bytes`` (until the return, or until latents are decoded),
+        ``whole_bytes, gap_bytes, floor_phase`` (with the highest peak until then), ``published_inside_bytes,
+        published_whole_bytes``.
     """
     table = boundaries_table(observations)
+    late = late_phases(table)
     same = table["published_so_far_bytes"].notna().any()
     study = published()
     ends = {row["phase"]: round(row["peak_so_far_gib"] * GIB) for row in study["boundaries"]}
     fixed = round(study["before_after"][1]["peak_gib"] * GIB)
     rows = []
     for scope, phases in table.groupby("decode_scope", sort=False):
-        inside = phases[phases["phase"] != AFTER_RETURN].to_dict("records")
+        inside = phases[~phases["phase"].isin(late)].to_dict("records")
         top = max(inside, key=lambda phase: phase["peak_bytes"])
         theirs = (ends[""], ends[AFTER_RETURN]) if scope == "escaped" else (fixed, fixed)
         rows.append(
@@ -98,19 +113,21 @@ def localization_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     table = phases_frame(observations)
     peaks = table.pivot_table(index="phase", columns="decode_scope", values="peak_bytes", aggfunc="max", sort=False)
     excess = peaks["escaped"] - peaks["no_grad"]
-    elsewhere = int(excess.drop(AFTER_RETURN).abs().max())
-    late = int(excess[AFTER_RETURN])
+    later = late_phases(table)
+    elsewhere = int(excess.drop(later).abs().max())
+    late = int(excess[later].max())
     verdict = REFUTED if late <= 0 else CONFIRMED if elsewhere == 0 else REFINED
     gaps: dict[Any, dict[Any, Any]] = gap_table(observations).set_index("decode_scope").to_dict("index")
     floor: dict[Any, Any] = floor_table(observations).to_dict("records")[0]
+    lazy = observations[0].spec.runner_spec.lazy_decode
+    until, then = ("the pipeline returns", "consuming the stream") if lazy else ("the latents are decoded", "decoding")
     finding = (
-        f"Until the pipeline returns, the peak is {format_bytes(int(gaps['escaped']['inside_bytes']))} with and "
-        f"without the defect"
+        f"Until {until}, the peak is {format_bytes(int(gaps['escaped']['inside_bytes']))} with and without the defect"
         if elsewhere == 0
-        else f"Until the pipeline returns, peaks differ by up to {format_bytes(elsewhere)}"
+        else f"Until {until}, peaks differ by up to {format_bytes(elsewhere)}"
     )
     finding += (
-        f"; consuming the stream raises it to {format_bytes(int(gaps['escaped']['whole_bytes']))}. After the fix the "
+        f"; {then} raises it to {format_bytes(int(gaps['escaped']['whole_bytes']))}. After the fix the "
         f"peak is {format_bytes(int(floor['peak_bytes']))}, in {floor['phase']}."
     )
     return conclude(

@@ -17,7 +17,7 @@ from i2v_lab.runs.execute import VIDEO
 from i2v_lab.runs.sources import Observation, Source, observe, phases_frame, runs_frame
 from i2v_lab.runs.spec import Consumer, RunSpec
 from i2v_lab.runs.store import FAILED
-from i2v_lab.studies.localization import AFTER_RETURN, scope_specs
+from i2v_lab.studies.localization import AFTER_RETURN, late_phases, scope_specs
 from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_data
 from i2v_lab.units import format_bytes
@@ -26,9 +26,9 @@ DEPTH = 3  # of module paths in the table of the graph
 
 
 def fix_specs(request: I2VRequest, model: str) -> list[RunSpec]:
-    """With the defect, with the fix, and with the defect where the stream is consumed through ``guard_stream``."""
+    """With the defect, with the fix, and, of a stream, with the defect where ``guard_stream`` is around it."""
     before, after = scope_specs(request, model)
-    return [before, after, replace(before, consumer=Consumer.GUARDED)]
+    return [before, after, *([replace(before, consumer=Consumer.GUARDED)] if before.runner_spec.lazy_decode else [])]
 
 
 def fix_table(observations: Sequence[Observation]) -> pd.DataFrame:
@@ -44,14 +44,15 @@ def peaks_by_phase(observations: Sequence[Observation]) -> pd.DataFrame:
     """Peaks of every phase, one column for each run.
 
     Returns:
-        ``phase``, and one column for each run: ``escaped_bytes``, ``no_grad_bytes``, ``guarded_bytes``;
-        missing values where there is no run.
+        ``phase``, and one column for each run: ``escaped_bytes``, ``no_grad_bytes``, and ``guarded_bytes`` if that
+        was asked for; missing values where there is no run.
     """
     table = phases_frame(observations)
     mode = table["decode_scope"].where(table["consumer"] == "plain", table["consumer"])
     table = table.assign(mode=mode + "_bytes")
     wide = table.pivot_table(index="phase", columns="mode", values="peak_bytes", aggfunc="max", sort=False)
-    wide = wide.reindex(columns=["escaped_bytes", "no_grad_bytes", "guarded_bytes"]).astype("Int64")
+    columns = ["escaped_bytes", "no_grad_bytes", "guarded_bytes"][: len(observations)]
+    wide = wide.reindex(columns=columns).astype("Int64")
     return wide.reset_index().rename_axis(columns=None)
 
 
@@ -78,7 +79,7 @@ def small_runs(request: I2VRequest, model: str, runs_dir: Path, device: str = "a
     """Runs on this machine for what no forecast has: pixel values, and torch's refusal of ``inference_mode``.
 
     Returns:
-        With the defect, with the fix, and with the pipeline inside ``inference_mode``.
+        With the defect, with the fix, and with the pipeline inside ``inference_mode`` and the decoding outside.
     """
     refused = RunSpec(request=replace(request, decode_scope=DecodeScope.INFERENCE_MODE), model=model)
     return observe([*scope_specs(request, model), refused], Source.MEASURE, runs_dir, device)
@@ -116,12 +117,12 @@ def frames_digest(video: Path) -> str:
 def fix_verdict(observations: Sequence[Observation], identical: bool, refused: str) -> dict[str, Any]:
     """Claims 3 and 4: one call moved inside ``no_grad`` removes the excess, and ``inference_mode`` is no substitute.
 
-    ``confirmed``: the run's peak is at least halved, all of the excess is in ``decode_video``, no frame changes, and
+    ``confirmed``: the run's peak is at least halved, all of the excess is in decoding, no frame changes, and
     torch refuses ``inference_mode``. ``refined``: the decoding's peak is lower, but the run's is not halved, or another
     phase changes too. ``refuted``: the decoding's peak is no lower, or the video changes.
 
     Args:
-        observations: Of :func:`fix_specs`; the third may have no run.
+        observations: Of :func:`fix_specs`; the third may have no run, or be left out.
         identical: Of :func:`frames_identical`.
         refused: Of :func:`refusal`.
     """
@@ -132,7 +133,7 @@ def fix_verdict(observations: Sequence[Observation], identical: bool, refused: s
     by_phase = peaks_by_phase(observations).set_index("phase")
     excess = by_phase["escaped_bytes"] - by_phase["no_grad_bytes"]
     escaped, no_grad = int(by_phase["escaped_bytes"].max()), int(by_phase["no_grad_bytes"].max())
-    elsewhere = int(excess.drop(AFTER_RETURN).abs().max())
+    elsewhere = int(excess.drop(late_phases(phases_frame(observations))).abs().max())
     decode_ratio = float(by_phase["escaped_bytes"][AFTER_RETURN] / by_phase["no_grad_bytes"][AFTER_RETURN])
     if decode_ratio <= 1 or not identical:
         verdict = REFUTED
@@ -141,7 +142,7 @@ def fix_verdict(observations: Sequence[Observation], identical: bool, refused: s
     else:
         verdict = REFINED
     finding = (
-        f"With the stream consumed inside no_grad, the same request peaks at {format_bytes(no_grad)} instead of "
+        f"With the video decoded inside no_grad, the same request peaks at {format_bytes(no_grad)} instead of "
         f"{format_bytes(escaped)}, {escaped / no_grad:.2f} times less; the peak of {AFTER_RETURN} alone is "
         f"{decode_ratio:.1f} times lower, and {'every frame is identical' if identical else 'the frames differ'}."
     )

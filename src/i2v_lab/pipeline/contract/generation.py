@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,25 @@ GRAD_SCOPES = {
 }
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do about torch's refusal of tensors that were made in inference mode.
+
+    Raises:
+        GradScopeError: In place of torch's error, within this scope.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise GradScopeError(
+            f"{str(error).splitlines()[0].rstrip('.')}. The pipeline ran inside torch.inference_mode() but its "
+            "video was decoded outside; use decode_scope='no_grad', which needs no mode around the consumer",
+            decode_scope=DecodeScope.INFERENCE_MODE.value,
+        ) from error
+
+
 class VideoStream(Iterator[torch.Tensor]):
     """A video that is decoded while it is consumed; each item is a chunk ``(F, H, W, 3)`` uint8 on the run's device.
 
@@ -64,17 +83,8 @@ class VideoStream(Iterator[torch.Tensor]):
         self.chunks = chunks
 
     def __next__(self) -> torch.Tensor:
-        try:
-            with self._modes.step():
-                return next(self._source)
-        except RuntimeError as error:
-            if "nference tensor" not in str(error):
-                raise
-            raise GradScopeError(
-                f"{str(error).splitlines()[0].rstrip('.')}. The pipeline ran inside torch.inference_mode() but its "
-                "video was decoded outside; use decode_scope='no_grad', which needs no mode around the consumer",
-                decode_scope=DecodeScope.INFERENCE_MODE.value,
-            ) from error
+        with explained(), self._modes.step():
+            return next(self._source)
 
     def __enter__(self) -> VideoStream:
         return self

@@ -26,7 +26,7 @@ READ = {".json", ".model", ".txt", ".jinja"}  # endings of the small files that 
 POINTER = "Git LFS pointer"
 
 
-def require_files(folder: Path, patterns: Sequence[str], option: str, what: str) -> None:
+def require_files(folder: Path, patterns: Sequence[str], option: str, what: str) -> dict[Path, Any]:
     """Check that a folder holds the files that its reader will open, that they can be read, and that none brings code.
 
     Args:
@@ -34,6 +34,9 @@ def require_files(folder: Path, patterns: Sequence[str], option: str, what: str)
         patterns: File names, with wildcards.
         option: The command-line option that named the folder.
         what: The component whose files they are, for the messages.
+
+    Returns:
+        The values of all its JSON files, which need not be read again.
 
     Raises:
         CheckpointError: The folder or a file does not exist, a file is no regular one or a Git LFS pointer, or a JSON
@@ -47,12 +50,15 @@ def require_files(folder: Path, patterns: Sequence[str], option: str, what: str)
         if not any(path.match(pattern) for path in files):
             words = f"holds no {pattern}; give a complete {what} folder"
             raise weights_refused(option, folder, "incomplete", words, missing=pattern)
+    found = {}
     for path in files:
         wanted = any(path.match(pattern) for pattern in patterns)
         if wanted or path.suffix in READ:
             _require_readable(path, option)
         if path.suffix == ".json":
-            _require_no_code(path, _read_json(path, option), option)
+            found[path] = _read_json(path, option)
+            _require_no_code(path, found[path], option)
+    return found
 
 
 @contextmanager

@@ -20,8 +20,8 @@ def check_model(architecture: Architecture, request: I2VRequest) -> None:
     """Refuse what a model of diffusers has no use for, or what one with two stages cannot generate.
 
     Raises:
-        InvalidRequest: A prompt for a model without a text encoder, the dtype of a component that there is not, or the
-            size of a video.
+        InvalidRequest: A prompt for a model without a text encoder, the dtype of a component that there is not, the
+            grad mode of a diffusion decoder, or the size of a video.
     """
     components = architecture.config
     for name in ("prompt", "negative_prompt"):
@@ -39,8 +39,27 @@ def check_model(architecture: Architecture, request: I2VRequest) -> None:
                 f"dtypes: {name}={dtype.value} is not for model={architecture.name!r}; use {', '.join(known)}",
                 **{name: dtype.value},
             )
+    check_scope(architecture, request)
     if not architecture.pipeline:
         check_latent(architecture, request)
+
+
+def check_scope(architecture: Architecture, request: I2VRequest) -> None:
+    """Refuse a grad mode in which a model of diffusers cannot decode.
+
+    Raises:
+        InvalidRequest: With the grad mode.
+    """
+    scope, reason = request.decode_scope, ""
+    if has_diffusion_decoder(architecture):
+        reason = "diffusion decoder is a pipeline, which decodes inside no_grad whoever calls it"
+    elif "safety_checker" in architecture.config:
+        reason = "safety checker needs the frames in numpy, which takes none that require gradients"
+    if reason and scope is not DecodeScope.NO_GRAD:
+        raise InvalidRequest(
+            f"decode_scope={scope.value!r} is not for model={architecture.name!r}, whose {reason}; use no_grad",
+            decode_scope=scope.value,
+        )
 
 
 def check_latent(architecture: Architecture, request: I2VRequest) -> None:
@@ -101,7 +120,6 @@ RUNNER = RunnerSpec(
     weight_options=("weights",),
     quantizations=(Quantization.BF16,),
     variants=(Variant.DISTILLED,),
-    decode_scopes=(DecodeScope.NO_GRAD,),  # its pipelines decorate themselves with torch.no_grad()
     tiled=has_diffusion_decoder,  # tiles of its autoencoder may be one latent position wide, which LTX-2's cannot pad
     lazy_decode=False,
     repeatable=False,

@@ -19,7 +19,6 @@ from diffusers import LTX2ImageToVideoPipeline, LTX2LatentUpsamplePipeline
 from diffusers.models.transformers.transformer_ltx2 import LTX2VideoTransformerBlock
 from diffusers.pipelines import ltx2 as ltx2_pipelines
 from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, STAGE_2_DISTILLED_SIGMA_VALUES
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -33,11 +32,12 @@ from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.pipeline.diffusers.components import default_dtype
+from i2v_lab.pipeline.diffusers.decoding import decoding_in
 from i2v_lab.pipeline.diffusers.pipeline import as_chunk
 from i2v_lab.pipeline.diffusers.settings import cast_layers, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.torch_compat import is_fake, uncompiled_flex_attention
+from i2v_lab.torch_compat import uncompiled_flex_attention
 
 # Of each component, where an architecture names none; those of the others follow from its configuration.
 CLASSES = {
@@ -184,9 +184,6 @@ class DiffusersLTX2:
                 each.enable_model_cpu_offload(device=device)
             else:  # its own component; the autoencoder has hooks already
                 (each.latent_upsampler if each is self.upsample else each.diffusion_decoder).to(device)
-        if is_fake():
-            ratio = self.generate.vae_spatial_compression_ratio
-            self.generate.video_processor = ForecastProcessor(ratio, resample="bilinear")
         self.generate.set_progress_bar_config(disable=True)
 
     def __call__(self, request: I2VRequest) -> Generation:
@@ -224,16 +221,17 @@ class DiffusersLTX2:
         half: dict[str, Any] = {"width": request.width // 2, "height": request.height // 2}
         video, audio = self.generate(**common, **half, sigmas=DISTILLED_SIGMA_VALUES, output_type="latent")
         (video,) = self.upsample(latents=video, **half, output_type="latent", return_dict=False)
-        made: tuple[torch.Tensor, torch.Tensor] = self.generate(
-            **common,
-            width=request.width,
-            height=request.height,
-            latents=video,
-            audio_latents=audio,
-            sigmas=STAGE_2_DISTILLED_SIGMA_VALUES,
-            noise_scale=STAGE_2_DISTILLED_SIGMA_VALUES[0],
-            output_type=output_type if self.decode is None else "latent",
-        )
+        with decoding_in(request.decode_scope, self.generate):
+            made: tuple[torch.Tensor, torch.Tensor] = self.generate(
+                **common,
+                width=request.width,
+                height=request.height,
+                latents=video,
+                audio_latents=audio,
+                sigmas=STAGE_2_DISTILLED_SIGMA_VALUES,
+                noise_scale=STAGE_2_DISTILLED_SIGMA_VALUES[0],
+                output_type=output_type if self.decode is None else "latent",
+            )
         if self.decode is None or output_type == "latent":
             return made
         return self._decode(*made, common["generator"], output_type)
@@ -281,15 +279,3 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=byte_tokenizer(), clean_up_tokenization_spaces=False, extra_special_tokens=extra, **named
     )
-
-
-class ForecastProcessor(VideoProcessor):
-    """Reads a still as diffusers does, without testing it for negative values, which a forecast does not know.
-
-    Only a warning depends on the test, and nothing that is on the device.
-    """
-
-    def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
-        """The still ``(1, 3, H, W)`` in [-1, 1]."""
-        resized = self.resize(image, height, width)
-        return self.normalize(self.numpy_to_pt(self.pil_to_numpy(resized)))

@@ -22,6 +22,7 @@ from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.prompt_length import note_dropped_tokens
 from i2v_lab.pipeline.diffusers import RUNNER
 from i2v_lab.pipeline.diffusers.components import build, default_dtype, find_class
+from i2v_lab.pipeline.diffusers.decoding import decoding_in
 from i2v_lab.pipeline.diffusers.settings import DENOISERS, cast_layers, check_tiles, offload, set_autoencoder
 from i2v_lab.pipeline.diffusers.weights import DiffusersWeights
 from i2v_lab.request import I2VRequest, VideoShape
@@ -151,6 +152,7 @@ class DiffusersPipeline:
             diffusers' own; its ``frames`` are for ``pt`` ``(1, F, 3, H, W)`` in [0, 1].
 
         Raises:
+            GradScopeError: ``decode_scope=inference_mode``, as torch refuses it.
             InvalidRequest: The request has other memory settings than the pipeline was built with, or leaves a tile
                 that the autoencoder cannot decode.
         """
@@ -162,7 +164,7 @@ class DiffusersPipeline:
             )
         check_tiles(self.pipe.vae, request.width, request.height)
         given = {**self._architecture.sampling, **self._arguments(request)}
-        with _masks_as_in_a_real_run():
+        with _masks_as_in_a_real_run(), decoding_in(request.decode_scope, self.pipe):
             return self.pipe(**given, output_type=output_type)
 
     def _arguments(self, request: I2VRequest) -> dict[str, Any]:

@@ -108,6 +108,10 @@ class CachingAllocator:
                 pool.remove(entry)
                 self.reserved_bytes -= entry[0]
 
+    def use_stream(self, stream: int) -> None:
+        """Allocate on a stream from now on; 0 is the default one."""
+        self.stream = stream
+
     def reset_peak(self) -> None:
         """Reset the peak to what is reserved now."""
         self.peak_reserved_bytes = self.reserved_bytes

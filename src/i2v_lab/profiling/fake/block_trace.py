@@ -14,18 +14,22 @@ from typing import Any
 
 from i2v_lab.profiling.fake.allocator import Block, CachingAllocator
 
+Event = int | None
+
 
 @dataclass(eq=False)
 class BlockTrace:
     """What was allocated and freed within a scope.
 
     Attributes:
-        events: Requested bytes of an allocation, or ``-1 - index`` where the allocation of that index is freed.
+        events: Requested bytes of an allocation, ``-1 - index`` where the allocation of that index is freed, or
+            ``None`` where the cache is emptied.
         indices: Index of the allocation of each block that is not freed.
-        is_closed: Whether only blocks of the scope's own were freed; others cannot be freed a second time.
+        is_closed: Whether it can be replayed: only blocks of the scope's own were freed, others cannot be freed a
+            second time; and the current stream stayed the same.
     """
 
-    events: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     indices: dict[Any, int] = field(default_factory=dict)
     is_closed: bool = True
     _count: int = 0
@@ -88,7 +92,19 @@ class TracingAllocator(CachingAllocator):
             trace.remove(block)
         super().free(block)
 
-    def replay(self, events: Sequence[int], kept: Sequence[int]) -> int:
+    def empty_cache(self) -> None:
+        """As :meth:`CachingAllocator.empty_cache`."""
+        for trace in self._traces:
+            trace.events.append(None)
+        super().empty_cache()
+
+    def use_stream(self, stream: int) -> None:
+        """As :meth:`CachingAllocator.use_stream`."""
+        for trace in self._traces:
+            trace.is_closed &= stream == self.stream
+        super().use_stream(stream)
+
+    def replay(self, events: Sequence[Event], kept: Sequence[int]) -> int:
         """Allocate and free again what a trace did.
 
         Args:
@@ -101,7 +117,9 @@ class TracingAllocator(CachingAllocator):
         blocks: list[Block] = []
         peak_bytes = self.allocated_bytes
         for event in events:
-            if event >= 0:
+            if event is None:
+                self.empty_cache()
+            elif event >= 0:
                 blocks.append(self.allocate(event))
                 peak_bytes = max(peak_bytes, self.allocated_bytes)
             else:

@@ -24,9 +24,11 @@ from i2v_lab.profiling.fake.assumptions import DEFAULT, Answers
 from i2v_lab.profiling.fake.attention import chosen_kernel, fused_attention, math_attention, safe_softmax, usual_order
 from i2v_lab.profiling.fake.card import CardProperties, FakeCard
 from i2v_lab.profiling.fake.checkpoint_files import reading_patches
+from i2v_lab.profiling.fake.compact_zeros import picture_patches
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
+from i2v_lab.profiling.fake.parameter_kinds import make_subclass
 from i2v_lab.profiling.fake.random_state import random_patches
 from i2v_lab.profiling.fake.refusals import no_answer, no_kernel_error
 from i2v_lab.profiling.fake.threads import ForecastMode, one_thread
@@ -36,6 +38,7 @@ from i2v_lab.torch_compat import (
     CONVOLUTION_BASE,
     DATA,
     LOCAL_SCALAR,
+    MAKE_SUBCLASS,
     NUMPY,
     TRUNCATED_NORMAL,
     FakeTensor,
@@ -284,6 +287,7 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch.nn.functional, "scaled_dot_product_attention", attend
     yield torch.Tensor, "numpy", functools.partial(_numpy, answers=operators.answers)
     yield FakeTensor, "__new__", _new
+    yield *MAKE_SUBCLASS, make_subclass
     for name in ("__float__", "__int__", "__index__"):
         yield FakeTensor, name, functools.partial(_number, conversion=name, answers=operators.answers)
     reads: dict[str, Callable[..., Any]] = {"tolist": _tolist, "__bool__": _truth, "__format__": _format}
@@ -307,6 +311,7 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch, "get_default_dtype", lambda: operators.default_dtype
     yield gpu_context_patch()
     yield from reading_patches()
+    yield from picture_patches()
     yield from random_patches()
     if device.type == "cuda":
         yield torch, "Generator", lambda device="cpu": unpatched(torch, "Generator")("cpu")

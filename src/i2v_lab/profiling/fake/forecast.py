@@ -48,10 +48,10 @@ class ForecastMeter(LiveStorageMeter):
         """Count the tensors that an operator takes and returns, and its kernel's workspaces."""
         self.observe(tensors)
         if self._workspaces is not None:
-            library, nbytes = self._workspaces.persistent(func, self._capability)
-            if nbytes and library not in self._initialized:
-                self._initialized.add(library)
-                self.add_persistent_workspace(nbytes, f"{library} workspace")
+            for library, nbytes in self._workspaces.persistent(func, args, self._capability).items():
+                if nbytes and library not in self._initialized:
+                    self._initialized.add(library)
+                    self.add_persistent_workspace(nbytes, f"{library} workspace")
             nbytes = self._workspaces.transient(func, args, result)
             if nbytes:
                 self.add_transient_workspace(nbytes, "cuDNN workspace")
@@ -98,7 +98,7 @@ class ForecastMeter(LiveStorageMeter):
     def use_stream(self, stream_id: int) -> None:
         """Allocate on a stream from now on."""
         if self.allocator is not None:
-            self.allocator.stream = stream_id
+            self.allocator.use_stream(stream_id)
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from i2v_lab.profiling.fake.block_trace import BlockTrace, TracingAllocator
+from i2v_lab.profiling.fake.block_trace import BlockTrace, Event, TracingAllocator
 from i2v_lab.profiling.fake.operators import are_new
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
@@ -42,7 +42,7 @@ class _Call:
     start_bytes: int
     peak_above_start_bytes: int
     result: Any
-    events: tuple[int, ...]
+    events: tuple[Event, ...]
     kept: tuple[int, ...]
 
 

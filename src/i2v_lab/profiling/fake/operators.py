@@ -15,7 +15,9 @@ from i2v_lab.profiling.fake.assumptions import Answers
 from i2v_lab.profiling.fake.attention import safe_softmax
 from i2v_lab.profiling.fake.autograd_devices import AutogradDevices, with_real_device
 from i2v_lab.profiling.fake.known_values import (
+    LIFT,
     KnownValues,
+    keep_values,
     known_values,
     propagate_values,
     run_on_values,
@@ -56,6 +58,7 @@ from i2v_lab.torch_compat import (
 aten = torch.ops.aten
 
 META = torch.device("meta")
+FILLS = {aten.fill_.Scalar, aten.fill_.Tensor, aten.normal_.default, aten.uniform_.default, aten.zero_.default}
 UNSCALE = aten._amp_foreach_non_finite_check_and_unscale_.default  # writes whether a gradient is not finite
 NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1}  # positions of their weights
 ONEDNN_RNN = aten.mkldnn_rnn_layer.default
@@ -104,6 +107,20 @@ def _is_real(tensor: torch.Tensor) -> bool:
     if not isinstance(tensor, FakeTensor):
         return tensor.device.type != "meta"
     return getattr(tensor.untyped_storage(), "_i2v_lab_is_real", False)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all of its storage, and no leaf of autograd's graph."""
+    if tensor.layout is not torch.strided or tensor.requires_grad or not tensor.is_contiguous():
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+def _is_filled(args: Any) -> bool:
+    """Whether an operator fills its first argument, and torch has no reason to refuse it."""
+    return isinstance(args[0], FakeTensor) and not any(
+        isinstance(each, torch.Tensor) and each.dim() for each in args[1:]
+    )
 
 
 def _device(tensor: torch.Tensor) -> torch.device:
@@ -168,6 +185,8 @@ class FakeOperators(DispatchMode):
             return NotImplemented  # they run operators on what they hold, which come here
         if func is DEVICE and isinstance(args[0], FakeTensor):
             return self.devices.told(args[0].fake_device)
+        if func is LIFT and type(args[0]) is torch.Tensor and args[0].device.type == "cpu" and _is_dense(args[0]):
+            return self._lifted(func, args)
         kwargs = with_real_device(kwargs or {})
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
@@ -199,7 +218,7 @@ class FakeOperators(DispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], self._indices(func, args[1]))
         try:
-            if others and func is not aten.lift_fresh.default:
+            if others and func is not LIFT:
                 result = self._run(func, *self._fake_real_inputs(args, kwargs))
             else:
                 result = self._run(func, args, kwargs, inputs)
@@ -229,7 +248,7 @@ class FakeOperators(DispatchMode):
         propagate_values(func, args, kwargs, outputs, written, known, all_known)
         if any(tensor.layout is not torch.strided for tensor in outputs):
             raise not_strided_error(func, self._current_module())
-        lifted = func is aten.lift_fresh.default  # its input is the same tensor before it became fake
+        lifted = func is LIFT  # its input is the same tensor before it became fake
         self._on_operator(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result
 
@@ -296,7 +315,7 @@ class FakeOperators(DispatchMode):
         if func in VIEWS and isinstance(inputs[0], FakeTensor):
             return self._fake(func, args, kwargs, inputs[0].fake_device)
         if not makes_new_tensors(func):
-            return func(*args, **kwargs)
+            return args[0] if func in FILLS and _is_filled(args) else func(*args, **kwargs)
         if func is CUDNN_RNN:
             raise no_kernel_error(func, self._current_module())  # torch's fake one wants a buffer that is optional
         if func is ONEDNN_RNN:
@@ -309,6 +328,14 @@ class FakeOperators(DispatchMode):
             return result
         fakes = [self._empty(*layout) for layout in outputs.tensors]
         return fakes if outputs.many else fakes[0]
+
+    def _lifted(self, func: Any, args: Any) -> FakeTensor:
+        """A fake with the values of a real tensor, which nothing else holds."""
+        real = args[0]
+        fake = self._empty(real.shape, real.stride(), real.dtype, real.device)
+        keep_values(fake, KnownValues(real, [True]))
+        self._on_operator(func, args, fake, [fake])
+        return fake
 
     def _empty(
         self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device

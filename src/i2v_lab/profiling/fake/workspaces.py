@@ -30,7 +30,7 @@ class Workspaces:
     cuDNN convolves 16-bit tensors with channels-last kernels. For channels-first tensors, as in every model here, it
     transposes input, weight and output in a transient workspace, which is therefore about as large as the three
     together. Other dtypes and larger batches are as they were measured. cuBLAS allocates one persistent workspace at
-    its first matrix product.
+    its first matrix product, and cuBLASLt another at the first one with a bias, as of a linear layer.
 
     Attributes:
         input_factor: Bytes of a convolution's workspace for each byte of its input, where that is channels-first.
@@ -42,6 +42,8 @@ class Workspaces:
             between two takes those of the smaller one. Elsewhere 16-bit tensors have those above, others no workspace.
         cublas_bytes_by_capability: Of cards by their compute capability, such as ``9.0``, and of all ``other`` ones.
             Source: ``parseChosenWorkspaceSize`` in ATen's ``CublasHandlePool.cpp``.
+        cublaslt_bytes: Allocated from the first matrix product with a bias on, on every card. Source:
+            ``parseCUDABlasLtWorkspaceSize`` there.
     """
 
     input_factor: float
@@ -51,19 +53,23 @@ class Workspaces:
     context_bytes: int
     factors: Mapping[str, Mapping[int, tuple[float, float, float]]] = field(default_factory=dict)
     cublas_bytes_by_capability: Mapping[str, int] = field(default_factory=dict)
+    cublaslt_bytes: int = 0
 
-    def persistent(self, func: Any, capability: tuple[int, int] = (9, 0)) -> tuple[str, int]:
-        """The library that an operator initialises, and the bytes of its workspace; empty and 0 for none.
+    def persistent(self, func: Any, args: tuple[Any, ...], capability: tuple[int, int] = (9, 0)) -> dict[str, int]:
+        """The libraries that an operator initialises, and the bytes of their workspaces.
 
         Args:
             func: The operator.
+            args: Its arguments.
             capability: Compute capability of the card.
         """
         if func not in MATRIX_PRODUCTS:
-            return "", 0
+            return {}
         sizes = self.cublas_bytes_by_capability
         other = sizes.get(OTHER, self.cublas_bytes)
-        return "cuBLAS", sizes.get(".".join(map(str, capability)), other)
+        cublas = {"cuBLAS": sizes.get(".".join(map(str, capability)), other)}
+        has_bias = func is aten.addmm.default and args[0].dim() == 1
+        return {**cublas, "cuBLASLt": self.cublaslt_bytes} if has_bias and self.cublaslt_bytes else cublas
 
     def transient(self, func: Any, args: tuple[Any, ...], result: Any) -> int:
         """Bytes that an operator's kernel allocates and frees before it returns."""

@@ -129,7 +129,8 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
             published run, ``published_so_far_bytes``.
     """
     scale, unit = byte_scale(float(phases["peak_so_far_bytes"].max()))
-    names = [str(phase) for phase in phases["phase"].unique()]
+    runs = [part for _, part in phases.groupby("decode_scope", sort=False)]
+    names = [str(phase) for phase in max(runs, key=len)["phase"]]  # one may run several times
     last = phases.groupby("decode_scope", sort=False)["peak_so_far_bytes"].last()
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
@@ -140,10 +141,10 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
             shift = 0 if apart else 16 if scope == last.index[0] else -16
             values = phases[phases["decode_scope"] == scope]["peak_so_far_bytes"].astype(float) / scale
             colour = COLOURS.get(scope, "#000000")
-            axes.plot(range(len(names)), values, color=colour, linewidth=2, **MARKERS.get(scope, {"marker": "^"}))
+            axes.plot(range(len(values)), values, color=colour, linewidth=2, **MARKERS.get(scope, {"marker": "^"}))
             axes.annotate(
                 f"{WORDS.get(scope, scope)}\n{format_bytes(int(last[scope]))}",
-                (len(names) - 1, values.iloc[-1]),
+                (len(values) - 1, values.iloc[-1]),
                 xytext=(10, shift),
                 textcoords="offset points",
                 va="center",
