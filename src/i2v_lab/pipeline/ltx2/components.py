@@ -31,6 +31,7 @@ from i2v_lab.pipeline.ltx2.memory.chunked_transformer import ChunkedBlock
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import will_need
 from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
+from i2v_lab.pipeline.ltx2.skeletons import UninitializedModules
 from i2v_lab.pipeline.ltx2.weights import Weights
 from i2v_lab.placement import Placement
 from i2v_lab.request import Quantization
@@ -93,10 +94,12 @@ class Ledger(ModelLedger):
         key_ops = transformer_key_ops(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)
         builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
-        loader = self._weights.loader_ahead(HostWeights(self._host_weights.budget_bytes))
+        own = self._host_weights
+        loader = self._weights.loader_ahead(HostWeights(own.budget_bytes, read_ahead=own.reads_ahead))
         changed = with_techniques(builders, self._placement, self._weights.reader, self._host_weights)
         for name, builder in changed.items():
-            setattr(self, name, replace(builder, model_loader=loader))
+            configurator: Any = UninitializedModules(builder.model_class_configurator)
+            setattr(self, name, replace(builder, model_loader=loader, model_class_configurator=configurator))
 
     def _quantized_transformer(self) -> tuple[Builder[Any], dict[str, Any]]:
         """The transformer's builder and the arguments of its build besides the device, as ltx-pipelines' ledger."""

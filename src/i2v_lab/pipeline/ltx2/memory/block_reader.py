@@ -39,7 +39,7 @@ class Reading:
         ended: Called once, by one of the threads, or by who stops the reader.
         buffer: Gets it.
         error: What ended it.
-        refused: Whether its buffer could not be had, or not be locked.
+        refused: Whether its buffer could not be had.
         stopped: Whether it was stopped.
         left: Jobs that have not ended.
     """
@@ -120,7 +120,7 @@ class BlockReader:
         plan, jobs = reading.plan, list[Job]()
         try:
             if spare is None:
-                reading.buffer = PageLocked(plan.nbytes, self._device, lock=not plan.paths)
+                reading.buffer = PageLocked(plan.nbytes, self._device)
             else:
                 reading.buffer = spare.buffer
                 if spare.event is not None:
@@ -158,12 +158,8 @@ class BlockReader:
         if reading.is_whole and not self._stopping:
             try:
                 self._verify(reading.plan)
-                assert reading.buffer is not None
-                reading.buffer.lock()
             except CheckpointError as error:
                 reading.error = error
-            except RuntimeError:  # the driver refuses to lock more memory
-                reading.refused = True
         with self._lock:
             self._readings.remove(reading)
         reading.stopped = self._stopping

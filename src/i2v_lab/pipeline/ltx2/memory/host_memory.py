@@ -35,7 +35,6 @@ class PageLocked:
     Args:
         nbytes: Its size.
         device: The device that copies from it; nothing is locked for a CPU, nor in a forecast.
-        lock: Lock its pages now; otherwise :meth:`lock` does, which is faster once they have been written to.
 
     Attributes:
         data: ``(nbytes,)``, uint8.
@@ -44,30 +43,18 @@ class PageLocked:
         RuntimeError: The driver refuses to lock more memory.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, *, lock: bool = True) -> None:
-        self._is_lockable = device.type == "cuda" and not is_fake()
+    def __init__(self, nbytes: int, device: torch.device) -> None:
         self._unlock: weakref.finalize[Any, Any] | None = None
-        if not self._is_lockable:
+        if device.type != "cuda" or is_fake():
             locked = device.type == "cuda"  # in a forecast, where it is said and not done
             self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
             return
-        self._pages = own_pages(nbytes)
-        self.data = self._pages[:nbytes]
-        if lock:
-            self._pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
-            self.lock()
-
-    def lock(self) -> None:
-        """Lock the pages, unless they are.
-
-        Raises:
-            RuntimeError: The driver refuses to lock more memory.
-        """
-        if self._is_lockable and self._unlock is None:
-            pages = self._pages
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
-            self._unlock = weakref.finalize(self, _unregister, pages)
-            self._unlock.atexit = False  # the driver does, and may be gone by then
+        pages = own_pages(nbytes)
+        pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
+        self._unlock = weakref.finalize(self, _unregister, pages)
+        self._unlock.atexit = False  # the driver does, and may be gone by then
+        self.data = pages[:nbytes]
 
     def release(self) -> None:
         """Unlock the pages. No copy from or to the buffer may be in flight."""

@@ -31,7 +31,8 @@ def tensors_ahead(
     Raises:
         CheckpointError: A file has been removed, cut short or changed; ``fields`` has its ``path``.
     """
-    plans = {} if is_fake() or not host_weights.limit_bytes(device) else _plans(sources, reader)
+    is_ahead = host_weights.reads_ahead and not is_fake() and host_weights.limit_bytes(device) > 0
+    plans = _plans(sources, reader) if is_ahead else {}
     if not plans:
         for path, key in sources:
             yield reader.tensor(path, key, device)
