@@ -33,8 +33,9 @@ def test_auto_takes_the_fastest_policy_that_fits_says_why_and_refuses_where_none
     assert chosen.request == replace(asked, memory="resident")
     assert chosen.reason.startswith("memory=resident, tiles of 768 px and 80 frames: ")
     below = min(need.values())
-    reason = resolve_memory(asked, below, SMALL_MODEL).reason
-    assert reason.count("tightly") == reason.count("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True") == 1
+    least = resolve_memory(asked, below, SMALL_MODEL)
+    assert needed_bytes(least.forecast.peak.peak_bytes, least.forecast.context_bytes) <= below
+    assert "tightly" not in least.reason  # the margin is more than the allocator reserves at this size
     with pytest.raises(DeviceUnavailable) as refused:
         resolve_memory(asked, below - 1, SMALL_MODEL)
     assert refused.value.fields == {"needed_bytes": below, "memory_bytes": below - 1, "nearest": None}
