@@ -150,3 +150,15 @@ class ReproduceError(I2VLabError):
     """At least one notebook failed."""
 
     exit_status = 1
+
+
+def neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum: int | None = None) -> str:
+    """The allowed values next to one that is not, in words.
+
+    Example:
+        >>> neighbours(500, 64, 64)
+        '448 or 512'
+    """
+    below = (value - offset) // multiple * multiple + offset
+    near = [n for n in (below, below + multiple) if n >= minimum and (maximum is None or n <= maximum)]
+    return " or ".join(map(str, near))

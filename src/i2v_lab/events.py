@@ -95,12 +95,15 @@ class ComponentReleased:
         page_locked_bytes: The most page-locked host memory that its offloaded weights took; 0 where it has none.
         pageable_bytes: Of a component whose weights are streamed, the largest block that was read from its file at
             once, through pageable memory.
+        resident_bytes: Of such a component, what it would take on the device if 0, 1, ... of its blocks stayed there;
+            empty where not all of them are streamed.
     """
 
     phase: Phase
     name: str
     page_locked_bytes: int = 0
     pageable_bytes: int = 0
+    resident_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

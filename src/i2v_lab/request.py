@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from i2v_lab.display import HtmlFields
-from i2v_lab.errors import InvalidRequest, shown
+from i2v_lab.errors import InvalidRequest, neighbours, shown
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
+from i2v_lab.placement import Placement, placement_of
 
 
 class Variant(StrEnum):
@@ -175,18 +176,6 @@ def _check_tile(name: str, size: int, overlap_name: str, overlap: int, *, minimu
         )
 
 
-def neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum: int | None = None) -> str:
-    """The allowed values next to one that is not, in words.
-
-    Example:
-        >>> neighbours(500, 64, 64)
-        '448 or 512'
-    """
-    below = (value - offset) // multiple * multiple + offset
-    near = [n for n in (below, below + multiple) if n >= minimum and (maximum is None or n <= maximum)]
-    return " or ".join(map(str, near))
-
-
 def _make_whole(owner: Any, *names: str) -> None:
     """Turn what counts as an integer (numpy's, for instance) into one, and refuse what does not."""
     for name in names:
@@ -219,6 +208,7 @@ class I2VRequest(HtmlFields):
         memory: Which techniques lower the peak.
         settings: Memory settings of diffusers' pipelines; also as a mapping of their fields.
         steps: Of denoising; ``None`` for the model's own.
+        placement: Stands in for the policy of ``memory``; also as a mapping of its fields.
 
     Raises:
         InvalidRequest: The first rule that is broken, with the value and the remedy.
@@ -247,6 +237,7 @@ class I2VRequest(HtmlFields):
     memory: MemoryPolicy = MemoryPolicy.RESIDENT
     settings: MemorySettings = NO_SETTINGS
     steps: int | None = None
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         _make_whole(self, "width", "height", "frames", "seed")
@@ -265,6 +256,16 @@ class I2VRequest(HtmlFields):
         settings: Any = self.settings
         if not isinstance(settings, MemorySettings):
             object.__setattr__(self, "settings", MemorySettings.from_json(settings))
+        placement: Any = self.placement
+        if placement is not None:
+            if not isinstance(placement, Placement):
+                object.__setattr__(self, "placement", Placement.from_json(placement))
+            if self.memory is not MemoryPolicy.RESIDENT:
+                raise InvalidRequest(
+                    f"memory={self.memory.value!r} and a placement exclude each other; give one of them",
+                    memory=self.memory.value,
+                    placement=self.placement and self.placement.to_json(),
+                )
         if self.steps is not None:
             _make_whole(self, "steps")
             if not 1 <= self.steps <= MAX_STEPS:
@@ -296,6 +297,11 @@ class I2VRequest(HtmlFields):
         return VideoShape(self.frames, self.height, self.width)
 
     @property
+    def placed(self) -> Placement:
+        """Its placement, or that of its memory policy, which must be resolved."""
+        return self.placement or placement_of(self.memory)
+
+    @property
     def frame_rate(self) -> Fraction:
         """``fps`` as the exact ratio that a container stores (29.97 becomes 30000/1001)."""
         if self.fps.is_integer():
@@ -305,7 +311,8 @@ class I2VRequest(HtmlFields):
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; :meth:`from_json` reads them back."""
-        return {**asdict(self), "settings": self.settings.to_json()}
+        placement = self.placement.to_json() if self.placement is not None else None
+        return {**asdict(self), "settings": self.settings.to_json(), "placement": placement}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> I2VRequest:
@@ -333,6 +340,8 @@ class I2VRequest(HtmlFields):
             del values["settings"]
         if self.steps is None:
             del values["steps"]
+        if self.placement is None:
+            del values["placement"]
         still = Path(self.image)
         values["image"] = hashlib.sha256(still.read_bytes()).hexdigest() if still.is_file() else Path(self.image).name
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ import torch
 
 from i2v_lab.errors import CheckpointError
 from i2v_lab.events import Phase, StepEnded
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.request import I2VRequest
 
@@ -32,6 +33,31 @@ def test_streamed_from_files_gives_the_frames_of_lean(tiny, request_on_gpu):
             frames.append(torch.cat([chunk.cpu() for chunk in chunks]))
     assert torch.equal(*frames)
     assert frames[0].float().std() > 1
+
+
+def test_weights_kept_in_host_memory_give_the_same_frames_and_are_released(tiny, request_on_gpu):
+    request = replace(request_on_gpu, memory="streamed")
+    cold = _frames(TwoStagePipeline(tiny, "cuda"), request)
+    with HostWeights(keep=True) as host:
+        pipeline = TwoStagePipeline(tiny, "cuda", host_weights=host)
+        for _ in range(2):
+            assert torch.equal(_frames(pipeline, request), cold)
+            assert host.held_bytes > 2**20
+    assert host.held_bytes == 0
+
+
+def _frames(pipeline, request) -> torch.Tensor:
+    with pipeline(request).video as chunks:
+        return torch.cat([chunk.cpu() for chunk in chunks])
+
+
+def test_every_bfloat16_becomes_the_same_float8_and_every_float8_the_same_bfloat16_on_both(request_on_gpu):
+    """Weights are cast on the host where threads read them, and on the device where they do not."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.abs() < 448]
+    float8 = every.to(torch.float8_e4m3fn)
+    assert torch.equal(float8.view(torch.uint8), every.cuda().to(torch.float8_e4m3fn).cpu().view(torch.uint8))
+    assert torch.equal(float8.bfloat16(), float8.cuda().bfloat16().cpu())
 
 
 def test_a_file_truncated_during_a_run_leaves_nothing_on_the_device(tiny, request_on_gpu, tmp_path):

@@ -21,9 +21,16 @@ from i2v_lab.events import Phase, StepEnded
 from i2v_lab.memory_policy import NEEDS, TECHNIQUES, MemoryPolicy, to_techniques
 from i2v_lab.pipeline.ltx2 import RUNNER, operations, sampling
 from i2v_lab.pipeline.ltx2.components import Ledger
-from i2v_lab.pipeline.ltx2.memory import chunked_transformer, host_memory, in_place_decode, streaming, token_chunks
+from i2v_lab.pipeline.ltx2.memory import (
+    chunked_transformer,
+    host_memory,
+    host_weights,
+    in_place_decode,
+    token_chunks,
+)
+from i2v_lab.pipeline.ltx2.memory.blocks import block_names
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader
-from i2v_lab.pipeline.ltx2.memory.streaming import WeightStream, block_names
+from i2v_lab.pipeline.ltx2.memory.streaming import WeightStream
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.pipeline.ltx2.sampling import Latents
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
@@ -244,10 +251,10 @@ def test_page_locked_buffers_have_pages_of_their_own(nbytes):
 
 
 def test_blocks_are_loaded_at_every_call_where_page_locking_is_refused(monkeypatch):
-    def refused(*_):
+    def refused(*_, **__):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(streaming, "PageLocked", refused)
+    monkeypatch.setattr(host_weights, "PageLocked", refused)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
     loaded = []
 

@@ -17,6 +17,7 @@ from ltx_core.model.video_vae import SpatialTilingConfig, TemporalTilingConfig
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import MemorySettings
+from i2v_lab.placement import Placement
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 VALID = I2VRequest(image="still.png")
@@ -184,6 +185,7 @@ def test_every_field_counts_in_the_digest():
         "memory": MemoryPolicy.LEAN,
         "settings": MemorySettings(offload="model"),
         "steps": 4,
+        "placement": Placement(),
     }
     assert changed.keys() == {f.name for f in fields(I2VRequest)}
     tilings = [Tiling(**{f.name: getattr(Tiling(), f.name) - 32}) for f in fields(Tiling) if "overlap" not in f.name]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.profiling.record_json import CATEGORIES, KINDS, SECONDS_BELOW, WHOLE_BELOW
-from i2v_lab.profiling.records import DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
+from i2v_lab.profiling.records import CostRow, DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.runs import store
 from i2v_lab.runs.store import FORMAT_VERSION, RunWriter, read_run
 
@@ -38,6 +38,7 @@ BY_HINT = {
     bool: st.booleans(),
     tuple[int, ...]: st.lists(WHOLE).map(tuple),
     tuple[tuple[int, str, int | None], ...] | None: st.none() | OTHERS,
+    tuple[CostRow, ...]: st.lists(st.tuples(st.text(), st.text(), WHOLE, WHOLE, WHOLE)).map(tuple),
 }
 
 
@@ -138,7 +139,7 @@ def test_frames_have_the_same_columns_and_types_with_and_without_rows(tmp_path):
         read_run(tmp_path / "full").frame("phases")
     assert str(refused.value) == (
         "kind='phases' is not a known record; use one of: phase, step, holder, module, timeline, graph, out_of_memory, "
-        "generation, device, note, host_memory, assumption"
+        "generation, device, note, host_memory, assumption, cost"
     )
 
 

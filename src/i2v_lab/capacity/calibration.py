@@ -131,7 +131,7 @@ def _fitted(large: pd.DataFrame) -> list[float]:
     parts, observed = large[PARTS].to_numpy(float), large["workspace_bytes"].to_numpy(float)
     columns = [0, 1, 2]
     while columns:
-        solution = _least_absolute(parts[:, columns] / observed[:, None], np.ones(len(large)))
+        solution = least_absolute(parts[:, columns] / observed[:, None], np.ones(len(large)))
         if (solution >= 0).all():
             break
         columns.pop(int(solution.argmin()))
@@ -150,7 +150,7 @@ def _in_words(large: pd.DataFrame, factors: list[float]) -> str:
     return f"{shown}; error of the fit: median {np.median(errors):.2%}, 95 % below {np.quantile(errors, 0.95):.2%}"
 
 
-def _least_absolute(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+def least_absolute(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Least absolute deviations by iteratively reweighted least squares."""
     weights = np.ones(len(target))
     for _ in range(100):

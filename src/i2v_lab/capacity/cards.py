@@ -98,6 +98,22 @@ def gpu_memory_bytes(gpu: str) -> int:
         if not 0 < float(size[1]) <= MOST_GIB:
             raise InvalidRequest(f"gpu={shown(gpu)} is no size of a card; use one such as 24GiB", gpu=gpu)
         return int(float(size[1]) * GIB)
+    return _memory_by_name()[card_name(gpu)]
+
+
+def card_name(gpu: str) -> str:
+    """The name of a card in our tables, by any of its spellings.
+
+    Args:
+        gpu: A name as for :func:`gpu_memory_bytes`.
+
+    Raises:
+        InvalidRequest: As there.
+
+    Example:
+        >>> card_name("NVIDIA H100 80GB HBM3")
+        'H100 80GB'
+    """
     known = _memory_by_name()
     keys = {name: _key(name) for name in known}
     base, gib = _key(gpu)
@@ -107,7 +123,7 @@ def gpu_memory_bytes(gpu: str) -> int:
     if gib is not None and not fits:
         fits = [n for n in same if keys[n][1] is None and abs(known[n] / GIB / gib - 1) < TOLERANCE]
     if base and len(fits) == 1:
-        return known[fits[0]]
+        return fits[0]
     joined = {"".join(map(str, filter(None, key))): name for name, key in keys.items()}
     close = difflib.get_close_matches("".join(map(str, filter(None, (base, gib)))), joined, n=3, cutoff=0.6)
     near = same or [joined[each] for each in close]

@@ -1,4 +1,4 @@
-"""``i2v-lab calibrate``: fit the model of library workspaces to measurements."""
+"""``i2v-lab calibrate``: fit the model of library workspaces, or the rates of a card, to measurements."""
 
 from __future__ import annotations
 
@@ -21,23 +21,34 @@ Fit the measurements that come with the package, without replacing the model in 
 Fit your own, made on a GPU by benchmarks/measure_libraries.py:
 
     i2v-lab calibrate measurements.json --out workspaces.json
+
+Fit the rates that seconds are predicted with:
+
+    i2v-lab calibrate --time --out nvidia-h100.json
 """
 
 
 def calibrate(
     measurements: Annotated[
-        Path | None, typer.Argument(help="JSON file of benchmarks/measure_libraries.py. [default: that of the package]")
+        Path | None,
+        typer.Argument(
+            help="JSON file of benchmarks/measure_libraries.py, or JSON lines of benchmarks/measure_rates.py with "
+            "--time. [default: that of the package]"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON file of the model. [default: the package's own, which is replaced]")
     ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Fit the rates of a card.")] = False,
 ) -> None:
-    """Fit the model of cuDNN and cuBLAS workspaces to measurements."""
-    from i2v_lab.capacity.calibration import calibrate as run
+    """Fit the model of cuDNN and cuBLAS workspaces, or the rates of a card, to measurements."""
+    from i2v_lab.capacity.calibration import calibrate as fit_workspaces
+    from i2v_lab.capacity.time_calibration import calibrate_time
 
+    run = calibrate_time if time else fit_workspaces
     try:
         if out is not None:
-            check_file(out, "out", "workspaces.json")
+            check_file(out, "out", "nvidia-h100.json" if time else "workspaces.json")
         for line in run(measurements, out):
             say(line)
     except OutputError as error:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli import options
+from i2v_lab.cli import options, placed
+from i2v_lab.cli.forecast_report import seconds_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
@@ -35,7 +36,9 @@ The most frames of a model of diffusers (`i2v-lab models` lists them):
 
 
 def fit(
-    gpu: Annotated[str, typer.Option(help="A card as nvidia-smi names it, or a size such as 24GiB.")],
+    gpu: Annotated[
+        str | None, typer.Option(help="A card as nvidia-smi names it, or a size such as 24GiB; or --vram-budget.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames. [default: searched for]")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; with --height. [default: searched for]")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; with --width. [default: searched for]")] = None,
@@ -54,6 +57,8 @@ def fit(
     vae_slicing: options.VaeSlicing = False,
     layerwise_casting: options.LayerwiseCasting = False,
     dtype: options.DtypeOption = None,
+    vram_budget: placed.VramBudget = None,
+    explain: placed.Explain = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Search for the largest video that fits a card, over whichever is not given: size, frames or tiling.
@@ -61,12 +66,21 @@ def fit(
     Without --width and --height the largest size; without --frames the most frames; with all three the fastest tiling.
     The exit status is 1 if nothing fits; then the memory policy that does is named, or the memory that is needed.
     """
-    from i2v_lab.capacity.cards import gpu_memory_bytes
+    from i2v_lab.capacity.cards import context_bytes, gpu_memory_bytes
     from i2v_lab.capacity.fit import FitSearch, Largest, lighter
+    from i2v_lab.capacity.placement import Fixed, allocatable_bytes
+    from i2v_lab.capacity.placement import needed_bytes as placed_bytes
     from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.execute import FAILS_ON_A_CARD
     from i2v_lab.units import format_bytes
 
+    if (gpu is None) == (vram_budget is None):
+        raise InvalidRequest(
+            f"gpu={gpu} and vram_budget={vram_budget} name one size between them; give one of the two",
+            gpu=gpu,
+            vram_budget=vram_budget,
+        )
     if (width is None) != (height is None):
         raise InvalidRequest(
             f"width={width} and height={height} belong together; give both or neither", width=width, height=height
@@ -74,9 +88,21 @@ def fit(
     sides = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", aspect)
     if sides is None:
         raise InvalidRequest(f"aspect={aspect!r} is not two numbers; write it as 4:3", aspect=aspect)
-    memory_bytes = gpu_memory_bytes(gpu)
+    solve = vram_budget is not None
+    if explain and not solve:
+        raise InvalidRequest("explain=True has nothing to explain; give --vram-budget", explain=True)
+    if solve and memory not in (MemoryPolicy.RESIDENT, MemoryPolicy.AUTO):
+        raise InvalidRequest(
+            f"memory={memory.value!r} and vram_budget={vram_budget!r} exclude each other; give one of them",
+            memory=memory.value,
+            vram_budget=vram_budget,
+        )
+    memory_bytes = gpu_memory_bytes(gpu) if gpu is not None else placed.budget_or_free_bytes(str(vram_budget))
+    gpu = gpu or f"the budget of {format_bytes(memory_bytes)}"
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
+    if solve and not runner_of(architecture).techniques:
+        raise placed.not_placed(model)
     settings = options.memory_settings(
         offload,
         offload_stream=offload_stream,
@@ -97,7 +123,7 @@ def fit(
         variant=variant,
         quantization=quantization,
         # A request that fits under any policy fits under the one with the smallest peak.
-        memory=MemoryPolicy.STREAMED if memory is MemoryPolicy.AUTO else memory,
+        memory=MemoryPolicy.STREAMED if solve or memory is MemoryPolicy.AUTO else memory,
         frames=frames,
         width=width,
         height=height,
@@ -108,7 +134,11 @@ def fit(
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         log(f"{_described(tried)}: {format_bytes(result.peak.peak_bytes)} in {result.peak.phase}, {verdict}")
 
-    search = FitSearch(memory_bytes, model, report)
+    if solve:  # by the rule of placements: the allocated peak and a margin
+        context = context_bytes()
+        search = FitSearch(allocatable_bytes(memory_bytes, context) + context, model, report, tightly=True)
+    else:
+        search = FitSearch(memory_bytes, model, report)
 
     def largest(asked: I2VRequest) -> tuple[str, Largest]:
         if width is None:
@@ -116,6 +146,12 @@ def fit(
         return ("frames", search.most_frames(asked)) if frames is None else ("tiling", search.fastest_tiling(asked))
 
     sought, found = largest(request)
+    resolution = None
+    if solve and found.request is not None:
+        fixed = Fixed(tiling=sought == "tiling")
+        asked = placed.Asked(memory_bytes, solve, fixed, explain, gpu)
+        resolution = placed.solved(found.request, model, memory_bytes, asked)
+        found = replace(found, request=resolution.request, forecast=resolution.forecast)
     # What would fit instead: the same search under what holds less.
     others: list[Largest] = []
     for other in lighter(request, model) if found.request is None else ():
@@ -131,6 +167,8 @@ def fit(
     instead = next((other for other in others if other.request is not None), None)
     least = min([found, *others], key=lambda each: each.forecast.peak.peak_bytes)
     needed_bytes = least.forecast.peak_reserved_bytes + least.forecast.context_bytes
+    if solve:
+        needed_bytes = placed_bytes(least.forecast.peak.peak_bytes, least.forecast.context_bytes)
     if as_json:
         answer = {
             "gpu": gpu,
@@ -142,7 +180,10 @@ def fit(
             "peak_bytes": found.forecast.peak.peak_bytes,
             "instead": instead.request.to_json() if instead and instead.request else None,
             "needed_bytes": needed_bytes,
+            "predicted_seconds": seconds_on(found.forecast, gpu) if found.request else None,
         }
+        if resolution is not None:
+            answer["placement"] = placed.explanation(resolution, gpu)
         print_json(answer)
     elif found.request is None:
         peak = found.forecast.peak
@@ -161,10 +202,15 @@ def fit(
         more = "; the search ends there, more may fit" if found.at_the_bound else ""
         say(
             f"{_described(found.request)} fits {gpu} ({format_bytes(memory_bytes)}): "
-            f"{format_bytes(peak.peak_bytes)} in {peak.phase}{more}"
+            f"{format_bytes(peak.peak_bytes)} in {peak.phase}{_predicted(found.forecast, gpu)}{more}"
         )
     if found.request is None:
         raise typer.Exit(1)
+
+
+def _predicted(result: Forecast, gpu: str) -> str:
+    seconds = seconds_on(result, gpu)
+    return "" if seconds is None else f", predicted to take {seconds:,.0f} s"
 
 
 def _remedy(request: I2VRequest) -> str:

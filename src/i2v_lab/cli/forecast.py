@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli import options
-from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
+from i2v_lab.cli import options, placed
+from i2v_lab.cli.forecast_report import DEFAULT_GPU, print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
 from i2v_lab.cli.output import print_json
 from i2v_lab.errors import InvalidRequest
@@ -37,6 +37,14 @@ The published defect, at full size:
 For a card with less memory, as JSON for a script:
 
     i2v-lab forecast --width 1024 --height 768 --vram-cap-gib 24 --json
+
+What stays on a card of 12 GiB, and what is streamed:
+
+    i2v-lab forecast --width 1024 --height 768 --vram-budget 12GiB --explain
+
+How long it takes on another card, by its published rates:
+
+    i2v-lab forecast --width 1024 --height 768 --gpu "RTX 5090"
 
 A model of diffusers, with its components waiting on the CPU:
 
@@ -79,6 +87,11 @@ def forecast(
     layerwise_casting: options.LayerwiseCasting = False,
     dtype: options.DtypeOption = None,
     vram_cap_gib: options.VramCapGib = None,
+    vram_budget: placed.VramBudget = None,
+    resident_blocks: placed.ResidentBlocks = None,
+    prefetch: placed.Prefetch = None,
+    chunk_tokens: placed.ChunkTokens = None,
+    explain: placed.Explain = False,
     profile: Annotated[Path | None, typer.Option(help="Write the records to this folder, for `i2v-lab show`.")] = None,
     script: Annotated[
         Path | None,
@@ -87,21 +100,46 @@ def forecast(
             "`python` would run it; from_pretrained reads configuration files alone, and nothing is downloaded."
         ),
     ] = None,
+    gpu: Annotated[str, typer.Option(help="Predict seconds on this card, as nvidia-smi names it.")] = DEFAULT_GPU,
     as_json: options.AsJson = False,
 ) -> None:
-    """Forecast the peak memory of every phase on a GPU, without one, and which cards it fits."""
+    """Forecast the peak memory and the seconds of every phase on a GPU, without one, and which cards it fits."""
+    from i2v_lab.capacity.device_profile import device_profile
     from i2v_lab.pipeline.contract.architectures import load_architecture
+
+    device_profile(gpu)  # refused before anything runs
 
     vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     if profile is not None:
         check_new_folder(profile, "profile")
     check_script_options(context, script, arguments)
     if script is not None:
-        report_script(script, arguments or [], vram_cap_gib, profile, as_json)
+        report_script(script, arguments or [], vram_cap_gib, profile, gpu, as_json)
         return
-    if memory is MemoryPolicy.AUTO and vram_cap_gib is None:
+    asked = placed.asked_placement(
+        context,
+        memory,
+        vram_budget,
+        resident_blocks=resident_blocks,
+        prefetch=prefetch,
+        chunk_tokens=chunk_tokens,
+        explain=explain,
+        gpu=gpu,
+    )
+    if asked.budget_bytes is not None and vram_cap_bytes is not None:
         raise InvalidRequest(
-            "memory=auto depends on the card; give its size with --vram-cap-gib", memory=memory.value, vram_cap_gib=None
+            f"vram_cap_gib={vram_cap_gib:g} and vram_budget={vram_budget!r} are two sizes of a card; give one of them",
+            vram_cap_gib=vram_cap_gib,
+            vram_budget=vram_budget,
+        )
+    budget_bytes = vram_cap_bytes if asked.budget_bytes is None else asked.budget_bytes
+    if vram_budget == placed.AUTO and budget_bytes is None:
+        budget_bytes = placed.budget_or_free_bytes(vram_budget)
+    if asked.solve and budget_bytes is None:
+        raise InvalidRequest(
+            "memory=auto depends on the card; give its size with --vram-budget or --vram-cap-gib",
+            memory=memory.value,
+            vram_cap_gib=None,
         )
     settings = options.memory_settings(
         offload,
@@ -133,16 +171,22 @@ def forecast(
         settings=settings,
         steps=steps,
     )
-    if vram_cap_bytes is not None:
-        request = options.resolved(request, model, vram_cap_bytes)
+    request = placed.check_asked(request, model, asked)
+    resolution = None
+    if asked.solve and budget_bytes is not None:
+        resolution = placed.solved(request, model, budget_bytes, asked)
+        request = resolution.request
     result = _forecast(request, model)
     fits = verdicts(result, vram_cap_gib)
     if profile is not None:
         _write_run(profile, request, model, result)
     if as_json:
-        print_json({"model": model, "request": request.to_json(), **report(result, fits)})
+        values = {"model": model, "request": request.to_json(), **report(result, fits, gpu)}
+        if resolution is not None:
+            values["placement"] = placed.explanation(resolution, gpu)
+        print_json(values)
     else:
-        _print(request, model, result, fits)
+        _print(request, model, result, fits, gpu)
 
 
 def _forecast(request: I2VRequest, model: str) -> Forecast:
@@ -167,14 +211,16 @@ def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) 
             writer.append(record)
 
 
-def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit]) -> None:
+def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], gpu: str) -> None:
     from i2v_lab.runs.sources import as_run
     from i2v_lab.runs.spec import RunSpec
 
-    held = request.settings.options or (str(request.memory) if request.memory is not MemoryPolicy.RESIDENT else "")
+    held = request.settings.options
+    if request.placed.policy is not MemoryPolicy.RESIDENT:
+        held = str(request.placed.policy or f"placed: {request.placed.name}")
     policy = f", {held}" if held else ""
     title = (
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
         f"{request.quantization}, decode {request.decode_scope}{policy}"
     )
-    print_forecast(title, as_run(RunSpec(request=request, model=model), result), result, fits)
+    print_forecast(title, as_run(RunSpec(request=request, model=model), result), result, fits, gpu)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from i2v_lab.runs.store import Run
 
 
+DEFAULT_GPU = "H100 80GB"  # whose rates were measured
+
+
 def verdicts(result: Forecast, vram_cap_gib: float | None) -> list[Fit]:
     """What every card takes of a forecast, a cap on memory first."""
     from i2v_lab.capacity.cards import judge, judge_all
@@ -25,8 +28,27 @@ def verdicts(result: Forecast, vram_cap_gib: float | None) -> list[Fit]:
     return fits
 
 
-def report(result: Forecast, fits: list[Fit]) -> dict[str, Any]:
-    """The JSON values of a forecast, without what was forecast."""
+def seconds_on(result: Forecast, gpu: str) -> float | None:
+    """Predicted seconds of a forecast on a card; ``None`` where none of its rates are known."""
+    from i2v_lab.capacity.device_profile import device_profile, has_profile
+    from i2v_lab.capacity.time_model import predicted_seconds
+
+    return predicted_seconds(result, device_profile(gpu)) if has_profile(gpu) else None
+
+
+def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[str, Any]:
+    """The JSON values of a forecast, without what was forecast.
+
+    Args:
+        result: The forecast.
+        fits: The verdicts.
+        gpu: Seconds of phases are those on this card.
+    """
+    from i2v_lab.capacity.device_profile import device_profile
+    from i2v_lab.capacity.time_model import phase_times
+
+    device = device_profile(gpu)
+    times = phase_times(result, device)
     return {
         "phases": [
             {
@@ -35,23 +57,26 @@ def report(result: Forecast, fits: list[Fit]) -> dict[str, Any]:
                 "peak_bytes": phase.peak_bytes,
                 "end_bytes": phase.end_bytes,
                 "saved_for_backward_bytes": phase.saved_for_backward_bytes,
+                "predicted_seconds": time.seconds,
             }
-            for phase in result.phases
+            for phase, time in zip(result.phases, times, strict=True)
         ],
+        "predicted_seconds": sum(time.seconds for time in times if time.parent is None),
+        "predicted_on": {"gpu": device.name, "source": device.source},
         "peak_bytes": result.peak.peak_bytes,
         "peak_phase": result.peak.phase,
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "context_bytes": result.context_bytes,
         "host_page_locked_bytes": result.page_locked_bytes,
         "host_pageable_bytes": result.pageable_bytes,
-        "fits": [asdict(fit) for fit in fits],
+        "fits": [{**asdict(fit), "predicted_seconds": seconds_on(result, fit.gpu)} for fit in fits],
         "notes": [asdict(note) for note in result.notes],
         "assumptions": [asdict(assumption) for assumption in result.assumptions],
         "seconds": result.seconds,
     }
 
 
-def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit]) -> None:
+def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> None:
     """Print phases, holders of the peak, verdicts and assumptions.
 
     Args:
@@ -59,9 +84,12 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit]) -> N
         run: The same records as a run.
         result: The forecast.
         fits: The verdicts.
+        gpu: Seconds of phases are those on this card.
     """
     from rich.table import Table
 
+    from i2v_lab.capacity.device_profile import device_profile
+    from i2v_lab.capacity.time_model import phase_times
     from i2v_lab.reporting import run_tables
     from i2v_lab.reporting.headlines import headline
     from i2v_lab.reporting.terminal import rich_table
@@ -70,15 +98,29 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit]) -> N
     console = plain_console()
     console.print(title, soft_wrap=True)
     console.print(headline(run))
-    phases = run_tables.phase_table(run).drop(columns="seconds")
-    console.print(rich_table(phases, "Phases, forecast", bold=result.peak.phase))
+    device = device_profile(gpu)
+    predicted = phase_times(result, device)
+    phases = run_tables.phase_table(run)
+    phases["seconds"] = [
+        sum(time.seconds for time in predicted if (time.phase, time.parent) == (phase, parent))
+        for phase, parent in zip(phases["phase"], phases["parent"], strict=True)
+    ]
+    console.print(rich_table(phases, f"Phases, forecast; seconds on {device.name}", bold=result.peak.phase))
     modules = run_tables.modules_table(run).head(8)
     console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
-    table = Table("card", "memory", "verdict", box=None, header_style="bold", pad_edge=False)
+    table = Table("card", "memory", "verdict", "predicted", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:
-        table.add_row(fit.gpu, format_bytes(fit.memory_bytes), fit.verdict, style=colours[fit.verdict])
+        seconds = seconds_on(result, fit.gpu) if fit.verdict != "no" else None
+        shown = "" if seconds is None else f"{seconds:,.0f} s"
+        table.add_row(fit.gpu, format_bytes(fit.memory_bytes), fit.verdict, shown, style=colours[fit.verdict])
     console.print(table)
+    total = sum(time.seconds for time in predicted if time.parent is None)
+    console.print(
+        f"takes {total:,.1f} s on {device.name}, without reading weights from a disk and encoding the video "
+        f"(rates: {device.source})",
+        soft_wrap=True,
+    )
     console.print(
         f"needs {format_bytes(result.peak.peak_bytes)} allocated, {format_bytes(result.peak_reserved_bytes)} reserved "
         f"by the allocator, and {format_bytes(result.context_bytes)} for the CUDA context",

@@ -11,7 +11,7 @@ from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
 from i2v_lab.cli.output import print_json
 from i2v_lab.errors import InvalidRequest, shown
 
-OF_SCRIPTS = {"script", "arguments", "vram_cap_gib", "profile", "as_json", "context"}
+OF_SCRIPTS = {"gpu", "script", "arguments", "vram_cap_gib", "profile", "as_json", "context"}
 
 
 def check_script_options(context: Any, script: Path | None, arguments: Sequence[str] | None) -> None:
@@ -38,7 +38,7 @@ def check_script_options(context: Any, script: Path | None, arguments: Sequence[
 
 
 def report_script(
-    script: Path, arguments: Sequence[str], vram_cap_gib: float | None, profile: Path | None, as_json: bool
+    script: Path, arguments: Sequence[str], vram_cap_gib: float | None, profile: Path | None, gpu: str, as_json: bool
 ) -> None:
     """Forecast a script, and print it as any forecast.
 
@@ -47,6 +47,7 @@ def report_script(
         arguments: Its own.
         vram_cap_gib: A card of this size is judged too.
         profile: Gets the records.
+        gpu: Seconds are predicted on this card.
         as_json: Print JSON.
     """
     from i2v_lab.runs.forecast_script import forecast_script
@@ -61,8 +62,8 @@ def report_script(
             for record in result.records:
                 writer.append(record)
     if as_json:
-        print_json({"script": str(script), "arguments": list(arguments), **report(result, fits)})
+        print_json({"script": str(script), "arguments": list(arguments), **report(result, fits, gpu)})
         return
     metadata = {"device": FORECAST, "model": script.name, "context_bytes": result.context_bytes}
     run = Run(script, metadata, result.records, COMPLETE)
-    print_forecast(" ".join([script.name, *arguments]), run, result, fits)
+    print_forecast(" ".join([script.name, *arguments]), run, result, fits, gpu)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli import options
+from i2v_lab.cli import options, placed
 from i2v_lab.cli.output import plain_console, print_json
+from i2v_lab.errors import DeviceUnavailable
 from i2v_lab.files import check_new_folder
 from i2v_lab.locks import exclusive, lock_on_this_machine
 from i2v_lab.memory_policy import MemoryPolicy
@@ -18,6 +19,7 @@ from i2v_lab.memory_settings import Offload
 from i2v_lab.paths import find_still
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import SMALL_MODEL
+from i2v_lab.units import format_bytes
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
@@ -46,6 +48,7 @@ Real weights on a GPU:
 
 
 def generate(
+    context: typer.Context,
     image: Annotated[
         Path,
         typer.Option(help="Image of the first frame; stills/lighthouse.png is one of the package."),
@@ -87,6 +90,11 @@ def generate(
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="Distilled LoRA (LTX-2, dev variant).")] = None,
     vram_cap_gib: options.VramCapGib = None,
+    vram_budget: placed.VramBudget = None,
+    resident_blocks: placed.ResidentBlocks = None,
+    prefetch: placed.Prefetch = None,
+    chunk_tokens: placed.ChunkTokens = None,
+    explain: placed.Explain = False,
     profile: Annotated[Path | None, typer.Option(help="Write the run's records to this folder.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -94,6 +102,17 @@ def generate(
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
 
+    asked = placed.asked_placement(
+        context,
+        memory,
+        vram_budget,
+        resident_blocks=resident_blocks,
+        prefetch=prefetch,
+        chunk_tokens=chunk_tokens,
+        explain=explain,
+    )
+    if asked.solve:
+        placed.use_expandable_segments()
     image = find_still(image)
     architecture = load_architecture(model)
     runner = runner_of(architecture)
@@ -136,6 +155,7 @@ def generate(
         settings=settings,
         steps=steps,
     )
+    request = placed.check_asked(request, model, asked)
     vram_cap_bytes = options.cap_bytes(vram_cap_gib)
     from i2v_lab.pipeline.contract import media  # imports torch, so only once the options are valid
 
@@ -145,15 +165,30 @@ def generate(
     media.check_size(request.width, request.height)
     media.load_still(image)
 
-    from i2v_lab.capacity.this_machine import memory_budget_bytes
+    from i2v_lab.capacity.this_machine import available_memory, memory_budget_bytes
     from i2v_lab.cli.progress import ProgressReport
     from i2v_lab.pipeline.contract.generation import resolve_device
     from i2v_lab.runs.execute import Hooks, Mode, execute
     from i2v_lab.runs.spec import ProfilerMode, RunSpec
 
     target = resolve_device(device)
-    if memory is MemoryPolicy.AUTO:
-        request = options.resolved(request, model, memory_budget_bytes(device, vram_cap_bytes), target.type)
+    resolution = None
+    if asked.solve:
+        available_bytes = memory_budget_bytes(device, vram_cap_bytes)
+        device_name = available_memory(device)[0].removeprefix("this ")
+        budget_bytes = available_bytes if asked.budget_bytes is None else asked.budget_bytes
+        if budget_bytes > available_bytes:
+            raise DeviceUnavailable(
+                f"vram_budget={format_bytes(budget_bytes)} is above the {format_bytes(available_bytes)} that are "
+                f"available on device={str(target)!r}; use that or less, or auto",
+                vram_budget=budget_bytes,
+                available_bytes=available_bytes,
+            )
+        asked = replace(asked, gpu=device_name)
+        resolution = placed.solved(request, model, budget_bytes, asked, target.type)
+        request = resolution.request
+        if asked.budget_bytes is not None:
+            vram_cap_bytes = min(vram_cap_bytes or budget_bytes, resolution.cap_bytes)
     spec = RunSpec(
         request=request,
         model=model,
@@ -177,6 +212,8 @@ def generate(
         )
     assert profiler is not None
     report = _report(request, model, out, profiler)
+    if resolution is not None:
+        report["placement"] = placed.explanation(resolution, asked.gpu)
     if as_json:
         print_json(report)
     else:
@@ -199,7 +236,7 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
         "fps": request.fps,
         "seed": request.seed,
         "decode_scope": request.decode_scope.value,
-        "memory": request.memory.value,
+        "memory": str(request.placed.policy or "placed"),
         "peak_bytes": peak.peak_bytes,
         "peak_phase": peak.phase,
         "phases": [{key: asdict(record)[key] for key in ("phase", "seconds", "peak_bytes")} for record in phases],

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from i2v_lab.cli import placed
 from i2v_lab.cli.output import log, say
-from i2v_lab.errors import I2VLabError, MeasureError
+from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
 from i2v_lab.files import check_folder
-from i2v_lab.units import format_bytes, format_seconds
+from i2v_lab.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.runs.plans import PlannedRun
@@ -46,18 +47,26 @@ def measure(
     plan: Annotated[Path, typer.Option(help="YAML file; for its format see data/plans.")],
     out: Annotated[Path, typer.Option(help="Folder of the run directories.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    vram_budget: placed.VramBudget = None,
+    explain: placed.Explain = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs that are left.")] = False,
 ) -> None:
     """Measure the runs of a plan, one process per run, and record them.
 
     Out of memory, and a grad mode that torch refuses, are recorded as results. Any other failure does not stop the
-    remaining runs. Runs that the folder already holds with the same settings are reused.
+    remaining runs. Runs that the folder already holds with the same settings are reused. With a budget, every run is
+    placed within it, whatever memory policy the plan names, and its allocator is capped.
     """
     from i2v_lab.runs.measure import reusable_run, run_identity
     from i2v_lab.runs.plans import load_plan
 
     check_folder(out, "out")
     planned = load_plan(plan)
+    if explain and vram_budget is None:
+        raise InvalidRequest("explain=True has nothing to explain; give --vram-budget", explain=True)
+    if vram_budget is not None:
+        placed.use_expandable_segments()
+        planned = [_placed(each, placed.budget_or_free_bytes(vram_budget), explain) for each in planned]
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     expected = format_seconds(sum(each.expected_seconds for each in todo), rough=True)
     say(f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {expected}")
@@ -73,6 +82,19 @@ def measure(
             f"{len(failed)} of {len(outcomes)} runs failed: {', '.join(failed)}; repeat the command to retry them",
             failed=failed,
         )
+
+
+def _placed(each: PlannedRun, budget_bytes: int, explain: bool) -> PlannedRun:
+    """A planned run within a budget."""
+    from i2v_lab.capacity.placement import Fixed
+
+    spec = each.spec
+    if not spec.runner_spec.techniques:
+        raise placed.not_placed(spec.model)
+    asked = placed.Asked(budget_bytes, True, Fixed(tiling=True), explain)
+    resolution = placed.solved(spec.request, spec.model, budget_bytes, asked)
+    spec = replace(spec, request=resolution.request, techniques=None, vram_cap_bytes=resolution.cap_bytes)
+    return replace(each, name=f"{each.name}_budget{budget_bytes / GIB:g}", spec=spec)
 
 
 def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, device: str) -> list[_Outcome]:

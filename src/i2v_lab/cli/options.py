@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NOT_QUANTIZATIONS, QUANTIZATIONS, MemorySettings, Offload, TransformerQuantization
@@ -178,24 +177,6 @@ def _named(option: str, pairs: Sequence[str] | None) -> dict[str, str]:
             raise InvalidRequest(words, **{option: pair})
         found[name] = value
     return found
-
-
-def resolved(request: I2VRequest, model: str, memory_bytes: int, device: str = "cuda") -> I2VRequest:
-    """Replace ``memory=auto`` by the fastest policy whose forecast fits; the choice and its reason go to stderr.
-
-    Args:
-        request: Returned as it is with any other policy.
-        model: Name of the architecture.
-        memory_bytes: Memory available on the device.
-        device: ``cuda`` or ``cpu``.
-    """
-    if request.memory is not MemoryPolicy.AUTO:
-        return request
-    from i2v_lab.capacity.placement import resolve_memory
-
-    resolution = resolve_memory(request, memory_bytes, model, device)
-    log(f"i2v-lab: {resolution.reason}")
-    return resolution.request
 
 
 def build_request(

@@ -92,6 +92,8 @@ class Question:
         lines += [f"    decode_scope={_quoted(request.decode_scope.value)},"]
         if request.memory is not MemoryPolicy.RESIDENT:
             lines.append(f"    memory={_quoted(request.memory.value)},")
+        if request.placement is not None:
+            lines.append(f"    placement={request.placement.to_json()!r},")
         names = "I2VRequest, Tiling, forecast_request"
         if not request.settings.is_default:
             given = {name: value for name, value in request.settings.to_json().items() if value != UNSET[name]}

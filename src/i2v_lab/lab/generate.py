@@ -283,9 +283,11 @@ class Generate(View):
         return () if self._own_monitor or self.monitor._widget is None else (self.monitor._widget,)
 
     def close(self) -> None:
-        """Stop a running generation, wait for its end, and close the widgets; not a monitor that was given."""
-        self.job.stop()
-        self.job.wait()
+        """Stop a running generation, wait for its end, release kept weights, and close the widgets.
+
+        A monitor that was given stays open.
+        """
+        self.job.close()
         self.exploration.close()
         super().close()
         if self._own_monitor:

@@ -25,6 +25,7 @@ from i2v_lab.runs.store import Run, read_run
 from i2v_lab.units import format_seconds
 
 if TYPE_CHECKING:
+    from i2v_lab.pipeline.contract.runner import KeptWeights
     from i2v_lab.profiling.monitor import MemoryMonitor
 
 ONE_AT_A_TIME = "a generation is running; stop it first, or wait for its end"
@@ -60,8 +61,9 @@ class PhaseProgress:
 class GenerationJob:
     """Runs generations in the background, one at a time, each recorded as a run directory with its video.
 
-    No tensors are kept between generations. A stop takes effect at the next step, component build or written frame: the
-    run ends like a failed one, so all device memory is released and no partial video is left.
+    Nothing is kept on the device between generations; streamed weights are kept in host memory until :meth:`close`, or
+    until a model of another runner is generated with. A stop takes effect at the next step, component build or written
+    frame: the run ends like a failed one, so all device memory is released and no partial video is left.
 
     Args:
         runs_dir: Gets a folder for each generation, ``0001_64x64x9`` and so on.
@@ -102,6 +104,7 @@ class GenerationJob:
         self.folder: Path | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._kept: dict[str, KeptWeights | None] = {}  # by the runner
 
     @property
     def video(self) -> Path | None:
@@ -154,6 +157,18 @@ class GenerationJob:
             thread.join(timeout_s)
         return thread is None or not thread.is_alive()
 
+    def close(self) -> None:
+        """Stop a generation, wait for its end, and release the weights that are kept in host memory."""
+        self.stop()
+        self.wait()
+        self._release()
+
+    def _release(self, but: str = "") -> None:
+        for name in [name for name in self._kept if name != but]:
+            kept = self._kept.pop(name)
+            if kept is not None:
+                kept.close()
+
     # --- The generation's thread ---
 
     def _run(self, spec: RunSpec, folder: Path) -> None:
@@ -179,6 +194,9 @@ class GenerationJob:
         weights = spec.runner_spec.resolve_weights(
             spec.architecture, spec.request.variant, lambda *_: self._check_stop()
         )
+        self._release(but=spec.runner)
+        if spec.runner not in self._kept:
+            self._kept[spec.runner] = spec.runner_spec.kept_weights()
         execute(
             spec,
             Mode.REAL,
@@ -187,6 +205,7 @@ class GenerationJob:
             run_dir=folder,
             video_path=lambda _: folder / VIDEO,
             hooks=Hooks(sinks=[self._follow], on_frame=self._check_stop, monitor=self.monitor),
+            kept=self._kept[spec.runner],
         )
 
     def _follow(self, event: Event) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
+
+from i2v_lab.profiling.records import CostRecord, CostRow
 
 
 @dataclass
@@ -11,6 +14,7 @@ class OpenPhase:
 
     Attributes:
         steps: Peak and seconds of each step, where their number is unknown until the phase ends.
+        costs: Of its segments in a forecast, those of nested phases left out.
         end_bytes: Set when the phase ends, as are ``end_tick``, ``peak_so_far_bytes`` and ``seconds``.
     """
 
@@ -27,6 +31,7 @@ class OpenPhase:
     step_start_s: float = 0.0
     step_peak_bytes: int = 0
     steps: list[tuple[int, float]] = field(default_factory=list)
+    costs: list[tuple[CostRow, ...]] = field(default_factory=list)
     end_bytes: int = 0
     end_tick: int = 0
     peak_so_far_bytes: int = 0
@@ -34,6 +39,7 @@ class OpenPhase:
 
     def merge(self, later: OpenPhase) -> None:
         """Take over the maxima of a phase that ran after this one was suspended and belongs to it."""
+        self.costs += later.costs
         self.step_peak_bytes = max(self.step_peak_bytes, later.step_peak_bytes)
         if later.peak_bytes > self.peak_bytes:
             self.peak_bytes, self.peak_tick = later.peak_bytes, later.peak_tick
@@ -41,3 +47,7 @@ class OpenPhase:
             self.reserved_bytes = max(self.reserved_bytes or 0, later.reserved_bytes)
         if later.saved_bytes > self.saved_bytes:
             self.saved_bytes, self.saved_by_module = later.saved_bytes, later.saved_by_module
+
+    def cost_records(self) -> list[CostRecord]:
+        """A record for each run of equal segments, such as steps."""
+        return [CostRecord(self.name, len(list(equal)), rows) for rows, equal in groupby(self.costs)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,6 @@ from i2v_lab.profiling.meters.base import MemoryMeter
 from i2v_lab.profiling.meters.cuda import CudaMeter, allocation_history, requested_bytes
 from i2v_lab.profiling.meters.devices import device_support, make_meter
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
-from i2v_lab.profiling.meters.storage_record import StorageRecord
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.phase_html import phases_html
@@ -27,20 +25,16 @@ from i2v_lab.profiling.records import (
     AssumptionRecord,
     GenerationRecord,
     GraphRecord,
-    HolderRecord,
     HostMemoryRecord,
-    ModuleRecord,
     NoteRecord,
     OutOfMemoryRecord,
     PhaseRecord,
     Record,
     StepRecord,
 )
-from i2v_lab.profiling.timeline import phase_timeline
+from i2v_lab.profiling.timeline import peak_breakdown, phase_timeline
 from i2v_lab.profiling.worker_threads import metered_workers
 from i2v_lab.units import format_bytes
-
-HOLDERS = 20  # largest storages recorded for a phase's peak
 
 
 class PhaseProfiler:
@@ -166,9 +160,9 @@ class PhaseProfiler:
                 self.component(name, module)
                 if self.paths is not None:
                     self.paths.components.append(name)
-            case ComponentReleased(phase, name, page_locked_bytes, pageable_bytes):
-                if pageable_bytes:
-                    self.write(HostMemoryRecord(phase.value, name, page_locked_bytes, pageable_bytes))
+            case ComponentReleased(phase, name, locked, pageable, resident):
+                if locked or pageable:
+                    self.write(HostMemoryRecord(phase.value, name, locked, pageable, resident))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):
@@ -251,6 +245,9 @@ class PhaseProfiler:
                 if self._probe.peak_bytes > phase.saved_bytes:
                     phase.saved_bytes, phase.saved_by_module = self._probe.peak_bytes, by_module
         self._peak_so_far_bytes = max(self._peak_so_far_bytes, peak_bytes)
+        costs = self._live.take_costs() if self._live else []
+        for phase in self._open[-1:]:
+            phase.costs += costs
         self._meter.reset_peak()
         if self._probe is not None:
             self._probe.reset_peak()
@@ -307,6 +304,8 @@ class PhaseProfiler:
             self.write(StepRecord(phase.name, step, len(phase.steps), peak_bytes, seconds))
         if isinstance(error, VramCapExceeded | torch.OutOfMemoryError):
             self.write(self._out_of_memory(phase.name, error, phase.end_bytes))
+        for cost in phase.cost_records():
+            self.write(cost)
         self.write(
             PhaseRecord(
                 phase=phase.name,
@@ -325,23 +324,13 @@ class PhaseProfiler:
         for module, nbytes in sorted(phase.saved_by_module.items()):
             self.write(GraphRecord(phase.name, module, nbytes))
         if self._live is not None and self.paths is not None:
-            self._write_peak_breakdown(phase, list(self._live.live_at(phase.peak_tick)))
+            for breakdown in peak_breakdown(phase.name, list(self._live.live_at(phase.peak_tick)), phase.peak_tick):
+                self.write(breakdown)
             if phase.parent is None:
                 for record in phase_timeline(self._live, phase.name, phase.start_tick, phase.end_tick, self._origin_s):
                     self.write(record)
         if self._live is not None and phase.parent is None:
             self._live.drop_freed(phase.end_tick)
-
-    def _write_peak_breakdown(self, phase: OpenPhase, storages: list[StorageRecord]) -> None:
-        totals: defaultdict[tuple[str, str], int] = defaultdict(int)
-        for storage in storages:
-            totals[storage.module, storage.category_at(phase.peak_tick)] += storage.nbytes
-        for (module, category), nbytes in sorted(totals.items()):
-            self.write(ModuleRecord(phase.name, module, category, nbytes))
-        for storage in sorted(storages, key=lambda storage: storage.nbytes, reverse=True)[:HOLDERS]:
-            dtype = str(storage.dtype).removeprefix("torch.")
-            category = storage.category_at(phase.peak_tick)
-            self.write(HolderRecord(phase.name, storage.nbytes, storage.shape, dtype, category, storage.module))
 
     def _out_of_memory(self, phase: str, error: BaseException, alive_bytes: int) -> OutOfMemoryRecord:
         message = str(error).splitlines()[0]

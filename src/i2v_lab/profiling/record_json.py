@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import (
     AssumptionRecord,
+    CostRecord,
     DeviceRecord,
     GenerationRecord,
     GraphRecord,
@@ -37,6 +38,7 @@ KINDS: dict[str, type[Any]] = {
     "note": NoteRecord,
     "host_memory": HostMemoryRecord,
     "assumption": AssumptionRecord,
+    "cost": CostRecord,
 }
 _NAMES = {kind: name for name, kind in KINDS.items()}
 HINTS = {kind: get_type_hints(kind) for kind in KINDS.values()}

@@ -245,12 +245,40 @@ class HostMemoryRecord(HtmlFields):
         component: Its name.
         page_locked_bytes: Page-locked, of the blocks that are kept from their first call on.
         pageable_bytes: The largest block that was read from its file at once.
+        resident_bytes: What it would take on the device if 0, 1, ... of its blocks stayed there; empty where not all of
+            them are streamed.
     """
 
     phase: str
     component: str
     page_locked_bytes: int
     pageable_bytes: int
+    resident_bytes: tuple[int, ...]
+
+
+CostRow = tuple[str, str, int, int, int]
+"""Kind, dtype, number, and of each of them on average: operations, bytes read and written."""
+
+
+@dataclass(frozen=True)
+class CostRecord(HtmlFields):
+    """What the operators of a forecast's phase cost on any card, over one segment of it: a build, a step, the rest.
+
+    Kinds are ``matmul``, ``flash attention 128`` (by the width of the heads), ``convolution 3d``, ``pointwise``,
+    ``copy to device, pageable`` and the like; ``view`` and ``empty`` cost the host alone; ``weight`` and ``module`` are
+    those of components that were built; ``segment`` is one that the caching allocator gets from the driver; ``first
+    ...`` is what a process does once for a kernel or a shape. The records of a phase precede its :class:`PhaseRecord`,
+    without the phases nested in it.
+
+    Attributes:
+        phase: Its name.
+        repeats: How many such segments there are in a row.
+        rows: Operators of one segment, those alike in a row: see :data:`CostRow`.
+    """
+
+    phase: str
+    repeats: int
+    rows: tuple[CostRow, ...]
 
 
 Record = (
@@ -266,6 +294,7 @@ Record = (
     | NoteRecord
     | HostMemoryRecord
     | AssumptionRecord
+    | CostRecord
 )
 
 

@@ -1,14 +1,18 @@
-"""Timeline of the allocated bytes by category over a phase, from the allocation records of its storages."""
+"""A phase's allocated bytes over time, and what they were at its peak, from the allocation records of its storages."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
-from i2v_lab.profiling.meters.storage_record import CATEGORIES
-from i2v_lab.profiling.records import TimelineRecord
+from i2v_lab.profiling.meters.storage_record import CATEGORIES, StorageRecord
+from i2v_lab.profiling.records import HolderRecord, ModuleRecord, TimelineRecord
 
 POINTS = 400  # maximum for one phase
+HOLDERS = 20  # largest storages recorded for a phase's peak
 
 
 def phase_timeline(
@@ -54,3 +58,24 @@ def phase_timeline(
         )
         for index in selected
     ]
+
+
+def peak_breakdown(phase: str, storages: Sequence[StorageRecord], tick: int) -> list[ModuleRecord | HolderRecord]:
+    """What was allocated at a phase's peak: by module and category, then the largest storages.
+
+    Args:
+        phase: Its name, for the records.
+        storages: Those that were live then.
+        tick: Of the peak.
+    """
+    totals: defaultdict[tuple[str, str], int] = defaultdict(int)
+    for storage in storages:
+        totals[storage.module, storage.category_at(tick)] += storage.nbytes
+    records: list[ModuleRecord | HolderRecord] = [
+        ModuleRecord(phase, module, category, nbytes) for (module, category), nbytes in sorted(totals.items())
+    ]
+    for storage in sorted(storages, key=lambda storage: storage.nbytes, reverse=True)[:HOLDERS]:
+        dtype = str(storage.dtype).removeprefix("torch.")
+        category = storage.category_at(tick)
+        records.append(HolderRecord(phase, storage.nbytes, storage.shape, dtype, category, storage.module))
+    return records

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from i2v_lab.pipeline.contract.generation import Generation
+    from i2v_lab.pipeline.contract.runner import KeptWeights
     from i2v_lab.profiling.monitor import MemoryMonitor
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.request import I2VRequest
@@ -68,6 +69,7 @@ def execute(
     metadata: Mapping[str, Any] | None = None,
     video_path: Callable[[int], Path] | None = None,
     hooks: Hooks = NO_HOOKS,
+    kept: KeptWeights | None = None,
 ) -> PhaseProfiler | None:
     """Carry out a run.
 
@@ -84,6 +86,8 @@ def execute(
         video_path: The MP4 of a generation, numbered from 1; without it, or where the spec writes no video, frames are
             dropped as they are decoded.
         hooks: What else is attached.
+        kept: Weights in host memory that real runs of one runner share, from its ``kept_weights``. Generations of one
+            run share them anyway.
 
     Returns:
         The profiler, with the records; ``None`` for ``profiler=none``.
@@ -113,7 +117,8 @@ def execute(
     def describe(target: str) -> dict[str, Any]:
         return run_metadata(target, spec=written, **(metadata or {}))
 
-    return _execute_real(found, device, weights, run_dir, describe, video_path, hooks)
+    with _keeping(found, kept) as shared:
+        return _execute_real(found, device, weights, run_dir, describe, video_path, hooks, shared)
 
 
 def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
@@ -135,8 +140,11 @@ def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
     # Group offload on a stream prefetches the weights of the next layers, so that no two calls are alike.
     memoize = {} if settings.offload_stream else runner.memoizable_modules(spec.architecture)
     try:
-        with forecasting(device, memoize=memoize, workspaces=workspaces) as profiler:
-            pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set, settings)
+        with (
+            forecasting(device, memoize=memoize, workspaces=workspaces) as profiler,
+            _keeping(spec, None) as kept,
+        ):
+            pipeline = runner.pipeline(weights, device, [profiler], spec.technique_set, settings, kept)
             perform(spec, pipeline, profiler, lambda _, chunks: _drop(chunks))
     except (RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, I2VLabError) or settings.is_default:
@@ -159,6 +167,7 @@ def _execute_real(
     describe: Callable[[str], dict[str, Any]],
     video_path: Callable[[int], Path] | None,
     hooks: Hooks,
+    kept: KeptWeights | None,
 ) -> PhaseProfiler | None:
     from i2v_lab.pipeline.contract import media
     from i2v_lab.pipeline.contract.generation import resolve_device
@@ -184,7 +193,8 @@ def _execute_real(
 
     if spec.profiler is ProfilerMode.NONE:
         sinks = list(hooks.sinks)
-        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set, request.settings), None, consume)
+        pipeline = runner.pipeline(weights, target, sinks, spec.technique_set, request.settings, kept)
+        perform(spec, pipeline, None, consume)
         return None
     attribute = spec.profiler is ProfilerMode.FULL
     with ExitStack() as scopes:
@@ -198,8 +208,20 @@ def _execute_real(
             sinks.insert(0, hooks.monitor)
         if not attribute:
             scopes.enter_context(profiler.phase(WHOLE))
-        perform(spec, runner.pipeline(weights, target, sinks, spec.technique_set, request.settings), profiler, consume)
+        pipeline = runner.pipeline(weights, target, sinks, spec.technique_set, request.settings, kept)
+        perform(spec, pipeline, profiler, consume)
     return profiler
+
+
+@contextmanager
+def _keeping(spec: RunSpec, kept: KeptWeights | None) -> Iterator[KeptWeights | None]:
+    """Weights in host memory for the generations of a run: those given, or own ones if there are several."""
+    own = spec.runner_spec.kept_weights() if kept is None and spec.generations > 1 else None
+    try:
+        yield kept or own
+    finally:
+        if own is not None:
+            own.close()
 
 
 def perform(

@@ -33,6 +33,7 @@ EXECUTED = (
     "memory_policy.py",
     "memory_settings.py",
     "metered_threads.py",
+    "placement.py",
     "request.py",
     "pipeline/contract",
     "pipeline/registry.py",

@@ -15,6 +15,7 @@ from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import Architecture, load_architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
 from i2v_lab.pipeline.registry import find_runner
+from i2v_lab.placement import Placement
 from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
 
 FULL_SIZE_MODEL = "ltx-2.3-22b"
@@ -106,11 +107,12 @@ class RunSpec:
                 "memory='auto' stands for other policies; resolve it first (i2v_lab.capacity.placement)", memory="auto"
             )
         runner.check_request(architecture, self.request)
-        own = TECHNIQUES[self.request.memory]
+        own = self.request.placed.techniques
         techniques = own if self.techniques is None else to_techniques(self.techniques)
-        if own and techniques != own:
+        if (own or self.request.placement is not None) and techniques != own:
+            given = "a placement" if self.request.placement else f"memory={self.request.memory.value!r}"
             raise InvalidRequest(
-                f"memory={self.request.memory.value!r} and techniques={sorted(techniques)} differ; give one of the two",
+                f"{given} and techniques={sorted(techniques)} differ; give one of the two",
                 memory=self.request.memory.value,
                 techniques=sorted(techniques),
             )
@@ -172,9 +174,14 @@ class RunSpec:
         return self.techniques
 
     @property
+    def placement(self) -> Placement:
+        """The techniques, and the numbers of the request's placement."""
+        return self.request.placement or Placement(techniques=self.technique_set)
+
+    @property
     def policy(self) -> MemoryPolicy | None:
-        """The memory policy that stands for exactly its techniques; ``None`` if there is none."""
-        return policy_of(self.technique_set)
+        """The memory policy that is exactly its placement; ``None`` if there is none."""
+        return self.placement.policy
 
     @property
     def is_reference(self) -> bool:
@@ -198,6 +205,7 @@ class RunSpec:
             parts.append(f"{request.steps}steps")
         parts += [name for name in (request.settings.name,) if name]
         parts += _techniques_name(self.technique_set)
+        parts += [name for name in (self.placement.name,) if name]
         if self.consumer is not Consumer.PLAIN:
             parts.append(self.consumer.value)
         if self.generations > 1:
@@ -225,8 +233,8 @@ class RunSpec:
         return json.dumps(values, sort_keys=True)
 
     def with_request(self, **changes: Any) -> RunSpec:
-        """The same with another request; a change of ``memory`` changes the techniques to that policy's."""
-        techniques = None if "memory" in changes else self.techniques
+        """The same with another request; a change of ``memory`` or ``placement`` changes the techniques."""
+        techniques = None if changes.keys() & {"memory", "placement"} else self.techniques
         return replace(self, request=replace(self.request, **changes), techniques=techniques)
 
     def with_still(self, image: Path) -> RunSpec:

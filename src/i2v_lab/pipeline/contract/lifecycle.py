@@ -40,6 +40,9 @@ class PhaseScope:
         """
         try:
             module = build()
+        except CheckpointError as error:
+            error.fields.setdefault("component", name)
+            raise
         except (OSError, SafetensorError) as error:  # it was whole when the run began
             raise CheckpointError(
                 f"the weights of {name} cannot be read any more ({error}); restore their file and run again",
@@ -50,17 +53,19 @@ class PhaseScope:
             yield module
         finally:
             page_locked_bytes = pageable_bytes = 0
+            resident_bytes: tuple[int, ...] = ()
             for part in module.modules():
                 stream: Any = vars(part).get("weight_stream")
                 if stream is not None:
                     page_locked_bytes += stream.page_locked_bytes
                     pageable_bytes = max(pageable_bytes, stream.pageable_bytes)
+                    resident_bytes = stream.resident_bytes
                     stream.close()
                 part._parameters.clear()
                 part._buffers.clear()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.emit(ComponentReleased(self.phase, name, page_locked_bytes, pageable_bytes))
+            self.emit(ComponentReleased(self.phase, name, page_locked_bytes, pageable_bytes, resident_bytes))
 
     def step(self, step: int, steps: int) -> None:
         """Report a finished step, or a finished chunk."""

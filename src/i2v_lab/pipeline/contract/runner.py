@@ -37,6 +37,13 @@ class Pipeline(Protocol):
         """Run every phase but a lazy decoding of the video, which the returned stream does as it is consumed."""
 
 
+class KeptWeights(Protocol):
+    """Weights in host memory that pipelines of one runner share."""
+
+    def close(self) -> None:
+        """Release them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunnerSpec:
     """A runner: which models it runs, what it needs, and what it supports.
@@ -50,8 +57,9 @@ class RunnerSpec:
         install: The command that installs it.
         packages: Distributions whose versions decide what it computes; they are recorded, and part of every cache key.
         sizes: The sizes that its models take; those of an architecture with ``sizes`` of its own are these.
-        parts: ``resolve_weights``, ``skeleton_weights``, ``pipeline`` and ``memoizable_modules``, each as
-            ``module:name`` below :mod:`i2v_lab.pipeline`; imported when they are needed.
+        parts: ``resolve_weights``, ``skeleton_weights``, ``pipeline``, ``memoizable_modules``, and ``kept_weights``
+            where it can keep weights from one generation to the next, each as ``module:name`` below
+            :mod:`i2v_lab.pipeline`; imported when they are needed.
         weight_options: Names of the options that give real weights.
         quantizations: Of the transformer; the first is the default.
         variants: Samplers, as far as an architecture has them.
@@ -202,6 +210,9 @@ class RunnerSpec:
                 if name == "quantization" and self.settings:
                     use += f", or {', '.join(QUANTIZATIONS)}"
                 raise InvalidRequest(f"{name}={value!r} is not for {whose}; use {use}", **{name: value})
+        if request.placement is not None and not self.techniques:
+            words = f"a placement is not for {whose}; leave it out, or use a model whose runner is ltx-2"
+            raise InvalidRequest(words, placement=request.placement.to_json())
         if not self.settings:
             if request.settings.quantizes:
                 value = request.settings.quantization.value
@@ -248,6 +259,7 @@ class RunnerSpec:
         sinks: Sequence[EventSink] = (),
         techniques: Techniques | None = None,
         settings: MemorySettings = NO_SETTINGS,
+        kept: KeptWeights | None = None,
     ) -> Pipeline:
         """The pipeline over weights that this runner resolved.
 
@@ -257,6 +269,7 @@ class RunnerSpec:
             sinks: Called with every event.
             techniques: Stand in for those of a request's memory policy.
             settings: Of the requests that it will get, where it takes any.
+            kept: From :meth:`kept_weights`, for pipelines that share them.
 
         Raises:
             InvalidRequest: A technique or settings that it does not support.
@@ -265,8 +278,26 @@ class RunnerSpec:
         options: dict[str, Any] = {"techniques": techniques} if self.techniques and techniques is not None else {}
         if self.settings:
             options["settings"] = settings
+        if kept is not None:
+            options["host_weights"] = kept
         pipeline: Pipeline = self._part("pipeline")(weights, device, sinks=sinks, **options)
         return pipeline
+
+    def kept_weights(self, budget_bytes: int | None = None) -> KeptWeights | None:
+        """Keeps streamed weights in host memory from one generation to the next; ``None`` where the runner cannot.
+
+        Args:
+            budget_bytes: The most host memory that they may take; by default 0.8 of what is available.
+
+        Example:
+            >>> from i2v_lab.pipeline.registry import RUNNERS
+            >>> print(RUNNERS["ltx-video"].kept_weights())
+            None
+        """
+        if "kept_weights" not in self.parts:
+            return None
+        kept: KeptWeights = self._part("kept_weights")(budget_bytes, keep=True)
+        return kept
 
     def check_techniques(self, techniques: Techniques) -> None:
         """Refuse a technique that this runner does not support.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from i2v_lab.errors import InvalidRequest
-from i2v_lab.request import MAX_FRAMES, MAX_SIDE, I2VRequest, VideoShape, neighbours
+from i2v_lab.errors import InvalidRequest, neighbours
+from i2v_lab.request import MAX_FRAMES, MAX_SIDE, I2VRequest, VideoShape
 
 NORM_GROUPS = 32  # of the latent upsamplers of LTX-2 and LTX-Video
 

@@ -5,6 +5,7 @@
 
 from dataclasses import replace
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import Architecture
 from i2v_lab.pipeline.contract.runner import RunnerSpec
@@ -12,13 +13,24 @@ from i2v_lab.pipeline.ltx2.tiles import SIZES
 from i2v_lab.request import I2VRequest, Quantization
 
 
-def check_latent(architecture: Architecture, request: I2VRequest) -> None:
-    """Refuse a video that the upsampler cannot normalize: see ``SizeRule.check_normalized``.
+def check_model(architecture: Architecture, request: I2VRequest) -> None:
+    """Refuse a video that the upsampler cannot normalize, and more resident blocks than there are.
 
     Raises:
-        InvalidRequest: With the number of frames.
+        InvalidRequest: With the number of frames (``SizeRule.check_normalized``), or of blocks.
     """
     SIZES.check_normalized(request, architecture.upsampler["mid_channels"], architecture.name)
+    if request.placement is not None and request.placement.resident_blocks:
+        from i2v_lab.pipeline.ltx2.memory.blocks import block_counts
+
+        counts = block_counts(architecture)
+        for component, count in request.placement.resident_blocks:
+            if count > counts[component]:
+                raise InvalidRequest(
+                    f"resident_blocks: {component}={count} is above the {counts[component]} blocks of "
+                    f"model={architecture.name!r}; use that or less",
+                    **{component: count},
+                )
 
 
 RUNNER = RunnerSpec(
@@ -34,18 +46,22 @@ RUNNER = RunnerSpec(
         "skeleton_weights": "ltx2.weights:skeleton_weights",
         "pipeline": "ltx2.pipeline:TwoStagePipeline",
         "memoizable_modules": "ltx2.components:memoizable_modules",
+        "kept_weights": "ltx2.memory.host_weights:HostWeights",
     },
     weight_options=("checkpoint", "gemma", "upsampler", "lora"),
     quantizations=(Quantization.FP8_CAST, Quantization.BF16),
     techniques=TECHNIQUES[MemoryPolicy.STREAMED],
     tiled=True,
-    check_model=check_latent,
+    check_model=check_model,
 )
 UPSTREAM = replace(
     RUNNER,
     name="ltx-pipelines",
     label="ltx-pipelines",
-    parts={**RUNNER.parts, "pipeline": "ltx2.upstream:UpstreamPipeline"},
+    parts={
+        **{name: part for name, part in RUNNER.parts.items() if name != "kept_weights"},
+        "pipeline": "ltx2.upstream:UpstreamPipeline",
+    },
     techniques=frozenset(),
     third_party=True,
 )

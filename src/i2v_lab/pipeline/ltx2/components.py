@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ltx_core.guidance.perturbations import PerturbationType
-from ltx_core.loader import LoraPathStrengthAndSDOps
+from ltx_core.loader import LoraPathStrengthAndSDOps, SDOps
 from ltx_core.loader import SingleGPUModelBuilder as Builder
 from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
 from ltx_core.model.video_vae import VideoDecoder
@@ -28,7 +28,12 @@ from i2v_lab.pipeline.ltx2.gemma import GEMMA_BUFFERS, gemma_key_ops, tokenizer_
 from i2v_lab.pipeline.ltx2.layout import gemma_dimensions, transformer_key_ops
 from i2v_lab.pipeline.ltx2.memory.builders import with_techniques
 from i2v_lab.pipeline.ltx2.memory.chunked_transformer import ChunkedBlock
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
+from i2v_lab.pipeline.ltx2.memory.readers import will_need
+from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
+from i2v_lab.pipeline.ltx2.skeletons import UninitializedModules
 from i2v_lab.pipeline.ltx2.weights import Weights
+from i2v_lab.placement import Placement
 from i2v_lab.request import Quantization
 
 
@@ -41,8 +46,9 @@ class Ledger(ModelLedger):
         weights: The weight files and their loader.
         device: Where components are built.
         quantization: Of the transformer.
-        techniques: Memory techniques, applied to the components as they are built.
+        placement: Memory techniques, applied to the components as they are built, and what stays on the device.
         with_lora: Fuse the distilled LoRA into the transformer.
+        host_weights: Where streamed blocks are in host memory; by default nothing is kept when a component is released.
 
     Example:
         >>> ledger = Ledger(weights, torch.device("cuda"), Quantization.FP8_CAST)  # doctest: +SKIP
@@ -54,12 +60,14 @@ class Ledger(ModelLedger):
         weights: Weights,
         device: torch.device,
         quantization: Quantization,
-        techniques: Techniques = frozenset(),
+        placement: Placement | Techniques = frozenset(),
         *,
         with_lora: bool = False,
+        host_weights: HostWeights | None = None,
     ) -> None:
         self._weights = weights
-        self._techniques = techniques
+        self._placement = placement if isinstance(placement, Placement) else Placement(techniques=placement)
+        self._host_weights = host_weights or HostWeights()
         loras = (LoraPathStrengthAndSDOps(weights.lora, 1.0, weights.lora_keys),) if with_lora else ()
         super().__init__(
             dtype=DTYPE,
@@ -86,8 +94,32 @@ class Ledger(ModelLedger):
         key_ops = transformer_key_ops(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)
         builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
-        for name, builder in with_techniques(builders, self._techniques, self._weights.reader).items():
-            setattr(self, name, replace(builder, model_loader=self._weights.loader))
+        own = self._host_weights
+        loader = self._weights.loader_ahead(HostWeights(own.budget_bytes, read_ahead=own.reads_ahead))
+        changed = with_techniques(builders, self._placement, self._weights.reader, self._host_weights)
+        for name, builder in changed.items():
+            configurator: Any = UninitializedModules(builder.model_class_configurator)
+            setattr(self, name, replace(builder, model_loader=loader, model_class_configurator=configurator))
+
+    def _quantized_transformer(self) -> tuple[Builder[Any], dict[str, Any]]:
+        """The transformer's builder and the arguments of its build besides the device, as ltx-pipelines' ledger."""
+        builder, policy = self.transformer_builder, self.quantization
+        if policy is None:
+            return builder, {"dtype": self.dtype}
+        key_ops = builder.model_sd_ops
+        assert key_ops is not None
+        if policy.sd_ops is not None:
+            name = f"sd_ops_chain_{key_ops.name}+{policy.sd_ops.name}"
+            key_ops = SDOps(name=name, mapping=(*key_ops.mapping, *policy.sd_ops.mapping))
+        return replace(builder, module_ops=(*builder.module_ops, *policy.module_ops), model_sd_ops=key_ops), {}
+
+    def read_transformer_ahead(self) -> None:
+        """Have the transformer read while other components run: by threads if it is streamed, else by the system."""
+        builder, options = self._quantized_transformer()
+        if isinstance(builder, StreamedBuilder):
+            builder.read_ahead(self._target_device(), **options)
+        elif not self._weights.is_synthetic:
+            will_need([self._weights.checkpoint])
 
     def text_encoder(self) -> torch.nn.Module:
         """Gemma 3 with its tokenizer, at the architecture's size."""

@@ -12,13 +12,14 @@ import torch
 from ltx_core.components.noisers import GaussianNoiser
 from ltx_core.types import Audio
 
-from i2v_lab.memory_policy import Techniques
 from i2v_lab.pipeline.contract.lifecycle import PhaseScope
 from i2v_lab.pipeline.ltx2 import operations, sampling
 from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.sampling import Contexts, Latents, Stage
 from i2v_lab.pipeline.ltx2.tiles import stage_shape
 from i2v_lab.pipeline.ltx2.weights import Weights
+from i2v_lab.placement import Placement
 from i2v_lab.request import I2VRequest, Variant
 
 
@@ -31,18 +32,27 @@ class Run:
         weights: The weight files and their loader.
         device: Where components run.
         generator: The run's only source of randomness.
-        techniques: Memory techniques, applied to the components.
+        placement: Memory techniques, applied to the components, and what stays on the device.
+        host_weights: Where streamed blocks are in host memory.
     """
 
     request: I2VRequest
     weights: Weights
     device: torch.device
     generator: torch.Generator
-    techniques: Techniques
+    placement: Placement
+    host_weights: HostWeights
 
     def ledger(self, *, with_lora: bool = False) -> Ledger:
         """The builders; with the distilled LoRA fused into the transformer if ``with_lora``."""
-        return Ledger(self.weights, self.device, self.request.quantization, self.techniques, with_lora=with_lora)
+        return Ledger(
+            self.weights,
+            self.device,
+            self.request.quantization,
+            self.placement,
+            with_lora=with_lora,
+            host_weights=self.host_weights,
+        )
 
     def noiser(self) -> GaussianNoiser:
         """ltx-core's noiser over the run's generator."""
@@ -146,4 +156,4 @@ def decode_audio(run: Run, scope: PhaseScope, latent: torch.Tensor) -> Audio:
 
 def decode_video(run: Run, decoder: torch.nn.Module, latent: torch.Tensor) -> Iterator[torch.Tensor]:
     """Chunks ``(F, H, W, 3)`` uint8, each decoded when it is asked for, in the grad mode of the caller."""
-    return operations.decode_video(latent, decoder, run.request.tiling, run.generator, run.techniques)
+    return operations.decode_video(latent, decoder, run.request.tiling, run.generator, run.placement.techniques)

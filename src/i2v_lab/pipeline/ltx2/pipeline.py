@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import EventSink, Phase, broadcast, environment_sinks
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Techniques
+from i2v_lab.memory_policy import MemoryPolicy, Techniques
 from i2v_lab.pipeline.contract.generation import (
     GRAD_SCOPES,
     Generation,
@@ -26,22 +26,27 @@ from i2v_lab.pipeline.contract.random_tensors import DTYPE
 from i2v_lab.pipeline.contract.weight_files import element_count
 from i2v_lab.pipeline.ltx2 import RUNNER, phases
 from i2v_lab.pipeline.ltx2.layout import file_layout, meta_component
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.tiles import chunk_count
 from i2v_lab.pipeline.ltx2.weights import Weights
+from i2v_lab.placement import Placement
 from i2v_lab.request import I2VRequest, Quantization
 
 
 class TwoStagePipeline:
     """Image to video in two stages: denoise at half size, upsample the latent, refine at full size, decode.
 
-    Every call is a cold start: each component is built for its phase and released after it, except that the transformer
-    of the distilled variant is kept from the first stage to the second.
+    Each component is built for its phase and released after it, except that the transformer of the distilled variant is
+    kept from the first stage to the second. Within a ``with`` block, streamed weights stay in host memory from one call
+    to the next; otherwise every call is a cold start.
 
     Args:
         weights: From :func:`~i2v_lab.pipeline.ltx2.weights.resolve_weights`.
         device: ``"cpu"`` or ``"cuda"``.
         sinks: Called with every :data:`~i2v_lab.events.Event`.
-        techniques: Override those of the request's memory policy.
+        techniques: Override those of the request's memory policy, not those of a placement.
+        host_weights: Where streamed weights are in host memory, for pipelines that share them; it is the caller's to
+            close.
 
     Raises:
         DeviceUnavailable: The device does not exist here.
@@ -53,6 +58,9 @@ class TwoStagePipeline:
         >>> pipeline = TwoStagePipeline(resolve_weights(load_architecture("ltx-2.3-tiny")))  # doctest: +SKIP
         >>> request = I2VRequest(image="still.png", width=192, height=128, frames=25)  # doctest: +SKIP
         >>> frames = torch.cat(list(pipeline(request).video))  # (25, 128, 192, 3)  # doctest: +SKIP
+        >>> with pipeline:  # doctest: +SKIP
+        ...     for seed in range(3):
+        ...         frames = torch.cat(list(pipeline(replace(request, seed=seed, memory="streamed")).video))
     """
 
     def __init__(
@@ -61,13 +69,31 @@ class TwoStagePipeline:
         device: str | torch.device = "cpu",
         sinks: Sequence[EventSink] = (),
         techniques: Techniques | None = None,
+        host_weights: HostWeights | None = None,
     ) -> None:
         if techniques is not None:
             RUNNER.check_techniques(techniques)
         self.weights = weights
         self._techniques = techniques
+        self._shared = host_weights
+        self._own: HostWeights | None = None
         self.device = resolve_device(device)
         self._emit = broadcast([*sinks, *environment_sinks(self.device)])
+
+    def __enter__(self) -> Self:
+        """Keep streamed weights in host memory until the end of the scope."""
+        if self._own is None:
+            self._own = HostWeights(keep=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the host memory that is kept; the pipeline can be called again, which is a cold start then."""
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
 
     def __call__(self, request: I2VRequest) -> Generation:
         """Run every phase up to the decoded audio; the returned stream decodes the video as it is consumed.
@@ -91,10 +117,15 @@ class TwoStagePipeline:
         pixels = load_still(request.image)
         require_memory(self.weights, request.quantization, self.device)
         generator = torch.Generator(self.device).manual_seed(request.seed)
-        techniques = TECHNIQUES[request.memory] if self._techniques is None else self._techniques
-        run = phases.Run(request, self.weights, self.device, generator, techniques)
+        placement = request.placed
+        if self._techniques is not None and request.placement is None:
+            placement = Placement(techniques=self._techniques)
+        host_weights = self._shared or self._own or HostWeights()
+        run = phases.Run(request, self.weights, self.device, generator, placement, host_weights)
         scopes = GRAD_SCOPES[request.decode_scope]
-        with scopes.body():
+        with scopes.body(), ExitStack() as reading:
+            reading.callback(host_weights.end_ahead if host_weights.keep else host_weights.close)
+            run.ledger().read_transformer_ahead()
             with self._phase(Phase.ENCODE_PROMPT) as scope:
                 contexts = phases.encode_prompt(run, scope)
             with self._phase(Phase.ENCODE_IMAGE) as scope:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ class SyntheticStateDictLoader(TensorsOnDemand):
 
     def __init__(self, architecture: Architecture, *, values: bool = True) -> None:
         super().__init__(architecture, file_layout, values=values)
+
+    def part(self, path: str, key: str) -> None:
+        """None: a tensor is in no file."""
+
+    def scale(self, path: str, key: str) -> None:
+        """None: no tensor has a scale."""
+
+    def identity(self, path: str) -> Hashable:
+        """What determines the values of a file's tensors."""
+        return path, self._architecture.to_json(), self._values
 
     def metadata(self, path: str) -> dict[str, Any]:
         """The configuration that the builder reads from a file's metadata."""

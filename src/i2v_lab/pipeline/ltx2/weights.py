@@ -20,8 +20,9 @@ from i2v_lab.pipeline.contract.weight_files import (
 )
 from i2v_lab.pipeline.contract.weight_folders import require_files
 from i2v_lab.pipeline.ltx2.layout import FILES, UNREAD, file_layout
-from i2v_lab.pipeline.ltx2.loader import ScaledStateDictLoader
+from i2v_lab.pipeline.ltx2.loader import AheadStateDictLoader, ScaledStateDictLoader
 from i2v_lab.pipeline.ltx2.lora import LoraKeys, read_lora
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import SafetensorsReader, TensorReader
 from i2v_lab.pipeline.ltx2.synthetic import SYNTHETIC, SyntheticStateDictLoader
 
@@ -62,6 +63,10 @@ class Weights:
     def reader(self) -> TensorReader:
         """What reads single tensors: the loader where it makes them on demand, else a reader of safetensors files."""
         return self.loader if isinstance(self.loader, SyntheticStateDictLoader) else SafetensorsReader()
+
+    def loader_ahead(self, host_weights: HostWeights) -> Any:
+        """The loader, where it reads files the one that has threads read them ahead."""
+        return AheadStateDictLoader(host_weights) if type(self.loader) is ScaledStateDictLoader else self.loader
 
     @property
     def is_synthetic(self) -> bool:

@@ -49,6 +49,7 @@ class CachingAllocator:
         allocated_bytes: In blocks that are not free, as ``torch.cuda.memory_allocated()``.
         reserved_bytes: In segments, as ``torch.cuda.memory_reserved()``.
         peak_reserved_bytes: Maximum of the reserved bytes since :meth:`reset_peak`.
+        segments: That were allocated so far, each by a call of the driver.
 
     Example:
         >>> allocator = CachingAllocator()
@@ -61,6 +62,7 @@ class CachingAllocator:
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.peak_reserved_bytes = 0
+        self.segments = 0
         self._free: defaultdict[tuple[int, bool], list[tuple[int, int, Block]]]  # by size, then address
         self._free = defaultdict(list)
         self._next_address = 0
@@ -125,6 +127,7 @@ class CachingAllocator:
             segment = _round_up(size, ROUND_LARGE_BYTES)
         block = Block(segment, self._next_address, small, self.stream)
         self._next_address += segment
+        self.segments += 1
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         return block

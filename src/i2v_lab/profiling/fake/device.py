@@ -28,6 +28,7 @@ from i2v_lab.profiling.fake.compact_zeros import picture_patches
 from i2v_lab.profiling.fake.compiled import no_compiled_functions
 from i2v_lab.profiling.fake.known_values import keep_values, known_values
 from i2v_lab.profiling.fake.operators import FakeOperators, OnOperator
+from i2v_lab.profiling.fake.page_locked import is_page_locked, set_page_locked
 from i2v_lab.profiling.fake.parameter_kinds import make_subclass
 from i2v_lab.profiling.fake.random_state import random_patches
 from i2v_lab.profiling.fake.refusals import no_answer, no_kernel_error
@@ -63,6 +64,7 @@ def fake_device(
     device: torch.device,
     current_module: Callable[[], str],
     on_operator: OnOperator = lambda *_: None,
+    on_attention: Callable[..., None] = lambda *_: None,
     card: FakeCard | None = None,
     answers: Answers | None = None,
 ) -> Iterator[FakeTensorMode]:
@@ -74,6 +76,7 @@ def fake_device(
         device: What the code asks for: ``cpu`` or ``cuda``. No CUDA call is made, on any machine.
         current_module: Returns the path of the running module, for errors.
         on_operator: Called after every operator.
+        on_attention: Called with the arguments of attention by cuDNN, which runs as no operator.
         card: What ``torch.cuda`` tells about the device; with ``cuda`` alone.
         answers: To questions about unknown values; by default those of ``Assumptions()``.
 
@@ -93,6 +96,7 @@ def fake_device(
         scopes.enter_context(mode)
         answers = answers or Answers(DEFAULT, current_module)
         operators = FakeOperators(mode, current_module, on_operator, answers)
+        operators.on_attention = on_attention
         scopes.callback(operators.restore_gradients)
         for target, name, substitute in _patches(device, operators, card):
             scopes.enter_context(patched_here(target, name, substitute))
@@ -162,6 +166,8 @@ def _attention(
     order: Sequence[SDPBackend] = attention_order()  # the code's own; at first that of the card that may be here
     order = usual if order == initial_order else order
     kernel = chosen_kernel(query, key, value, attn_mask, is_causal, enable_gqa, order)
+    if kernel == SDPBackend.CUDNN_ATTENTION:  # runs as no operator
+        operators.on_attention("cudnn", query, key, value, attn_mask)
     if kernel != SDPBackend.MATH:
         return fused_attention(*arguments, **options, kernel=kernel)
     with operators.math_attention():
@@ -245,7 +251,7 @@ def _new(kind: type, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     pinned = tensor.clone()
-    pinned._i2v_lab_pinned = True  # type: ignore[attr-defined]
+    set_page_locked(pinned)
     return pinned
 
 
@@ -297,7 +303,7 @@ def _patches(device: torch.device, operators: FakeOperators, card: FakeCard | No
     yield torch.Tensor, "__deepcopy__", _deepcopy
     yield torch.nn.Module, "_apply", lambda module, fn, recurse=True: _apply(operators, module, fn, recurse)
     yield torch.Tensor, "pin_memory", _pin_memory
-    yield torch.Tensor, "is_pinned", lambda tensor, device=None: getattr(tensor, "_i2v_lab_pinned", False)
+    yield torch.Tensor, "is_pinned", lambda tensor, device=None: is_page_locked(tensor)
     yield torch, "save", functools.partial(_save, answers=operators.answers, function="torch.save")
     safetensors = sys.modules.get("safetensors.torch")
     for name in ("serialize", "serialize_file"):  # which read the memory of tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -19,12 +19,13 @@ from i2v_lab.profiling.fake.copies import components, to_fake
 from i2v_lab.profiling.fake.device import fake_device
 from i2v_lab.profiling.fake.garbage import no_collection
 from i2v_lab.profiling.fake.memoization import MemoryKey, ModuleMemo
+from i2v_lab.profiling.fake.operator_costs import OperatorCosts
 from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.records import Forecast
+from i2v_lab.profiling.records import CostRow, Forecast
 from i2v_lab.thread_patches import patched_here
-from i2v_lab.torch_compat import active_fake_mode, storage_key, tree_leaves
+from i2v_lab.torch_compat import active_fake_mode, inner_tensors, storage_key, tree_leaves
 
 
 class ForecastMeter(LiveStorageMeter):
@@ -40,13 +41,16 @@ class ForecastMeter(LiveStorageMeter):
         self._workspaces = workspaces
         self._capability = capability
         self._initialized: set[str] = set()
+        self.costs = OperatorCosts(device_type)
+        self._segments = 0
         self._max_allocated_bytes = 0
         self._max_reserved_bytes = 0
         self._reserved_bytes = 0  # without a model of the allocator: what it has to keep until its cache is emptied
 
     def on_operator(self, func: Any, args: Any, result: Any, tensors: list[torch.Tensor]) -> None:
-        """Count the tensors that an operator takes and returns, and its kernel's workspaces."""
+        """Count the tensors that an operator takes and returns, its kernel's workspaces, and what it costs."""
         self.observe(tensors)
+        self.costs.operator(func, args, result, tensors)
         if self._workspaces is not None:
             for library, nbytes in self._workspaces.persistent(func, args, self._capability).items():
                 if nbytes and library not in self._initialized:
@@ -55,6 +59,23 @@ class ForecastMeter(LiveStorageMeter):
             nbytes = self._workspaces.transient(func, args, result)
             if nbytes:
                 self.add_transient_workspace(nbytes, "cuDNN workspace")
+
+    def observe(self, tensors: Iterable[torch.Tensor], *, weights: bool = False) -> None:
+        """As of a real run; the weights of a component that was built are also what loading it costs."""
+        if not weights:
+            super().observe(tensors)
+            return
+        tensors = list(tensors)
+        super().observe(tensors, weights=True)
+        self.costs.weights([inner for tensor in tensors for inner in inner_tensors(tensor)])
+
+    def take_costs(self) -> list[tuple[CostRow, ...]]:
+        """What operators cost since it was asked last, segment by segment."""
+        if self.allocator is not None and self.allocator.segments > self._segments:
+            self.costs.count("segment", "", count=self.allocator.segments - self._segments)
+            self._segments = self.allocator.segments
+        self.costs.cut()
+        return self.costs.take()
 
     def _update_peak(self, before_bytes: int) -> None:
         super()._update_peak(before_bytes)
@@ -161,10 +182,11 @@ def forecasting(
             device,
             current_module=lambda: paths.current,
             on_operator=meter.on_operator,
+            on_attention=meter.costs.attention,
             card=FakeCard(meter, context_bytes, properties),
             answers=answers,
         ),
-        ModuleMemo(meter, meter.allocator, paths, memoize or {}).active(),
+        ModuleMemo(meter, meter.allocator, paths, memoize or {}, meter.costs).active(),
         profiler,
     ):
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from i2v_lab.profiling.fake.block_trace import BlockTrace, Event, TracingAllocator
+from i2v_lab.profiling.fake.operator_costs import Counted, OperatorCosts
 from i2v_lab.profiling.fake.operators import are_new
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
@@ -37,6 +38,7 @@ class _Call:
         result: Structure of what it returned.
         events: What it allocated and freed, see :class:`~i2v_lab.profiling.fake.block_trace.BlockTrace`.
         kept: Indices of the allocations that hold its result.
+        costs: Of its operators.
     """
 
     start_bytes: int
@@ -44,6 +46,7 @@ class _Call:
     result: Any
     events: tuple[Event, ...]
     kept: tuple[int, ...]
+    costs: Counted
 
 
 class ModuleMemo:
@@ -56,6 +59,7 @@ class ModuleMemo:
         memory_keys: Module classes, each with its memory key. Two calls are identical if their modules' parameters and
             buffers have the same names, shapes and dtypes, their arguments the same structure and layouts, and their
             memory keys are equal.
+        costs: Counts what their operators cost.
     """
 
     def __init__(
@@ -64,11 +68,13 @@ class ModuleMemo:
         allocator: TracingAllocator | None,
         paths: ModulePaths,
         memory_keys: Mapping[type[torch.nn.Module], MemoryKey],
+        costs: OperatorCosts,
     ) -> None:
         self._meter = meter
         self._allocator = allocator
         self._paths = paths
         self._memory_keys = dict(memory_keys)
+        self._costs = costs
         self._scopes = ExitStack()
         self._calls: dict[Hashable, _Call] = {}
         self._layouts: weakref.WeakKeyDictionary[torch.nn.Module, Hashable] = weakref.WeakKeyDictionary()
@@ -108,8 +114,10 @@ class ModuleMemo:
             if self._allocator is not None:  # the same requests may get larger blocks
                 peak_bytes = self._allocator.replay(call.events, call.kept)
             self._meter.raise_peak(peak_bytes)
+            self._costs.replay(call.costs)
             return _unflatten(call.result, inputs, [])
         tracing = self._allocator.trace() if self._allocator is not None else nullcontext(BlockTrace())
+        before = self._costs.counted()
         with self._meter.local_peak() as peak, tracing as trace:
             result = forward(module, *args, **kwargs)
         tensors = list(inputs)
@@ -118,7 +126,8 @@ class ModuleMemo:
         left_bytes = self._meter.allocated_bytes() - start_bytes
         if are_new(new, inputs) and left_bytes == self._meter.counted_bytes(new) and trace.is_closed:
             kept = tuple(trace.indices[block] for block in map(self._meter.block, new) if block is not None)
-            self._calls[key] = _Call(start_bytes, peak.bytes - start_bytes, structure, tuple(trace.events), kept)
+            costs, events = self._costs.since(before), tuple(trace.events)
+            self._calls[key] = _Call(start_bytes, peak.bytes - start_bytes, structure, events, kept, costs)
         return result
 
     def _layout(self, module: torch.nn.Module) -> Hashable:

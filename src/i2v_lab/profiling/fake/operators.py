@@ -31,6 +31,7 @@ from i2v_lab.profiling.fake.operator_kinds import (
     tensors_in,
     written_tensors,
 )
+from i2v_lab.profiling.fake.page_locked import set_page_locked
 from i2v_lab.profiling.fake.refusals import (
     check_devices,
     math_attention_error,
@@ -167,6 +168,7 @@ class FakeOperators(DispatchMode):
         self, mode: FakeTensorMode, current_module: Callable[[], str], on_operator: OnOperator, answers: Answers
     ) -> None:
         super().__init__()
+        self.on_attention: Callable[..., None] = lambda *_: None  # attention that runs as no operator
         self.answers = answers
         self._mode = mode
         self._current_module = current_module
@@ -190,7 +192,7 @@ class FakeOperators(DispatchMode):
         kwargs = with_real_device(kwargs or {})
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # there is no generator for the fake device
-        if kwargs.get("pin_memory"):
+        if is_locked := bool(kwargs.get("pin_memory")):
             kwargs = {**kwargs, "pin_memory": None}  # of the host, whose memory is never a fake device's
         inputs = tensors_in((args, kwargs), [])
         others = [tensor for tensor in inputs if not isinstance(tensor, FakeTensor)]
@@ -248,6 +250,7 @@ class FakeOperators(DispatchMode):
         propagate_values(func, args, kwargs, outputs, written, known, all_known)
         if any(tensor.layout is not torch.strided for tensor in outputs):
             raise not_strided_error(func, self._current_module())
+        set_page_locked(*outputs if is_locked else ())
         lifted = func is LIFT  # its input is the same tensor before it became fake
         self._on_operator(func, args, result, outputs if lifted else [*inputs, *outputs])
         return result

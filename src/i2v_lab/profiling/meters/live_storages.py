@@ -17,6 +17,7 @@ from i2v_lab.errors import VramCapExceeded
 from i2v_lab.profiling.meters.base import Allocator, Block
 from i2v_lab.profiling.meters.storage_record import StorageRecord
 from i2v_lab.profiling.module_paths import ModulePaths
+from i2v_lab.profiling.records import CostRow
 from i2v_lab.torch_compat import (
     ModeStacks,
     TorchDispatchMode,
@@ -223,6 +224,10 @@ class LiveStorageMeter(TorchDispatchMode):
             self._peak_tick = self._tick
             if self._cap_bytes is not None and self._live_bytes > self._cap_bytes:
                 self._raise_cap_exceeded(before_bytes)
+
+    def take_costs(self) -> list[tuple[CostRow, ...]]:
+        """What operators cost since it was asked last, segment by segment; counted in forecasts alone."""
+        return []
 
     # --- Workspaces: allocations that no operator returns ---
 

@@ -21,7 +21,13 @@ VISION = ("vision_tower", "multi_modal_projector")  # modules of Gemma that a te
 
 
 class ChunkedFeatureExtractor(FeatureExtractorV2):
-    """ltx-core's feature extractor, which stacks the hidden states of all layers for a chunk of tokens at a time."""
+    """ltx-core's feature extractor, which stacks the hidden states of all layers for a chunk of tokens at a time.
+
+    Attributes:
+        chunk_tokens: Tokens in a chunk.
+    """
+
+    chunk_tokens = CHUNK_TOKENS
 
     def forward(
         self, hidden_states: tuple[torch.Tensor, ...], attention_mask: torch.Tensor, padding_side: str = "left"
@@ -37,7 +43,7 @@ class ChunkedFeatureExtractor(FeatureExtractorV2):
             ``(1, tokens, video width)`` and ``(1, tokens, audio width)``; no audio where the model has none.
         """
         tokens = attention_mask.shape[1]
-        chunks = [slice(first, first + CHUNK_TOKENS) for first in range(0, tokens, CHUNK_TOKENS)]
+        chunks = [slice(first, first + self.chunk_tokens) for first in range(0, tokens, self.chunk_tokens)]
         normed = torch.cat([self._normed(hidden_states, attention_mask, chunk) for chunk in chunks], dim=1)
         layers = [layer for layer in (self.video_aggregate_embed, self.audio_aggregate_embed) if layer is not None]
         video, *audio = (layer(_rescale_norm(normed, layer.out_features, self.embedding_dim)) for layer in layers)
@@ -63,15 +69,21 @@ def _drop_vision(encoder: Any) -> Any:
     return encoder
 
 
-def _chunk_features(processor: Any) -> Any:
-    if type(processor.feature_extractor) is FeatureExtractorV2:
-        processor.feature_extractor.__class__ = ChunkedFeatureExtractor
-    return processor
-
-
 TEXT_ONLY = ModuleOps(
     name="text_only", matcher=lambda module: isinstance(module, GemmaTextEncoder), mutator=_drop_vision
 )
-FEATURE_CHUNKS = ModuleOps(
-    name="feature_chunks", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=_chunk_features
-)
+
+
+def feature_chunks(chunk_tokens: int | None) -> ModuleOps:
+    """The operation that has text features extracted for so many tokens at a time."""
+
+    def chunk_features(processor: Any) -> Any:
+        extractor = processor.feature_extractor
+        if type(extractor) is FeatureExtractorV2:
+            extractor.__class__ = ChunkedFeatureExtractor
+            extractor.chunk_tokens = chunk_tokens or CHUNK_TOKENS
+        return processor
+
+    return ModuleOps(
+        name="feature_chunks", matcher=lambda module: isinstance(module, EmbeddingsProcessor), mutator=chunk_features
+    )

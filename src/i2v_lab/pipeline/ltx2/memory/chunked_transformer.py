@@ -309,14 +309,18 @@ def _use_chunked_classes(model: Any) -> Any:
     return model
 
 
-def _set_chunk_tokens(model: Any) -> Any:
-    model.chunk_tokens = CHUNK_TOKENS
-    return model
-
-
 SHARED_MODULATIONS = ModuleOps(
     name="shared_modulations", matcher=lambda model: isinstance(model, LTXModel), mutator=_use_chunked_classes
 )
-TOKEN_CHUNKS = ModuleOps(
-    name="token_chunks", matcher=lambda model: isinstance(model, ChunkedTransformer), mutator=_set_chunk_tokens
-)
+
+
+def token_chunks(chunk_tokens: int | None) -> ModuleOps:
+    """The operation that has a transformer with shared modulations process so many tokens at a time."""
+
+    def set_chunk_tokens(model: Any) -> Any:
+        model.chunk_tokens = chunk_tokens or CHUNK_TOKENS
+        return model
+
+    return ModuleOps(
+        name="token_chunks", matcher=lambda model: isinstance(model, ChunkedTransformer), mutator=set_chunk_tokens
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import sys
+import weakref
+from typing import Any
 
 import psutil
 import torch
@@ -42,20 +44,27 @@ class PageLocked:
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._locked: torch.Tensor | None = None
+        self._unlock: weakref.finalize[Any, Any] | None = None
         if device.type != "cuda" or is_fake():
-            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            locked = device.type == "cuda"  # in a forecast, where it is said and not done
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
             return
         pages = own_pages(nbytes)
         pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
-        self._locked, self.data = pages, pages[:nbytes]
+        self._unlock = weakref.finalize(self, _unregister, pages)
+        self._unlock.atexit = False  # the driver does, and may be gone by then
+        self.data = pages[:nbytes]
 
     def release(self) -> None:
         """Unlock the pages. No copy from or to the buffer may be in flight."""
-        if self._locked is not None:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr()))
-            self._locked = None
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+
+def _unregister(pages: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pages.data_ptr()))
 
 
 def own_pages(nbytes: int) -> torch.Tensor:

@@ -29,7 +29,12 @@ class RowBandResnetBlock(ResnetBlock3D):
 
     Rows at a band's edge are computed twice, at most a tenth of the work, so that intermediate results, and cuDNN's
     copies of them, exist for one band at a time.
+
+    Attributes:
+        band_bytes: Of the input in a band.
     """
+
+    band_bytes = BAND_BYTES
 
     def forward(
         self,
@@ -52,7 +57,7 @@ class RowBandResnetBlock(ResnetBlock3D):
             timestep: For blocks with timestep conditioning.
             generator: For blocks that inject noise.
         """
-        bands = -(-input_tensor.nbytes // BAND_BYTES)
+        bands = -(-input_tensor.nbytes // self.band_bytes)
         plain = self.in_channels == self.out_channels and not self.inject_noise and not self.timestep_conditioning
         if bands == 1 or torch.is_grad_enabled() or not plain or not isinstance(self.norm1, PixelNorm):
             return super().forward(input_tensor, causal, timestep, generator)
@@ -74,14 +79,17 @@ class RowBandResnetBlock(ResnetBlock3D):
         return input_tensor
 
 
-def _use_row_bands(decoder: Any) -> Any:
-    for module in decoder.modules():
-        if type(module) is ResnetBlock3D:
-            module.__class__ = RowBandResnetBlock
-    return decoder
+def row_bands(band_bytes: int | None) -> ModuleOps:
+    """The operation that has the decoder's residual blocks process bands of so many bytes."""
 
+    def use_row_bands(decoder: Any) -> Any:
+        for module in decoder.modules():
+            if type(module) is ResnetBlock3D:
+                module.__class__ = RowBandResnetBlock
+                module.band_bytes = band_bytes or BAND_BYTES
+        return decoder
 
-ROW_BANDS = ModuleOps(name="row_bands", matcher=lambda module: isinstance(module, VideoDecoder), mutator=_use_row_bands)
+    return ModuleOps(name="row_bands", matcher=lambda module: isinstance(module, VideoDecoder), mutator=use_row_bands)
 
 
 def decode_video(

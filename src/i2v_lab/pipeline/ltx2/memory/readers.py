@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 
 from i2v_lab.errors import CheckpointError
@@ -30,6 +34,49 @@ DTYPES = {
 }
 
 
+@dataclass(frozen=True)
+class FilePart:
+    """The bytes of one tensor in a weight file.
+
+    Attributes:
+        path: The file.
+        key: The tensor's name in it.
+        offset: Of its first byte in the file.
+        dtype: As stored.
+        shape: Its shape.
+    """
+
+    path: str
+    key: str
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def read_into(self, target: memoryview, first: int = 0) -> None:
+        """Read some of its bytes, without a copy on the way and without the GIL.
+
+        Args:
+            target: Gets them, as many as it has.
+            first: Of the tensor's bytes, the first that is read.
+
+        Raises:
+            CheckpointError: The file has been removed or is shorter than its header says; ``fields`` has its ``path``
+                and the ``tensor``.
+        """
+        _read_into(self.path, self.offset + first, target, self.key)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in pageable memory; raises as :meth:`read_into`."""
+        data = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu")
+        self.read_into(data.numpy().data)
+        return data.view(self.dtype).reshape(self.shape)
+
+
 class TensorReader(Protocol):
     """Reads single tensors of weight files, or makes them on demand."""
 
@@ -38,6 +85,15 @@ class TensorReader(Protocol):
 
     def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
         """One tensor, on ``device``, in the file's dtype; bfloat16 if it has a scale, which is applied."""
+
+    def part(self, path: str, key: str) -> FilePart | None:
+        """Where a tensor's bytes are; ``None`` where it is made on demand."""
+
+    def scale(self, path: str, key: str) -> FilePart | None:
+        """Where the scale of a float8 weight is; ``None`` for a tensor that has none."""
+
+    def identity(self, path: str) -> Hashable:
+        """Equal for a file that has not changed."""
 
 
 class SafetensorsReader:
@@ -61,18 +117,32 @@ class SafetensorsReader:
             CheckpointError: The file has been removed or is shorter than its header says; ``fields`` has its ``path``
                 and the ``tensor``.
         """
-        self._header(path)
-        scale = self._scales[path].get(key)
-        value = self._read(path, key).to(device)
-        return value if scale is None else dequantized(value, self._read(path, scale))
+        scale = self.scale(path, key)
+        if device.type == "meta":
+            part = self.part(path, key)
+            return torch.empty(part.shape, dtype=part.dtype if scale is None else torch.bfloat16, device=device)
+        value = self.part(path, key).read().to(device)
+        return value if scale is None else dequantized(value, scale.read())
 
-    def _read(self, path: str, key: str) -> torch.Tensor:
+    def part(self, path: str, key: str) -> FilePart:
+        """Where a tensor's bytes are."""
         start, entries = self._header(path)
         entry = entries[key]
-        begin, end = entry["data_offsets"]
-        data = torch.empty(end - begin, dtype=torch.uint8)
-        _read_into(path, start + begin, data.numpy().data, key)
-        return data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return FilePart(path, key, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+
+    def scale(self, path: str, key: str) -> FilePart | None:
+        """Where the scale of a float8 weight is; ``None`` for a tensor that has none."""
+        self._header(path)
+        scale = self._scales[path].get(key)
+        return None if scale is None else self.part(path, scale)
+
+    def identity(self, path: str) -> tuple[str, int, int]:
+        """A file's path, size and time of modification.
+
+        Raises:
+            CheckpointError: It has been removed; ``fields`` has its ``path``.
+        """
+        return file_identity(path)
 
     def _header(self, path: str) -> tuple[int, Mapping[str, Any]]:
         if path not in self._headers:
@@ -85,6 +155,38 @@ class SafetensorsReader:
             self._headers[path] = (8 + len(text), entries)
             self._scales[path] = scale_keys(entries)
         return self._headers[path]
+
+
+def will_need(paths: Iterable[str]) -> None:
+    """Have the system read files into its page cache, in their order, as far as they take half of what is available."""
+    room = psutil.virtual_memory().available // 2
+    for path in paths:
+        with suppress(OSError), open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            room -= os.fstat(file.fileno()).st_size
+            if room >= 0 and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def file_identity(path: str) -> tuple[str, int, int]:
+    """A file's path, size and time of modification, in nanoseconds.
+
+    Raises:
+        CheckpointError: It has been removed; ``fields`` has its ``path``.
+    """
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise _unreadable(path, error, "its size") from error
+    return str(Path(path).resolve()), status.st_size, status.st_mtime_ns
+
+
+def _unreadable(path: str, error: OSError, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"weight file '{path}' cannot be read any more ({error.strerror}), for {what}; leave weights in place "
+        "while a run streams them",
+        path=path,
+        tensor=what,
+    )
 
 
 def _read_into(path: str, offset: int, target: memoryview, what: str) -> None:
@@ -104,9 +206,4 @@ def _read_into(path: str, offset: int, target: memoryview, what: str) -> None:
                     )
                 done += count
     except OSError as error:
-        raise CheckpointError(
-            f"weight file '{path}' cannot be read any more ({error.strerror}), for {what}; leave weights in place "
-            "while a run streams them",
-            path=path,
-            tensor=what,
-        ) from error
+        raise _unreadable(path, error, what) from error

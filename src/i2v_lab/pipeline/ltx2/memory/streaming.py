@@ -2,14 +2,16 @@
 
 A block's weights are loaded when it is called and freed when it returns. Where a block is called many times, as in
 every step of denoising, its weights are offloaded to host memory after the first load, within a budget: one page-locked
-buffer a block, prefetched to the device on a stream of its own while the preceding block computes. At most two blocks
-are on the device.
+buffer a block, prefetched to the device on a stream of its own while the preceding blocks compute. Of the streamed
+blocks at most one more than are prefetched are on the device. Where weights are in files, threads read them into host
+memory ahead of their use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,40 +19,27 @@ import torch
 from ltx_core.loader import SingleGPUModelBuilder, StateDict
 from ltx_core.loader.fuse_loras import apply_loras
 from ltx_core.loader.primitives import LoraStateDictWithStrength
-from ltx_core.model.transformer.adaln import AdaLayerNormSingle
-from ltx_core.model.transformer.transformer import BasicAVTransformerBlock
-from ltx_core.model.video_vae.resnet import ResnetBlock3D
-from ltx_core.model.video_vae.sampling import DepthToSpaceUpsample, SpaceToDepthDownsample
-from ltx_core.text_encoders.gemma.embeddings_connector import _BasicTransformerBlock1D
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
 from i2v_lab.pipeline.contract.scaled_fp8 import as_weight
-from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked, host_budget_bytes
+from i2v_lab.pipeline.ltx2.memory.blocks import BlockOrder
+from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, PlannedTensor, planned
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostBlocks, HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
+from i2v_lab.pipeline.ltx2.memory.tensors_ahead import tensors_ahead
 from i2v_lab.torch_compat import is_fake
 
-ALIGNMENT = 256  # bytes; of a tensor in a block's buffer
-BLOCKS = (  # module classes whose weights are streamed
-    BasicAVTransformerBlock,
-    AdaLayerNormSingle,
-    Gemma3DecoderLayer,
-    _BasicTransformerBlock1D,
-    ResnetBlock3D,
-    DepthToSpaceUpsample,
-    SpaceToDepthDownsample,
-)
-LARGE_LAYERS = ("embed_tokens", "video_aggregate_embed", "audio_aggregate_embed")  # names of single layers, likewise
-
 Load = Callable[[], dict[str, torch.Tensor]]
+_Source = tuple[str, str, str]  # path, key in the file, key in the module
 
 
-def block_names(model: torch.nn.Module) -> list[str]:
-    """Paths of the submodules of ``model`` whose weights are streamed, in the order in which they are defined."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BLOCKS) or name.rpartition(".")[2] in LARGE_LAYERS
-    ]
+@dataclass(frozen=True)
+class _Prepared:
+    """A component before its weights: on the meta device, its streamed blocks, their tensors, and their host memory."""
+
+    model: Any
+    names: Sequence[str]
+    tensors: Mapping[str, Sequence[_Source]]
+    blocks: HostBlocks
 
 
 @dataclass(frozen=True)
@@ -59,11 +48,17 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
 
     Attributes:
         reader: Reads single tensors.
-        repeated: Whether blocks are called many times, so that their weights are offloaded to host memory.
+        host_weights: Where blocks are in host memory.
+        repeated: Whether blocks are called many times, so that they are kept there.
+        resident_blocks: Blocks that are loaded when it is built, and stay on the device.
+        prefetch: Streamed blocks that are copied to the device ahead of the one that runs.
     """
 
     reader: TensorReader | None = None
+    host_weights: HostWeights = field(default_factory=HostWeights)
     repeated: bool = False
+    resident_blocks: int = 0
+    prefetch: int = 1
 
     def build(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
         """The component on ``device`` without its blocks' weights, which its ``weight_stream`` loads when they run.
@@ -73,19 +68,99 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
             dtype: Of all weights; as stored by default.
         """
         device = device or torch.device("cuda")
-        model = self.meta_model(self.model_config(), self.module_ops)
-        names = block_names(model)
-        tensors = self._by_block(names)
-        rest = self._load(tensors.pop("", []), device, dtype)
-        model.load_state_dict(rest, strict=False, assign=True)
-        loads: dict[str, Load] = {name: partial(self._load, tensors.get(name, []), device, dtype) for name in names}
-        model.weight_stream = WeightStream(model, loads, device, host_budget_bytes(device) if self.repeated else 0)
+        prepared = self.host_weights.claim(self._identity(device, dtype)) or self._prepared(device, dtype)
+        if prepared is None:
+            return super().build(device, dtype)
+        model, tensors, hosts = prepared.model, prepared.tensors, [prepared.blocks]
+        base, names = prepared.blocks, prepared.names
+        try:
+            if self.loras:
+                hosts.insert(0, self._host_blocks(tensors, names, device, dtype, repeated=True, fused=True))
+            for host in hosts:
+                host.read_ahead()
+            rest = self._fused(self._load(tensors.get("", []), device, dtype, ahead=True), device, dtype)
+            model.load_state_dict(rest, strict=False, assign=True)
+        except BaseException:
+            for host in hosts:
+                host.close()
+            raise
+
+        def load(name: str) -> dict[str, torch.Tensor]:
+            copy = base.take(name) if self.loras else None
+            if copy is None:
+                return self._fused(self._load(tensors.get(name, []), device, dtype), device, dtype)
+            return self._fused(copied(copy, base, name, device), device, dtype)
+
+        loads: dict[str, Load] = {name: partial(load, name) for name in names}
+        model.weight_stream = WeightStream(model, loads, device, hosts=hosts, prefetch=self.prefetch)
         return model
 
-    def _by_block(self, names: Sequence[str]) -> dict[str, list[tuple[str, str, str]]]:
-        """Each block's tensors as (path, key in the file, key in the module); those of no block under ''."""
+    def read_ahead(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Have threads read its blocks into host memory until it is built; arguments as for :meth:`build`."""
+        if self.host_weights.limit_bytes(device) and not is_fake():
+            prepared = self._prepared(device, dtype)
+            if prepared is not None:
+                self.host_weights.read_ahead(prepared.blocks, self._identity(device, dtype), prepared)
+
+    def _identity(self, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, ...]:
+        """Equal for builders of equal components."""
+        return self.model_path, self.module_ops, self.model_sd_ops, self.loras, self.resident_blocks, device, dtype
+
+    def _prepared(self, device: torch.device, dtype: torch.dtype | None) -> _Prepared | None:
+        model = self.meta_model(self.model_config(), self.module_ops)
+        names = BlockOrder.of(model).streamed(self.resident_blocks)
+        if not names:
+            return None
+        tensors = self._by_block(names)
+        repeated = self.repeated and not self.loras
+        return _Prepared(model, names, tensors, self._host_blocks(tensors, names, device, dtype, repeated=repeated))
+
+    def _host_blocks(
+        self,
+        tensors: Mapping[str, Sequence[_Source]],
+        names: Sequence[str],
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        repeated: bool,
+        fused: bool = False,
+    ) -> HostBlocks:
+        """Its blocks in host memory; with LoRAs fused if ``fused``, which is done on the device."""
         assert self.reader is not None
-        found: dict[str, list[tuple[str, str, str]]] = {}
+        paths = sorted({path for name in names for path, _, _ in tensors.get(name, ())})
+        loras = [lora.path for lora in self.loras] if fused else []
+        files = tuple(self.reader.identity(path) for path in (*paths, *loras))
+        plans: dict[str, BlockPlan] = {}
+        in_file = self.host_weights.reads_ahead and not fused
+        if self.host_weights.limit_bytes(device) and not is_fake():
+            plans = {
+                name: BlockPlan(self._planned(source, dtype, in_file=in_file) for source in tensors.get(name, ()))
+                for name in names
+            }
+        key = (
+            type(self.reader).__name__,
+            self.model_sd_ops and self.model_sd_ops.name,
+            dtype,
+            tuple((name, plan.content) for name, plan in plans.items()),
+            tuple((lora.path, lora.strength) for lora in self.loras) if fused else (),
+        )
+        return self.host_weights.blocks(key, files, plans, device, repeated=repeated)
+
+    def _planned(self, source: _Source, dtype: torch.dtype | None, *, in_file: bool) -> PlannedTensor:
+        assert self.reader is not None
+        path, key, mapped = source
+        return planned(
+            mapped,
+            self.reader.part(path, key) if in_file else None,
+            self.reader.scale(path, key) if in_file else None,
+            self.reader.tensor(path, key, torch.device("meta")),
+            lambda value: self._module_form(mapped, value, dtype),
+        )
+
+    def _by_block(self, names: Sequence[str]) -> dict[str, list[_Source]]:
+        """Each block's tensors; those of no block under ''."""
+        assert self.reader is not None
+        found: dict[str, list[_Source]] = {}
         blocks = set(names)
         for path in (self.model_path,) if isinstance(self.model_path, str) else self.model_path:
             for key in self.reader.keys(path):
@@ -95,22 +170,30 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         return found
 
     def _load(
-        self, tensors: Sequence[tuple[str, str, str]], device: torch.device, dtype: torch.dtype | None
+        self, sources: Sequence[_Source], device: torch.device, dtype: torch.dtype | None, *, ahead: bool = False
     ) -> dict[str, torch.Tensor]:
         assert self.reader is not None
+        most = self.host_weights.budget_bytes if ahead else 0
+        host_weights = HostWeights(most, read_ahead=self.host_weights.reads_ahead)
         own: dict[str, torch.Tensor] = {}
-        for path, key, mapped in tensors:
-            value = self.reader.tensor(path, key, device)
-            pairs = (
-                [(mapped, value)] if self.model_sd_ops is None else self.model_sd_ops.apply_to_key_value(mapped, value)
-            )
-            # A key map may name a tensor twice, such as an embedding for the head that is tied to it.
-            own |= {name: as_weight(v) if dtype is None else v.to(dtype) for name, v in pairs if name == mapped}
-            del value, pairs
-        if not self.loras:
-            return own
-        state = StateDict(own, device, 0, set())
-        apply_loras(state, [self._lora(lora, own) for lora in self.loras], dtype, destination_sd=state)
+        wanted = [(path, key) for path, key, _ in sources]
+        with closing(tensors_ahead(wanted, self.reader, host_weights, device)) as tensors:
+            for _, _, mapped in sources:
+                own |= self._module_form(mapped, next(tensors), dtype)
+        return own
+
+    def _module_form(self, mapped: str, value: torch.Tensor, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        pairs = [(mapped, value)] if self.model_sd_ops is None else self.model_sd_ops.apply_to_key_value(mapped, value)
+        # A key map may name a tensor twice, such as an embedding for the head that is tied to it.
+        return {name: as_weight(v) if dtype is None else v.to(dtype) for name, v in pairs if name == mapped}
+
+    def _fused(
+        self, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
+        """Tensors with what LoRAs add to them."""
+        if self.loras:
+            state = StateDict(own, device, 0, set())
+            apply_loras(state, [self._lora(lora, own) for lora in self.loras], dtype, destination_sd=state)
         return own
 
     def _lora(self, lora: Any, names: dict[str, torch.Tensor]) -> LoraStateDictWithStrength:
@@ -135,27 +218,6 @@ def _owner(name: str, blocks: set[str]) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _HostCopy:
-    """A block's tensors in host memory.
-
-    Attributes:
-        buffer: Holds all of them.
-        layout: Name, offset in bytes, dtype and shape of each.
-    """
-
-    buffer: PageLocked
-    layout: tuple[tuple[str, int, torch.dtype, torch.Size], ...]
-
-    def unpacked(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors as views of ``buffer``, a copy on the device."""
-        typed = {dtype: buffer.view(dtype) for dtype in {dtype for _, _, dtype, _ in self.layout}}
-        return {
-            name: typed[dtype].as_strided(shape, _strides(shape), offset // dtype.itemsize)
-            for name, offset, dtype, shape in self.layout
-        }
-
-
 class WeightStream:
     """Loads each block's weights when it is called and frees them when it returns, by forward hooks.
 
@@ -165,27 +227,37 @@ class WeightStream:
             ``model``.
         device: Where the model runs.
         host_budget_bytes: Of host memory, for blocks that were loaded once; blocks beyond it are loaded at every call.
-
-    Attributes:
-        page_locked_bytes: Taken of ``host_budget_bytes`` so far.
-        pageable_bytes: Of the largest block that was loaded.
+        hosts: Stand in for it: where blocks are in host memory; the first for the model's own, the others for what
+            ``loads`` uses. They are closed with the stream.
+        prefetch: Blocks that are copied to the device ahead of the one that runs.
     """
 
     def __init__(
-        self, model: torch.nn.Module, loads: dict[str, Load], device: torch.device, host_budget_bytes: int = 0
+        self,
+        model: torch.nn.Module,
+        loads: dict[str, Load],
+        device: torch.device,
+        host_budget_bytes: int = 0,
+        hosts: Sequence[HostBlocks] = (),
+        prefetch: int = 1,
     ) -> None:
         self._model = model
         self._loads = loads
         self._device = device
-        self._host_budget_bytes = host_budget_bytes
-        self.page_locked_bytes = self.pageable_bytes = 0
+        self._hosts = hosts or (
+            HostWeights(host_budget_bytes).blocks("", None, {}, device, repeated=host_budget_bytes > 0),
+        )
+        self._host = self._hosts[0]
+        self._loaded_bytes = 0
+        self._prefetch = prefetch
+        self._blocks = BlockOrder.of(model)  # while they have their sizes
+        self._block_bytes: dict[str, int] = {}
         self._order = {name: index for index, name in enumerate(loads)}
         self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
-        self._host: dict[str, _HostCopy] = {}
-        self._in_flight: dict[str, tuple[torch.Tensor, Any]] = {}
+        self._in_flight: dict[str, tuple[HostCopy, torch.Tensor, Any]] = {}
         real_cuda = device.type == "cuda" and not is_fake()
-        self._stream = torch.cuda.Stream(device) if host_budget_bytes and real_cuda else None
+        self._stream = torch.cuda.Stream(device) if real_cuda else None
         self._hooks = []
         self._placeholder = torch.nn.Parameter(torch.empty(0, device=device, dtype=torch.bfloat16), requires_grad=False)
         for name in loads:
@@ -194,6 +266,26 @@ class WeightStream:
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, name)))
             self._hooks.append(block.register_forward_hook(partial(self._after_call, name), always_call=True))
 
+    @property
+    def page_locked_bytes(self) -> int:
+        """The most page-locked host memory that its blocks took."""
+        return sum(host.page_locked_bytes for host in self._hosts)
+
+    @property
+    def pageable_bytes(self) -> int:
+        """The most pageable host memory: of the largest block that was loaded, or of tensors that threads converted."""
+        return max(self._loaded_bytes, *(host.pageable_bytes for host in self._hosts))
+
+    @property
+    def resident_bytes(self) -> tuple[int, ...]:
+        """What the first 0, 1, ... blocks would take on the device if they stayed; empty while one is not known."""
+        order = self._blocks
+        if not self._block_bytes.keys() >= set(order.names):
+            return ()
+        return tuple(
+            sum(self._block_bytes[name] for name in order.resident(count)) for count in range(len(order.names) + 1)
+        )
+
     def close(self) -> None:
         """Remove the hooks and free every byte, on the device and on the host."""
         for hook in self._hooks:
@@ -201,13 +293,13 @@ class WeightStream:
         if self._stream is not None:
             torch.cuda.synchronize(self._device)  # before the memory that copies read and write is reused
         self._in_flight.clear()
-        for copy in self._host.values():
-            copy.buffer.release()
-        self._host.clear()
+        for host in self._hosts:
+            host.close()
         self._loads.clear()
 
     def _before_call(self, name: str, module: torch.nn.Module, args: Any) -> None:
         tensors = self._fetch(name)
+        self._block_bytes[name] = sum(tensor.nbytes for tensor in tensors.values())
         for key, tensor in tensors.items():
             owner, _, leaf = key.rpartition(".")
             part = self._model.get_submodule(owner)
@@ -216,10 +308,14 @@ class WeightStream:
             own[leaf] = tensor
         self._following[self._last] = name
         self._last = name
-        following = self._following.get(name, "")
-        ahead = self._order.get(following, 0) > self._order[name]
-        if ahead and following in self._host and following not in self._in_flight:
-            self._in_flight[following] = self._copy_to_device(self._host[following])
+        following = name
+        for _ in range(self._prefetch if self._host.repeated else 0):
+            previous, following = following, self._following.get(following, "")
+            if self._order.get(following, 0) <= self._order[previous]:  # the next pass begins there
+                break
+            copy = self._host.ready(following) if following not in self._in_flight else None
+            if copy is not None:
+                self._in_flight[following] = (copy, *self._copy_to_device(following, copy))
 
     def _after_call(self, name: str, module: torch.nn.Module, args: Any, result: Any) -> None:
         self._free(name)
@@ -232,40 +328,21 @@ class WeightStream:
 
     def _fetch(self, name: str) -> dict[str, torch.Tensor]:
         """A block's tensors on the device, complete for work queued next on the current stream."""
-        if name not in self._host:
-            tensors = self._loads[name]()
-            self.pageable_bytes = max(self.pageable_bytes, sum(tensor.nbytes for tensor in tensors.values()))
-            self._offload(name, tensors)
-            return tensors
         if name in self._in_flight:
-            buffer, event = self._in_flight.pop(name)
+            copy, buffer, event = self._in_flight.pop(name)
         else:
-            buffer, event = self._copy_to_device(self._host[name])
+            found = self._host.take(name)
+            if found is None:
+                tensors = self._loads[name]()
+                self._loaded_bytes = max(self._loaded_bytes, sum(tensor.nbytes for tensor in tensors.values()))
+                self._host.offload(name, tensors)
+                return tensors
+            copy, (buffer, event) = found, self._copy_to_device(name, found)
         if event is not None:
             event.wait(torch.cuda.current_stream(self._device))
-        return self._host[name].unpacked(buffer)
+        return copy.unpacked(buffer)
 
-    def _offload(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy a block's tensors to host memory, if the budget allows."""
-        layout, size = [], 0
-        for key, tensor in tensors.items():
-            layout.append((key, size, tensor.dtype, tensor.shape))
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if size > self._host_budget_bytes:
-            return
-        try:
-            buffer = PageLocked(size, self._device)
-        except RuntimeError:  # the driver refuses to lock more memory
-            self._host_budget_bytes = 0
-            return
-        self._host_budget_bytes -= size
-        self.page_locked_bytes += size
-        for tensor, (_, offset, _, _) in zip(tensors.values(), layout, strict=True):
-            part = buffer.data[offset : offset + tensor.nbytes]
-            part.copy_(tensor.contiguous().view(-1).view(torch.uint8), non_blocking=True)
-        self._host[name] = _HostCopy(buffer, tuple(layout))
-
-    def _copy_to_device(self, source: _HostCopy) -> tuple[torch.Tensor, Any]:
+    def _copy_to_device(self, name: str, source: HostCopy) -> tuple[torch.Tensor, Any]:
         """A copy of a block's buffer on the device, and the event after which it is complete.
 
         The copy is allocated on the current stream, on which its memory may have been used until now and will be used
@@ -274,15 +351,19 @@ class WeightStream:
         data = source.buffer.data
         copy = torch.empty(data.shape, dtype=data.dtype, device=self._device)
         if self._stream is None:
-            return copy.copy_(data), None
+            copy.copy_(data)
+            self._host.used(name, None)
+            return copy, None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             copy.copy_(data, non_blocking=True)
-        return copy, self._stream.record_event()
+        event = self._stream.record_event()
+        self._host.used(name, event)
+        return copy, event
 
 
-def _strides(shape: torch.Size) -> list[int]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return strides[: len(shape)]
+def copied(copy: HostCopy, host: HostBlocks, name: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """A block's tensors on the device, from its copy in host memory."""
+    buffer = copy.buffer.data.to(device, copy=True)
+    host.used(name, None)  # the copy from page-locked memory is complete
+    return copy.unpacked(buffer)

@@ -1,0 +1,190 @@
+"""Seconds of a forecast on a card: what its operators cost, by the rates of a device profile.
+
+A phase is a row of segments: the build of a component, a step, the rest. The host launches ahead of the device: a
+segment lasts as long as the slower of the two, or as copies of page-locked memory, which overlap with both. Copies of
+pageable memory, and what a process does once, are on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from i2v_lab.capacity.device_profile import DeviceProfile
+from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, PhaseRecord
+
+HOST_KINDS = ("view", "empty", "module", "segment")  # cost the host alone
+WEIGHTS = ("weight", "host weight")
+HOST_BYTES_PER_S = 8e9  # of operators on the host's own tensors
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """Predicted seconds of one phase, those of nested phases included.
+
+    Attributes:
+        phase: Its name.
+        parent: The phase that it is nested in; ``None`` at the top level.
+        seconds: All together.
+        device_s: Kernels.
+        host_s: Launches, and building modules.
+        copies_s: Copies between host and device, overlapped or not.
+        once_s: What a process does once: loading kernels, choosing algorithms. Less in a second generation.
+        weight_bytes: Of the weights of components that it built; reading them from a disk is in no other field.
+    """
+
+    phase: str
+    parent: str | None
+    seconds: float
+    device_s: float
+    host_s: float
+    copies_s: float
+    once_s: float
+    weight_bytes: int
+
+
+@dataclass
+class _Segment:
+    device_s: float = 0.0
+    host_s: float = 0.0
+    overlapped_s: float = 0.0
+    serial_s: float = 0.0
+    once_s: float = 0.0
+    weight_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.device_s, self.host_s, self.overlapped_s) + self.serial_s + self.once_s
+
+
+def _segment(rows: Iterable[CostRow], device: DeviceProfile) -> _Segment:
+    total = _Segment()
+    for kind, dtype, count, flops, nbytes in rows:
+        if kind.startswith("first "):
+            total.once_s += count * device.once_s.get(kind, device.once_s["other"])
+        elif kind in WEIGHTS:
+            total.weight_bytes += count * nbytes
+            total.host_s += count * device.host_s["weight"]
+        elif kind in HOST_KINDS:
+            total.host_s += count * device.host_s[kind]
+        elif kind == "host":
+            total.host_s += count * (device.host_s["host"] + nbytes / HOST_BYTES_PER_S)
+        elif kind.startswith("copy "):
+            seconds = count * device.copies[kind].seconds(0, nbytes)
+            total.host_s += count * device.host_s["operator"]
+            if "page-locked" in kind:
+                total.overlapped_s += seconds
+            else:
+                total.serial_s += seconds
+        else:
+            total.device_s += count * device.rate(kind, dtype).seconds(flops, nbytes)
+            total.host_s += count * host_seconds(kind, device)
+    return total
+
+
+def host_seconds(kind: str, device: DeviceProfile) -> float:
+    """Seconds that the host takes to launch one operator of a kind."""
+    for name, seconds in device.host_s.items():
+        if name in kind:
+            return seconds
+    return device.host_s["operator"]
+
+
+def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, ...]:
+    """Predicted seconds of every phase of a forecast, in the order of its records.
+
+    Args:
+        forecast: With the costs of its operators.
+        device: Of which card.
+
+    Returns:
+        One for each :class:`~i2v_lab.profiling.records.PhaseRecord`. Nested phases precede the phase around them, whose
+        seconds are the sum.
+    """
+    times: list[PhaseTime] = []
+    pending: list[CostRecord] = []
+    nested: dict[str, list[PhaseTime]] = {}
+    for record in forecast.records:
+        if isinstance(record, CostRecord):
+            pending.append(record)
+        elif isinstance(record, PhaseRecord):
+            own = [(each.repeats, _segment(each.rows, device)) for each in pending]
+            inner = nested.pop(record.phase, [])
+            weight_bytes = sum(n * s.weight_bytes for n, s in own)
+            build_s = device.host_s["build"] if weight_bytes else 0.0
+            time = PhaseTime(
+                record.phase,
+                record.parent,
+                build_s + sum(n * s.seconds for n, s in own) + sum(each.seconds for each in inner),
+                sum(n * s.device_s for n, s in own) + sum(each.device_s for each in inner),
+                build_s + sum(n * s.host_s for n, s in own) + sum(each.host_s for each in inner),
+                sum(n * (s.overlapped_s + s.serial_s) for n, s in own) + sum(each.copies_s for each in inner),
+                sum(n * s.once_s for n, s in own) + sum(each.once_s for each in inner),
+                weight_bytes + sum(each.weight_bytes for each in inner),
+            )
+            pending = []
+            times.append(time)
+            if record.parent is not None:
+                nested.setdefault(record.parent, []).append(time)
+    return tuple(times)
+
+
+def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
+    """Predicted seconds of all phases together, without reading weights from a disk and without encoding the video.
+
+    Args:
+        forecast: With the costs of its operators.
+        device: Of which card.
+
+    Example:
+        >>> from i2v_lab.capacity.device_profile import device_profile
+        >>> row = ("pointwise", "bfloat16", 1000, 0, 2 * 2**30)
+        >>> phase = PhaseRecord("decode_video", None, 0, 2**30, 0, 2**30, 2**30, 0, 0.0, 0.1, True)
+        >>> forecast = Forecast((CostRecord("decode_video", 1, (row,)), phase), context_bytes=0, seconds=0.1)
+        >>> 0.6 < predicted_seconds(forecast, device_profile("H100 80GB")) < 0.8
+        True
+    """
+    return sum(time.seconds for time in phase_times(forecast, device) if time.parent is None)
+
+
+def overlapped_seconds(compute_s: Sequence[float], copy_s: Sequence[float], prefetch: int = 1) -> float:
+    """Seconds of one pass over blocks whose weights are copied to the device while earlier blocks compute.
+
+    Copies follow each other on one stream; that of a block starts when the block ``prefetch`` before it does.
+
+    Args:
+        compute_s: Of each block.
+        copy_s: Of each block's weights; 0 of a block that stays on the device.
+        prefetch: Blocks that are copied ahead.
+
+    Returns:
+        From the start of the first copy to the end of the last block.
+
+    Example:
+        >>> overlapped_seconds([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
+        7.0
+        >>> overlapped_seconds([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
+        7.0
+        >>> overlapped_seconds([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
+        3.0
+    """
+    started: list[float] = []
+    copied = ended = 0.0
+    for index, (compute, copy) in enumerate(zip(compute_s, copy_s, strict=True)):
+        if copy:
+            earliest = started[index - prefetch] if index >= prefetch else 0.0
+            copied = max(copied, earliest) + copy
+            ended = max(ended, copied)
+        started.append(ended)
+        ended += compute
+    return ended
+
+
+def video_seconds(pixels: int, device: DeviceProfile) -> float:
+    """Seconds of encoding a video on the host, while its frames are decoded one chunk after another.
+
+    Args:
+        pixels: Of all its frames.
+        device: With the host's rate.
+    """
+    return pixels / device.load["encoded_pixels"]

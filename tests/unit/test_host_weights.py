@@ -1,0 +1,374 @@
+"""Streamed weights in host memory: read from files by threads, kept over generations, released after any end."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from i2v_lab.errors import CheckpointError
+from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
+from i2v_lab.lab.generation_job import GenerationJob, State
+from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.ltx2 import loader
+from i2v_lab.pipeline.ltx2.components import Ledger
+from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers, tensors_ahead
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
+from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.request import I2VRequest, Quantization
+from i2v_lab.runs.execute import execute
+from i2v_lab.runs.spec import RunSpec
+
+CPU = torch.device("cpu")
+STREAMED = TECHNIQUES[MemoryPolicy.STREAMED]
+PLENTY = 2**30
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.fixture
+def request_64(still) -> I2VRequest:
+    return I2VRequest(
+        image=str(still), prompt="waves", width=64, height=64, frames=9, fps=120, seed=3, memory="streamed"
+    )
+
+
+@pytest.fixture
+def own_checkpoint(tiny, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    shutil.copy(tiny.checkpoint, path)
+    return replace(tiny, checkpoint=str(path))
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Threads read ahead, in pieces so small that tensors of the tiny model are read in several."""
+    monkeypatch.setattr(host_weights, "READ_AHEAD", True)
+    monkeypatch.setattr(host_copies, "PIECE_BYTES", 3000)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[str, int]]:
+    """Tensor and offset of every read of the transformer's blocks."""
+    seen: list[tuple[str, int]] = []
+    original = readers._read_into
+
+    def noting(path, offset, target, what):
+        if what.startswith("model.diffusion_model.transformer_blocks."):
+            seen.append((what, offset))
+        original(path, offset, target, what)
+
+    monkeypatch.setattr(readers, "_read_into", noting)
+    return seen
+
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    """Reads of the transformer's blocks wait until it is set."""
+    opened = threading.Event()
+    original = readers._read_into
+
+    def waiting(path, offset, target, what):
+        if "transformer_blocks.1." in what:
+            opened.wait(20)
+        original(path, offset, target, what)
+
+    monkeypatch.setattr(readers, "_read_into", waiting)
+    return opened
+
+
+def _frames(pipeline, request) -> torch.Tensor:
+    with pipeline(request).video as chunks:
+        return torch.cat(list(chunks))
+
+
+def _stream(weights, host, component="transformer", quantization=Quantization.FP8_CAST, **options):
+    module = getattr(Ledger(weights, CPU, quantization, STREAMED, host_weights=host, **options), component)()
+    return next(m.weight_stream for m in module.modules() if "weight_stream" in vars(m))
+
+
+def _passes(stream, expected, count=2) -> None:
+    """Fetch every block in the order of calls, several times; each tensor is as expected, to the bit."""
+    for _ in range(count):
+        for name in stream._order:
+            for key, value in stream._fetch(name).items():
+                assert value.dtype is expected[key].dtype
+                assert value.shape == expected[key].shape
+                assert torch.equal(_bytes(value), _bytes(expected[key])), key
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _expected(weights, component="transformer", quantization=Quantization.FP8_CAST, **options):
+    """All blocks' tensors, as they are loaded where nothing is in host memory."""
+    stream = _stream(weights, HostWeights(), component, quantization, **options)
+    tensors = {key: value for load in stream._loads.values() for key, value in load().items()}
+    stream.close()
+    return tensors
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(block_reader.THREAD_NAME)]
+
+
+def test_generations_of_one_process_give_the_frames_of_a_cold_one_and_read_blocks_once(tiny, request_64, reads):
+    cold = _frames(TwoStagePipeline(tiny), request_64)
+    reads.clear()
+    with TwoStagePipeline(tiny) as pipeline:
+        pipeline._own = host = HostWeights(PLENTY, keep=True)  # a CPU has no host memory apart from its own
+        for _ in range(2):
+            assert torch.equal(_frames(pipeline, request_64), cold)
+            assert not _threads()
+            assert len(reads) == len(set(reads)) > 0  # once for both stages, and for both generations
+        assert host.held_bytes > 0
+    assert host.held_bytes == 0
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "gemma_embeddings_processor", "video_decoder"])
+def test_whatever_the_budget_it_is_kept_to_and_blocks_are_the_same(tiny, component, monkeypatch):
+    expected = _expected(tiny, component)
+    stream = _stream(tiny, HostWeights(PLENTY), component)
+    sizes = [plan.nbytes for plan in stream._host._plans.values()]
+    stream.close()
+    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2 * max(sizes))
+    for share in (0, 0.3, 0.7, 1):
+        for keep in (False, True):
+            with HostWeights(int(share * sum(sizes)), keep=keep) as host:
+                for _ in range(2):
+                    stream = _stream(tiny, host, component)
+                    _passes(stream, expected)
+                    assert host.held_bytes <= stream.page_locked_bytes <= share * sum(sizes)
+                    stream.close()
+                    assert host.held_bytes == 0 or keep
+                    assert host.held_bytes == sum(sizes) or not keep or share < 1
+            assert host.held_bytes == 0
+    assert not _threads()
+
+
+def test_blocks_with_a_lora_are_kept_beside_those_without_and_made_from_them(tiny, reads):
+    expected, fused = _expected(tiny), _expected(tiny, with_lora=True)
+    reads.clear()
+    counts = []
+    with HostWeights(PLENTY, keep=True) as host:
+        for tensors, with_lora in ((expected, False), (fused, True)) * 2:
+            stream = _stream(tiny, host, with_lora=with_lora)
+            _passes(stream, tensors)
+            stream.close()
+            counts.append(len(reads))
+    assert counts == [counts[0]] * 4
+    assert counts[0] > 0
+    assert host.held_bytes == 0
+    small = HostWeights(sum(tensor.nbytes for tensor in fused.values()) * 6 // 5, keep=True)
+    for tensors, with_lora in ((expected, False), (fused, True)):  # there is no room for both
+        stream = _stream(tiny, small, with_lora=with_lora)
+        _passes(stream, tensors)
+        stream.close()
+    small.close()
+    assert small.held_bytes == 0
+
+
+def test_the_first_pass_holds_one_block_on_the_device_whatever_is_in_host_memory(tiny):
+    """As in a forecast of one generation, so that none of several takes more."""
+    with HostWeights(PLENTY, keep=True) as host:
+        for _ in range(2):
+            stream = _stream(tiny, host)
+            for number in (1, 2):
+                for name in stream._order:
+                    block = stream._model.get_submodule(name)
+                    stream._before_call(name, block, ())
+                    assert not stream._in_flight or number == 2
+                    stream._after_call(name, block, (), None)
+                    if number == 2:
+                        assert len(stream._in_flight) == (name != list(stream._order)[-1])
+            stream.close()
+
+
+def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_on_the_device(tiny, tmp_path):
+    tensors = load_file(tiny.checkpoint)
+    blocks = {key: value for key, value in tensors.items() if "transformer_blocks." in key and key.endswith(".weight")}
+    matrices = [key for key, value in blocks.items() if value.ndim == 2]
+    plain = {key: value.to(E4M3) if key in matrices else value for key, value in tensors.items()}
+    scales = {f"{key}_scale": torch.tensor(0.5) for key in matrices}
+    metadata = {"config": json.dumps(tiny.architecture.config)}
+    for content, name in ((plain, "plain"), (plain | scales, "scaled")):
+        save_file(content, tmp_path / name, metadata=metadata)
+        weights = replace(tiny, checkpoint=str(tmp_path / name))
+        expected = _expected(weights, quantization=Quantization.BF16)
+        stream = _stream(weights, HostWeights(PLENTY), quantization=Quantization.BF16)
+        _passes(stream, expected)
+        copies = [stream._host.ready(block) for block in stream._order if "transformer_blocks." in block]
+        own = [one for copy in copies for one in copy.tensors if len(one.shape) == 2 and "norm" not in one.name]
+        assert {one.dtype for one in own if one.name.endswith("to_q.weight")} == {E4M3}
+        assert {one.scale is not None for one in own if one.name.endswith("to_q.weight")} == {name == "scaled"}
+        assert {expected[one.name].dtype for one in own} == {torch.bfloat16}
+        assert stream.pageable_bytes == 0
+        stream.close()
+        whole = Ledger(weights, CPU, Quantization.BF16, host_weights=HostWeights(PLENTY)).transformer().state_dict()
+        for key, value in expected.items():
+            assert torch.equal(_bytes(whole[f"velocity_model.{key}"]), _bytes(value))
+
+
+@pytest.mark.parametrize("budget", [2000, PLENTY])
+def test_whole_components_are_read_ahead_too(tiny, own_checkpoint, monkeypatch, budget):
+    monkeypatch.setattr(tensors_ahead, "GROUP_BYTES", 2**16)
+    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2**17)
+    for component in ("transformer", "text_encoder", "video_decoder", "vocoder", "spatial_upsampler"):
+        states = [
+            getattr(Ledger(tiny, CPU, Quantization.FP8_CAST, host_weights=HostWeights(most)), component)().state_dict()
+            for most in (None, budget)
+        ]
+        assert states[0].keys() == states[1].keys()
+        for key, value in states[0].items():
+            assert value.dtype is states[1][key].dtype
+            assert torch.equal(_bytes(value), _bytes(states[1][key])), key
+    os.truncate(own_checkpoint.checkpoint, Path(own_checkpoint.checkpoint).stat().st_size - 4096)
+    read_ahead = loader.AheadStateDictLoader(HostWeights(budget))
+    with pytest.raises(CheckpointError) as caught:
+        read_ahead.load(own_checkpoint.checkpoint, device=CPU)
+    assert caught.value.fields["path"] == own_checkpoint.checkpoint
+    assert not _threads()
+
+
+def test_a_file_that_changed_between_generations_is_read_anew(own_checkpoint):
+    with HostWeights(PLENTY, keep=True) as host:
+        for factor in (1, 2):
+            tensors = load_file(own_checkpoint.checkpoint)
+            metadata = {"config": json.dumps(own_checkpoint.architecture.config)}
+            save_file({k: v * factor for k, v in tensors.items()}, own_checkpoint.checkpoint, metadata=metadata)
+            expected = _expected(own_checkpoint)
+            held = []
+            for _ in range(2):
+                stream = _stream(own_checkpoint, host)
+                _passes(stream, expected)
+                stream.close()
+                held.append(host.held_bytes)
+            assert held == [held[0]] * 2
+    assert host.held_bytes == 0
+
+
+@pytest.mark.parametrize("damage", ["cut short", "removed", "replaced"])
+def test_a_file_damaged_while_it_is_read_is_an_error_with_its_path(own_checkpoint, tiny, gate, damage):
+    checkpoint = Path(own_checkpoint.checkpoint)
+    with HostWeights(PLENTY, keep=True) as host:
+        stream = _stream(own_checkpoint, host)
+        stream._host.read_ahead()
+        if damage == "cut short":
+            os.truncate(checkpoint, 4096)
+        else:
+            checkpoint.unlink()
+        if damage == "replaced":
+            shutil.copy(tiny.checkpoint, checkpoint)
+        gate.set()
+        with pytest.raises(CheckpointError) as caught:
+            _passes(stream, _expected(tiny))
+        assert caught.value.fields["path"] == str(checkpoint)
+        assert "\n" not in str(caught.value)
+        stream.close()
+        assert not _threads()
+        shutil.copy(tiny.checkpoint, checkpoint)
+        stream = _stream(own_checkpoint, host)
+        _passes(stream, _expected(tiny))
+        stream.close()
+    assert host.held_bytes == 0
+
+
+def test_a_file_cut_short_during_text_encoding_ends_the_generation_and_frees_everything(
+    own_checkpoint, request_64, gate
+):
+    def once_the_text_encoder_is_there(event):
+        if isinstance(event, ComponentBuilt) and event.name == "text_encoder":
+            os.truncate(own_checkpoint.checkpoint, 4096)
+            gate.set()
+
+    host = HostWeights(PLENTY)
+    with pytest.raises(CheckpointError) as caught:
+        TwoStagePipeline(own_checkpoint, host_weights=host, sinks=[once_the_text_encoder_is_there])(request_64)
+    assert caught.value.fields["path"] == own_checkpoint.checkpoint
+    assert not _threads()
+    assert host.held_bytes == 0
+
+
+@pytest.mark.parametrize("when", [PhaseStarted(Phase.ENCODE_IMAGE), StepEnded(Phase.DENOISE_STAGE_1, 1, 8)])
+def test_an_interrupted_generation_leaves_no_thread_and_no_memory_and_the_next_one_works(
+    own_checkpoint, request_64, when
+):
+    def interrupt(event):
+        if event == when:
+            raise KeyboardInterrupt
+
+    for keep in (False, True):
+        with HostWeights(PLENTY, keep=keep) as host:
+            with pytest.raises(KeyboardInterrupt):
+                TwoStagePipeline(own_checkpoint, host_weights=host, sinks=[interrupt])(request_64)
+            assert not _threads()
+            assert keep or host.held_bytes == 0
+            stream = _stream(own_checkpoint, host)
+            _passes(stream, _expected(own_checkpoint))
+            stream.close()
+        assert host.held_bytes == 0
+
+
+def test_an_interrupt_while_a_block_is_waited_for_ends_the_wait(tiny, gate):
+    host = HostWeights(PLENTY)
+    stream = _stream(tiny, host)
+    timers = [threading.Timer(0.2, _thread.interrupt_main), threading.Timer(0.4, gate.set)]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for name in stream._order:
+            stream._fetch(name)
+    stream.close()
+    assert not _threads()
+    assert host.held_bytes == 0
+    for timer in timers:
+        timer.join()
+
+
+def test_generations_of_a_run_and_those_of_the_lab_share_kept_weights(request_64, reads, monkeypatch, tmp_path):
+    monkeypatch.setattr(host_weights, "host_budget_bytes", lambda _: PLENTY)
+    execute(RunSpec(request=request_64, model="ltx-2.3-tiny", generations=2, profiler="none"), device="cpu")
+    assert len(reads) == len(set(reads)) > 0
+    job = GenerationJob(tmp_path, device="cpu")
+    job.start(request_64, "ltx-2.3-tiny")
+    job.wait()
+    assert job.state is State.DONE, job.message
+    (kept,) = job._kept.values()
+    assert kept.held_bytes > 0
+    job.close()
+    assert kept.held_bytes == 0
+
+
+def test_where_memory_cannot_be_locked_blocks_are_loaded(tiny, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(block_reader, "PageLocked", refused)
+    monkeypatch.setattr(host_weights, "PageLocked", refused)
+    with HostWeights(PLENTY, keep=True) as host:
+        stream = _stream(tiny, host)
+        _passes(stream, _expected(tiny))
+        assert host.held_bytes == 0
+        stream.close()
+
+
+def test_without_reading_ahead_blocks_are_loaded_once_and_kept_as_they_are_on_the_device(tiny, reads):
+    expected = _expected(tiny)
+    reads.clear()
+    with HostWeights(PLENTY, keep=True, read_ahead=False) as host:
+        for _ in range(2):
+            stream = _stream(tiny, host)
+            _passes(stream, expected)
+            stream.close()
+            assert len(reads) == len(set(reads)) > 0
+        assert host.held_bytes > 0
+    assert host.held_bytes == 0
+    assert not _threads()

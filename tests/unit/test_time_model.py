@@ -1,0 +1,252 @@
+"""Seconds of forecasts: by what a segment waits for, on cards that were measured and on others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from test_operator_costs import CASES, rows_of
+from typer.testing import CliRunner
+
+from i2v_lab.capacity.device_profile import (
+    DeviceProfile,
+    Rate,
+    device_profile,
+    measured_profile,
+    profile_from_json,
+    profile_to_json,
+)
+from i2v_lab.capacity.time_calibration import calibrate_time
+from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
+from i2v_lab.cli.app import app
+from i2v_lab.errors import InvalidRequest, RecordError
+from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
+from i2v_lab.runs.forecast import forecast_spec
+from i2v_lab.runs.spec import RunSpec, make_request
+from i2v_lab.runs.store import RunWriter
+from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
+
+DEVICE = DeviceProfile(
+    name="a card",
+    source="made up",
+    operators={
+        "pointwise": Rate(0.0, None, 100.0),
+        "matmul": Rate(1.0, 10.0, None),
+        "matmul float32": Rate(0.0, 1.0, None),
+        "flash attention 64": Rate(0.0, 1.0, None),
+        "flash attention 256": Rate(0.0, 5.0, None),
+    },
+    copies={"copy to device, page-locked": Rate(0.0, None, 10.0), "copy to host, pageable": Rate(0.5, None, 10.0)},
+    host_s={"matmul": 2.0, "view": 0.5, "weight": 0.25, "module": 1.0, "build": 8.0, "operator": 1.0},
+    once_s={"first convolution": 3.0, "other": 4.0},
+)
+
+
+def forecast(*records):
+    return Forecast(records, 0, 0.0)
+
+
+def phase(name="a", parent=None):
+    return PhaseRecord(name, parent, 0, 1, 0, 1, 1, 0, 0.0, 0.1, True)
+
+
+def seconds(*rows, repeats=1):
+    return predicted_seconds(forecast(CostRecord("a", repeats, rows), phase()), DEVICE)
+
+
+SEGMENTS = {
+    "the device": ([("matmul", "bfloat16", 2, 100, 9)], 2 * (1 + 10)),
+    "the host": ([("pointwise", "bfloat16", 4, 0, 10), ("view", "", 2, 0, 0)], 4 + 1),
+    "another dtype": ([("matmul", "float32", 1, 100, 0)], 100),
+    "a kind that is not known": ([("efficient attention 384 masked", "float32", 1, 50, 0)], 10),
+    "page-locked copies": ([("copy to device, page-locked", "", 1, 0, 300), ("matmul", "bfloat16", 1, 100, 0)], 30),
+    "compute above copies": ([("copy to device, page-locked", "", 1, 0, 30), ("matmul", "bfloat16", 1, 100, 0)], 11),
+    "pageable copies": ([("copy to host, pageable", "", 2, 0, 100), ("matmul", "bfloat16", 1, 100, 0)], 11 + 21),
+    "first uses": ([("first convolution", "", 2, 0, 0), ("first kernel", "", 1, 0, 0)], 6 + 4),
+    "a build": ([("weight", "bfloat16", 4, 0, 7), ("module", "", 3, 0, 0)], 8 + 1 + 3),
+}
+
+
+@pytest.mark.parametrize("case", SEGMENTS)
+def test_a_segment_lasts_as_long_as_what_it_waits_for(case):
+    rows, expected = SEGMENTS[case]
+    assert seconds(*rows) == pytest.approx(expected)
+
+
+def test_segments_follow_each_other_and_nested_phases_count_once():
+    step = CostRecord("inner", 3, (("matmul", "bfloat16", 1, 100, 0),))
+    rest = CostRecord("outer", 1, (("pointwise", "bfloat16", 1, 0, 500),))
+    records = forecast(step, phase("inner", "outer"), rest, phase("outer"), phase("idle"))
+    times = phase_times(records, DEVICE)
+    assert [(time.phase, time.parent, time.seconds) for time in times] == [
+        ("inner", "outer", 33),
+        ("outer", None, 38),
+        ("idle", None, 0),
+    ]
+    assert (times[1].device_s, times[1].host_s) == (38, 7)
+    assert predicted_seconds(records, DEVICE) == 38
+
+
+@pytest.mark.parametrize(
+    ("compute_s", "copy_s", "prefetch", "expected"),
+    [
+        ([2, 2, 2], [1, 1, 1], 1, 7),
+        ([1, 1, 1], [2, 2, 2], 1, 7),
+        ([1, 1, 1], [2, 2, 2], 3, 7),
+        ([4, 1, 1, 1], [0, 2, 2, 2], 1, 9),
+        ([4, 1, 1, 1], [0, 2, 2, 2], 3, 7),
+        ([1, 1, 1, 1], [0, 2, 0, 2], 2, 5),
+        ([1, 1], [0, 0], 1, 2),
+        ([], [], 1, 0),
+    ],
+)
+def test_copies_hide_behind_earlier_blocks(compute_s, copy_s, prefetch, expected):
+    assert overlapped_seconds(compute_s, copy_s, prefetch) == expected
+
+
+def test_a_card_that_was_not_measured_has_the_measured_efficiencies_of_its_published_peaks():
+    base, other = device_profile("NVIDIA H100 80GB HBM3"), device_profile("rtx4090")
+    assert base == measured_profile()
+    assert other.rate("matmul", "bfloat16").flops_per_s == pytest.approx(
+        base.rate("matmul", "bfloat16").flops_per_s * 165.2 / 989
+    )
+    assert other.rate("matmul", "float32").flops_per_s == pytest.approx(
+        base.rate("matmul", "float32").flops_per_s * 82.6 / 67
+    )
+    assert other.rate("pointwise", "bfloat16").bytes_per_s == pytest.approx(
+        base.rate("pointwise", "bfloat16").bytes_per_s * 1008 / 3352
+    )
+    assert other.rate("strided pointwise", "float32").bytes_per_s < 1008e9  # limited by instructions on the H100
+    flash, cudnn = (other.rate(f"{kernel} attention 128", "bfloat16") for kernel in ("flash", "cudnn"))
+    assert flash == cudnn  # torch prefers flash attention there
+    assert other.copy_seconds(2**30, page_locked=True) > base.copy_seconds(2**30, page_locked=True)
+    assert other.copy_seconds(2**30, page_locked=False) == base.copy_seconds(2**30, page_locked=False)
+    assert other.source.endswith("not measured")
+
+
+@pytest.mark.parametrize("gpu", ["24GiB", "RTX 9999", "P100 16GB"])
+def test_a_card_without_published_peaks_is_refused(gpu):
+    with pytest.raises(InvalidRequest) as refused:
+        device_profile(gpu)
+    assert refused.value.fields["gpu"] == gpu
+
+
+def test_every_kind_of_operator_has_a_rate_or_a_cost_of_the_host():
+    records = [record for call, _ in CASES.values() for record in rows_of(call)]
+    for gpu in ("H100 80GB", "RTX 4090"):
+        times = phase_times(forecast(*[CostRecord("a", 1, r.rows) for r in records], phase()), device_profile(gpu))
+        assert 0 < times[0].device_s < times[0].host_s < times[0].seconds < 10
+
+
+def test_a_profile_is_what_its_json_was():
+    values = json.loads(json.dumps(profile_to_json(DEVICE)))
+    assert profile_from_json(values) == DEVICE
+    for damaged in ({}, {**values, "operators": {"pointwise": 3}}, {**values, "load": None}):
+        with pytest.raises(RecordError):
+            profile_from_json(damaged)
+
+
+TINY = ["--model", "ltx-2.3-tiny", "--width", "64", "--height", "64", "--frames", "9"]
+
+
+def test_forecasts_on_the_command_line_have_seconds_on_the_card_that_is_named():
+    def values(*more):
+        result = CliRunner().invoke(app, ["forecast", *TINY, "--json", *more])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    on_h100, on_t4 = values(), values("--gpu", "Tesla T4")
+    assert on_h100["predicted_on"]["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert on_t4["predicted_on"]["gpu"] == "T4"
+    total = sum(each["predicted_seconds"] for each in on_h100["phases"])
+    assert on_h100["predicted_seconds"] == pytest.approx(total)
+    assert 0 < total <= on_t4["predicted_seconds"]
+    fits = {each["gpu"]: each["predicted_seconds"] for each in on_h100["fits"]}
+    assert fits["T4"] == pytest.approx(on_t4["predicted_seconds"])
+    assert fits["RTX 4050 Laptop 6GB"] is None
+    assert on_h100["peak_bytes"] == on_t4["peak_bytes"]
+
+
+def test_a_card_that_is_not_known_is_refused_before_anything_runs():
+    result = CliRunner().invoke(app, ["forecast", "--gpu", "RTX 9999"])
+    assert isinstance(result.exception, InvalidRequest)
+
+
+def _rows(kind, cases, rate, **values):
+    """Measurements of operators that take exactly what a rate says."""
+    for case, flops, nbytes in cases:
+        yield {"kind": kind, "host_s": 1e-9, "first_s": 1.0, **values, **case, "seconds": rate.seconds(flops, nbytes)}
+
+
+def test_rates_are_fitted_to_measured_operators(tmp_path):
+    matmul, pointwise = Rate(2e-6, 5e14, 2e12), Rate(1e-6, None, 3e12)
+    sizes = [(1, 4096, 4096), (64, 64, 64), (4096, 64, 4096), (4096, 4096, 4096), (8192, 4096, 128)]
+    linears = [
+        ({"m": m, "k": k, "n": n, "bias": False}, 2 * m * k * n, 2 * (m * k + k * n + m * n)) for m, k, n in sizes
+    ]
+    adds = [({"what": "pow", "elements": 512 * rows}, 0, 4 * 512 * rows) for rows in (1, 2**19, 2**20)]
+    launched = ("F.linear", "nn.Conv2d", "sdpa", "nn.LayerNorm", "view", "empty", "add")
+    copied = ("to device, pageable", "to device, page-locked", "to host, new", "to host, page-locked")
+    rows = [
+        {"kind": "device", "name": "NVIDIA T9 1GB", "torch": "2", "cudnn": 9},
+        *_rows("linear", linears, matmul, dtype="bf16"),
+        *_rows("memory", adds, pointwise, dtype="bf16"),
+        *({"kind": "launch", "what": what, "host_s": 1e-5} for what in launched),
+        *({"kind": "copy", "what": what, "bytes": b, "seconds": 1e-5 + b / 1e9} for what in copied for b in (8, 10**9)),
+        *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm", "cold")),
+        {"kind": "encode", "width": 2, "height": 3, "frames": 4, "seconds": 12},
+        {"kind": "convolution", "first_s": 3, "seconds": 1},
+        {"kind": "attention", "kernel": "CUDNN_ATTENTION", "first_s": 5, "seconds": 1},
+    ]
+    source, out = tmp_path / "rates.jsonl", tmp_path / "device.json"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = list(calibrate_time(source, out))
+    assert lines[-1] == f"wrote {out}"
+    profile = profile_from_json(json.loads(out.read_text()))
+    assert profile.name == "NVIDIA T9 1GB"
+    fitted = profile.operators["matmul"]
+    assert fitted.latency_s == pytest.approx(2e-6, rel=0.01)
+    assert (fitted.flops_per_s, fitted.bytes_per_s) == pytest.approx((5e14, 2e12), rel=0.01)
+    assert profile.operators["pointwise"].bytes_per_s == pytest.approx(3e12, rel=0.01)
+    assert profile.once_s["first cudnn attention"] == 4
+    assert profile.load == {"read": 5, "disk": 5, "encoded_pixels": 2}
+    assert profile.copy_seconds(10**9, page_locked=False) == pytest.approx(1.0, rel=0.01)
+    for damaged in (rows[1:], [row for row in rows if row["kind"] != "launch"], [3]):
+        source.write_text("".join(json.dumps(row) + "\n" for row in damaged))
+        with pytest.raises(RecordError) as refused:
+            list(calibrate_time(source, out))
+        assert refused.value.fields["path"] == source
+
+
+def _recorded(folder, spec, card, result, **changes):
+    metadata = {"device": "cuda", "device_name": card, "spec": spec.to_json()}
+    with RunWriter(folder, metadata) as writer:
+        for each in result.phases:
+            writer.append(dataclasses.replace(each, seconds=2.0, **changes))
+
+
+def test_predicted_seconds_are_compared_with_recorded_ones(tmp_path):
+    request = make_request("ltx-2.3-tiny", width=64, height=64, frames=9)
+    spec = RunSpec(request=request, model="ltx-2.3-tiny", write_video=True)
+    result = forecast_spec(spec)
+    _recorded(tmp_path / "a", spec, "NVIDIA H200", result)
+    _recorded(tmp_path / "b", dataclasses.replace(spec, write_video=False), "NVIDIA H100 80GB HBM3", result)
+    _recorded(tmp_path / "broken", spec, "NVIDIA H200", result, completed=False)
+    _recorded(tmp_path / "unknown", spec, "A card of tomorrow", result)
+    times = time_table(tmp_path)
+    assert list(times["run"].unique()) == ["a", "b"]
+    for run, card, pixels in (("a", "H200", 64 * 64 * 9), ("b", "H100 80GB", 0)):
+        device = device_profile(card)
+        expected = [time.seconds for time in phase_times(result, device)]
+        expected[-1] += video_seconds(pixels, device)
+        own = times[times["run"] == run]
+        assert own["phase"].tolist() == [each.phase for each in result.phases]
+        assert own["predicted_seconds"].tolist() == pytest.approx(expected)
+        assert own["error"].tolist() == pytest.approx([seconds / 2 - 1 for seconds in expected])
+    summary = time_summary(times).set_index("what")
+    assert summary.loc["decode_video", "cases"] == 2
+    assert summary.loc["runs", "cases"] == 2
+    assert summary.loc["runs, NVIDIA H200", "worst_error"] == pytest.approx(
+        abs(runs_table(times).set_index("run").loc["a", "error"])
+    )
