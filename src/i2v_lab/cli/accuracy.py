@@ -23,6 +23,10 @@ The measured runs that come with the package; then your own, with every phase as
 Predicted seconds in place of bytes:
 
     i2v-lab accuracy --time
+
+Those of one model:
+
+    i2v-lab accuracy --model wan-2.2-ti2v-5b
 """
 
 
@@ -30,22 +34,23 @@ def accuracy(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of recorded runs. [default: those of the package]")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="Only runs of this model. [default: all]")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every phase of every run to this file.")] = None,
     time: Annotated[bool, typer.Option("--time", help="Compare seconds in place of bytes.")] = False,
 ) -> None:
     """Compare forecasts with every run that was measured on a GPU."""
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
-    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
+    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, other_versions, summary_table
 
     if csv is not None:
         check_file(csv, "csv", "accuracy.csv")
         if csv.suffix != ".csv":
             raise OutputError(f"csv='{csv}' does not end in .csv; use '{csv.with_suffix('.csv')}'", path=csv)
     if time:
-        _compare_seconds(folder, csv)
+        _compare_seconds(folder, model, csv)
         return
-    measured = measured_table(folder=folder)
+    measured = measured_table(model, folder=folder, diffusers=True)
     if measured.empty:
         say(NO_RUNS)
         return
@@ -58,14 +63,16 @@ def accuracy(
     console.print(rich_table(worst[columns], "The ten largest errors"))
     console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
     console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the specs"))
+    for package, found in other_versions(measured).items():
+        say(f"some runs had {package} {' or '.join(found)}; these forecasts are of the version installed here")
 
 
-def _compare_seconds(folder: Path | None, csv: Path | None) -> None:
+def _compare_seconds(folder: Path | None, model: str | None, csv: Path | None) -> None:
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
-    times = time_table(folder)
+    times = time_table(folder, model=model)
     if times.empty:
         say(NO_RUNS)
         return
