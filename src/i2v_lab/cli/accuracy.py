@@ -20,6 +20,7 @@ The measured runs that come with the package; then your own, with every phase as
     i2v-lab accuracy
     i2v-lab accuracy runs/h200 --csv accuracy.csv
 
+<<<<<<< HEAD
 Those of one model:
 
     i2v-lab accuracy --model wan-2.2-ti2v-5b
@@ -27,6 +28,15 @@ Those of one model:
 Predicted seconds in place of bytes:
 
     i2v-lab accuracy --time
+=======
+Predicted seconds in place of bytes:
+
+    i2v-lab accuracy --time
+
+Those of one model:
+
+    i2v-lab accuracy --model wan-2.2-ti2v-5b
+>>>>>>> any-budget/timing
 """
 
 
@@ -48,7 +58,7 @@ def accuracy(
         if csv.suffix != ".csv":
             raise OutputError(f"csv='{csv}' does not end in .csv; use '{csv.with_suffix('.csv')}'", path=csv)
     if time:
-        _compare_seconds(folder, csv)
+        _compare_seconds(folder, model, csv)
         return
     measured = measured_table(model, folder=folder, diffusers=True)
     if measured.empty:
@@ -67,12 +77,12 @@ def accuracy(
         say(f"some runs had {package} {' or '.join(found)}; these forecasts are of the version installed here")
 
 
-def _compare_seconds(folder: Path | None, csv: Path | None) -> None:
+def _compare_seconds(folder: Path | None, model: str | None, csv: Path | None) -> None:
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
-    times = time_table(folder)
+    times = time_table(folder, model=model)
     if times.empty:
         say(NO_RUNS)
         return
