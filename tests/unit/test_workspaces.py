@@ -1,4 +1,4 @@
-"""The libraries' workspaces by card, dtype and batch; and their factors from measurements of single convolutions."""
+"""The libraries' workspaces by card and dtype; and their factors from measurements of single convolutions."""
 
 from __future__ import annotations
 
@@ -54,20 +54,50 @@ def _workspace(dtype: torch.dtype, batch: int, **factors) -> int:
     return model.transient(torch.ops.aten.convolution.default, arguments, result)
 
 
-def test_a_measured_dtype_and_batch_have_their_own_factors():
-    sizes = torch.tensor([8 * 64 * 64 * 4, 16 * 64 * 64 * 4, 16 * 8 * 9 * 4])  # of one picture in float32, and a weight
-    factors = {"float32": {1: (2.0, 1.0, 1.0), 4: (1.0, 0.0, 1.0)}}
-    one, picture = int(sizes[0]), int(sizes[:2].sum())
-    weight = int(sizes[2])
-    assert _workspace(torch.float32, 1, factors=factors) == one + picture + weight
-    assert _workspace(torch.float32, 2, factors=factors) == 2 * (one + picture) + weight
-    assert _workspace(torch.float32, 8, factors=factors) == 8 * one + weight
+def test_a_measured_dtype_has_its_own_factors_whatever_the_batch():
+    one, result, weight = 8 * 64 * 64 * 4, 16 * 64 * 64 * 4, 16 * 8 * 9 * 4  # of one picture in float32, and a weight
+    factors = {"float32": (1.0, 0.0, 1.0)}
+    assert _workspace(torch.float32, 1, factors=factors) == one + weight
+    assert _workspace(torch.float32, 9, factors=factors) == 9 * one + weight
+    assert _workspace(torch.float32, 9, factors={"float32": (1.0, 1.0, 1.0)}) == 9 * (one + result) + weight
     assert _workspace(torch.float32, 8, factors={}) == _workspace(torch.float64, 8, factors=factors) == 0
     as_before = _workspace(torch.bfloat16, 8, factors={})
     assert _workspace(torch.bfloat16, 8, factors=factors) == as_before > 0
 
 
-LAWS = {("float32", 1): (2, 1, 1), ("float32", 16): (0.5, 0, 1), ("bfloat16", 16): (1, 0.5, 0), ("float16", 1): None}
+def _convolution(source: torch.Tensor, outputs: int, kernel: int = 3) -> tuple[int, int]:
+    """Bytes of the workspace, and of the weight."""
+    weight = source.new_empty(outputs, source.shape[1], *[kernel] * (source.dim() - 2))
+    spatial = list(source.shape[2:])
+    arguments = (source, weight, None, (1,), (kernel // 2,), (1,), False, (0,), 1)
+    result = source.new_empty(len(source), outputs, *spatial)
+    return load_workspaces().transient(torch.ops.aten.convolution.default, arguments, result), weight.nbytes
+
+
+def test_an_input_that_is_in_neither_order_is_copied_first():
+    dense = torch.empty(1, 256, 9, 24, 36, dtype=torch.bfloat16)
+    permuted = torch.empty(1, 9, 256, 24, 36, dtype=torch.bfloat16).transpose(1, 2)
+    nbytes = dense.nbytes
+    whole, weight = _convolution(dense, 128)
+    assert whole == nbytes + nbytes // 2 + weight
+    assert _convolution(permuted, 128)[0] == whole + nbytes
+    assert _convolution(dense, 128, kernel=1)[0] == 0
+    assert _convolution(permuted, 128, kernel=1)[0] == nbytes  # measured on an H100: 379.69 MiB of 379.69
+    assert _convolution(dense.to(memory_format=torch.channels_last_3d), 128) == (weight, weight)
+    assert _convolution(dense.to(memory_format=torch.channels_last_3d), 128, kernel=1)[0] == 0
+
+
+def test_channels_of_16_bit_are_padded_to_eight():
+    # Measured on an H100: [1, 128, 11, 240, 360] to 3 channels took 243.95 MiB, [1, 3, 3, 240, 360] to 128 took 25.10.
+    to_three, weight = _convolution(torch.empty(1, 128, 11, 24, 36, dtype=torch.bfloat16), 3)
+    assert to_three == (128 + 8) * 11 * 24 * 36 * 2 + weight
+    from_three, weight = _convolution(torch.empty(1, 3, 3, 24, 36, dtype=torch.float16), 128)
+    assert from_three == (8 + 128) * 3 * 24 * 36 * 2 + weight
+    single, weight = _convolution(torch.empty(1, 3, 3, 24, 36), 128)
+    assert single == (3 + 128) * 3 * 24 * 36 * 4 + weight
+
+
+LAWS = {("float32", 1): (1, 1, 1), ("bfloat16", 16): (1, 0, 0), ("float16", 1): None}
 
 
 def _measurements(folder: Path) -> Path:
@@ -86,20 +116,20 @@ def _measurements(folder: Path) -> Path:
             row["kernel"] = 3
             rows.append({**row, **parts, "workspace_bytes": nbytes})
             rows.append({**row, **parts, "workspace_bytes": 7 * nbytes, "contiguous": False})
-    rows += [dict(rows[1], batch=2)] * 2  # too few
+    rows += [dict(rows[1], workspace_bytes=0)] * 9  # another kernel, which takes none
+    rows += [dict(rows[1], dtype="float64")] * 2  # too few
     source.with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows)))
     return source
 
 
-def test_calibration_finds_the_factors_of_each_dtype_and_batch(tmp_path):
+def test_calibration_finds_what_the_kernels_of_each_dtype_transpose(tmp_path):
     source, out = _measurements(tmp_path), tmp_path / "model.json"
     lines = list(calibrate(source, out))
     assert len(lines) == 2 + len(LAWS)
     model = json.loads(out.read_text())
     assert (model["input_factor"], model["output_factor"], model["weight_factor"]) == (1, 1, 1)
     expected = {key: list(law or (0, 0, 0)) for key, law in LAWS.items()}
-    found = {(dtype, int(batch)): f for dtype, by_batch in model["factors"].items() for batch, f in by_batch.items()}
-    assert {key: pytest.approx(value, abs=0.002) for key, value in expected.items()} == found
+    assert {dtype: value for (dtype, _), value in expected.items()} == model["factors"]
     source.with_suffix(".jsonl").unlink()
     list(calibrate(source, out))
     assert "factors" not in json.loads(out.read_text())

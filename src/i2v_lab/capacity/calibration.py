@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
     """Fit ``data/workspaces.json`` to what ``benchmarks/measure_libraries.py`` measured.
 
     Other dtypes and batches than those of the benchmark are in a file of JSON lines of the same name beside it, where
-    there is one, of ``benchmarks/measure_convolutions.py``: each dtype and batch has its own factors.
+    there is one, of ``benchmarks/measure_convolutions.py``: each dtype has its own factors.
 
     Minimizes the absolute relative error over ungrouped channels-first convolutions with a workspace of 8 MiB or more.
     Not least squares: some kernels take another 16 MiB for split-k sums, outliers that would bias all factors.
@@ -87,23 +88,23 @@ def calibrate(measurements: Path | None = None, out: Path | None = None) -> Iter
     lines = source.with_suffix(".jsonl")
     if lines.exists():
         model["factors"] = {}
-        for (dtype, batch), cell in _by_dtype_and_batch(lines):
+        for dtype, cell in _by_dtype(lines):
             given = _factors_of_cell(cell)
             if given is not None:
-                model["factors"].setdefault(dtype, {})[str(batch)] = given
-                yield f"{dtype}, batch {batch}: {len(cell)} convolutions: {_in_words(cell, given)}"
+                model["factors"][dtype] = given
+                yield f"{dtype}: {len(cell)} convolutions: {_in_words(cell, given)}"
     target = write_text(out or data_dir() / "workspaces.json", json.dumps(model, indent=1) + "\n")
     yield f"wrote {target}"
 
 
-def _by_dtype_and_batch(path: Path) -> list[Any]:
-    """Dtype and batch, and the large convolutions with channels first that have them."""
+def _by_dtype(path: Path) -> list[Any]:
+    """Dtype, and the large convolutions with channels first that have it, whatever their batch."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         table = pd.DataFrame([row for row in rows if row["kind"] == "convolution"])
         spatial = table["contiguous"] & ~table["grouped"] & (table["kernel"] > 1)  # others are matrix products
         large = table[spatial & (table[PARTS].sum(axis=1) >= LARGE_BYTES)]
-        return list(large.groupby(["dtype", "batch"]))
+        return list(large.groupby("dtype"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(
             f"measurements '{path}' cannot be read ({' '.join(repr(error).split())[:200]}); measure again", path=path
@@ -111,12 +112,18 @@ def _by_dtype_and_batch(path: Path) -> list[Any]:
 
 
 def _factors_of_cell(cell: pd.DataFrame) -> list[float] | None:
-    """Factors of one dtype and batch; zeros where most convolutions have no workspace, ``None`` where they are few."""
+    """Factors of one dtype: what a kernel transposes it copies whole, so each is 1 or 0; ``None`` for few convolutions.
+
+    Those with the smallest median error: float32 kernels that write the output where it belongs are a second
+    population, between which and the first a least-squares or least-absolute fit would lie.
+    """
     if len(cell) < FEWEST:
         return None
-    if (cell["workspace_bytes"] == 0).mean() > 0.5:
-        return [0.0, 0.0, 0.0]
-    return _fitted(cell[cell["workspace_bytes"] >= LARGE_BYTES])
+    parts, observed = cell[PARTS].to_numpy(float), cell["workspace_bytes"].to_numpy(float)
+    scale = np.maximum(observed, LARGE_BYTES)
+    return list(
+        min(product((1.0, 0.0), repeat=3), key=lambda f: np.median(np.abs(parts @ np.array(f) - observed) / scale))
+    )
 
 
 def _fitted(large: pd.DataFrame) -> list[float]:

@@ -18,6 +18,10 @@ The measured runs that come with the package; then your own, with every phase as
 
     i2v-lab accuracy
     i2v-lab accuracy runs/h200 --csv accuracy.csv
+
+Those of one model:
+
+    i2v-lab accuracy --model wan-2.2-ti2v-5b
 """
 
 
@@ -25,18 +29,19 @@ def accuracy(
     folder: Annotated[
         Path | None, typer.Argument(help="Folder of recorded runs. [default: those of the package]")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="Only runs of this model. [default: all]")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write every phase of every run to this file.")] = None,
 ) -> None:
     """Compare forecasts with every run that was measured on a GPU."""
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
-    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, summary_table
+    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, other_versions, summary_table
 
     if csv is not None:
         check_file(csv, "csv", "accuracy.csv")
         if csv.suffix != ".csv":
             raise OutputError(f"csv='{csv}' does not end in .csv; use '{csv.with_suffix('.csv')}'", path=csv)
-    measured = measured_table(folder=folder)
+    measured = measured_table(model, folder=folder, diffusers=True)
     if measured.empty:
         say("no runs measured on a GPU here; record one with `i2v-lab generate --device cuda --profile DIR`")
         return
@@ -49,3 +54,5 @@ def accuracy(
     console.print(rich_table(worst[columns], "The ten largest errors"))
     console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
     console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the specs"))
+    for package, found in other_versions(measured).items():
+        say(f"some runs had {package} {' or '.join(found)}; these forecasts are of the version installed here")

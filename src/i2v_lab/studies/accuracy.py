@@ -8,9 +8,11 @@ from typing import Any
 import pandas as pd
 
 from i2v_lab.errors import RecordError
+from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.request import DecodeScope
 from i2v_lab.runs.forecast import forecast_specs
+from i2v_lab.runs.provenance import versions
 from i2v_lab.runs.recorded import by_generation, card_of, recorded_runs, spec_of
 from i2v_lab.runs.store import Run
 
@@ -34,41 +36,66 @@ HALVES_COLUMNS = [
 ]
 
 
-def measured_table(model: str | None = None, *, folder: Path | None = None, runs: int | None = None) -> pd.DataFrame:
+def measured_table(
+    model: str | None = None, *, folder: Path | None = None, runs: int | None = None, diffusers: bool = False
+) -> pd.DataFrame:
     """Phases of the runs that were measured on a GPU.
 
-    Excluded are runs of third-party pipelines, runs with a VRAM cap or without full metering, and those in
-    ``inference_mode``, which torch refuses before their last phase.
+    Excluded are runs of another pipeline than the model's own, runs with a VRAM cap or without full metering, and those
+    in ``inference_mode``, which torch refuses before their last phase.
 
     Args:
         model: Only runs of this architecture.
         folder: With the runs; ``data/measured`` by default.
         runs: At most this many runs, in the order of their paths.
+        diffusers: Without ``model``: also runs of diffusers' models, whose memory changes with the versions of
+            diffusers and transformers.
 
     Returns:
         One row for each run, generation and completed phase: ``gpu, run, model, generation, phase, peak_bytes,
-        peak_reserved_bytes``, and ``spec``, an :class:`~i2v_lab.runs.spec.RunSpec`.
+        peak_reserved_bytes``, ``versions`` of the distributions it ran with, and ``spec``, an
+        :class:`~i2v_lab.runs.spec.RunSpec`.
     """
     rows: list[dict[str, Any]] = []
-    compared = [run for run in recorded_runs(folder).runs if _is_comparable(run, model)]
+    compared = [run for run in recorded_runs(folder).runs if _is_comparable(run, model, diffusers)]
     for run in compared[:runs]:
         spec = spec_of(run)
-        asked = {"gpu": card_of(run), "run": run.folder.name, "model": spec.model}
+        asked = {"gpu": card_of(run), "run": run.folder.name, "model": spec.model, "versions": run.metadata["versions"]}
         for generation, phase in by_generation(run.of(PhaseRecord)):
             if phase.completed:
                 measured = {"peak_bytes": phase.peak_bytes, "peak_reserved_bytes": phase.peak_reserved_bytes}
                 place = {"generation": generation, "phase": phase.phase}
                 rows.append({**asked, **place, **measured, "spec": spec})
-    columns = ["gpu", "run", "model", "generation", "phase", "peak_bytes", "peak_reserved_bytes", "spec"]
+    columns = ["gpu", "run", "model", "versions", "generation", "phase", "peak_bytes", "peak_reserved_bytes", "spec"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _is_comparable(run: Run, model: str | None) -> bool:
+def _is_comparable(run: Run, model: str | None, diffusers: bool) -> bool:
     spec = spec_of(run)
     refused = spec.request.decode_scope is DecodeScope.INFERENCE_MODE
     on_gpu = str(run.metadata["device"]).startswith("cuda")
-    own = spec.is_reference and not spec.runner_spec.third_party
-    return on_gpu and own and not refused and model in (None, spec.model)
+    own = spec.runner_spec is runner_of(spec.architecture)
+    asked = spec.model == model if model else diffusers or not spec.runner_spec.third_party
+    return on_gpu and spec.is_reference and own and not refused and asked
+
+
+def other_versions(measured: pd.DataFrame) -> dict[str, list[str]]:
+    """Versions that runs were measured with and that are not installed here, by distribution.
+
+    Args:
+        measured: Of :func:`measured_table`.
+
+    Example:
+        >>> other_versions(measured_table())  # doctest: +SKIP
+        {'transformers': ['5.17.0']}
+    """
+    found: dict[str, set[str]] = {}
+    for recorded in measured["versions"]:
+        here = versions([name for name in recorded if name not in ("python", "i2v-lab")])
+        for name, version in here.items():
+            if version and recorded.get(name) not in (None, version):
+                found.setdefault(name, set()).add(recorded[name])
+    return {name: sorted(others) for name, others in found.items()}
 
 
 def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
@@ -78,8 +105,9 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
         RecordError: A phase that no run of its spec has.
 
     Returns:
-        ``measured`` with ``spec`` as the spec's name, then ``forecast_bytes, error, forecast_reserved_bytes,
-        reserved_error``. Errors are relative to the measured peak, negative where the forecast is below it.
+        ``measured`` with ``spec`` as the spec's name and without ``versions``, then ``forecast_bytes, error,
+        forecast_reserved_bytes, reserved_error``. Errors are relative to the measured peak, negative where the forecast
+        is below it.
     """
     keys = [spec.memory_key() for spec in measured["spec"]]
     unique = dict(zip(keys, measured["spec"], strict=True))
@@ -89,7 +117,7 @@ def accuracy_table(measured: pd.DataFrame) -> pd.DataFrame:
         for key, forecast in zip(unique, found, strict=True)
         for generation, phase in by_generation(forecast.phases)
     }
-    table = measured.assign(spec=[spec.name for spec in measured["spec"]])
+    table = measured.assign(spec=[spec.name for spec in measured["spec"]]).drop(columns="versions")
     rows = list(zip(keys, table["generation"], table["phase"], strict=True))
     for run, row in zip(table["run"], rows, strict=True):
         if row not in forecasts:

@@ -27,10 +27,11 @@ OTHER = "other"  # compute capabilities that are not named
 class Workspaces:
     """Sizes of workspaces.
 
-    cuDNN convolves 16-bit tensors with channels-last kernels. For channels-first tensors, as in every model here, it
-    transposes input, weight and output in a transient workspace, which is therefore about as large as the three
-    together. Other dtypes and larger batches are as they were measured. cuBLAS allocates one persistent workspace at
-    its first matrix product, and cuBLASLt another at the first one with a bias, as of a linear layer.
+    cuDNN convolves with channels-last kernels. For channels-first tensors, as in every model here, it transposes input,
+    weight and output in a transient workspace, which is therefore as large as the three together, whatever the batch;
+    16-bit channels are padded to a multiple of eight. An input in neither order is copied by ATen first. cuBLAS
+    allocates one persistent workspace at its first matrix product, and cuBLASLt another at the first one with a bias,
+    as of a linear layer.
 
     Attributes:
         input_factor: Bytes of a convolution's workspace for each byte of its input, where that is channels-first.
@@ -38,8 +39,8 @@ class Workspaces:
         weight_factor: The same for its weight, in either layout.
         cublas_bytes: Allocated from the first matrix product on, on the card that was measured.
         context_bytes: Memory of the CUDA context and the loaded libraries; never part of a forecast peak.
-        factors: The three factors of input, output and weight by dtype and batch, where they were measured; a batch
-            between two takes those of the smaller one. Elsewhere 16-bit tensors have those above, others no workspace.
+        factors: The three factors of input, output and weight by dtype, where they were measured. Elsewhere 16-bit
+            tensors have those above, others no workspace.
         cublas_bytes_by_capability: Of cards by their compute capability, such as ``9.0``, and of all ``other`` ones.
             Source: ``parseChosenWorkspaceSize`` in ATen's ``CublasHandlePool.cpp``.
         cublaslt_bytes: Allocated from the first matrix product with a bias on, on every card. Source:
@@ -51,7 +52,7 @@ class Workspaces:
     weight_factor: float
     cublas_bytes: int
     context_bytes: int
-    factors: Mapping[str, Mapping[int, tuple[float, float, float]]] = field(default_factory=dict)
+    factors: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     cublas_bytes_by_capability: Mapping[str, int] = field(default_factory=dict)
     cublaslt_bytes: int = 0
 
@@ -76,23 +77,39 @@ class Workspaces:
         if func is not aten.convolution.default:
             return 0
         source, weight, groups = args[0], args[1], args[8]
+        copy_bytes = 0 if source.is_contiguous() or _is_channels_last(source) else _tensor_bytes(source)
         if groups > 1 or weight[0, 0].numel() == 1:  # ATen's depthwise and grouped kernels, and 1x1 ones, use none
-            return 0
-        input_factor, output_factor, weight_factor = self._factors(source.dtype, len(source))
+            return copy_bytes
+        input_factor, output_factor, weight_factor = self._factors(source.dtype)
         nbytes = weight_factor * _tensor_bytes(weight)
-        if source.is_contiguous():
-            nbytes += input_factor * _tensor_bytes(source) + output_factor * _tensor_bytes(result)
-        return math.ceil(nbytes)
+        if not _is_channels_last(source):
+            nbytes += input_factor * _padded_bytes(source) + output_factor * _padded_bytes(result)
+        return copy_bytes + math.ceil(nbytes)
 
-    def _factors(self, dtype: torch.dtype, batch: int) -> tuple[float, float, float]:
-        measured = self.factors.get(str(dtype).removeprefix("torch."))
-        if measured:
-            return measured[max((each for each in measured if each <= batch), default=min(measured))]
-        return (self.input_factor, self.output_factor, self.weight_factor) if dtype in HALF_DTYPES else (0.0, 0.0, 0.0)
+    def _factors(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        general = (
+            (self.input_factor, self.output_factor, self.weight_factor) if dtype in HALF_DTYPES else (0.0, 0.0, 0.0)
+        )
+        return self.factors.get(str(dtype).removeprefix("torch."), general)
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
+
+
+def _padded_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor in channels-last order, whose 16-bit channels cuDNN pads to a multiple of eight."""
+    channels = tensor.shape[1]
+    padded = -(-channels // 8) * 8 if tensor.dtype in HALF_DTYPES else channels
+    return _tensor_bytes(tensor) // max(channels, 1) * padded
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether ATen leaves a convolution's input in channels-last order; one in any other order it copies first."""
+    if tensor.is_contiguous() or tensor.dim() not in (4, 5):
+        return False
+    order = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return tensor.is_contiguous(memory_format=order)
 
 
 def load_workspaces() -> Workspaces:
@@ -104,9 +121,5 @@ def load_workspaces() -> Workspaces:
     """
     values = json.loads((data_dir() / "workspaces.json").read_text(encoding="utf-8"))
     given = {name: values[name] for name in Workspaces.__dataclass_fields__ if name in values}
-    by_dtype = values.get("factors", {})
-    given["factors"] = {
-        dtype: {int(batch): tuple(factors) for batch, factors in by_batch.items()}
-        for dtype, by_batch in by_dtype.items()
-    }
+    given["factors"] = {dtype: tuple(factors) for dtype, factors in values.get("factors", {}).items()}
     return Workspaces(**given)
