@@ -20,7 +20,6 @@ The measured runs that come with the package; then your own, with every phase as
     i2v-lab accuracy
     i2v-lab accuracy runs/h200 --csv accuracy.csv
 
-<<<<<<< HEAD
 Those of one model:
 
     i2v-lab accuracy --model wan-2.2-ti2v-5b
@@ -28,15 +27,6 @@ Those of one model:
 Predicted seconds in place of bytes:
 
     i2v-lab accuracy --time
-=======
-Predicted seconds in place of bytes:
-
-    i2v-lab accuracy --time
-
-Those of one model:
-
-    i2v-lab accuracy --model wan-2.2-ti2v-5b
->>>>>>> any-budget/timing
 """
 
 
