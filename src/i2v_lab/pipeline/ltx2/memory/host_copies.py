@@ -76,7 +76,9 @@ def _unpacked(
     def view(one: HostTensor) -> torch.Tensor:
         if one.dtype not in typed:
             typed[one.dtype] = buffer.view(one.dtype)
-        return typed[one.dtype].as_strided(one.shape, _strides(one.shape), one.offset // one.dtype.itemsize)
+        whole = typed[one.dtype]
+        first = whole.storage_offset() + one.offset // one.dtype.itemsize  # as_strided counts from the storage's start
+        return whole.as_strided(one.shape, _strides(one.shape), first)
 
     for one in tensors:
         value = placed(view(one))
