@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
@@ -19,10 +20,11 @@ from i2v_lab.capacity.device_profile import (
     profile_from_json,
     profile_to_json,
 )
+from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
 from i2v_lab.cli.app import app
-from i2v_lab.errors import InvalidRequest, RecordError
+from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
 from i2v_lab.paths import user_devices_dir
 from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
 from i2v_lab.runs.forecast import forecast_spec
@@ -259,6 +261,49 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
         with pytest.raises(RecordError) as refused:
             list(calibrate_time(source, out))
         assert refused.value.fields["path"] == source
+
+
+def test_the_device_that_is_here_is_measured_and_its_profile_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    cases = [
+        {"kind": "linear", "dtype": "f32", "m": 256, "k": 256, "n": 256},
+        {"kind": "attention", "dtype": "f32", "kernel": "FLASH_ATTENTION", "b": 1, "h": 1, "l": 4, "s": 4, "e": 8},
+        {"kind": "convolution", "dtype": "bf16", "shape": [1, 2, 4, 4], "channels": 2, "kernel": [3, 3]}
+        | {"stride": 1, "padding": 1},
+        {"kind": "memory", "dtype": "f32", "what": "add", "elements": 512},
+        {"kind": "memory", "dtype": "c128", "what": "silu", "elements": 512},  # has no kernel
+    ]
+    small = RateMeasurement("cpu", cases, 60.0, 2**20, (2**10, 2**20), ((32, 32, 2),))
+    *lines, samples, written = calibrate_time(measurement=small)
+    folder = user_devices_dir()
+    assert (samples, written) == (f"wrote {folder / 'cpu.jsonl'}", f"wrote {folder / 'cpu.json'}")
+    assert {path.name for path in folder.iterdir()} == {"cpu.jsonl", "cpu.json"}
+    assert lines[0].startswith("measuring cpu:")
+    profile = device_profile("cpu")
+    assert (profile.name, profile.measured) == ("cpu", True)
+    assert profile.load.keys() == {"read", "disk", "encoded_pixels"}
+    assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values(), *profile.once_s.values()))
+    measured = [json.loads(line) for line in (folder / "cpu.jsonl").read_text().splitlines()]
+    product = next(row for row in measured if row["kind"] == "linear")
+    assert profile.rate("matmul", "float32").seconds(2 * 256**3, 0) == pytest.approx(product["seconds"] + 4e-6)
+    again = tmp_path / "again.json"
+    list(calibrate_time(folder / "cpu.jsonl", again))
+    assert again.read_text() == (folder / "cpu.json").read_text()
+
+
+def test_without_a_card_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    if not torch.cuda.is_available():
+        result = CliRunner().invoke(app, ["calibrate", "--time"])
+        assert isinstance(result.exception, DeviceUnavailable)
+        assert list(tmp_path.rglob("*")) == []
+
+
+def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
+    cases = rate_cases()
+    assert len(cases) > 370
+    assert len({json.dumps(case) for case in cases}) == len(cases)
+    assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
 
 
 def _recorded(folder, spec, card, result, **changes):

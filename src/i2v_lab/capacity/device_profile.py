@@ -205,6 +205,16 @@ def has_profile(gpu: str) -> bool:
     return name in _peaks() or name in _measured()
 
 
+def has_peaks(gpu: str) -> bool:
+    """Whether peaks of a card are published, by its name or spelling.
+
+    Example:
+        >>> has_peaks("RTX 4090"), has_peaks("Tesla T4")
+        (True, False)
+    """
+    return _table_name(gpu) in _peaks()
+
+
 def device_profile(gpu: str) -> DeviceProfile:
     """The profile of a card: measured on it, or :func:`derived_profile` of its published peaks.
 
