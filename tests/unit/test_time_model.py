@@ -49,6 +49,7 @@ DEVICE = DeviceProfile(
     },
     host_s={"matmul": 2.0, "view": 0.5, "weight": 0.25, "module": 1.0, "build": 8.0, "operator": 1.0},
     once_s={"first convolution": 3.0, "other": 4.0},
+    load={"lock": 20.0},
 )
 
 
@@ -66,9 +67,9 @@ def seconds(*rows, repeats=1):
 
 SEGMENTS = {
     "the device": ([("matmul", "bfloat16", 2, 100, 9)], 2 * (1 + 10)),
-    "copies to the host behind kernels": (
+    "copies to the host, whose memory is locked, behind kernels": (
         [("copy to host, page-locked", "", 1, 0, 300), ("matmul", "bfloat16", 1, 100, 0)],
-        30 + 11,
+        30 + 11 + 15,
     ),
     "the host": ([("pointwise", "bfloat16", 4, 0, 10), ("view", "", 2, 0, 0)], 4 + 1),
     "another dtype": ([("matmul", "float32", 1, 100, 0)], 100),
@@ -238,6 +239,8 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
         *_rows("memory", adds, pointwise, dtype="bf16"),
         *({"kind": "launch", "what": what, "host_s": 1e-5} for what in launched),
         *({"kind": "copy", "what": what, "bytes": b, "seconds": 1e-5 + b / 1e9} for what in copied for b in (8, 10**9)),
+        *({"kind": "copy", "what": what, "bytes": 10**9, "seconds": 3.0} for what in copied),  # of another host
+        {"kind": "lock", "what": "cudaHostRegister", "bytes": 10, "seconds": 0.5},
         *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm", "cold")),
         {"kind": "encode", "width": 2, "height": 3, "frames": 4, "seconds": 12},
         {"kind": "convolution", "first_s": 3, "seconds": 1},
@@ -254,8 +257,9 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
     assert (fitted.flops_per_s, fitted.bytes_per_s) == pytest.approx((5e14, 2e12), rel=0.01)
     assert profile.operators["pointwise"].bytes_per_s == pytest.approx(3e12, rel=0.01)
     assert profile.once_s["first cudnn attention"] == 4
-    assert profile.load == {"read": 5, "disk": 5, "encoded_pixels": 2}
-    assert profile.copy_seconds(10**9, page_locked=False) == pytest.approx(1.0, rel=0.01)
+    assert profile.load == {"read": 5, "disk": 5, "lock": 20, "encoded_pixels": 2}
+    assert profile.copy_seconds(10**9, page_locked=False) == pytest.approx(2.0, rel=0.01)
+    assert profile.copy_seconds(10**9, page_locked=True) == pytest.approx(1.0, rel=0.01)
     for damaged in (rows[1:], [row for row in rows if row["kind"] != "launch"], [3]):
         source.write_text("".join(json.dumps(row) + "\n" for row in damaged))
         with pytest.raises(RecordError) as refused:
@@ -281,7 +285,7 @@ def test_the_device_that_is_here_is_measured_and_its_profile_used(tmp_path, monk
     assert lines[0].startswith("measuring cpu:")
     profile = device_profile("cpu")
     assert (profile.name, profile.measured) == ("cpu", True)
-    assert profile.load.keys() == {"read", "disk", "encoded_pixels"}
+    assert profile.load.keys() == {"read", "disk", "lock", "encoded_pixels"}
     assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values(), *profile.once_s.values()))
     measured = [json.loads(line) for line in (folder / "cpu.jsonl").read_text().splitlines()]
     product = next(row for row in measured if row["kind"] == "linear")

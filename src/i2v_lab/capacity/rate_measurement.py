@@ -81,7 +81,7 @@ class RateMeasurement:
         """What is measured, one row after another; the first names the device."""
         yield self._device()
         with torch.no_grad():
-            for group in (self._launches, self._operators, self._copies, self._files, self._encoding):
+            for group in (self._launches, self._operators, self._copies, self._locks, self._files, self._encoding):
                 yield from group()
 
     def _device(self) -> Row:
@@ -206,6 +206,19 @@ class RateMeasurement:
             "to host, new": lambda: device.to("cpu", copy=True),
             "to host, page-locked": lambda: locked.copy_(device, non_blocking=True),
         }
+
+    def _locks(self) -> Iterator[Row]:
+        """Page-locking memory whose pages exist, as streamed blocks have it."""
+        if not self._cuda:
+            return
+        nbytes = max(self.copy_bytes)
+        memory, driver = torch.ones(nbytes, dtype=torch.uint8), torch.cuda.cudart()
+        start_s = time.perf_counter()
+        failed = driver.cudaHostRegister(memory.data_ptr(), nbytes, 0)
+        seconds = time.perf_counter() - start_s
+        if not int(failed):
+            yield {"kind": "lock", "what": "cudaHostRegister", "bytes": nbytes, "seconds": seconds}
+            driver.cudaHostUnregister(memory.data_ptr())
 
     def _files(self) -> Iterator[Row]:
         """A file on the disk of temporary files, out of the page cache and from it."""
