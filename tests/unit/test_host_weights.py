@@ -21,7 +21,7 @@ from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
-from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers, tensors_ahead
+from i2v_lab.pipeline.ltx2.memory import block_reader, host_blocks, host_copies, host_weights, readers, tensors_ahead
 from i2v_lab.pipeline.ltx2.memory.host_copies import HostCopy, packed
 from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
@@ -143,7 +143,7 @@ def test_whatever_the_budget_it_is_kept_to_and_blocks_are_the_same(tiny, compone
     stream = _stream(tiny, HostWeights(PLENTY), component)
     sizes = [plan.nbytes for plan in stream._host._plans.values()]
     stream.close()
-    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2 * max(sizes))
+    monkeypatch.setattr(host_blocks, "AHEAD_BYTES", 2 * max(sizes))
     for share in (0, 0.3, 0.7, 1):
         for keep in (False, True):
             with HostWeights(int(share * sum(sizes)), keep=keep) as host:
@@ -224,7 +224,7 @@ def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_o
 @pytest.mark.parametrize("budget", [2000, PLENTY])
 def test_whole_components_are_read_ahead_too(tiny, own_checkpoint, monkeypatch, budget):
     monkeypatch.setattr(tensors_ahead, "GROUP_BYTES", 2**16)
-    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2**17)
+    monkeypatch.setattr(host_blocks, "AHEAD_BYTES", 2**17)
     for component in ("transformer", "text_encoder", "video_decoder", "vocoder", "spatial_upsampler"):
         states = [
             getattr(Ledger(tiny, CPU, Quantization.FP8_CAST, host_weights=HostWeights(most)), component)().state_dict()
@@ -356,7 +356,7 @@ def test_where_memory_cannot_be_locked_blocks_are_loaded(tiny, monkeypatch):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(block_reader, "PageLocked", refused)
-    monkeypatch.setattr(host_weights, "PageLocked", refused)
+    monkeypatch.setattr(host_blocks, "PageLocked", refused)
     with HostWeights(PLENTY, keep=True) as host:
         stream = _stream(tiny, host)
         _passes(stream, _expected(tiny))
@@ -399,3 +399,21 @@ def test_tensors_are_where_their_block_begins_wherever_that_is_in_its_memory():
         for found in (copy.unpacked(copy.buffer.data), dict(copy.tensors_on(CPU))):
             for name, value in values.items():
                 assert torch.equal(_bytes(found[name]), _bytes(value)), name
+
+
+def test_an_interrupt_between_the_decision_to_read_a_block_and_its_reading_leaves_nothing(tiny, monkeypatch):
+    """The next use would wait for a reading that nobody began."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with HostWeights(PLENTY, keep=True) as host:
+        with monkeypatch.context() as patch:
+            patch.setattr(block_reader.BlockReader, "read", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                _stream(tiny, host)
+        assert host.held_bytes == 0
+        stream = _stream(tiny, host)
+        _passes(stream, _expected(tiny))
+        stream.close()
+    assert host.held_bytes == 0
