@@ -196,29 +196,35 @@ def test_the_first_pass_holds_one_block_on_the_device_whatever_is_in_host_memory
             stream.close()
 
 
-def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_on_the_device(tiny, tmp_path):
+def test_float8_never_becomes_bfloat16_in_host_memory(tiny, tmp_path):
+    """From the file to the buffer as it is, or looked up; bfloat16 only on the device, for a module that has it."""
     tensors = load_file(tiny.checkpoint)
-    blocks = {key: value for key, value in tensors.items() if "transformer_blocks." in key and key.endswith(".weight")}
-    matrices = [key for key, value in blocks.items() if value.ndim == 2]
-    plain = {key: value.to(E4M3) if key in matrices else value for key, value in tensors.items()}
-    scales = {f"{key}_scale": torch.tensor(0.5) for key in matrices}
+    matrices = [k for k, v in tensors.items() if "transformer_blocks." in k and k.endswith(".weight") and v.ndim == 2]
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3)  # with both zeros, subnormal values and no numbers
+    biases = [k for k in tensors if "transformer_blocks." in k and k.endswith(".bias")]
+    plain = {k: v.to(E4M3) if k in matrices + biases else v for k, v in tensors.items()}
+    for key in matrices:
+        plain[key].view(-1)[: len(every)] = every[: plain[key].numel()]
+    scales = {f"{key}_scale": torch.tensor(0.37) for key in matrices}
+    rows = {f"{key}_scale": torch.rand(len(tensors[key]), 1) + 0.1 for key in matrices}
     metadata = {"config": json.dumps(tiny.architecture.config)}
-    for content, name in ((plain, "plain"), (plain | scales, "scaled")):
-        save_file(content, tmp_path / name, metadata=metadata)
-        weights = replace(tiny, checkpoint=str(tmp_path / name))
-        expected = _expected(weights, quantization=Quantization.BF16)
-        stream = _stream(weights, HostWeights(PLENTY), quantization=Quantization.BF16)
-        _passes(stream, expected)
-        copies = [stream._host.ready(block) for block in stream._order if "transformer_blocks." in block]
-        own = [one for copy in copies for one in copy.tensors if len(one.shape) == 2 and "norm" not in one.name]
-        assert {one.dtype for one in own if one.name.endswith("to_q.weight")} == {E4M3}
-        assert {one.scale is not None for one in own if one.name.endswith("to_q.weight")} == {name == "scaled"}
-        assert {expected[one.name].dtype for one in own} == {torch.bfloat16}
-        assert stream.pageable_bytes == 0
-        stream.close()
-        whole = Ledger(weights, CPU, Quantization.BF16, host_weights=HostWeights(PLENTY)).transformer().state_dict()
-        for key, value in expected.items():
-            assert torch.equal(_bytes(whole[f"velocity_model.{key}"]), _bytes(value))
+    for number, factors in enumerate(({}, scales, rows)):
+        save_file(plain | factors, tmp_path / f"{number}", metadata=metadata)
+        weights = replace(tiny, checkpoint=str(tmp_path / f"{number}"))
+        for quantization, target in ((Quantization.BF16, torch.bfloat16), (Quantization.FP8_CAST, E4M3)):
+            expected = _expected(weights, quantization=quantization)
+            stream = _stream(weights, HostWeights(PLENTY), quantization=quantization)
+            _passes(stream, expected, count=1)
+            copies = [stream._host.ready(block) for block in stream._order if "transformer_blocks." in block]
+            own = [one for copy in copies for one in copy.tensors if one.name.endswith("to_q.weight")]
+            assert {one.dtype for one in own} == {E4M3}
+            assert {expected[one.name].dtype for one in own} == {target}
+            assert {one.scale is None for one in own} == {not factors or target is E4M3}
+            assert stream.pageable_bytes == 0
+            stream.close()
+            whole = Ledger(weights, CPU, quantization, host_weights=HostWeights(PLENTY)).transformer().state_dict()
+            for key, value in expected.items():
+                assert torch.equal(_bytes(whole[f"velocity_model.{key}"]), _bytes(value))
 
 
 @pytest.mark.parametrize("budget", [2000, PLENTY])
