@@ -137,6 +137,36 @@ def test_generations_of_one_process_give_the_frames_of_a_cold_one_and_read_block
     assert host.held_bytes == 0
 
 
+def test_every_use_reports_the_host_memory_that_it_took_itself(tiny, reads):
+    """Also after one with a LoRA, with which it shares all other blocks, and where there is no room for all."""
+
+    def taken(host, component="transformer", **options):
+        stream = _stream(tiny, host, component, **options)
+        for name in stream._order:
+            stream._fetch(name)
+        stream.close()
+        return stream.page_locked_bytes, stream.pageable_bytes
+
+    with HostWeights(PLENTY, keep=True) as host:
+        cold, text, warm, lora, last = (
+            taken(host),
+            taken(host, "text_encoder"),
+            taken(host),
+            taken(host, with_lora=True),
+            taken(host),
+        )
+        assert len(reads) == len(set(reads)) > 0
+        most = host.held_bytes
+    assert cold[1] > 0  # bfloat16 was cast on its way
+    assert warm == last == (cold[0], 0)
+    assert lora[0] > cold[0]
+    assert most == lora[0] + text[0]
+    with HostWeights(cold[0] + text[0] // 2, keep=True) as small:  # the text encoder's blocks make room
+        assert taken(small, "text_encoder")[0] == text[0]
+        assert taken(small)[0] == cold[0]
+        assert taken(small, "text_encoder")[0] < text[0]
+
+
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "gemma_embeddings_processor", "video_decoder"])
 def test_whatever_the_budget_it_is_kept_to_and_blocks_are_the_same(tiny, component, monkeypatch):
     expected = _expected(tiny, component)
@@ -308,16 +338,17 @@ def test_a_file_cut_short_during_text_encoding_ends_the_generation_and_frees_eve
 
 
 @pytest.mark.parametrize("when", [PhaseStarted(Phase.ENCODE_IMAGE), StepEnded(Phase.DENOISE_STAGE_1, 1, 8)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_interrupted_generation_leaves_no_thread_and_no_memory_and_the_next_one_works(
-    own_checkpoint, request_64, when
+    own_checkpoint, request_64, when, error
 ):
     def interrupt(event):
         if event == when:
-            raise KeyboardInterrupt
+            raise error
 
-    for keep in (False, True):
+    for keep in (error is KeyboardInterrupt, False):
         with HostWeights(PLENTY, keep=keep) as host:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(error):
                 TwoStagePipeline(own_checkpoint, host_weights=host, sinks=[interrupt])(request_64)
             assert not _threads()
             assert keep or host.held_bytes == 0
@@ -423,3 +454,21 @@ def test_an_interrupt_between_the_decision_to_read_a_block_and_its_reading_leave
         _passes(stream, _expected(tiny))
         stream.close()
     assert host.held_bytes == 0
+
+
+def test_a_lack_of_host_memory_while_a_block_is_read_ends_the_generation_and_frees_everything(
+    tiny, request_64, monkeypatch
+):
+    def starved(*_):
+        raise MemoryError("cannot allocate memory")
+
+    host = HostWeights(PLENTY)
+    with monkeypatch.context() as patch:
+        patch.setattr(host_copies._Conversion, "__call__", starved)
+        with pytest.raises(MemoryError):
+            _frames(TwoStagePipeline(tiny, host_weights=host), request_64)
+    assert not _threads()
+    assert host.held_bytes == 0
+    stream = _stream(tiny, host)
+    _passes(stream, _expected(tiny), count=1)
+    stream.close()

@@ -28,7 +28,7 @@ class HostBlocks:
         kept: Whether they stay when they are no longer used.
         users: How many use them.
         repeated: Whether they are called many times.
-        page_locked_bytes: The most host memory that they took at once.
+        page_locked_bytes: The most host memory that they took at once, since they were last not in use.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HostBlocks:
 
     @property
     def pageable_bytes(self) -> int:
-        """The most pageable memory that the conversion of tensors took at once."""
+        """The most pageable memory that the conversion of tensors took at once, likewise."""
         return self._reader.pageable_bytes
 
     @property
@@ -70,6 +70,8 @@ class HostBlocks:
         """Decide how much is held for longer than a call; with the lock held."""
         self.repeated = self.repeated or repeated
         self._stopping = False
+        if self.users == 1:
+            self.page_locked_bytes, self._reader.pageable_bytes = self._held_bytes, 0
         sizes = [plan.nbytes for name, plan in self._plans.items() if name not in self._copies]
         room = self._room.free_bytes
         passing = 2 * max(sizes, default=0) if sum(sizes) > room and any(p.paths for p in self._plans.values()) else 0
