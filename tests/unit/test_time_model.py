@@ -10,6 +10,7 @@ import torch
 from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
+from i2v_lab.capacity.clock import on_clock
 from i2v_lab.capacity.device_profile import (
     DeviceProfile,
     Rate,
@@ -24,12 +25,13 @@ from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
 from i2v_lab.cli.app import app
+from i2v_lab.cli.fit import _predicted
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
 from i2v_lab.paths import user_devices_dir
-from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
+from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
-from i2v_lab.runs.store import RunWriter
+from i2v_lab.runs.store import RunWriter, read_run
 from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
 DEVICE = DeviceProfile(
@@ -308,6 +310,54 @@ def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
     assert len(cases) > 370
     assert len({json.dumps(case) for case in cases}) == len(cases)
     assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
+
+
+def test_events_of_a_forecast_are_at_predicted_seconds():
+    step = CostRecord("a", 1, (("view", "", 4, 0, 0),))  # 2 s
+    first = CostRecord("a", 1, (("view", "", 12, 0, 0),))
+    inner = CostRecord("b", 1, (("view", "", 2, 0, 0),))
+    moments = [TimelineRecord("a", time_s, 0, 0, 0, 0) for time_s in (0.5, 1.0, 1.05, 1.1, 1.5, 3.0)]
+    steps = [StepRecord("a", n, 2, 0, seconds) for n, seconds in ((1, 0.5), (2, 0.5))]
+    records = (*moments, first, step, *steps, PhaseRecord("a", None, 0, 1, 0, 1, 1, 0, 0.5, 1.0, True), inner)
+    nested = PhaseRecord("b", "c", 0, 1, 0, 1, 1, 0, 2.0, 1.0, True)
+    records += (nested, PhaseRecord("c", None, 0, 1, 0, 1, 1, 0, 2.0, 2.0, True))
+    clocked = on_clock(forecast(*records), DEVICE)
+    assert [(each.phase, each.start_s, each.seconds) for each in clocked.phases] == [
+        *(("a", 0, 8), ("b", 8, 1), ("c", 8, 1)),
+    ]
+    assert [each.seconds for each in clocked.records if isinstance(each, StepRecord)] == [6, 2]
+    times = [each.time_s for each in clocked.records if isinstance(each, TimelineRecord)]
+    assert times == pytest.approx([0, 6, 6.2, 6.4, 8, 8.5])
+    assert len(clocked.records) == len(records)
+
+
+def test_a_forecast_that_is_written_has_the_clock_of_its_card(tmp_path):
+    folder = tmp_path / "run"
+    result = CliRunner().invoke(app, ["forecast", *TINY, "--json", "--gpu", "L4", "--profile", str(folder)])
+    values, run = json.loads(result.stdout), read_run(folder)
+    assert run.metadata["clock"] == "L4"
+    starts = [each["predicted_start_seconds"] for each in values["phases"]]
+    assert [each.start_s for each in run.of(PhaseRecord)] == pytest.approx(starts)
+    assert [each.seconds for each in run.of(PhaseRecord)] == [each["predicted_seconds"] for each in values["phases"]]
+    times = [each.time_s for each in run.of(TimelineRecord)]
+    assert times == sorted(times)
+    assert 0 < times[-1] <= values["predicted_seconds"]
+    assert values["predicted_on"]["measured"] is False
+
+
+def test_where_seconds_are_printed_cards_that_were_not_measured_are_told_apart():
+    def said(gpu):
+        return " ".join(CliRunner().invoke(app, ["forecast", *TINY, "--gpu", gpu]).stdout.split())
+
+    printed = {gpu: said(gpu) for gpu in ("H200", "L4")}
+    assert "seconds on NVIDIA H200" in printed["H200"]
+    assert "seconds on L4 (not measured: from published rates)" in printed["L4"]
+    assert "not known" in printed["L4"]  # in the row of the T4
+    idle = forecast(CostRecord("a", 1, (("view", "", 10**6, 0, 0),)), phase())
+    assert "(not measured: from published rates)" in _predicted(idle, "L4")
+    assert "not measured" not in _predicted(idle, "NVIDIA H200")
+    assert "is not known" in _predicted(idle, "T4")
+    assert [_predicted(idle, size) for size in ("24GiB", "the budget of 8.00 GiB")] == ["", ""]
 
 
 def _recorded(folder, spec, card, result, **changes):
