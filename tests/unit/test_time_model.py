@@ -288,7 +288,8 @@ def test_the_device_that_is_here_is_measured_and_its_profile_used(tmp_path, monk
     profile = device_profile("cpu")
     assert (profile.name, profile.measured) == ("cpu", True)
     assert profile.load.keys() == {"read", "disk", "lock", "encoded_pixels"}
-    assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values(), *profile.once_s.values()))
+    assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values()))
+    assert all(value >= 0 for value in profile.once_s.values())
     measured = [json.loads(line) for line in (folder / "cpu.jsonl").read_text().splitlines()]
     product = next(row for row in measured if row["kind"] == "linear")
     assert profile.rate("matmul", "float32").seconds(2 * 256**3, 0) == pytest.approx(product["seconds"] + 4e-6)
