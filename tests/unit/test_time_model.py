@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
@@ -10,6 +11,7 @@ import torch
 from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
+from i2v_lab.capacity.cards import card_name, gpu_table
 from i2v_lab.capacity.clock import on_clock
 from i2v_lab.capacity.device_profile import (
     DeviceProfile,
@@ -27,7 +29,7 @@ from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predict
 from i2v_lab.cli.app import app
 from i2v_lab.cli.fit import _predicted
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
-from i2v_lab.paths import user_devices_dir
+from i2v_lab.paths import data_dir, user_devices_dir
 from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
@@ -170,6 +172,20 @@ def test_the_profile_that_a_user_measured_comes_first(tmp_path, monkeypatch):
     assert refused.value.fields["path"] == folder / "NVIDIA H200.json"
 
 
+def test_every_row_of_published_peaks_is_of_a_card_in_the_tables_and_names_its_source():
+    with (data_dir() / "devices" / "peaks.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        assert card_name(row["gpu"]) == row["gpu"]
+        assert "PCIe" in row["source"]
+        tensor, float32, memory, link = (
+            float(row[name]) for name in ("tensor_tflops", "float32_tflops", "memory_gb_s", "link_gb_s")
+        )
+        assert tensor > float32 > 5
+        assert memory > 5 * link > 50
+    assert {*gpu_table()["gpu"]} - {row["gpu"] for row in rows} == {"T4"}
+
+
 @pytest.mark.parametrize(
     "gpu", ["24GiB", "RTX 9999", "Tesla T4", "Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"]
 )
@@ -211,7 +227,7 @@ def test_forecasts_on_the_command_line_have_seconds_on_the_card_that_is_named():
     assert 0 < total <= on_l4["predicted_seconds"]
     fits = {each["gpu"]: each["predicted_seconds"] for each in on_h100["fits"]}
     assert fits["L4"] == pytest.approx(on_l4["predicted_seconds"])
-    assert fits["RTX 4050 Laptop 6GB"] is None
+    assert fits["T4"] is None
     assert on_h100["peak_bytes"] == on_l4["peak_bytes"]
 
 
