@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli.forecast_report import DEFAULT_GPU, seconds_on
+from i2v_lab.cli.forecast_report import DEFAULT_GPU, measured_on, seconds_on
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -227,6 +227,8 @@ def explained(resolution: Resolution, gpu: str = DEFAULT_GPU) -> list[str]:
         resolution: The placement.
         gpu: The card whose seconds are predicted; none are for one that is not known.
     """
+    from i2v_lab.capacity.device_profile import NOT_MEASURED
+
     forecast, room = resolution.forecast, resolution.allocatable_bytes
     placement = resolution.request.placed
     budget = (
@@ -252,7 +254,8 @@ def explained(resolution: Resolution, gpu: str = DEFAULT_GPU) -> list[str]:
     lines += [f"{phase.phase}: {format_bytes(phase.peak_bytes)}" for phase in forecast.phases]
     seconds = seconds_on(forecast, gpu)
     if seconds is not None:
-        lines.append(f"predicted on {gpu}: {format_seconds(seconds)}")
+        caveat = "" if measured_on(gpu) else f" ({NOT_MEASURED})"
+        lines.append(f"predicted on {gpu}: {format_seconds(seconds)}{caveat}")
         if resolution.streamed is not None:
             lines[-1] += f"; {format_seconds(seconds_on(resolution.streamed, gpu) or 0)} with no block kept"
     return lines
@@ -269,5 +272,6 @@ def explanation(resolution: Resolution, gpu: str = DEFAULT_GPU) -> dict[str, Any
         "placement": resolution.request.placed.to_json(),
         "components": [asdict(one) for one in resolution.components],
         "predicted_seconds": seconds_on(resolution.forecast, gpu),
+        "predicted_measured": measured_on(gpu),
         "reason": resolution.reason,
     }
