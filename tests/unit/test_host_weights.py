@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import mmap
 import os
 import shutil
 import threading
@@ -21,8 +22,12 @@ from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers, tensors_ahead
+from i2v_lab.pipeline.ltx2.memory.host_copies import HostCopy, packed
+from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.synthetic import SyntheticStateDictLoader
+from i2v_lab.pipeline.ltx2.weights import skeleton_weights
 from i2v_lab.request import I2VRequest, Quantization
 from i2v_lab.runs.execute import execute
 from i2v_lab.runs.spec import RunSpec
@@ -49,8 +54,7 @@ def own_checkpoint(tiny, tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Threads read ahead, in pieces so small that tensors of the tiny model are read in several."""
-    monkeypatch.setattr(host_weights, "READ_AHEAD", True)
+    """Threads read in pieces so small that tensors of the tiny model are read in several."""
     monkeypatch.setattr(host_copies, "PIECE_BYTES", 3000)
 
 
@@ -360,15 +364,38 @@ def test_where_memory_cannot_be_locked_blocks_are_loaded(tiny, monkeypatch):
         stream.close()
 
 
-def test_without_reading_ahead_blocks_are_loaded_once_and_kept_as_they_are_on_the_device(tiny, reads):
-    expected = _expected(tiny)
-    reads.clear()
-    with HostWeights(PLENTY, keep=True, read_ahead=False) as host:
+def test_blocks_of_no_file_are_loaded_once_and_kept_as_they_are_on_the_device(tiny, reads):
+    made: list[str] = []
+
+    class Noting(SyntheticStateDictLoader):
+        def tensor(self, path, key, device):
+            made.extend([key] if "transformer_blocks." in key and device.type != "meta" else [])
+            return super().tensor(path, key, device)
+
+    weights = replace(skeleton_weights(tiny.architecture), loader=Noting(tiny.architecture))
+    expected = _expected(weights)
+    made.clear()
+    with HostWeights(PLENTY, keep=True) as host:
         for _ in range(2):
-            stream = _stream(tiny, host)
+            stream = _stream(weights, host)
             _passes(stream, expected)
             stream.close()
-            assert len(reads) == len(set(reads)) > 0
+            assert len(made) == len(set(made)) > 0
         assert host.held_bytes > 0
     assert host.held_bytes == 0
     assert not _threads()
+
+
+def test_tensors_are_where_their_block_begins_wherever_that_is_in_its_memory():
+    """Page-aligned buffers begin within a wider one."""
+    values = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 4, 2).to(E4M3)}
+    layout, size = packed((name, one.dtype, one.shape, one.dtype, None) for name, one in values.items())
+    copy = HostCopy(PageLocked(size, CPU), layout)
+    assert copy.buffer.data.data_ptr() % mmap.PAGESIZE == 0
+    for first in (0, 4096):
+        copy.buffer.data = torch.zeros(size + 4096, dtype=torch.uint8)[first : first + size]
+        for one, value in zip(layout, values.values(), strict=True):
+            copy.buffer.data[one.offset : one.offset + value.nbytes] = _bytes(value)
+        for found in (copy.unpacked(copy.buffer.data), dict(copy.tensors_on(CPU))):
+            for name, value in values.items():
+                assert torch.equal(_bytes(found[name]), _bytes(value)), name

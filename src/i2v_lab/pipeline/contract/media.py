@@ -213,6 +213,7 @@ def _encode(
     with av.open(str(part.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         video: Any = container.add_stream("libx264", rate=frame_rate, options=H264_OPTIONS)
         video.pix_fmt = "yuv420p"
+        video.codec_context.thread_type = "FRAME"  # PyAV's default, slices of one frame, leaves most cores idle
         track: Any = container.add_stream("aac", rate=sound[1], layout="stereo") if sound else None
         for chunk in chunks:
             pixels = _pixels(chunk, shape)

@@ -45,16 +45,17 @@ class PageLocked:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._unlock: weakref.finalize[Any, Any] | None = None
-        if device.type != "cuda" or is_fake():
-            locked = device.type == "cuda"  # in a forecast, where it is said and not done
-            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
+        if is_fake():  # where memory is said to be locked and is not
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
             return
         pages = own_pages(nbytes)
+        self.data = pages[:nbytes]
+        if device.type != "cuda":
+            return
         pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
         self._unlock = weakref.finalize(self, _unregister, pages)
         self._unlock.atexit = False  # the driver does, and may be gone by then
-        self.data = pages[:nbytes]
 
     def release(self) -> None:
         """Unlock the pages. No copy from or to the buffer may be in flight."""

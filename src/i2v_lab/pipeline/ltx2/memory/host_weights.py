@@ -18,7 +18,6 @@ from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, packed
 from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked, host_budget_bytes
 from i2v_lab.torch_compat import is_fake
 
-READ_AHEAD = False  # from files; see docs/log/memory-policies.md for what a card has to show first
 AHEAD_BYTES = 2**30  # of blocks that are not kept, read ahead of their use
 
 
@@ -29,11 +28,9 @@ class HostWeights:
         budget_bytes: The most host memory that they may take; by default 0.8 of what is available when a component is
             built, and none for a model on a CPU.
         keep: Keep blocks until :meth:`close`; otherwise until their component is released.
-        read_ahead: Have threads read files ahead, by default as :data:`READ_AHEAD` says.
 
     Attributes:
         keep: As given.
-        reads_ahead: Whether threads read files ahead.
         budget_bytes: As given.
         changed: Notified when a thread ends the reading of a block; its lock is that of all components.
         held_bytes: What they take now.
@@ -44,9 +41,8 @@ class HostWeights:
         0
     """
 
-    def __init__(self, budget_bytes: int | None = None, *, keep: bool = False, read_ahead: bool | None = None) -> None:
+    def __init__(self, budget_bytes: int | None = None, *, keep: bool = False) -> None:
         self.keep = keep
-        self.reads_ahead = READ_AHEAD if read_ahead is None else read_ahead
         self.changed = threading.Condition(threading.RLock())
         self.budget_bytes = budget_bytes
         self._limit_bytes = budget_bytes or 0

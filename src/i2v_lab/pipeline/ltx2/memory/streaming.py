@@ -131,10 +131,9 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         loras = [lora.path for lora in self.loras] if fused else []
         files = tuple(self.reader.identity(path) for path in (*paths, *loras))
         plans: dict[str, BlockPlan] = {}
-        in_file = self.host_weights.reads_ahead and not fused
         if self.host_weights.limit_bytes(device) and not is_fake():
             plans = {
-                name: BlockPlan(self._planned(source, dtype, in_file=in_file) for source in tensors.get(name, ()))
+                name: BlockPlan(self._planned(source, dtype, in_file=not fused) for source in tensors.get(name, ()))
                 for name in names
             }
         key = (
@@ -173,8 +172,7 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         self, sources: Sequence[_Source], device: torch.device, dtype: torch.dtype | None, *, ahead: bool = False
     ) -> dict[str, torch.Tensor]:
         assert self.reader is not None
-        most = self.host_weights.budget_bytes if ahead else 0
-        host_weights = HostWeights(most, read_ahead=self.host_weights.reads_ahead)
+        host_weights = HostWeights(self.host_weights.budget_bytes if ahead else 0)
         own: dict[str, torch.Tensor] = {}
         wanted = [(path, key) for path, key, _ in sources]
         with closing(tensors_ahead(wanted, self.reader, host_weights, device)) as tensors:
