@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from i2v_lab.capacity.device_profile import (
     DeviceProfile,
     Rate,
+    derived_profile,
     device_profile,
+    has_profile,
     measured_profile,
     profile_from_json,
     profile_to_json,
@@ -21,6 +23,7 @@ from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
 from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest, RecordError
+from i2v_lab.paths import user_devices_dir
 from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
@@ -37,7 +40,11 @@ DEVICE = DeviceProfile(
         "flash attention 64": Rate(0.0, 1.0, None),
         "flash attention 256": Rate(0.0, 5.0, None),
     },
-    copies={"copy to device, page-locked": Rate(0.0, None, 10.0), "copy to host, pageable": Rate(0.5, None, 10.0)},
+    copies={
+        "copy to device, page-locked": Rate(0.0, None, 10.0),
+        "copy to host, page-locked": Rate(0.0, None, 10.0),
+        "copy to host, pageable": Rate(0.5, None, 10.0),
+    },
     host_s={"matmul": 2.0, "view": 0.5, "weight": 0.25, "module": 1.0, "build": 8.0, "operator": 1.0},
     once_s={"first convolution": 3.0, "other": 4.0},
 )
@@ -57,6 +64,10 @@ def seconds(*rows, repeats=1):
 
 SEGMENTS = {
     "the device": ([("matmul", "bfloat16", 2, 100, 9)], 2 * (1 + 10)),
+    "copies to the host behind kernels": (
+        [("copy to host, page-locked", "", 1, 0, 300), ("matmul", "bfloat16", 1, 100, 0)],
+        30 + 11,
+    ),
     "the host": ([("pointwise", "bfloat16", 4, 0, 10), ("view", "", 2, 0, 0)], 4 + 1),
     "another dtype": ([("matmul", "float32", 1, 100, 0)], 100),
     "a kind that is not known": ([("efficient attention 384 masked", "float32", 1, 50, 0)], 10),
@@ -122,10 +133,41 @@ def test_a_card_that_was_not_measured_has_the_measured_efficiencies_of_its_publi
     assert flash == cudnn  # torch prefers flash attention there
     assert other.copy_seconds(2**30, page_locked=True) > base.copy_seconds(2**30, page_locked=True)
     assert other.copy_seconds(2**30, page_locked=False) == base.copy_seconds(2**30, page_locked=False)
-    assert other.source.endswith("not measured")
+    assert (base.measured, base.caveat) == (True, "")
+    assert (other.measured, other.caveat) == (False, "not measured: from published rates")
 
 
-@pytest.mark.parametrize("gpu", ["24GiB", "RTX 9999", "P100 16GB"])
+def test_a_card_that_was_measured_is_close_to_what_the_rates_of_another_say_of_it():
+    measured, derived = device_profile("H200"), derived_profile("H200")
+    assert (measured.measured, derived.measured) == (True, False)
+    assert measured.operators.keys() == derived.operators.keys()
+    for kind in ("matmul", "cudnn attention 128", "convolution 3d", "pointwise", "strided pointwise", "layer norm"):
+        of = [profile.rate(kind, "bfloat16").seconds(10**12, 10**8) for profile in (measured, derived)]
+        assert of[0] == pytest.approx(of[1], rel=0.15), kind
+
+
+def test_the_profile_that_a_user_measured_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = user_devices_dir()
+    assert folder.is_relative_to(tmp_path)
+    assert not has_profile("A card of tomorrow")
+    folder.mkdir(parents=True)
+    for name in ("NVIDIA H200", "NVIDIA GeForce RTX 4090", "A card of tomorrow"):
+        profile = dataclasses.replace(DEVICE, name=name)
+        (folder / f"{name}.json").write_text(json.dumps(profile_to_json(profile)))
+    for gpu in ("H200", "rtx 4090", "A card of tomorrow"):
+        assert has_profile(gpu)
+        assert device_profile(gpu).host_s == DEVICE.host_s
+    assert device_profile("H100 80GB") == measured_profile()
+    (folder / "NVIDIA H200.json").write_text("{")
+    with pytest.raises(RecordError) as refused:
+        device_profile("H200")
+    assert refused.value.fields["path"] == folder / "NVIDIA H200.json"
+
+
+@pytest.mark.parametrize(
+    "gpu", ["24GiB", "RTX 9999", "Tesla T4", "Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"]
+)
 def test_a_card_without_published_peaks_is_refused(gpu):
     with pytest.raises(InvalidRequest) as refused:
         device_profile(gpu)
@@ -156,16 +198,16 @@ def test_forecasts_on_the_command_line_have_seconds_on_the_card_that_is_named():
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
-    on_h100, on_t4 = values(), values("--gpu", "Tesla T4")
+    on_h100, on_l4 = values(), values("--gpu", "NVIDIA L4")
     assert on_h100["predicted_on"]["gpu"] == "NVIDIA H100 80GB HBM3"
-    assert on_t4["predicted_on"]["gpu"] == "T4"
+    assert on_l4["predicted_on"]["gpu"] == "L4"
     total = sum(each["predicted_seconds"] for each in on_h100["phases"])
     assert on_h100["predicted_seconds"] == pytest.approx(total)
-    assert 0 < total <= on_t4["predicted_seconds"]
+    assert 0 < total <= on_l4["predicted_seconds"]
     fits = {each["gpu"]: each["predicted_seconds"] for each in on_h100["fits"]}
-    assert fits["T4"] == pytest.approx(on_t4["predicted_seconds"])
+    assert fits["L4"] == pytest.approx(on_l4["predicted_seconds"])
     assert fits["RTX 4050 Laptop 6GB"] is None
-    assert on_h100["peak_bytes"] == on_t4["peak_bytes"]
+    assert on_h100["peak_bytes"] == on_l4["peak_bytes"]
 
 
 def test_a_card_that_is_not_known_is_refused_before_anything_runs():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from i2v_lab.capacity.calibration import least_absolute
-from i2v_lab.capacity.device_profile import DeviceProfile, Rate, profile_to_json
+from i2v_lab.capacity.device_profile import DeviceProfile, Rate, measured_profile, profile_to_json
 from i2v_lab.capacity.rate_cases import case
 from i2v_lab.capacity.time_model import HOST_KINDS
 from i2v_lab.errors import ForecastError, RecordError
@@ -42,9 +42,15 @@ COPIES = {
     "copy to host, pageable": "to host, new",
     "copy to host, page-locked": "to host, page-locked",
 }
-# Not of the micro-benchmarks: chosen so that what three runs on an H100 take besides kernels and launches comes out.
-HOST_CHOSEN = {"segment": 3e-4, "module": 6e-5, "weight": 8e-5, "host": 4e-6, "build": 0.15}
-ONCE_CHOSEN = {"first kernel": 12e-3, "first configuration of cudnn attention": 0.25, "other": 3e-3}
+# Not of the micro-benchmarks: what recorded runs take besides kernels and launches (docs/log/time-model.md).
+HOST_CHOSEN = {"segment": 3e-4, "module": 2e-5, "weight": 5e-5, "host": 4e-6, "build": 0.05}
+ONCE_CHOSEN = {
+    "first use of cuBLAS": 0.13,
+    "first use of cuDNN": 0.2,
+    "first kernel": 25e-3,
+    "first configuration of cudnn attention": 0.25,
+    "other": 3e-3,
+}
 CHOSEN = {
     "lookup": Rate(4e-6, None, 1.5e12),
     "matmul float64": Rate(4e-6, 40e12, 2.7e12),
@@ -86,7 +92,7 @@ def calibrate_time(measurements: Path | None = None, out: Path | None = None) ->
             operators["group norm 64"] = Rate(slow.latency_s, None, (slow.bytes_per_s or 0) * 2)
         profile = DeviceProfile(
             name=card["name"],
-            source=f"measured on an {card['name']}, torch {card['torch']}, cuDNN {card['cudnn']}",
+            source=f"measured on an {card['name']}{_hosts(rows)}, torch {card['torch']}, cuDNN {card['cudnn']}",
             operators=operators,
             copies={kind: _copy_rate(rows, what) for kind, what in COPIES.items()},
             host_s={kind: _launch(rows, what) for kind, what in LAUNCHES.items()} | HOST_CHOSEN,
@@ -99,9 +105,7 @@ def calibrate_time(measurements: Path | None = None, out: Path | None = None) ->
             load={
                 "read": _file(rows, "read warm"),
                 "disk": _file(rows, "read cold"),
-                "encoded_pixels": _median(
-                    row["width"] * row["height"] * row["frames"] / row["seconds"] for row in _of(rows, "encode")
-                ),
+                "encoded_pixels": _encoded(rows),
             },
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration, RecursionError) as error:
@@ -182,8 +186,11 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _copy_rate(rows: Iterable[Mapping[str, Any]], what: str) -> Rate:
-    copies = sorted(_of(rows, "copy", what), key=lambda row: row["bytes"])
-    return Rate(copies[0]["seconds"], None, round(copies[-1]["bytes"] / copies[-1]["seconds"]))
+    """By the smallest and the largest copies; the median where they were measured on several hosts."""
+    copies = _of(rows, "copy", what)
+    small, large = (pick(row["bytes"] for row in copies) for pick in (min, max))
+    latency_s = _median(row["seconds"] for row in copies if row["bytes"] == small)
+    return Rate(latency_s, None, round(large / _median(row["seconds"] for row in copies if row["bytes"] == large)))
 
 
 def _launch(rows: Iterable[Mapping[str, Any]], what: str) -> float:
@@ -196,3 +203,15 @@ def _first(rows: Iterable[Mapping[str, Any]], kind: str) -> float:
 
 def _file(rows: Iterable[Mapping[str, Any]], what: str) -> float:
     return _median(row["bytes"] / row["seconds"] for row in _of(rows, "file", what))
+
+
+def _encoded(rows: Iterable[Mapping[str, Any]]) -> float:
+    videos = _of(rows, "encode")
+    if not videos:  # of the host alone
+        return measured_profile().load["encoded_pixels"]
+    return _median(row["width"] * row["height"] * row["frames"] / row["seconds"] for row in videos)
+
+
+def _hosts(rows: Iterable[Mapping[str, Any]]) -> str:
+    count = len(_of(rows, "device"))
+    return f" on {count} hosts" if count > 1 else ""

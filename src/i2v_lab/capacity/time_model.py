@@ -1,8 +1,9 @@
 """Seconds of a forecast on a card: what its operators cost, by the rates of a device profile.
 
 A phase is a row of segments: the build of a component, a step, the rest. The host launches ahead of the device: a
-segment lasts as long as the slower of the two, or as copies of page-locked memory, which overlap with both. Copies of
-pageable memory, and what a process does once, are on top.
+segment lasts as long as the slower of the two, or as copies of page-locked memory to the device, which overlap with
+both. Those to the host, such as of streamed blocks in the first pass, are queued behind kernels. Copies of pageable
+memory, and what a process does once, are on top.
 """
 
 from __future__ import annotations
@@ -44,8 +45,21 @@ class PhaseTime:
 
 
 @dataclass
-class _Segment:
+class Segment:
+    """Seconds of one segment by what does the work; each a sum over its operators.
+
+    Attributes:
+        device_s: Kernels.
+        queued_s: Copies of page-locked memory to the host, in the same stream.
+        host_s: Launches, and building modules.
+        overlapped_s: Copies of page-locked memory to the device.
+        serial_s: Copies of pageable memory.
+        once_s: What a process does once.
+        weight_bytes: Of the weights of components that it builds.
+    """
+
     device_s: float = 0.0
+    queued_s: float = 0.0
     host_s: float = 0.0
     overlapped_s: float = 0.0
     serial_s: float = 0.0
@@ -54,11 +68,23 @@ class _Segment:
 
     @property
     def seconds(self) -> float:
-        return max(self.device_s, self.host_s, self.overlapped_s) + self.serial_s + self.once_s
+        """From its beginning to its end."""
+        return max(self.device_s + self.queued_s, self.host_s, self.overlapped_s) + self.serial_s + self.once_s
+
+    @property
+    def copies_s(self) -> float:
+        """All copies between host and device."""
+        return self.queued_s + self.overlapped_s + self.serial_s
 
 
-def _segment(rows: Iterable[CostRow], device: DeviceProfile) -> _Segment:
-    total = _Segment()
+def segment(rows: Iterable[CostRow], device: DeviceProfile) -> Segment:
+    """What the operators of one segment take on a card.
+
+    Args:
+        rows: Of a :class:`~i2v_lab.profiling.records.CostRecord`.
+        device: The card's rates.
+    """
+    total = Segment()
     for kind, dtype, count, flops, nbytes in rows:
         if kind.startswith("first "):
             total.once_s += count * device.once_s.get(kind, device.once_s["other"])
@@ -72,10 +98,12 @@ def _segment(rows: Iterable[CostRow], device: DeviceProfile) -> _Segment:
         elif kind.startswith("copy "):
             seconds = count * device.copies[kind].seconds(0, nbytes)
             total.host_s += count * device.host_s["operator"]
-            if "page-locked" in kind:
-                total.overlapped_s += seconds
-            else:
+            if "pageable" in kind:
                 total.serial_s += seconds
+            elif "to host" in kind:
+                total.queued_s += seconds
+            else:
+                total.overlapped_s += seconds
         else:
             total.device_s += count * device.rate(kind, dtype).seconds(flops, nbytes)
             total.host_s += count * host_seconds(kind, device)
@@ -108,7 +136,7 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
         if isinstance(record, CostRecord):
             pending.append(record)
         elif isinstance(record, PhaseRecord):
-            own = [(each.repeats, _segment(each.rows, device)) for each in pending]
+            own = [(each.repeats, segment(each.rows, device)) for each in pending]
             inner = nested.pop(record.phase, [])
             weight_bytes = sum(n * s.weight_bytes for n, s in own)
             build_s = device.host_s["build"] if weight_bytes else 0.0
@@ -118,7 +146,7 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
                 build_s + sum(n * s.seconds for n, s in own) + sum(each.seconds for each in inner),
                 sum(n * s.device_s for n, s in own) + sum(each.device_s for each in inner),
                 build_s + sum(n * s.host_s for n, s in own) + sum(each.host_s for each in inner),
-                sum(n * (s.overlapped_s + s.serial_s) for n, s in own) + sum(each.copies_s for each in inner),
+                sum(n * s.copies_s for n, s in own) + sum(each.copies_s for each in inner),
                 sum(n * s.once_s for n, s in own) + sum(each.once_s for each in inner),
                 weight_bytes + sum(each.weight_bytes for each in inner),
             )

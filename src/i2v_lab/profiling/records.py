@@ -267,8 +267,8 @@ class CostRecord(HtmlFields):
     Kinds are ``matmul``, ``flash attention 128`` (by the width of the heads), ``convolution 3d``, ``pointwise``,
     ``copy to device, pageable`` and the like; ``view`` and ``empty`` cost the host alone; ``weight`` and ``module`` are
     those of components that were built; ``segment`` is one that the caching allocator gets from the driver; ``first
-    ...`` is what a process does once for a kernel or a shape. The records of a phase precede its :class:`PhaseRecord`,
-    without the phases nested in it.
+    ...`` is what a process does once for a library, a kernel or a shape. The records of a phase precede its
+    :class:`PhaseRecord`, without the phases nested in it.
 
     Attributes:
         phase: Its name.
