@@ -25,7 +25,7 @@ ERRORS = {"runs": 9, "median_error": 1e-4, "worst_error": 0.02, "share_under": 0
 
 
 @pytest.fixture(scope="module")
-def seen(_cache, tmp_path_factory) -> list[Observation]:
+def seen(tmp_path_factory) -> list[Observation]:
     specs = card_map.map_specs(REQUEST, SMALL_MODEL, ["64x64"], [9])
     return observe(specs, "forecast", tmp_path_factory.mktemp("runs"), progress=False)
 
@@ -80,7 +80,6 @@ def test_the_verdict_is_of_the_error_and_names_the_smallest_card_with_a_placemen
     assert (results["verdict"], results["pairs"], results["smallest_gpu_for_all"]) == ("confirmed", 0, None)
 
 
-@pytest.mark.usefixtures("_cache")
 def test_a_model_without_placements_has_what_its_reserved_memory_fits():
     model = "ltxv-tiny"
     request = make_request(model, image=DEFAULT_STILL, width=64, height=64, frames=9)

@@ -113,7 +113,7 @@ def rates_of(gpu: str) -> str:
     """Where the rates behind predicted seconds on a GPU are from: ``measured``, ``published``, or empty."""
     if not has_profile(gpu):
         return ""
-    return "published" if device_profile(gpu).source.endswith("not measured") else "measured"
+    return "measured" if device_profile(gpu).measured else "published"
 
 
 def _solved(base: dict[MemoryPolicy, Forecast], gpu: str, memory_bytes: int) -> Placed:
