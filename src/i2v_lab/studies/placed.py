@@ -20,6 +20,7 @@ from i2v_lab.runs.forecast import forecast_request, forecast_spec
 from i2v_lab.runs.spec import RunSpec
 
 NONE, RESIDENT, PARTIAL = "none", "resident", "partial"
+PUBLISHED, MEASURED = "published", "measured"  # rates
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
@@ -113,7 +114,7 @@ def rates_of(gpu: str) -> str:
     """Where the rates behind predicted seconds on a GPU are from: ``measured``, ``published``, or empty."""
     if not has_profile(gpu):
         return ""
-    return "measured" if device_profile(gpu).measured else "published"
+    return MEASURED if device_profile(gpu).measured else PUBLISHED
 
 
 def _solved(base: dict[MemoryPolicy, Forecast], gpu: str, memory_bytes: int) -> Placed:
