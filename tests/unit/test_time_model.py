@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
@@ -19,10 +20,11 @@ from i2v_lab.capacity.device_profile import (
     profile_from_json,
     profile_to_json,
 )
+from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
 from i2v_lab.cli.app import app
-from i2v_lab.errors import InvalidRequest, RecordError
+from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
 from i2v_lab.paths import user_devices_dir
 from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
 from i2v_lab.runs.forecast import forecast_spec
@@ -47,6 +49,7 @@ DEVICE = DeviceProfile(
     },
     host_s={"matmul": 2.0, "view": 0.5, "weight": 0.25, "module": 1.0, "build": 8.0, "operator": 1.0},
     once_s={"first convolution": 3.0, "other": 4.0},
+    load={"lock": 20.0},
 )
 
 
@@ -64,9 +67,9 @@ def seconds(*rows, repeats=1):
 
 SEGMENTS = {
     "the device": ([("matmul", "bfloat16", 2, 100, 9)], 2 * (1 + 10)),
-    "copies to the host behind kernels": (
+    "copies to the host, whose memory is locked, behind kernels": (
         [("copy to host, page-locked", "", 1, 0, 300), ("matmul", "bfloat16", 1, 100, 0)],
-        30 + 11,
+        30 + 11 + 15,
     ),
     "the host": ([("pointwise", "bfloat16", 4, 0, 10), ("view", "", 2, 0, 0)], 4 + 1),
     "another dtype": ([("matmul", "float32", 1, 100, 0)], 100),
@@ -236,6 +239,8 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
         *_rows("memory", adds, pointwise, dtype="bf16"),
         *({"kind": "launch", "what": what, "host_s": 1e-5} for what in launched),
         *({"kind": "copy", "what": what, "bytes": b, "seconds": 1e-5 + b / 1e9} for what in copied for b in (8, 10**9)),
+        *({"kind": "copy", "what": what, "bytes": 10**9, "seconds": 3.0} for what in copied),  # of another host
+        {"kind": "lock", "what": "cudaHostRegister", "bytes": 10, "seconds": 0.5},
         *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm", "cold")),
         {"kind": "encode", "width": 2, "height": 3, "frames": 4, "seconds": 12},
         {"kind": "convolution", "first_s": 3, "seconds": 1},
@@ -252,13 +257,57 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
     assert (fitted.flops_per_s, fitted.bytes_per_s) == pytest.approx((5e14, 2e12), rel=0.01)
     assert profile.operators["pointwise"].bytes_per_s == pytest.approx(3e12, rel=0.01)
     assert profile.once_s["first cudnn attention"] == 4
-    assert profile.load == {"read": 5, "disk": 5, "encoded_pixels": 2}
-    assert profile.copy_seconds(10**9, page_locked=False) == pytest.approx(1.0, rel=0.01)
+    assert profile.load == {"read": 5, "disk": 5, "lock": 20, "encoded_pixels": 2}
+    assert profile.copy_seconds(10**9, page_locked=False) == pytest.approx(2.0, rel=0.01)
+    assert profile.copy_seconds(10**9, page_locked=True) == pytest.approx(1.0, rel=0.01)
     for damaged in (rows[1:], [row for row in rows if row["kind"] != "launch"], [3]):
         source.write_text("".join(json.dumps(row) + "\n" for row in damaged))
         with pytest.raises(RecordError) as refused:
             list(calibrate_time(source, out))
         assert refused.value.fields["path"] == source
+
+
+def test_the_device_that_is_here_is_measured_and_its_profile_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    cases = [
+        {"kind": "linear", "dtype": "f32", "m": 256, "k": 256, "n": 256},
+        {"kind": "attention", "dtype": "f32", "kernel": "FLASH_ATTENTION", "b": 1, "h": 1, "l": 4, "s": 4, "e": 8},
+        {"kind": "convolution", "dtype": "bf16", "shape": [1, 2, 4, 4], "channels": 2, "kernel": [3, 3]}
+        | {"stride": 1, "padding": 1},
+        {"kind": "memory", "dtype": "f32", "what": "add", "elements": 512},
+        {"kind": "memory", "dtype": "c128", "what": "silu", "elements": 512},  # has no kernel
+    ]
+    small = RateMeasurement("cpu", cases, 60.0, 2**20, (2**10, 2**20), ((32, 32, 2),))
+    *lines, samples, written = calibrate_time(measurement=small)
+    folder = user_devices_dir()
+    assert (samples, written) == (f"wrote {folder / 'cpu.jsonl'}", f"wrote {folder / 'cpu.json'}")
+    assert {path.name for path in folder.iterdir()} == {"cpu.jsonl", "cpu.json"}
+    assert lines[0].startswith("measuring cpu:")
+    profile = device_profile("cpu")
+    assert (profile.name, profile.measured) == ("cpu", True)
+    assert profile.load.keys() == {"read", "disk", "lock", "encoded_pixels"}
+    assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values(), *profile.once_s.values()))
+    measured = [json.loads(line) for line in (folder / "cpu.jsonl").read_text().splitlines()]
+    product = next(row for row in measured if row["kind"] == "linear")
+    assert profile.rate("matmul", "float32").seconds(2 * 256**3, 0) == pytest.approx(product["seconds"] + 4e-6)
+    again = tmp_path / "again.json"
+    list(calibrate_time(folder / "cpu.jsonl", again))
+    assert again.read_text() == (folder / "cpu.json").read_text()
+
+
+def test_without_a_card_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    if not torch.cuda.is_available():
+        result = CliRunner().invoke(app, ["calibrate", "--time"])
+        assert isinstance(result.exception, DeviceUnavailable)
+        assert list(tmp_path.rglob("*")) == []
+
+
+def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
+    cases = rate_cases()
+    assert len(cases) > 370
+    assert len({json.dumps(case) for case in cases}) == len(cases)
+    assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
 
 
 def _recorded(folder, spec, card, result, **changes):

@@ -62,8 +62,8 @@ class DeviceProfile:
             make a ``module``, to take one ``weight``, to get a ``segment`` from the driver, and to begin and end a
             ``build`` of components.
         once_s: Seconds of what a process does once, by its kind; ``other`` for the kinds not named.
-        load: What the host does in a second: bytes ``read`` from a file in the page cache, or from a ``disk``, and
-            ``encoded_pixels`` of a video.
+        load: What the host does in a second: bytes ``read`` from a file in the page cache, or from a ``disk``, bytes
+            that the driver page-locks (``lock``), and ``encoded_pixels`` of a video.
         measured: Whether it was measured on such a card; otherwise it is from published peaks.
     """
 
@@ -203,6 +203,16 @@ def has_profile(gpu: str) -> bool:
     """
     name = _table_name(gpu)
     return name in _peaks() or name in _measured()
+
+
+def has_peaks(gpu: str) -> bool:
+    """Whether peaks of a card are published, by its name or spelling.
+
+    Example:
+        >>> has_peaks("RTX 4090"), has_peaks("Tesla T4")
+        (True, False)
+    """
+    return _table_name(gpu) in _peaks()
 
 
 def device_profile(gpu: str) -> DeviceProfile:

@@ -2,8 +2,8 @@
 
 A phase is a row of segments: the build of a component, a step, the rest. The host launches ahead of the device: a
 segment lasts as long as the slower of the two, or as copies of page-locked memory to the device, which overlap with
-both. Those to the host, such as of streamed blocks in the first pass, are queued behind kernels. Copies of pageable
-memory, and what a process does once, are on top.
+both. Those to the host, of streamed blocks in the first pass, are queued behind kernels, and the driver locks their
+memory, which no launch overlaps with. Copies of pageable memory, and what a process does once, are on top.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Segment:
         device_s: Kernels.
         queued_s: Copies of page-locked memory to the host, in the same stream.
         host_s: Launches, and building modules.
+        lock_s: Page-locking the memory that is copied to.
         overlapped_s: Copies of page-locked memory to the device.
         serial_s: Copies of pageable memory.
         once_s: What a process does once.
@@ -61,6 +62,7 @@ class Segment:
     device_s: float = 0.0
     queued_s: float = 0.0
     host_s: float = 0.0
+    lock_s: float = 0.0
     overlapped_s: float = 0.0
     serial_s: float = 0.0
     once_s: float = 0.0
@@ -69,7 +71,8 @@ class Segment:
     @property
     def seconds(self) -> float:
         """From its beginning to its end."""
-        return max(self.device_s + self.queued_s, self.host_s, self.overlapped_s) + self.serial_s + self.once_s
+        together = max(self.device_s + self.queued_s, self.host_s, self.overlapped_s)
+        return together + self.lock_s + self.serial_s + self.once_s
 
     @property
     def copies_s(self) -> float:
@@ -102,6 +105,7 @@ def segment(rows: Iterable[CostRow], device: DeviceProfile) -> Segment:
                 total.serial_s += seconds
             elif "to host" in kind:
                 total.queued_s += seconds
+                total.lock_s += count * nbytes / device.load["lock"]
             else:
                 total.overlapped_s += seconds
         else:

@@ -68,8 +68,9 @@ def fit(
     """
     from i2v_lab.capacity.cards import context_bytes, gpu_memory_bytes
     from i2v_lab.capacity.fit import FitSearch, Largest, lighter
-    from i2v_lab.capacity.placement import Fixed, allocatable_bytes
+    from i2v_lab.capacity.placement import allocatable_bytes
     from i2v_lab.capacity.placement import needed_bytes as placed_bytes
+    from i2v_lab.capacity.solver import Fixed
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.execute import FAILS_ON_A_CARD
@@ -183,7 +184,7 @@ def fit(
             "predicted_seconds": seconds_on(found.forecast, gpu) if found.request else None,
         }
         if resolution is not None:
-            answer["placement"] = placed.explanation(resolution, gpu)
+            answer["placement"] = placed.explanation(resolution)
         print_json(answer)
     elif found.request is None:
         peak = found.forecast.peak

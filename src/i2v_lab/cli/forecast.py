@@ -176,14 +176,16 @@ def forecast(
     if asked.solve and budget_bytes is not None:
         resolution = placed.solved(request, model, budget_bytes, asked)
         request = resolution.request
-    result = _forecast(request, model)
+    # What was computed has no modules and no timeline: they are forecast only where they are written.
+    computed = resolution is not None and bool(resolution.computed_from) and profile is None
+    result = resolution.forecast if resolution is not None and computed else _forecast(request, model)
     fits = verdicts(result, vram_cap_gib)
     if profile is not None:
         _write_run(profile, request, model, result)
     if as_json:
         values = {"model": model, "request": request.to_json(), **report(result, fits, gpu)}
         if resolution is not None:
-            values["placement"] = placed.explanation(resolution, gpu)
+            values["placement"] = placed.explanation(resolution)
         print_json(values)
     else:
         _print(request, model, result, fits, gpu)
