@@ -85,7 +85,7 @@ def test_a_model_without_placements_has_what_its_reserved_memory_fits():
     request = make_request(model, image=DEFAULT_STILL, width=64, height=64, frames=9)
     placed = best_placements(request, model, [(CARD, 2**30), ("no card", 2**20)])
     assert [each.placement for each in placed] == ["resident", "none"]
-    assert placed[0].needed_bytes == placed[1].needed_bytes > placed[0].peak_bytes + context_bytes() - 1
+    assert placed[0].needed_bytes == placed[1].needed_bytes >= placed[0].peak_bytes + context_bytes()
     assert placed[0].predicted_seconds > 0
     assert (placed[1].predicted_seconds, rates_of("no card")) == (None, "")
 

@@ -74,12 +74,18 @@ def _leak(last: float) -> pd.DataFrame:
 
 
 def _cards(last: float) -> pd.DataFrame:
-    placements = [("partial", 12, last), ("resident", 56, 4.0), ("none", 0, None), ("streamed", 0, None)]
+    known = "12 of 56 blocks resident"
+    placements = [
+        ("partial", known, last),
+        ("resident",) * 2 + (4.0,),
+        ("none",) * 2 + (None,),
+        ("lean",) * 2 + (None,),
+    ]
     rows = [
         {"gpu": f"card {i}", "memory_bytes": 32 * GIB, "width": 64 * (i + 1), "height": 64, "frames": 9}
-        | {"placement": placement, "resident_blocks": kept, "blocks": 56, "needed_bytes": 3 * GIB}
+        | {"placement": placement, "name": name, "needed_bytes": 3 * GIB}
         | {"predicted_seconds": seconds, "rates": "measured" if i else "published"}
-        for i, (placement, kept, seconds) in enumerate(placements)
+        for i, (placement, name, seconds) in enumerate(placements)
     ]
     return pd.DataFrame(rows).astype({"predicted_seconds": "Float64"})
 

@@ -13,14 +13,14 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import forecast_specs
 from i2v_lab.runs.sources import Observation, Source
 from i2v_lab.runs.spec import RunSpec
-from i2v_lab.studies.placed import NONE, RESIDENT, base_specs, best_placements, rates_of
+from i2v_lab.studies.placed import NONE, UNSTREAMED, base_specs, best_placements, rates_of
 from i2v_lab.studies.resolution import frames_specs, resolution_specs
 from i2v_lab.studies.verdicts import NO_DATA, conclude, no_data
 from i2v_lab.units import format_bytes, format_seconds
 
 COLUMNS = [
     *("gpu", "memory_bytes", "width", "height", "frames", "resident_needed_bytes", "resident_verdict"),
-    *("placement", "resident_blocks", "blocks", "peak_bytes", "peak_phase", "needed_bytes"),
+    *("placement", "name", "resident_blocks", "blocks", "peak_bytes", "peak_phase", "needed_bytes"),
     *("predicted_seconds", "rates"),
 ]
 
@@ -69,11 +69,13 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
                     "resident_needed_bytes": resident.peak_reserved_bytes + context,
                     "resident_verdict": judge(resident, gpu, memory_bytes).verdict,
                     **vars(placed),
+                    "name": placed.name,
                     "rates": rates_of(gpu),
                 }
             )
     order = {gpu: index for index, (gpu, _) in enumerate(budgets)}
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"predicted_seconds": "Float64"})
+    kinds = dict.fromkeys(["resident_blocks", "blocks", "peak_bytes"], "Int64") | {"predicted_seconds": "Float64"}
+    table = pd.DataFrame(rows, columns=COLUMNS).astype(kinds)
     return table.sort_values("gpu", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
@@ -84,8 +86,9 @@ def summary_by_card(table: pd.DataFrame) -> pd.DataFrame:
         table: Of :func:`card_table`.
 
     Returns:
-        ``gpu, memory_bytes, rates``; of ``requests``, ``resident`` as they are and ``placed`` with some placement; of
-        the largest that is placed ``largest``, such as ``2048x1536, 121 frames``, and its ``predicted_seconds``.
+        ``gpu, memory_bytes, rates``; of ``requests``, ``unstreamed`` without streaming weights and ``placed`` with any
+        placement; of the largest that is placed ``largest``, such as ``2048x1536, 121 frames``, and its
+        ``predicted_seconds``.
     """
     rows = []
     for gpu, part in table.groupby("gpu", sort=False):
@@ -96,14 +99,14 @@ def summary_by_card(table: pd.DataFrame) -> pd.DataFrame:
                 "gpu": gpu,
                 "memory_bytes": int(part["memory_bytes"].iloc[0]),
                 "rates": part["rates"].iloc[0],
-                "resident": int((part["placement"] == RESIDENT).sum()),
+                "unstreamed": int(part["placement"].isin(UNSTREAMED).sum()),
                 "placed": len(placed),
                 "requests": len(part),
                 "largest": "none" if largest is None else _named(largest),
                 "predicted_seconds": None if largest is None else largest["predicted_seconds"],
             }
         )
-    columns = ["gpu", "memory_bytes", "rates", "resident", "placed", "requests", "largest", "predicted_seconds"]
+    columns = ["gpu", "memory_bytes", "rates", "unstreamed", "placed", "requests", "largest", "predicted_seconds"]
     return pd.DataFrame(rows, columns=columns).astype({"predicted_seconds": "Float64"})
 
 
@@ -153,7 +156,7 @@ def _placed(table: pd.DataFrame) -> dict[str, Any]:
     every = runs.groupby(table["gpu"], sort=False).all()
     return {
         "pairs": len(table),
-        "pairs_resident": int((table["placement"] == RESIDENT).sum()),
+        "pairs_unstreamed": int(table["placement"].isin(UNSTREAMED).sum()),
         "pairs_placed": int(runs.sum()),
         "smallest_gpu_for_all": next((str(gpu) for gpu, whole in every.items() if whole), None),
     }
@@ -164,7 +167,7 @@ def _placed_words(table: pd.DataFrame, placed: dict[str, Any]) -> str:
         return ""
     words = (
         f"; of {placed['pairs']} pairs of a request and a GPU {placed['pairs_placed']} have a placement that fits, "
-        f"{placed['pairs_resident']} of them with everything resident"
+        f"{placed['pairs_unstreamed']} of them without streaming weights"
     )
     smallest = table[table["gpu"] == placed["smallest_gpu_for_all"]]
     if smallest.empty:
@@ -175,5 +178,5 @@ def _placed_words(table: pd.DataFrame, placed: dict[str, Any]) -> str:
     size = format_bytes(int(largest["memory_bytes"]))
     return (
         f"{words}. The smallest GPU with one for all is the {largest['gpu']} ({size}); {_named(largest)} there"
-        f" keeps {largest['resident_blocks']} of {largest['blocks']} transformer blocks resident{takes}"
+        f" runs with {largest['name']}{takes}"
     )

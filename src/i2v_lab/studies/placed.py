@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.device_profile import device_profile, has_profile
 from i2v_lab.capacity.fit import lighter
-from i2v_lab.capacity.placement import allocatable_bytes, needed_bytes
+from i2v_lab.capacity.placement import Budgets, Resolution, needed_bytes
 from i2v_lab.capacity.time_model import predicted_seconds
-from i2v_lab.errors import ForecastError
+from i2v_lab.errors import DeviceUnavailable, ForecastError
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
-from i2v_lab.profiling.records import Forecast, HostMemoryRecord
+from i2v_lab.placement import STREAMED_COMPONENTS
+from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import FAILS_ON_A_CARD
-from i2v_lab.runs.forecast import forecast_request, forecast_spec
+from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import RunSpec
 
-NONE, RESIDENT, PARTIAL = "none", "resident", "partial"
+NONE, RESIDENT, PARTIAL, WHOLE = "none", "resident", "partial", "nothing streamed"
+UNSTREAMED = (RESIDENT, "lean", WHOLE)
 PUBLISHED, MEASURED = "published", "measured"  # rates
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
@@ -29,20 +31,22 @@ class Placed:
     """A request on one GPU.
 
     Attributes:
-        placement: ``resident``, ``lean``, ``streamed``, or ``partial``: some of the transformer's blocks stay; of a
-            model without these, its memory settings; ``none`` where nothing fits.
-        resident_blocks: Blocks of the transformer that stay on the device.
-        blocks: How many there are; 0 for a model whose blocks are not placed.
-        peak_bytes: The most that is allocated; where nothing fits, of what takes the least.
+        placement: ``resident``, ``lean`` or ``streamed``; ``partial``: some of the weights are streamed; ``nothing
+            streamed``: some of the techniques of ``lean``; of a model without these, its memory settings; ``none``
+            where nothing fits.
+        resident_blocks: Blocks of the transformer that stay on the device; ``None`` where it is not streamed.
+        blocks: How many there are; likewise.
+        peak_bytes: The most that is allocated; ``None`` where nothing fits.
         peak_phase: In which phase.
-        needed_bytes: The smallest memory for that: with the CUDA context and margins.
+        needed_bytes: The smallest memory for that, with the CUDA context and margins; where nothing fits, of what needs
+            the least.
         predicted_seconds: Of the whole generation on that GPU; ``None`` where no rates of it are known or nothing fits.
     """
 
     placement: str
-    resident_blocks: int
-    blocks: int
-    peak_bytes: int
+    resident_blocks: int | None
+    blocks: int | None
+    peak_bytes: int | None
     peak_phase: str
     needed_bytes: int
     predicted_seconds: float | None
@@ -52,6 +56,8 @@ class Placed:
         """The placement in a few words."""
         if self.placement != PARTIAL:
             return self.placement
+        if self.blocks is None:
+            return "all transformer blocks resident"
         return f"{self.resident_blocks} of {self.blocks} blocks resident"
 
 
@@ -65,8 +71,8 @@ def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
 def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str, int]]) -> list[Placed]:
     """The fastest placement of a request on each GPU.
 
-    For LTX-2 they are solved (:mod:`i2v_lab.capacity.placement`). For other models each GPU has the first of the memory
-    settings, in descending order of speed, whose reserved memory fits.
+    For LTX-2 they are solved (:class:`~i2v_lab.capacity.placement.Budgets`). For other models each GPU has the first of
+    the memory settings, in descending order of speed, whose reserved memory fits.
 
     Args:
         request: What to generate; its memory policy and placement are replaced.
@@ -74,8 +80,8 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
         budgets: GPUs, whose rates predict the seconds, and the bytes that the process may take on each.
     """
     if runner_of(load_architecture(model)).techniques:
-        base = {policy: forecast_spec(spec) for policy, spec in zip(POLICIES, base_specs(request, model), strict=True)}
-        return [_solved(base, *budget) for budget in budgets]
+        solved = Budgets(request, model)
+        return [_solved(solved.on(gpu).resolve(nbytes, explain=False), gpu) for gpu, nbytes in budgets]
     found: dict[int, Placed] = {}
     for name, forecast in _settings(request, model):
         for index, budget in enumerate(budgets):
@@ -93,7 +99,15 @@ def _as_it_is(name: str, forecast: Forecast, gpu: str, memory_bytes: int) -> Pla
     need_bytes, peak = forecast.peak_reserved_bytes + forecast.context_bytes, forecast.peak
     fits = need_bytes <= memory_bytes
     seconds = seconds_on(forecast, gpu) if fits else None
-    return Placed(name if fits else NONE, 0, 0, peak.peak_bytes, peak.phase, need_bytes, seconds)
+    return Placed(
+        name if fits else NONE,
+        None,
+        None,
+        peak.peak_bytes if fits else None,
+        peak.phase if fits else "",
+        need_bytes,
+        seconds,
+    )
 
 
 def _settings(request: I2VRequest, model: str) -> Iterator[tuple[str, Forecast]]:
@@ -103,6 +117,23 @@ def _settings(request: I2VRequest, model: str) -> Iterator[tuple[str, Forecast]]
         except ForecastError as error:  # memory settings that fail on a card
             if error.fields.get("cause") != FAILS_ON_A_CARD:
                 raise
+
+
+def _solved(found: Resolution | DeviceUnavailable, gpu: str) -> Placed:
+    if isinstance(found, DeviceUnavailable):
+        return Placed(NONE, None, None, None, "", int(found.fields["needed_bytes"]), None)
+    request, peak = found.request, found.forecast.peak
+    streams = request.placed.techniques & set(STREAMED_COMPONENTS)
+    kept = next((one for one in found.components if one.component == "transformer"), None)
+    return Placed(
+        str(request.placed.policy or (PARTIAL if streams else WHOLE)),
+        kept.resident_blocks if kept else None,
+        kept.blocks if kept else None,
+        peak.peak_bytes,
+        peak.phase,
+        needed_bytes(peak.peak_bytes, found.forecast.context_bytes),
+        found.seconds if has_profile(gpu) else None,
+    )
 
 
 def seconds_on(forecast: Forecast, gpu: str) -> float | None:
@@ -115,33 +146,3 @@ def rates_of(gpu: str) -> str:
     if not has_profile(gpu):
         return ""
     return MEASURED if device_profile(gpu).measured else PUBLISHED
-
-
-def _solved(base: dict[MemoryPolicy, Forecast], gpu: str, memory_bytes: int) -> Placed:
-    streamed, lean = base[MemoryPolicy.STREAMED], base[MemoryPolicy.LEAN]
-    sizes = next(
-        r.resident_bytes for r in streamed.records if isinstance(r, HostMemoryRecord) and r.component == "transformer"
-    )
-    room, blocks = allocatable_bytes(memory_bytes, streamed.context_bytes), len(sizes) - 1
-
-    def placed(name: str, count: int, peak: int, phase: str, seconds: float | None) -> Placed:
-        return Placed(name, count, blocks, peak, phase, needed_bytes(peak, streamed.context_bytes), seconds)
-
-    for policy in (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN):
-        peak = base[policy].peak
-        if peak.peak_bytes <= room:
-            return placed(policy.value, blocks, peak.peak_bytes, peak.phase, seconds_on(base[policy], gpu))
-    peak = streamed.peak
-    if peak.peak_bytes > room:
-        return placed(NONE, 0, peak.peak_bytes, peak.phase, None)
-    denoise = max(
-        phase.peak_bytes
-        for phase in streamed.phases
-        if phase.phase in ("denoise_stage_1", "upsample_latent", "denoise_stage_2")
-    )
-    count = sum(nbytes <= room - denoise for nbytes in sizes) - 1
-    share = sizes[count] / sizes[-1]
-    first, last = seconds_on(streamed, gpu), seconds_on(lean, gpu)
-    seconds = None if first is None or last is None else (1 - share) * first + share * last
-    name = PARTIAL if count else MemoryPolicy.STREAMED.value
-    return placed(name, count, max(peak.peak_bytes, denoise + sizes[count]), peak.phase, seconds)

@@ -84,10 +84,7 @@ def _time(row: dict[Any, Any]) -> str:
 def _kept(row: dict[Any, Any]) -> str:
     if row["placement"] == "none":
         return f"needs {format_bytes(int(row['needed_bytes']))}"
-    if row["placement"] != "partial":
-        return str(row["placement"])
-    whole = row["resident_blocks"] == row["blocks"]
-    return "all transformer blocks" if whole else f"{row['resident_blocks']} of {row['blocks']} blocks"
+    return str(row["name"]).removesuffix(" resident")
 
 
 def frontier_figure(table: pd.DataFrame) -> Figure:
