@@ -74,7 +74,7 @@ def fit(
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.execute import FAILS_ON_A_CARD
-    from i2v_lab.units import format_bytes
+    from i2v_lab.units import GIB, format_bytes
 
     if (gpu is None) == (vram_budget is None):
         raise InvalidRequest(
@@ -193,6 +193,9 @@ def fit(
             if instead and instead.request
             else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
         )
+        if instead and runner_of(architecture).techniques:
+            budget = f"{memory_bytes * 100 // GIB / 100:g}GiB"
+            remedy += f"; --vram-budget {budget} in place of --gpu solves for the fastest placement"
         say(
             f"nothing fits {gpu} ({format_bytes(memory_bytes)}): the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "
