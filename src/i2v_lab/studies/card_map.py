@@ -79,38 +79,20 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
     return table.sort_values("gpu", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
-def summary_by_card(table: pd.DataFrame) -> pd.DataFrame:
-    """How many of the requests run on each GPU.
+def largest_by_card(table: pd.DataFrame) -> pd.DataFrame:
+    """The largest of the requests on every GPU.
 
     Args:
         table: Of :func:`card_table`.
 
     Returns:
-        ``gpu, memory_bytes, rates``; of ``requests``, ``unstreamed`` without streaming weights and ``placed`` with any
-        placement; of the largest that is placed ``largest``, such as ``2048x1536, 121 frames``, and its
-        ``predicted_seconds``.
+        Its rows of the request with the most pixels of all frames.
     """
-    rows = []
-    for gpu, part in table.groupby("gpu", sort=False):
-        placed = part[part["placement"] != NONE].to_dict("records")
-        largest = max(placed, key=lambda row: row["width"] * row["height"] * row["frames"], default=None)
-        rows.append(
-            {
-                "gpu": gpu,
-                "memory_bytes": int(part["memory_bytes"].iloc[0]),
-                "rates": part["rates"].iloc[0],
-                "unstreamed": int(part["placement"].isin(UNSTREAMED).sum()),
-                "placed": len(placed),
-                "requests": len(part),
-                "largest": "none" if largest is None else _named(largest),
-                "predicted_seconds": None if largest is None else largest["predicted_seconds"],
-            }
-        )
-    columns = ["gpu", "memory_bytes", "rates", "unstreamed", "placed", "requests", "largest", "predicted_seconds"]
-    return pd.DataFrame(rows, columns=columns).astype({"predicted_seconds": "Float64"})
+    voxels = table["width"] * table["height"] * table["frames"]
+    return table[voxels == voxels.max()].drop_duplicates("gpu")
 
 
-def _named(row: dict[Any, Any]) -> str:
+def _named(row: pd.Series) -> str:
     return f"{row['width']}x{row['height']}, {row['frames']} frames"
 
 
@@ -165,18 +147,21 @@ def _placed(table: pd.DataFrame) -> dict[str, Any]:
 def _placed_words(table: pd.DataFrame, placed: dict[str, Any]) -> str:
     if table.empty:
         return ""
+    some = "" if placed["pairs_placed"] == placed["pairs"] else f"{placed['pairs_placed']} of "
     words = (
-        f"; of {placed['pairs']} pairs of a request and a GPU {placed['pairs_placed']} have a placement that fits, "
-        f"{placed['pairs_unstreamed']} of them without streaming weights"
+        f"; {some or 'all '}{placed['pairs']} pairs of a request and a GPU have a placement that fits, "
+        f"{placed['pairs_unstreamed']} without streaming weights"
     )
-    smallest = table[table["gpu"] == placed["smallest_gpu_for_all"]]
+    smallest = largest_by_card(table[table["gpu"] == placed["smallest_gpu_for_all"]])
     if smallest.empty:
         return words
-    largest = max(smallest.to_dict("records"), key=lambda row: row["width"] * row["height"] * row["frames"])
-    seconds, rates = largest["predicted_seconds"], largest["rates"]
-    takes = "" if pd.isna(seconds) else f", predicted to take {format_seconds(float(seconds))} by its {rates} rates"
-    size = format_bytes(int(largest["memory_bytes"]))
+    row = smallest.iloc[0]
+    takes = ""
+    if pd.notna(row["predicted_seconds"]):
+        takes = (
+            f", predicted to take {format_seconds(float(row['predicted_seconds']), rough=True)} by {row['rates']} rates"
+        )
     return (
-        f"{words}. The smallest GPU with one for all is the {largest['gpu']} ({size}); {_named(largest)} there"
-        f" runs with {largest['name']}{takes}"
+        f"{words}. The smallest GPU with one for all is the {row['gpu']} ({format_bytes(int(row['memory_bytes']))}): "
+        f"{_named(row)} with {row['name']}{takes}"
     )
