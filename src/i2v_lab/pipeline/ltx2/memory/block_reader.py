@@ -128,6 +128,8 @@ class BlockReader:
             jobs = plan.jobs(reading.buffer.data) if plan.paths else []
         except (RuntimeError, MemoryError):
             reading.refused = True
+        except BaseException as error:  # for who takes the block
+            reading.error = error
         with self._lock:
             reading.left += len(jobs)
             threads = self._threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 import weakref
 from typing import Any
 
@@ -23,6 +24,40 @@ def host_budget_bytes(device: torch.device) -> int:
     if is_fake():
         return sys.maxsize  # a forecast assumes a machine with enough host memory
     return int(HOST_SHARE * psutil.virtual_memory().available)
+
+
+class HostRoom:
+    """Host memory that several components share.
+
+    Attributes:
+        changed: Notified when a thread ends the reading of a block; its lock is that of all components.
+        limit_bytes: The most that they may take.
+        held_bytes: What they take now.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        self.limit_bytes = self.held_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left; below zero where the limit is lower than what is held."""
+        return self.limit_bytes - self.held_bytes
+
+    def reserve(self, nbytes: int) -> bool:
+        """Whether there is room for ``nbytes`` more, which are then taken; with the lock held, as what follows."""
+        if nbytes > self.free_bytes:
+            return False
+        self.held_bytes += nbytes
+        return True
+
+    def unreserve(self, nbytes: int) -> None:
+        """``nbytes`` are free again."""
+        self.held_bytes -= nbytes
+
+    def refused(self) -> None:
+        """The driver refuses to lock more memory."""
+        self.limit_bytes = 0
 
 
 class PageLocked:
@@ -53,8 +88,9 @@ class PageLocked:
         if device.type != "cuda":
             return
         pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
-        self._unlock = weakref.finalize(self, _unregister, pages)
+        with torch.cuda.device(device):  # a thread's is the first card, which would get a context for this
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
+        self._unlock = weakref.finalize(self, _unregister, pages, device)
         self._unlock.atexit = False  # the driver does, and may be gone by then
 
     def release(self) -> None:
@@ -64,8 +100,9 @@ class PageLocked:
             self._unlock = None
 
 
-def _unregister(pages: torch.Tensor) -> None:
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pages.data_ptr()))
+def _unregister(pages: torch.Tensor, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(pages.data_ptr()))
 
 
 def own_pages(nbytes: int) -> torch.Tensor:

@@ -22,8 +22,9 @@ from ltx_core.loader.primitives import LoraStateDictWithStrength
 
 from i2v_lab.pipeline.contract.scaled_fp8 import as_weight
 from i2v_lab.pipeline.ltx2.memory.blocks import BlockOrder
+from i2v_lab.pipeline.ltx2.memory.host_blocks import HostBlocks
 from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, PlannedTensor, planned
-from i2v_lab.pipeline.ltx2.memory.host_weights import HostBlocks, HostWeights
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
 from i2v_lab.pipeline.ltx2.memory.tensors_ahead import tensors_ahead
 from i2v_lab.torch_compat import is_fake
