@@ -131,7 +131,7 @@ def mixed_seconds(streamed: Base, whole: Base, phase: str, share: float, prefetc
     if key not in streamed.mixed:
         segments = streamed.segments.get(phase, [])
         if share:
-            segments = [_mixed(a, b, share) for a, b in zip(segments, whole.segments[phase], strict=True)]
+            segments = [_mixed(a, b, share) for a, b in zip(segments, whole.segments.get(phase, []), strict=True)]
         built = streamed.device.host_s["build"] if any(one.weight_bytes for one in segments) else 0.0
         seconds = (
             one.seconds if prefetch else replace(one, overlapped_s=0).seconds + one.overlapped_s for one in segments
@@ -153,7 +153,7 @@ def mixed_costs(streamed: Base, whole: Base, phase: str, share: float) -> list[t
     if not share:
         return streamed.costs.get(phase, [])
     result = []
-    for a, b in zip(streamed.costs[phase], whole.costs[phase], strict=True):
+    for a, b in zip(streamed.costs.get(phase, []), whole.costs.get(phase, []), strict=True):
         counts: dict[tuple[str, str, int, int], float] = {}
         for rows, weight in ((a, 1 - share), (b, share)):
             for kind, dtype, count, flops, nbytes in rows:
@@ -241,16 +241,16 @@ def _counts(group: Group, base: Base, fixed: Mapping[str, int], *, kept: bool) -
     options: list[dict[str, int]] = [{}]
     for component in group.components:
         sizes = base.resident_bytes.get(component, (0,))
-        most = _alike(sizes) if group is TEXT else len(sizes) - 2  # all of them is another base
+        most = _small(sizes) if group is TEXT else len(sizes) - 2  # all of them is another base
         numbers = [fixed[component]] if component in fixed else range(max(0, most if kept else 0) + 1)
         options = [{**counts, component: number} for counts in options for number in numbers]
     yield from options
 
 
-def _alike(sizes: Sequence[int]) -> int:
-    """How many of the first blocks are of one size: the layers, without the embedding and the large projections."""
+def _small(sizes: Sequence[int]) -> int:
+    """How many blocks come before the embedding and the large projections, whose running sets the peak."""
     steps = [after - before for before, after in pairwise(sizes)]
-    return next((index for index, step in enumerate(steps) if step != steps[0]), max(0, len(steps) - 1))
+    return next((index for index, step in enumerate(steps) if step > steps[0]), max(0, len(steps) - 1))
 
 
 def _part(

@@ -1,7 +1,8 @@
 """The fastest candidate within a budget, for any number of budgets of one request.
 
-The candidates of a budget are candidates of every larger one, so that predicted time never rises with the budget. It
-is counted in steps, and of equally fast placements the one that streams the least is taken. For that first reason a placement with smaller chunks or tiles, which only a small budget makes anyone try, keeps no block.
+The candidates of a budget are candidates of every larger one, so that predicted time never rises with the budget. It is
+counted in steps, and of equally fast placements the one that streams the least is taken. A placement with smaller
+chunks or tiles, which only a small budget makes anyone try, keeps no block: the rule would not hold otherwise.
 """
 
 from __future__ import annotations
@@ -240,11 +241,12 @@ class Solver:
 
     def solve(self, room_bytes: int) -> Candidate | None:
         """The fastest placement whose phases stay within ``room_bytes`` of allocated memory; ``None`` if none does."""
-        if self._rest_bytes > room_bytes:
+        text = self._within(TEXT, room_bytes)
+        if not text or self._rest_bytes > room_bytes:
             return None
-        text, denoising, autoencoder = (self._within(group, room_bytes) for group in GROUPS)
+        denoising, autoencoder = self._within(DENOISING, room_bytes), self._within(AUTOENCODER, room_bytes)
         best: tuple[tuple[float, ...], Part, Part] | None = None
-        for one in denoising if text else ():
+        for one in denoising:
             if best is not None and one.seconds > best[0][0]:
                 break
             for other in autoencoder:
