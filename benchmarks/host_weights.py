@@ -191,6 +191,7 @@ class Bench:
             torch.cuda.set_per_process_memory_fraction(1.0 if cap_bytes is None else cap_bytes / total)
             torch.cuda.reset_peak_memory_stats()
         seen: list[tuple[str, float]] = []
+        host_s = self._host_seconds()
         begin = time.perf_counter()
 
         def sink(event: Any) -> None:
@@ -214,11 +215,21 @@ class Bench:
         return {
             "seconds": time.perf_counter() - begin,
             "called_seconds": called,
+            "host_s": host_s,
             "held_bytes": self.host.held_bytes,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
             "cap_bytes": cap_bytes,
             "events": seen,
         }
+
+    def _host_seconds(self) -> float:
+        """Of 20,000 small operations: steps of stage 1 are bound by them, and hosts differ from minute to minute."""
+        small = torch.zeros(8, device=self.device)
+        begin = time.perf_counter()
+        for _ in range(20_000):
+            small.add_(1)
+        small.cpu()
+        return time.perf_counter() - begin
 
     def _pipeline(self, way: str, sink: Any) -> Any:
         from ltx_core.loader import SafetensorsModelStateDictLoader

@@ -209,12 +209,22 @@ class Budgets:
     ) -> None:
         self.gpu = gpu if has_profile(gpu) else REFERENCE
         self._model, self._device, self._on_forecast, self._memory_bytes = model, device, on_forecast, 0
+        self._forecasts: dict[I2VRequest, Forecast] = {}
         self._solver = Solver(
             request, self._forecast, device_profile(self.gpu), fixed or Fixed(), cuda=device == "cuda"
         )
 
+    def on(self, gpu: str) -> Budgets:
+        """The same request with the seconds of another card, which shares the forecasts."""
+        fixed = self._solver.fixed
+        other = Budgets(self._solver.asked, self._model, self._device, self._on_forecast, fixed, gpu)
+        other._forecasts = self._forecasts
+        return other
+
     def _forecast(self, request: I2VRequest) -> Forecast:
-        forecast = forecast_request(request, self._model, self._device)
+        if request not in self._forecasts:
+            self._forecasts[request] = forecast_request(request, self._model, self._device)
+        forecast = self._forecasts[request]
         fits = needed_bytes(forecast.peak.peak_bytes, forecast.context_bytes, self._device) <= self._memory_bytes
         self._on_forecast(request, forecast, FITS if fits else NO)
         return forecast
