@@ -25,7 +25,7 @@ def out_of_memory_in_a_line(spec: RunSpec, records: Sequence[Record], act: Calla
         act: Carries it out.
 
     Raises:
-        VramCapExceeded: Whatever was raised because of it.
+        VramCapExceeded: Likewise on a CPU; its field ``phase`` is filled in.
         OutOfDeviceMemory: Torch raised its error. Fields: ``phase``, ``cap_bytes``, ``asked_bytes`` and
             ``alive_bytes``, each ``None`` where it is not known, and ``reason``, the first line of torch's message.
     """
@@ -36,13 +36,16 @@ def out_of_memory_in_a_line(spec: RunSpec, records: Sequence[Record], act: Calla
         return act()
     except Exception as error:
         found = _root(error, (torch.OutOfMemoryError, VramCapExceeded))
-        if found is None or (found is error and isinstance(found, VramCapExceeded)):
+        if found is None:
             raise
         reason = next(iter(str(found).splitlines()), "")
-        exceeded = (found.message, found.fields) if isinstance(found, VramCapExceeded) else None
+        exceeded = dict(found.fields) if isinstance(found, VramCapExceeded) else None
         traceback.clear_frames(error.__traceback__)
     if exceeded is not None:
-        raise VramCapExceeded(exceeded[0], **exceeded[1])
+        phase = _phase(records)
+        if phase and not exceeded.get("phase"):
+            reason, exceeded["phase"] = f"{phase}: {reason}", phase
+        raise VramCapExceeded(reason, **exceeded)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -58,6 +61,10 @@ def _root(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseE
         seen.append(error)
         error = error.__cause__ or error.__context__ or error
     return None
+
+
+def _phase(records: Sequence[Record]) -> str:
+    return next((record.phase for record in records if isinstance(record, OutOfMemoryRecord)), "")
 
 
 def _error(spec: RunSpec, records: Sequence[Record], reason: str) -> OutOfDeviceMemory:
