@@ -473,3 +473,16 @@ def test_a_lack_of_host_memory_while_a_block_is_read_ends_the_generation_and_fre
     stream = _stream(tiny, host)
     _passes(stream, _expected(tiny), count=1)
     stream.close()
+
+
+def test_a_header_damaged_after_verification_is_an_error_with_its_path(tmp_path):
+    path = tmp_path / "damaged.safetensors"
+    valid = {"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}
+    wrong = ([], {"a": 1}, {"a": {}}, {"a": valid["a"] | {"dtype": "?"}}, {"a": valid["a"] | {"data_offsets": []}})
+    texts = [b"{", b"\xff" * 8, *(json.dumps(header).encode() for header in wrong)]
+    for content in [b"", b"1234567", (2**60).to_bytes(8, "little"), *(len(t).to_bytes(8, "little") + t for t in texts)]:
+        path.write_bytes(content + bytes(16))
+        with pytest.raises(CheckpointError) as caught:
+            readers.SafetensorsReader().keys(str(path))
+        assert caught.value.fields["path"] == str(path)
+        assert "\n" not in str(caught.value)
