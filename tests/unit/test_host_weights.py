@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i2v_lab.errors import CheckpointError
+from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -487,3 +487,23 @@ def test_a_header_damaged_after_verification_is_an_error_with_its_path(tmp_path)
             readers.SafetensorsReader().keys(str(path))
         assert caught.value.fields["path"] == str(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [-1, True, 1.5, "8GiB"])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
+    with pytest.raises(InvalidRequest) as caught:
+        HostWeights(budget)
+    assert caught.value.fields == {"budget_bytes": budget}
+
+
+def test_what_is_used_after_it_was_closed_keeps_nothing(tiny):
+    host = HostWeights(PLENTY, keep=True)
+    for _ in range(2):
+        stream = _stream(tiny, host)
+        _passes(stream, _expected(tiny), count=1)
+        assert host.held_bytes > 0
+        host.close()
+        assert host.held_bytes == 0
+        _passes(stream, _expected(tiny), count=1)  # which is still in use
+        stream.close()
+        assert host.held_bytes == 0
