@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.contract.lifecycle import rare_collections
 from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.memory import block_reader, host_blocks, host_copies, host_weights, readers, tensors_ahead
@@ -507,3 +509,23 @@ def test_what_is_used_after_it_was_closed_keeps_nothing(tiny):
         _passes(stream, _expected(tiny), count=1)  # which is still in use
         stream.close()
         assert host.held_bytes == 0
+
+
+@pytest.mark.parametrize("own", [(700, 10, 10), (0, 10, 10), (60_000, 5, 5)])
+def test_a_generation_is_not_interrupted_by_collections_of_all_objects(tiny, request_64, own):
+    seen = []
+
+    def interrupt(event):
+        seen.append(gc.get_threshold())
+        if isinstance(event, PhaseStarted) and event.phase is Phase.ENCODE_IMAGE:
+            raise KeyboardInterrupt
+
+    before = gc.get_threshold()
+    gc.set_threshold(*own)
+    try:
+        with rare_collections(), pytest.raises(KeyboardInterrupt):  # as another thread's generation
+            TwoStagePipeline(tiny, sinks=[interrupt])(request_64)
+        assert gc.get_threshold() == own
+    finally:
+        gc.set_threshold(*before)
+    assert set(seen) == {(own[0] and max(own[0], 50_000), *own[1:])}
