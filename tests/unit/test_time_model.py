@@ -25,12 +25,18 @@ from i2v_lab.capacity.device_profile import (
 )
 from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
-from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
+from i2v_lab.capacity.time_model import (
+    overlapped_seconds,
+    phase_times,
+    predicted_seconds,
+    seconds_from_files,
+    video_seconds,
+)
 from i2v_lab.cli.app import app
 from i2v_lab.cli.fit import _predicted
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
 from i2v_lab.paths import data_dir, user_devices_dir
-from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord, StepRecord, TimelineRecord
+from i2v_lab.profiling.records import CostRecord, Forecast, HostMemoryRecord, PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import RunWriter, read_run
@@ -259,7 +265,7 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
         *({"kind": "copy", "what": what, "bytes": b, "seconds": 1e-5 + b / 1e9} for what in copied for b in (8, 10**9)),
         *({"kind": "copy", "what": what, "bytes": 10**9, "seconds": 3.0} for what in copied),  # of another host
         {"kind": "lock", "what": "cudaHostRegister", "bytes": 10, "seconds": 0.5},
-        *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm", "cold")),
+        *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm by threads", "cold")),
         {"kind": "encode", "width": 2, "height": 3, "frames": 4, "seconds": 12},
         {"kind": "convolution", "first_s": 3, "seconds": 1},
         {"kind": "attention", "kernel": "CUDNN_ATTENTION", "first_s": 5, "seconds": 1},
@@ -327,6 +333,18 @@ def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
     assert len(cases) > 370
     assert len({json.dumps(case) for case in cases}) == len(cases)
     assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
+
+
+def test_reading_weights_from_files_overlaps_with_the_phase_that_needs_them():
+    device = dataclasses.replace(DEVICE, load={"read": 100.0, "disk": 10.0, "lock": 20.0})
+    built = CostRecord("a", 1, (("weight", "bfloat16", 4, 0, 25), ("view", "", 2, 0, 0)))  # 100 bytes, 1 + 1 + 8 s
+    streamed = HostMemoryRecord("b", "transformer", 0, 0, (0, 40, 300))
+    compute = CostRecord("b", 1, (("view", "", 20, 0, 0), ("weight", "bfloat16", 1, 0, 50)))  # 10.25 + 8 s
+    records = forecast(built, phase("a"), compute, streamed, phase("b"), phase("c"))
+    times = phase_times(records, device)
+    assert [each.read_bytes for each in times] == [100, 300, 0]
+    assert [each.seconds for each in times] == [10, 18.25, 0]
+    assert seconds_from_files(records, device) == {"page cache": 10 + 18.25, "disk": 10 + 30}
 
 
 def test_events_of_a_forecast_are_at_predicted_seconds():

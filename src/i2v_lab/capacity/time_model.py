@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from i2v_lab.capacity.device_profile import DeviceProfile, device_profile, has_profile
-from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, PhaseRecord
+from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, HostMemoryRecord, PhaseRecord
 from i2v_lab.units import format_seconds
 
 HOST_KINDS = ("view", "empty", "module", "segment")  # cost the host alone
@@ -33,6 +33,7 @@ class PhaseTime:
         copies_s: Copies between host and device, overlapped or not.
         once_s: What a process does once: loading kernels, choosing algorithms. Less in a second generation.
         weight_bytes: Of the weights of components that it built; reading them from a disk is in no other field.
+        read_bytes: Of the weights that it would read from files, streamed blocks included.
     """
 
     phase: str
@@ -43,6 +44,7 @@ class PhaseTime:
     copies_s: float
     once_s: float
     weight_bytes: int
+    read_bytes: int
 
 
 @dataclass
@@ -137,6 +139,10 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
     times: list[PhaseTime] = []
     pending: list[CostRecord] = []
     nested: dict[str, list[PhaseTime]] = {}
+    streamed: dict[str, int] = {}  # bytes of streamed components, by the phase that built them
+    for record in forecast.records:
+        if isinstance(record, HostMemoryRecord) and record.resident_bytes:
+            streamed[record.phase] = streamed.get(record.phase, 0) + record.resident_bytes[-1]
     for record in forecast.records:
         if isinstance(record, CostRecord):
             pending.append(record)
@@ -154,6 +160,7 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
                 sum(n * s.copies_s for n, s in own) + sum(each.copies_s for each in inner),
                 sum(n * s.once_s for n, s in own) + sum(each.once_s for each in inner),
                 weight_bytes + sum(each.weight_bytes for each in inner),
+                max(weight_bytes, streamed.pop(record.phase, 0)) + sum(each.read_bytes for each in inner),
             )
             pending = []
             times.append(time)
@@ -178,6 +185,21 @@ def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
         True
     """
     return sum(time.seconds for time in phase_times(forecast, device) if time.parent is None)
+
+
+def seconds_from_files(forecast: Forecast, device: DeviceProfile) -> dict[str, float]:
+    """Predicted seconds of all phases where weights are read from files: from the ``page cache``, and from a ``disk``.
+
+    Threads read ahead of what is computed, so that a phase lasts at least as long as reading its weights. Their files
+    are taken to have the bytes that they have on the device.
+
+    Args:
+        forecast: With the costs of its operators.
+        device: With the host's rates.
+    """
+    times = [time for time in phase_times(forecast, device) if time.parent is None]
+    rates = {"page cache": device.load["read"], "disk": device.load["disk"]}
+    return {place: sum(max(time.seconds, time.read_bytes / rate) for time in times) for place, rate in rates.items()}
 
 
 def time_in_words(forecast: Forecast, gpu: str) -> str:
