@@ -365,6 +365,8 @@ def test_forecast_as_text_names_the_peak_its_holders_and_the_cards():
     assert "Live at the peak, in " in text
     assert "RTX PRO 6000 Blackwell" in text
     assert "for the CUDA context" in text
+    assert "--vram-budget" not in text
+    assert "\nno: as it is; --vram-budget" in _run("forecast", *TINY, "--vram-cap-gib", "0.5")
 
 
 @pytest.mark.parametrize(

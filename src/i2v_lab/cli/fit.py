@@ -68,12 +68,13 @@ def fit(
     """
     from i2v_lab.capacity.cards import BUDGET, context_bytes, gpu_memory_bytes
     from i2v_lab.capacity.fit import FitSearch, Largest, lighter
-    from i2v_lab.capacity.placement import Fixed, allocatable_bytes
+    from i2v_lab.capacity.placement import allocatable_bytes
     from i2v_lab.capacity.placement import needed_bytes as placed_bytes
+    from i2v_lab.capacity.solver import Fixed
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.execute import FAILS_ON_A_CARD
-    from i2v_lab.units import format_bytes
+    from i2v_lab.units import GIB, format_bytes
 
     if (gpu is None) == (vram_budget is None):
         raise InvalidRequest(
@@ -184,7 +185,7 @@ def fit(
             "predicted_measured": measured_on(gpu),
         }
         if resolution is not None:
-            answer["placement"] = placed.explanation(resolution, gpu)
+            answer["placement"] = placed.explanation(resolution)
         print_json(answer)
     elif found.request is None:
         peak = found.forecast.peak
@@ -193,6 +194,9 @@ def fit(
             if instead and instead.request
             else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
         )
+        if instead and runner_of(architecture).techniques:
+            budget = f"{memory_bytes * 100 // GIB / 100:g}GiB"
+            remedy += f"; --vram-budget {budget} in place of --gpu solves for the fastest placement"
         say(
             f"nothing fits {gpu} ({format_bytes(memory_bytes)}): the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "

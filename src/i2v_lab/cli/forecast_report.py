@@ -125,7 +125,8 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     ]
     console.print(rich_table(phases, f"Phases, forecast; seconds on {device.name}{caveat}", bold=result.peak.phase))
     modules = run_tables.modules_table(run).head(8)
-    console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
+    if len(modules):
+        console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
     table = Table("card", "memory", "verdict", "predicted", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:

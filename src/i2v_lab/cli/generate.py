@@ -213,7 +213,7 @@ def generate(
     assert profiler is not None
     report = _report(request, model, out, profiler)
     if resolution is not None:
-        report["placement"] = placed.explanation(resolution, asked.gpu)
+        report["placement"] = placed.explanation(resolution)
     if as_json:
         print_json(report)
     else:

@@ -247,6 +247,8 @@ class HostMemoryRecord(HtmlFields):
         pageable_bytes: The largest block that was read from its file at once.
         resident_bytes: What it would take on the device if 0, 1, ... of its blocks stayed there; empty where not all of
             them are streamed.
+        peak_bytes: Maximum of the allocated bytes since the phase began, or since the component before it in the phase
+            was released, until this one was.
     """
 
     phase: str
@@ -254,6 +256,7 @@ class HostMemoryRecord(HtmlFields):
     page_locked_bytes: int
     pageable_bytes: int
     resident_bytes: tuple[int, ...]
+    peak_bytes: int
 
 
 CostRow = tuple[str, str, int, int, int]
