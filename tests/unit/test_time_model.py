@@ -12,7 +12,7 @@ from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
 from i2v_lab.capacity.cards import card_name, gpu_table
-from i2v_lab.capacity.clock import on_clock
+from i2v_lab.capacity.clock import on_clock, run_on_clock
 from i2v_lab.capacity.device_profile import (
     DeviceProfile,
     Rate,
@@ -39,7 +39,7 @@ from i2v_lab.paths import data_dir, user_devices_dir
 from i2v_lab.profiling.records import CostRecord, Forecast, HostMemoryRecord, PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
-from i2v_lab.runs.store import RunWriter, read_run
+from i2v_lab.runs.store import Run, RunWriter, read_run
 from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
 DEVICE = DeviceProfile(
@@ -364,6 +364,27 @@ def test_events_of_a_forecast_are_at_predicted_seconds():
     times = [each.time_s for each in clocked.records if isinstance(each, TimelineRecord)]
     assert times == pytest.approx([0, 6, 6.2, 6.4, 8, 8.5])
     assert len(clocked.records) == len(records)
+
+
+def test_the_timeline_of_a_notebook_has_the_clock_of_the_measured_card(tmp_path):
+    costs = CostRecord("a", 1, (("view", "", 10**6, 0, 0),))
+    moments = [TimelineRecord("a", time_s, 1, 0, 0, 0) for time_s in (0.5, 1.0, 1.5)]
+    run = Run(
+        tmp_path,
+        {"device": "forecast"},
+        (*moments, costs, PhaseRecord("a", None, 0, 1, 0, 1, 1, 0, 0.5, 1.0, True)),
+        "complete",
+    )
+    clocked = run_on_clock(run)
+    length_s = 10**6 * measured_profile().host_s["view"]
+    assert clocked.metadata["clock"] == measured_profile().name
+    assert [each.time_s for each in clocked.of(TimelineRecord)] == pytest.approx([0, length_s / 2, length_s])
+    assert run_on_clock(clocked) is clocked
+    for other in (
+        dataclasses.replace(run, metadata={"device": "cuda"}),
+        dataclasses.replace(run, records=(*moments, run.records[-1])),
+    ):
+        assert run_on_clock(other) is other
 
 
 def test_a_forecast_that_is_written_has_the_clock_of_its_card(tmp_path):
