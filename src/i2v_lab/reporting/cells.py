@@ -77,7 +77,7 @@ class Cells:
         return self._shown(name, draw(table, *more, **options))
 
     def timeline(self, name: str, run: Run | None, other: Run | None = None) -> SVG | Markdown:
-        """Live bytes by category over a run, or a forecast by predicted time; the total of a second is a line over it."""
+        """Live bytes by category over a run, or a forecast by predicted time; a second's total is a line over it."""
         if run is None or not has_timeline(run) or (other is not None and not has_timeline(other)):
             return Markdown(f"*{NO_TIMELINE}*")
         run, other = run_on_clock(run), other and run_on_clock(other)
