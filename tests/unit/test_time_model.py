@@ -441,7 +441,13 @@ def test_predicted_seconds_are_compared_with_recorded_ones(tmp_path):
         assert own["phase"].tolist() == [each.phase for each in result.phases]
         assert own["predicted_seconds"].tolist() == pytest.approx(expected)
         assert own["error"].tolist() == pytest.approx([seconds / 2 - 1 for seconds in expected])
+        derived = [time.seconds for time in phase_times(result, derived_profile(card))]
+        derived[-1] += video_seconds(pixels, derived_profile(card))
+        assert own["by_peaks_seconds"].tolist() == pytest.approx(derived)
+        assert (derived == expected) == (card == "H100 80GB")
     summary = time_summary(times).set_index("what")
+    assert summary.loc["runs, NVIDIA H200, by published peaks", "cases"] == 1
+    assert "runs, NVIDIA H100 80GB HBM3, by published peaks" not in summary.index
     assert summary.loc["decode_video", "cases"] == 2
     assert summary.loc["runs", "cases"] == 2
     assert summary.loc["runs, NVIDIA H200", "worst_error"] == pytest.approx(
