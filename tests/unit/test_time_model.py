@@ -338,7 +338,7 @@ def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
 def test_reading_weights_from_files_overlaps_with_the_phase_that_needs_them():
     device = dataclasses.replace(DEVICE, load={"read": 100.0, "disk": 10.0, "lock": 20.0})
     built = CostRecord("a", 1, (("weight", "bfloat16", 4, 0, 25), ("view", "", 2, 0, 0)))  # 100 bytes, 1 + 1 + 8 s
-    streamed = HostMemoryRecord("b", "transformer", 0, 0, (0, 40, 300))
+    streamed = HostMemoryRecord("b", "transformer", 0, 0, (0, 40, 300), 0)
     compute = CostRecord("b", 1, (("view", "", 20, 0, 0), ("weight", "bfloat16", 1, 0, 50)))  # 10.25 + 8 s
     records = forecast(built, phase("a"), compute, streamed, phase("b"), phase("c"))
     times = phase_times(records, device)
