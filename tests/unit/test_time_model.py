@@ -335,6 +335,14 @@ def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
     assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
 
 
+def test_a_later_generation_loads_no_libraries_and_a_warm_one_fills_no_host_memory():
+    rows = [("copy to host, page-locked", "", 1, 0, 300), ("first kernel", "", 2, 0, 0), ("view", "", 20, 0, 0)]
+    records = forecast(CostRecord("a", 2, tuple(rows)), phase())
+    for first, warm, each in ((True, False, 30 + 15 + 8), (False, False, 30 + 15), (False, True, 11)):
+        (time,) = phase_times(records, DEVICE, first=first, warm=warm)
+        assert time.seconds == predicted_seconds(records, DEVICE, first=first, warm=warm) == 2 * each
+
+
 def test_reading_weights_from_files_overlaps_with_the_phase_that_needs_them():
     device = dataclasses.replace(DEVICE, load={"read": 100.0, "disk": 10.0, "lock": 20.0})
     built = CostRecord("a", 1, (("weight", "bfloat16", 4, 0, 25), ("view", "", 2, 0, 0)))  # 100 bytes, 1 + 1 + 8 s

@@ -9,7 +9,7 @@ memory, which no launch overlaps with. Copies of pageable memory, and what a pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.device_profile import DeviceProfile, device_profile, has_profile
 from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, HostMemoryRecord, PhaseRecord
@@ -77,6 +77,11 @@ class Segment:
         together = max(self.device_s + self.queued_s, self.host_s, self.overlapped_s)
         return together + self.lock_s + self.serial_s + self.once_s
 
+    def later(self, *, warm: bool) -> Segment:
+        """The same in a later generation of a process; a warm one has streamed blocks in page-locked memory already."""
+        again = replace(self, once_s=0.0)
+        return replace(again, queued_s=0.0, lock_s=0.0) if warm else again
+
     @property
     def copies_s(self) -> float:
         """All copies between host and device."""
@@ -125,12 +130,16 @@ def host_seconds(kind: str, device: DeviceProfile) -> float:
     return device.host_s["operator"]
 
 
-def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, ...]:
+def phase_times(
+    forecast: Forecast, device: DeviceProfile, *, first: bool = True, warm: bool = False
+) -> tuple[PhaseTime, ...]:
     """Predicted seconds of every phase of a forecast, in the order of its records.
 
     Args:
         forecast: With the costs of its operators.
         device: Of which card.
+        first: Whether it is the first generation of its process, which loads libraries and kernels.
+        warm: Of a later one, whether it finds streamed blocks in page-locked memory, kept by the one before.
 
     Returns:
         One for each :class:`~i2v_lab.profiling.records.PhaseRecord`. Nested phases precede the phase around them, whose
@@ -148,6 +157,7 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
             pending.append(record)
         elif isinstance(record, PhaseRecord):
             own = [(each.repeats, segment(each.rows, device)) for each in pending]
+            own = own if first else [(repeats, each.later(warm=warm)) for repeats, each in own]
             inner = nested.pop(record.phase, [])
             weight_bytes = sum(n * s.weight_bytes for n, s in own)
             build_s = device.host_s["build"] if weight_bytes else 0.0
@@ -169,12 +179,14 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
     return tuple(times)
 
 
-def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
+def predicted_seconds(forecast: Forecast, device: DeviceProfile, *, first: bool = True, warm: bool = False) -> float:
     """Predicted seconds of all phases together, without reading weights from a disk and without encoding the video.
 
     Args:
         forecast: With the costs of its operators.
         device: Of which card.
+        first: As for :func:`phase_times`.
+        warm: Likewise.
 
     Example:
         >>> from i2v_lab.capacity.device_profile import device_profile
@@ -184,7 +196,8 @@ def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
         >>> 0.6 < predicted_seconds(forecast, device_profile("H100 80GB")) < 0.8
         True
     """
-    return sum(time.seconds for time in phase_times(forecast, device) if time.parent is None)
+    times = phase_times(forecast, device, first=first, warm=warm)
+    return sum(time.seconds for time in times if time.parent is None)
 
 
 def seconds_from_files(forecast: Forecast, device: DeviceProfile) -> dict[str, float]:
