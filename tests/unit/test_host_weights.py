@@ -388,9 +388,10 @@ def test_generations_of_a_run_and_those_of_the_lab_share_kept_weights(request_64
     assert kept.held_bytes == 0
 
 
-def test_where_memory_cannot_be_locked_blocks_are_loaded(tiny, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), OSError(12, "Cannot allocate memory")])
+def test_where_memory_cannot_be_had_or_locked_blocks_are_loaded(tiny, monkeypatch, error):
     def refused(*_):
-        raise RuntimeError("CUDA error: out of memory")
+        raise error
 
     monkeypatch.setattr(block_reader, "PageLocked", refused)
     monkeypatch.setattr(host_blocks, "PageLocked", refused)

@@ -26,6 +26,8 @@ from PIL import Image
 
 import i2v_lab
 from i2v_lab import Compare, Explorer, Generate, I2VRequest, PhaseProfiler, Tiling, VramMonitor
+from i2v_lab.capacity.device_profile import device_profile
+from i2v_lab.capacity.time_model import predicted_seconds
 from i2v_lab.cli.lab import START, lab_command, lab_environment
 from i2v_lab.errors import ForecastError, InvalidImage, OutputError, ProfilerError
 from i2v_lab.events import Note, Phase, PhaseStarted
@@ -45,6 +47,7 @@ from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, Run, RunWriter
 from i2v_lab.studies.placed import Placed
+from i2v_lab.units import format_seconds
 
 TINY = "ltx-2.3-tiny"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -126,6 +129,12 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     assert answer.needed_bytes == whole.peak_reserved_bytes + whole.context_bytes
     assert answer.fit.verdict == "fits"
     assert answer.sentence.startswith("It fits: T4 has 14.56 GiB, this needs")
+    assert "not known" in answer.duration  # tensor cores of a T4 have no bfloat16
+    for gpu in ("H100 80GB", "L4"):
+        exploration.ask(replace(exploration.question, gpu=gpu))
+        predicted = format_seconds(predicted_seconds(whole, device_profile(gpu)))
+        assert predicted in exploration.answer.duration
+        assert ("not measured" in exploration.answer.duration) == (gpu == "L4")
     small = replace(exploration.question, memory_bytes=answer.needed_bytes - 1, gpu="a small card")
     exploration.ask(small)
     assert exploration.answer.fit.verdict == "tight"

@@ -240,12 +240,18 @@ def test_cells_say_where_there_is_nothing(tmp_path):
     assert sentence({"verdict": "refined", "finding": "So it is."}).data == "**Refined.** So it is."
 
 
-def test_a_forecasts_timeline_has_no_clock(tmp_path):
+def test_a_forecasts_timeline_has_the_clock_of_a_card_or_none(tmp_path):
     phase = PhaseRecord("decode_video", None, 0, GIB, 0, None, GIB, 0, 0.0, 1.0, True)
     moments = [TimelineRecord("decode_video", t, GIB, 0, 0, 0) for t in (0.0, 7.0, 7.5)]
-    for device, label in (("forecast", "progress of the run (a forecast has no clock)"), ("cpu", "time (s)")):
-        run = Run(Path("run"), {"device": device}, (phase, *moments), "complete")
-        cells = Cells(tmp_path / device, "09_test")
+    for number, (metadata, label) in enumerate(
+        [
+            ({"device": "forecast"}, "progress of the run (this forecast has no clock)"),
+            ({"device": "forecast", "clock": "RTX 4090"}, "predicted time on RTX 4090 (s)"),
+            ({"device": "cpu"}, "time (s)"),
+        ]
+    ):
+        run = Run(Path("run"), metadata, (phase, *moments), "complete")
+        cells = Cells(tmp_path / str(number), "09_test")
         cells.timeline("timeline", run)
         assert timeline_figure(run).get_axes()[0].get_xlabel() == label
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
@@ -10,6 +11,8 @@ import torch
 from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
+from i2v_lab.capacity.cards import card_name, gpu_table
+from i2v_lab.capacity.clock import on_clock
 from i2v_lab.capacity.device_profile import (
     DeviceProfile,
     Rate,
@@ -24,12 +27,13 @@ from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
 from i2v_lab.cli.app import app
+from i2v_lab.cli.fit import _predicted
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
-from i2v_lab.paths import user_devices_dir
-from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
+from i2v_lab.paths import data_dir, user_devices_dir
+from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
-from i2v_lab.runs.store import RunWriter
+from i2v_lab.runs.store import RunWriter, read_run
 from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
 DEVICE = DeviceProfile(
@@ -168,6 +172,20 @@ def test_the_profile_that_a_user_measured_comes_first(tmp_path, monkeypatch):
     assert refused.value.fields["path"] == folder / "NVIDIA H200.json"
 
 
+def test_every_row_of_published_peaks_is_of_a_card_in_the_tables_and_names_its_source():
+    with (data_dir() / "devices" / "peaks.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    for row in rows:
+        assert card_name(row["gpu"]) == row["gpu"]
+        assert "PCIe" in row["source"]
+        tensor, float32, memory, link = (
+            float(row[name]) for name in ("tensor_tflops", "float32_tflops", "memory_gb_s", "link_gb_s")
+        )
+        assert tensor > float32 > 5
+        assert memory > 5 * link > 50
+    assert {*gpu_table()["gpu"]} - {row["gpu"] for row in rows} == {"T4"}
+
+
 @pytest.mark.parametrize(
     "gpu", ["24GiB", "RTX 9999", "Tesla T4", "Instinct MI300X", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"]
 )
@@ -209,7 +227,7 @@ def test_forecasts_on_the_command_line_have_seconds_on_the_card_that_is_named():
     assert 0 < total <= on_l4["predicted_seconds"]
     fits = {each["gpu"]: each["predicted_seconds"] for each in on_h100["fits"]}
     assert fits["L4"] == pytest.approx(on_l4["predicted_seconds"])
-    assert fits["RTX 4050 Laptop 6GB"] is None
+    assert fits["T4"] is None
     assert on_h100["peak_bytes"] == on_l4["peak_bytes"]
 
 
@@ -286,7 +304,8 @@ def test_the_device_that_is_here_is_measured_and_its_profile_used(tmp_path, monk
     profile = device_profile("cpu")
     assert (profile.name, profile.measured) == ("cpu", True)
     assert profile.load.keys() == {"read", "disk", "lock", "encoded_pixels"}
-    assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values(), *profile.once_s.values()))
+    assert all(value > 0 for value in (*profile.load.values(), *profile.host_s.values()))
+    assert all(value >= 0 for value in profile.once_s.values())
     measured = [json.loads(line) for line in (folder / "cpu.jsonl").read_text().splitlines()]
     product = next(row for row in measured if row["kind"] == "linear")
     assert profile.rate("matmul", "float32").seconds(2 * 256**3, 0) == pytest.approx(product["seconds"] + 4e-6)
@@ -308,6 +327,54 @@ def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
     assert len(cases) > 370
     assert len({json.dumps(case) for case in cases}) == len(cases)
     assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
+
+
+def test_events_of_a_forecast_are_at_predicted_seconds():
+    step = CostRecord("a", 1, (("view", "", 4, 0, 0),))  # 2 s
+    first = CostRecord("a", 1, (("view", "", 12, 0, 0),))
+    inner = CostRecord("b", 1, (("view", "", 2, 0, 0),))
+    moments = [TimelineRecord("a", time_s, 0, 0, 0, 0) for time_s in (0.5, 1.0, 1.05, 1.1, 1.5, 3.0)]
+    steps = [StepRecord("a", n, 2, 0, seconds) for n, seconds in ((1, 0.5), (2, 0.5))]
+    records = (*moments, first, step, *steps, PhaseRecord("a", None, 0, 1, 0, 1, 1, 0, 0.5, 1.0, True), inner)
+    nested = PhaseRecord("b", "c", 0, 1, 0, 1, 1, 0, 2.0, 1.0, True)
+    records += (nested, PhaseRecord("c", None, 0, 1, 0, 1, 1, 0, 2.0, 2.0, True))
+    clocked = on_clock(forecast(*records), DEVICE)
+    assert [(each.phase, each.start_s, each.seconds) for each in clocked.phases] == [
+        *(("a", 0, 8), ("b", 8, 1), ("c", 8, 1)),
+    ]
+    assert [each.seconds for each in clocked.records if isinstance(each, StepRecord)] == [6, 2]
+    times = [each.time_s for each in clocked.records if isinstance(each, TimelineRecord)]
+    assert times == pytest.approx([0, 6, 6.2, 6.4, 8, 8.5])
+    assert len(clocked.records) == len(records)
+
+
+def test_a_forecast_that_is_written_has_the_clock_of_its_card(tmp_path):
+    folder = tmp_path / "run"
+    result = CliRunner().invoke(app, ["forecast", *TINY, "--json", "--gpu", "L4", "--profile", str(folder)])
+    values, run = json.loads(result.stdout), read_run(folder)
+    assert run.metadata["clock"] == "L4"
+    starts = [each["predicted_start_seconds"] for each in values["phases"]]
+    assert [each.start_s for each in run.of(PhaseRecord)] == pytest.approx(starts)
+    assert [each.seconds for each in run.of(PhaseRecord)] == [each["predicted_seconds"] for each in values["phases"]]
+    times = [each.time_s for each in run.of(TimelineRecord)]
+    assert times == sorted(times)
+    assert 0 < times[-1] <= values["predicted_seconds"]
+    assert values["predicted_on"]["measured"] is False
+
+
+def test_where_seconds_are_printed_cards_that_were_not_measured_are_told_apart():
+    def said(gpu):
+        return " ".join(CliRunner().invoke(app, ["forecast", *TINY, "--gpu", gpu]).stdout.split())
+
+    printed = {gpu: said(gpu) for gpu in ("H200", "L4")}
+    assert "seconds on NVIDIA H200" in printed["H200"]
+    assert "seconds on L4 (not measured: from published rates)" in printed["L4"]
+    assert "not known" in printed["L4"]  # in the row of the T4
+    idle = forecast(CostRecord("a", 1, (("view", "", 10**6, 0, 0),)), phase())
+    assert "(not measured: from published rates)" in _predicted(idle, "L4")
+    assert "not measured" not in _predicted(idle, "NVIDIA H200")
+    assert "is not known" in _predicted(idle, "T4")
+    assert [_predicted(idle, size) for size in ("24GiB", "the budget of 8.00 GiB")] == ["", ""]
 
 
 def _recorded(folder, spec, card, result, **changes):

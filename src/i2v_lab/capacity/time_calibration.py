@@ -31,7 +31,6 @@ from i2v_lab.profiling.fake.forecast import forecasting
 from i2v_lab.profiling.records import CostRecord, CostRow
 
 GROUPS = {"launch": "launches", "copy": "copies", "lock": "page-locking", "file": "a file", "encode": "a video"}
-LOADED_S = 5e-3  # first calls that take longer loaded a kernel
 LARGE_BYTES, SMALL_BYTES = 10**8, 10**6  # beyond the second-level cache; so small that only the launch counts
 LAUNCH_BOUND = 1.6  # a time below this many times the host's is the host's
 FEWEST = 4  # operators that latency, operations and bytes are fitted to
@@ -57,7 +56,7 @@ HOST_CHOSEN = {"segment": 1e-4, "module": 2e-5, "weight": 5e-5, "host": 4e-6, "b
 ONCE_CHOSEN = {
     "first use of cuBLAS": 0.13,
     "first use of cuDNN": 0.2,
-    "first kernel": 25e-3,
+    "first kernel": 12e-3,
     "first cudnn attention": 0.05,
     "first matmul": 3e-3,
     "first convolution": 4e-3,
@@ -164,7 +163,6 @@ def fitted_profile(rows: Sequence[Mapping[str, Any]]) -> tuple[DeviceProfile, li
         "first matmul": _first(rows, "linear"),
         "first convolution": _first(rows, "convolution"),
         "first cudnn attention": _first([r for r in rows if r.get("kernel") == "CUDNN_ATTENTION"], "attention"),
-        "first kernel": _first(rows, "memory", LOADED_S),
         "first use of cuBLAS": _once(rows, "F.linear"),
         "first use of cuDNN": _once(rows, "nn.Conv2d"),
     }
@@ -266,10 +264,9 @@ def _launch(rows: Iterable[Mapping[str, Any]], what: str) -> float:
     return _median(row["host_s"] for row in _of(rows, "launch", what))
 
 
-def _first(rows: Iterable[Mapping[str, Any]], kind: str, least_s: float = 0.0) -> float | None:
-    """Median of what first calls take beyond others, of those that take at least so much; ``None`` without any."""
-    excess = [row["first_s"] - row["seconds"] for row in _of(rows, kind) if "first_s" in row]
-    excess = [seconds for seconds in excess if seconds >= least_s]
+def _first(rows: Iterable[Mapping[str, Any]], kind: str) -> float | None:
+    """Median of what first calls take beyond others; ``None`` without any."""
+    excess = [max(0.0, row["first_s"] - row["seconds"]) for row in _of(rows, kind) if "first_s" in row]
     return _median(excess) if excess else None
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from i2v_lab.capacity.device_profile import DeviceProfile
+from i2v_lab.capacity.device_profile import DeviceProfile, device_profile, has_profile
 from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, PhaseRecord
+from i2v_lab.units import format_seconds
 
 HOST_KINDS = ("view", "empty", "module", "segment")  # cost the host alone
 WEIGHTS = ("weight", "host weight")
@@ -177,6 +178,26 @@ def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
         True
     """
     return sum(time.seconds for time in phase_times(forecast, device) if time.parent is None)
+
+
+def time_in_words(forecast: Forecast, gpu: str) -> str:
+    """How long a forecast takes on a card, in words; also where that is not known.
+
+    Args:
+        forecast: With the costs of its operators.
+        gpu: Name of a card.
+
+    Example:
+        >>> time_in_words(Forecast((), 0, 0.0), "RTX 4090")
+        'predicted to take 0.00 s on RTX 4090 (not measured: from published rates)'
+        >>> time_in_words(Forecast((), 0, 0.0), "Instinct MI300X")
+        'how long it takes on Instinct MI300X is not known: it has no published rates here'
+    """
+    if not has_profile(gpu):
+        return f"how long it takes on {gpu} is not known: it has no published rates here"
+    device = device_profile(gpu)
+    caveat = f" ({device.caveat})" if device.caveat else ""
+    return f"predicted to take {format_seconds(predicted_seconds(forecast, device))} on {gpu}{caveat}"
 
 
 def overlapped_seconds(compute_s: Sequence[float], copy_s: Sequence[float], prefetch: int = 1) -> float:

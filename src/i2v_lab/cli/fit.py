@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options, placed
-from i2v_lab.cli.forecast_report import seconds_on
+from i2v_lab.cli.forecast_report import measured_on, seconds_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
@@ -66,7 +66,7 @@ def fit(
     Without --width and --height the largest size; without --frames the most frames; with all three the fastest tiling.
     The exit status is 1 if nothing fits; then the memory policy that does is named, or the memory that is needed.
     """
-    from i2v_lab.capacity.cards import context_bytes, gpu_memory_bytes
+    from i2v_lab.capacity.cards import BUDGET, context_bytes, gpu_memory_bytes
     from i2v_lab.capacity.fit import FitSearch, Largest, lighter
     from i2v_lab.capacity.placement import allocatable_bytes
     from i2v_lab.capacity.placement import needed_bytes as placed_bytes
@@ -99,7 +99,7 @@ def fit(
             vram_budget=vram_budget,
         )
     memory_bytes = gpu_memory_bytes(gpu) if gpu is not None else placed.budget_or_free_bytes(str(vram_budget))
-    gpu = gpu or f"the budget of {format_bytes(memory_bytes)}"
+    gpu = gpu or f"{BUDGET}{format_bytes(memory_bytes)}"
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
     if solve and not runner_of(architecture).techniques:
@@ -182,6 +182,7 @@ def fit(
             "instead": instead.request.to_json() if instead and instead.request else None,
             "needed_bytes": needed_bytes,
             "predicted_seconds": seconds_on(found.forecast, gpu) if found.request else None,
+            "predicted_measured": measured_on(gpu),
         }
         if resolution is not None:
             answer["placement"] = placed.explanation(resolution)
@@ -213,8 +214,10 @@ def fit(
 
 
 def _predicted(result: Forecast, gpu: str) -> str:
-    seconds = seconds_on(result, gpu)
-    return "" if seconds is None else f", predicted to take {seconds:,.0f} s"
+    from i2v_lab.capacity.cards import is_size
+    from i2v_lab.capacity.time_model import time_in_words
+
+    return "" if is_size(gpu) else f"; {time_in_words(result, gpu)}"
 
 
 def _remedy(request: I2VRequest) -> str:

@@ -181,7 +181,7 @@ def forecast(
     result = resolution.forecast if resolution is not None and computed else _forecast(request, model)
     fits = verdicts(result, vram_cap_gib)
     if profile is not None:
-        _write_run(profile, request, model, result)
+        _write_run(profile, request, model, result, gpu)
     if as_json:
         values = {"model": model, "request": request.to_json(), **report(result, fits, gpu)}
         if resolution is not None:
@@ -202,14 +202,17 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
         return forecast_request(request, model)
 
 
-def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) -> None:
+def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast, gpu: str) -> None:
+    from i2v_lab.capacity.clock import on_clock
+    from i2v_lab.capacity.device_profile import device_profile
     from i2v_lab.runs.provenance import run_metadata
     from i2v_lab.runs.spec import RunSpec
     from i2v_lab.runs.store import FORECAST, RunWriter
 
+    device = device_profile(gpu)
     metadata = run_metadata(FORECAST, spec=RunSpec(request=request, model=model), argv=sys.argv)
-    with RunWriter(folder, metadata) as writer:
-        for record in result.records:
+    with RunWriter(folder, {**metadata, "clock": device.name}) as writer:
+        for record in on_clock(result, device).records:
             writer.append(record)
 
 

@@ -280,6 +280,8 @@ def _alternative(one: Alternative) -> str:
 
 def explanation(resolution: Resolution) -> dict[str, Any]:
     """The same as JSON values."""
+    from i2v_lab.capacity.device_profile import device_profile
+
     return {
         "memory_bytes": resolution.memory_bytes,
         "context_bytes": resolution.forecast.context_bytes,
@@ -292,6 +294,7 @@ def explanation(resolution: Resolution) -> dict[str, Any]:
         "peak_bytes": resolution.forecast.peak.peak_bytes,
         "predicted_seconds": resolution.seconds,
         "predicted_on": resolution.gpu,
+        "predicted_measured": device_profile(resolution.gpu).measured,
         "next_cheaper": resolution.cheaper and asdict(resolution.cheaper),
         "next_faster": resolution.faster and asdict(resolution.faster),
         "reason": resolution.reason,

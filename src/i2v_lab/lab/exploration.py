@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.cards import FITS, TIGHT, Fit, gpu_memory_bytes, judge, judge_all
+from i2v_lab.capacity.time_model import time_in_words
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.background_forecast import LatestForecast
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS
-from i2v_lab.profiling.records import Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
+from i2v_lab.profiling.records import CostRecord, Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
+from i2v_lab.reporting.tables import as_sentence
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import cached_forecast, forecast_spec
 from i2v_lab.runs.sources import as_run
@@ -128,6 +130,7 @@ class Answer:
         context_bytes: The CUDA context alone.
         fit: The verdict for the question's GPU.
         smallest: The smallest GPU in ``data/gpus.csv`` that it fits; ``None`` if there is none.
+        duration: How long it takes on the question's GPU, in a sentence; empty for a CPU.
         placed: Where it does not fit: the fastest placement that does; ``None`` if the forecasts that say so are not
             cached.
     """
@@ -138,6 +141,7 @@ class Answer:
     context_bytes: int
     fit: Fit
     smallest: Fit | None
+    duration: str
     placed: Placed | None = None
 
     @property
@@ -282,7 +286,10 @@ def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
     memory_bytes = gpu_memory_bytes(question.gpu) if question.memory_bytes is None else question.memory_bytes
     fit = judge(forecast, question.gpu, memory_bytes)
     placed = None if fit.verdict == FITS else _placed(question, memory_bytes)
-    return Answer(question, run, forecast.peak_reserved_bytes + context, context, fit, next(iter(fits), None), placed)
+    card = question.gpu.removeprefix("this ")
+    duration = as_sentence(time_in_words(forecast, card)) if question.device == "cuda" else ""
+    needed_bytes = forecast.peak_reserved_bytes + context
+    return Answer(question, run, needed_bytes, context, fit, next(iter(fits), None), duration, placed)
 
 
 def _placed(question: Question, memory_bytes: int) -> Placed | None:
@@ -296,12 +303,12 @@ def _placed(question: Question, memory_bytes: int) -> Placed | None:
 
 
 def _downsampled(forecast: Forecast) -> tuple[Record, ...]:
-    """The records that the views show: phases, aggregated modules, and the maxima of intervals of the timeline."""
+    """What the views show: phases with their costs, aggregated modules, and the maxima of intervals of the timeline."""
     by_module: Counter[tuple[str, str, str]] = Counter()
     records: list[Record] = []
     for record in forecast.records:
         match record:
-            case PhaseRecord():
+            case PhaseRecord() | CostRecord():
                 records.append(record)
             case ModuleRecord(phase=phase, module=module, category=category, nbytes=nbytes):
                 by_module[phase, ".".join(module.split(".")[:MODULE_DEPTH]), category] += nbytes

@@ -196,7 +196,6 @@ class OperatorCosts:
         self.count(kind, _name(query.dtype), flops, nbytes)
         if kernel == "cudnn":  # which compiles a kernel for each configuration, and plans each shape
             ragged = bool(queries % tile or keys % tile)
-            self._first("use of cuDNN", "cuDNN")
             self._first("cudnn attention", (kind, query.shape, key.shape))
             self._first("configuration of cudnn attention", (kind, ragged))
         else:

@@ -120,7 +120,7 @@ class HostBlocks:
             if buffer is None and self._keeps and self._reserve(size, kept=True):
                 try:
                     buffer = PageLocked(size, self._device)
-                except RuntimeError:  # the driver refuses to lock more memory
+                except (RuntimeError, OSError):  # the driver refuses to lock more memory, or there is no more
                     self._unreserve(size)
                     self._room.refused()
             if buffer is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,19 @@ class HostTensor:
     target: torch.dtype
     scale: HostTensor | None = None
 
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """In elements."""
+        strides = [1]
+        for size in reversed(self.shape[1:]):
+            strides.insert(0, strides[0] * size)
+        return tuple(strides[: len(self.shape)])
+
+    @cached_property
+    def first(self) -> int:
+        """The offset in elements."""
+        return self.offset // self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class HostCopy:
@@ -74,27 +88,20 @@ class HostCopy:
 def _unpacked(
     tensors: Iterable[HostTensor], buffer: torch.Tensor, placed: Convert
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    typed: dict[torch.dtype, torch.Tensor] = {}
+    typed: dict[torch.dtype, tuple[torch.Tensor, int]] = {}
 
     def view(one: HostTensor) -> torch.Tensor:
         if one.dtype not in typed:
-            typed[one.dtype] = buffer.view(one.dtype)
-        whole = typed[one.dtype]
-        first = whole.storage_offset() + one.offset // one.dtype.itemsize  # as_strided counts from the storage's start
-        return whole.as_strided(one.shape, _strides(one.shape), first)
+            whole = buffer.view(one.dtype)
+            typed[one.dtype] = whole, int(whole.storage_offset())  # from which as_strided does not count
+        whole, begin = typed[one.dtype]
+        return whole.as_strided(one.shape, one.strides, begin + one.first)
 
     for one in tensors:
         value = placed(view(one))
         if one.scale is not None:
             value = dequantized(value, placed(view(one.scale)))
         yield one.name, value if value.dtype is one.target else value.to(one.target)
-
-
-def _strides(shape: torch.Size) -> list[int]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return strides[: len(shape)]
 
 
 @dataclass(frozen=True)

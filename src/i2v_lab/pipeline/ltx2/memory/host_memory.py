@@ -6,6 +6,7 @@ import mmap
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -15,6 +16,9 @@ from i2v_lab.torch_compat import is_fake
 
 HOST_SHARE = 0.8  # of the available host memory that offloaded weights may take
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+ANONYMOUS: dict[str, int] = (  # by default pages are shared with children, and no huge ones
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
 
 
 def host_budget_bytes(device: torch.device) -> int:
@@ -76,6 +80,7 @@ class PageLocked:
 
     Raises:
         RuntimeError: The driver refuses to lock more memory.
+        OSError: The system has no more.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -87,9 +92,14 @@ class PageLocked:
         self.data = pages[:nbytes]
         if device.type != "cuda":
             return
-        pages.fill_(0)  # touched by all cores; the driver would fault pages one by one
-        with torch.cuda.device(device):  # a thread's is the first card, which would get a context for this
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
+        pages.numpy().fill(0)  # touched by this thread alone: torch would have every core do it, for each of several
+        try:
+            with torch.cuda.device(device):  # a thread's is the first card, which would get a context for this
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE))
+        except RuntimeError:
+            with suppress(RuntimeError):  # it stays the thread's last error, which its next kernel would raise
+                torch.zeros(1, device=device).add_(1)
+            raise
         self._unlock = weakref.finalize(self, _unregister, pages, device)
         self._unlock.atexit = False  # the driver does, and may be gone by then
 
@@ -108,9 +118,11 @@ def _unregister(pages: torch.Tensor, device: torch.device) -> None:
 def own_pages(nbytes: int) -> torch.Tensor:
     """Whole pages of host memory, ``nbytes`` rounded up, uint8.
 
-    Page-aligned, because a page that two buffers shared could not be registered twice.
+    Page-aligned, because a page that two buffers shared could not be registered twice. Huge pages where the system has
+    them: a thread touches five times as many bytes a second.
     """
-    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    wider = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
-    first = -wider.data_ptr() % mmap.PAGESIZE
-    return wider[first : first + size]
+    pages = mmap.mmap(-1, -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE, **ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)

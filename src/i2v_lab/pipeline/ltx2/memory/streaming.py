@@ -251,6 +251,8 @@ class WeightStream:
         self._prefetch = prefetch
         self._blocks = BlockOrder.of(model)  # while they have their sizes
         self._block_bytes: dict[str, int] = {}
+        self._slots: dict[str, dict[str, tuple[dict[str, Any], str]]] = {name: {} for name in loads}
+        self._parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._order = {name: index for index, name in enumerate(loads)}
         self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
@@ -261,6 +263,8 @@ class WeightStream:
         self._placeholder = torch.nn.Parameter(torch.empty(0, device=device, dtype=torch.bfloat16), requires_grad=False)
         for name in loads:
             block = model.get_submodule(name)
+            own: list[dict[str, Any]] = [part._parameters for part in block.modules()]
+            self._parameters[name] = [(each, leaf) for each in own for leaf in each if each[leaf] is not None]
             self._free(name)
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, name)))
             self._hooks.append(block.register_forward_hook(partial(self._after_call, name), always_call=True))
@@ -292,19 +296,23 @@ class WeightStream:
         if self._stream is not None:
             torch.cuda.synchronize(self._device)  # before the memory that copies read and write is reused
         self._in_flight.clear()
+        self._slots.clear()
+        self._parameters.clear()
         for host in self._hosts:
             host.close()
         self._loads.clear()
 
     def _before_call(self, name: str, module: torch.nn.Module, args: Any) -> None:
         tensors = self._fetch(name)
-        self._block_bytes[name] = sum(allocated_bytes(tensor.nbytes, self._device) for tensor in tensors.values())
+        if name not in self._block_bytes:
+            sizes = (allocated_bytes(tensor.nbytes, self._device) for tensor in tensors.values())
+            self._block_bytes[name] = sum(sizes)
+        slots = self._slots[name]
         for key, tensor in tensors.items():
-            owner, _, leaf = key.rpartition(".")
-            part = self._model.get_submodule(owner)
-            # Not as a Parameter: it exists for one call, and no autograd graph must retain it for longer.
-            own: dict[str, Any] = part._parameters if leaf in part._parameters else part._buffers
-            own[leaf] = tensor
+            if key not in slots:
+                slots[key] = self._slot(key)
+            own, leaf = slots[key]
+            own[leaf] = tensor  # not as a Parameter: it exists for one call, and no autograd graph must retain it
         self._following[self._last] = name
         self._last = name
         following = name
@@ -319,11 +327,15 @@ class WeightStream:
     def _after_call(self, name: str, module: torch.nn.Module, args: Any, result: Any) -> None:
         self._free(name)
 
+    def _slot(self, key: str) -> tuple[dict[str, Any], str]:
+        """Where a tensor of the model is referenced; found once, as in short steps launches wait for the host."""
+        owner, _, leaf = key.rpartition(".")
+        part = self._model.get_submodule(owner)
+        return (part._parameters if leaf in part._parameters else part._buffers), leaf
+
     def _free(self, name: str) -> None:
-        for part in self._model.get_submodule(name).modules():
-            for leaf, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[leaf] = self._placeholder
+        for own, leaf in self._parameters[name]:
+            own[leaf] = self._placeholder
 
     def _fetch(self, name: str) -> dict[str, torch.Tensor]:
         """A block's tensors on the device, complete for work queued next on the current stream."""
