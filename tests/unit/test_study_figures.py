@@ -253,7 +253,9 @@ def test_a_forecasts_timeline_has_the_clock_of_a_card_or_none(tmp_path):
         run = Run(Path("run"), metadata, (phase, *moments), "complete")
         cells = Cells(tmp_path / str(number), "09_test")
         cells.timeline("timeline", run)
-        assert timeline_figure(run).get_axes()[0].get_xlabel() == label
+        axes = timeline_figure(run).get_axes()[0]
+        assert axes.get_xlabel() == label
+        assert axes.get_xlim() == (0, 2 if "no clock" in label else 7.5)
 
 
 def test_a_run_without_a_timeline_is_refused_by_name():

@@ -12,7 +12,7 @@ from test_operator_costs import CASES, rows_of
 from typer.testing import CliRunner
 
 from i2v_lab.capacity.cards import card_name, gpu_table
-from i2v_lab.capacity.clock import on_clock
+from i2v_lab.capacity.clock import on_clock, run_on_clock
 from i2v_lab.capacity.device_profile import (
     DeviceProfile,
     Rate,
@@ -25,15 +25,21 @@ from i2v_lab.capacity.device_profile import (
 )
 from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
-from i2v_lab.capacity.time_model import overlapped_seconds, phase_times, predicted_seconds, video_seconds
+from i2v_lab.capacity.time_model import (
+    overlapped_seconds,
+    phase_times,
+    predicted_seconds,
+    seconds_from_files,
+    video_seconds,
+)
 from i2v_lab.cli.app import app
 from i2v_lab.cli.fit import _predicted
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest, RecordError
 from i2v_lab.paths import data_dir, user_devices_dir
-from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord, StepRecord, TimelineRecord
+from i2v_lab.profiling.records import CostRecord, Forecast, HostMemoryRecord, PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec, make_request
-from i2v_lab.runs.store import RunWriter, read_run
+from i2v_lab.runs.store import Run, RunWriter, read_run
 from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
 DEVICE = DeviceProfile(
@@ -259,7 +265,7 @@ def test_rates_are_fitted_to_measured_operators(tmp_path):
         *({"kind": "copy", "what": what, "bytes": b, "seconds": 1e-5 + b / 1e9} for what in copied for b in (8, 10**9)),
         *({"kind": "copy", "what": what, "bytes": 10**9, "seconds": 3.0} for what in copied),  # of another host
         {"kind": "lock", "what": "cudaHostRegister", "bytes": 10, "seconds": 0.5},
-        *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm", "cold")),
+        *({"kind": "file", "what": f"read {how}", "bytes": 10, "seconds": 2} for how in ("warm by threads", "cold")),
         {"kind": "encode", "width": 2, "height": 3, "frames": 4, "seconds": 12},
         {"kind": "convolution", "first_s": 3, "seconds": 1},
         {"kind": "attention", "kernel": "CUDNN_ATTENTION", "first_s": 5, "seconds": 1},
@@ -329,6 +335,26 @@ def test_operators_of_every_kind_are_measured_before_those_of_one_kind_end():
     assert {each["kind"] for each in cases[:8]} >= {"linear", "bmm", "attention", "convolution", "memory"}
 
 
+def test_a_later_generation_loads_no_libraries_and_a_warm_one_fills_no_host_memory():
+    rows = [("copy to host, page-locked", "", 1, 0, 300), ("first kernel", "", 2, 0, 0), ("view", "", 20, 0, 0)]
+    records = forecast(CostRecord("a", 2, tuple(rows)), phase())
+    for first, warm, each in ((True, False, 30 + 15 + 8), (False, False, 30 + 15), (False, True, 11)):
+        (time,) = phase_times(records, DEVICE, first=first, warm=warm)
+        assert time.seconds == predicted_seconds(records, DEVICE, first=first, warm=warm) == 2 * each
+
+
+def test_reading_weights_from_files_overlaps_with_the_phase_that_needs_them():
+    device = dataclasses.replace(DEVICE, load={"read": 100.0, "disk": 10.0, "lock": 20.0})
+    built = CostRecord("a", 1, (("weight", "bfloat16", 4, 0, 25), ("view", "", 2, 0, 0)))  # 100 bytes, 1 + 1 + 8 s
+    streamed = HostMemoryRecord("b", "transformer", 0, 0, (0, 40, 300), 0)
+    compute = CostRecord("b", 1, (("view", "", 20, 0, 0), ("weight", "bfloat16", 1, 0, 50)))  # 10.25 + 8 s
+    records = forecast(built, phase("a"), compute, streamed, phase("b"), phase("c"))
+    times = phase_times(records, device)
+    assert [each.read_bytes for each in times] == [100, 300, 0]
+    assert [each.seconds for each in times] == [10, 18.25, 0]
+    assert seconds_from_files(records, device) == {"page cache": 10 + 18.25, "disk": 10 + 30}
+
+
 def test_events_of_a_forecast_are_at_predicted_seconds():
     step = CostRecord("a", 1, (("view", "", 4, 0, 0),))  # 2 s
     first = CostRecord("a", 1, (("view", "", 12, 0, 0),))
@@ -346,6 +372,27 @@ def test_events_of_a_forecast_are_at_predicted_seconds():
     times = [each.time_s for each in clocked.records if isinstance(each, TimelineRecord)]
     assert times == pytest.approx([0, 6, 6.2, 6.4, 8, 8.5])
     assert len(clocked.records) == len(records)
+
+
+def test_the_timeline_of_a_notebook_has_the_clock_of_the_measured_card(tmp_path):
+    costs = CostRecord("a", 1, (("view", "", 10**6, 0, 0),))
+    moments = [TimelineRecord("a", time_s, 1, 0, 0, 0) for time_s in (0.5, 1.0, 1.5)]
+    run = Run(
+        tmp_path,
+        {"device": "forecast"},
+        (*moments, costs, PhaseRecord("a", None, 0, 1, 0, 1, 1, 0, 0.5, 1.0, True)),
+        "complete",
+    )
+    clocked = run_on_clock(run)
+    length_s = 10**6 * measured_profile().host_s["view"]
+    assert clocked.metadata["clock"] == measured_profile().name
+    assert [each.time_s for each in clocked.of(TimelineRecord)] == pytest.approx([0, length_s / 2, length_s])
+    assert run_on_clock(clocked) is clocked
+    for other in (
+        dataclasses.replace(run, metadata={"device": "cuda"}),
+        dataclasses.replace(run, records=(*moments, run.records[-1])),
+    ):
+        assert run_on_clock(other) is other
 
 
 def test_a_forecast_that_is_written_has_the_clock_of_its_card(tmp_path):
@@ -402,7 +449,13 @@ def test_predicted_seconds_are_compared_with_recorded_ones(tmp_path):
         assert own["phase"].tolist() == [each.phase for each in result.phases]
         assert own["predicted_seconds"].tolist() == pytest.approx(expected)
         assert own["error"].tolist() == pytest.approx([seconds / 2 - 1 for seconds in expected])
+        derived = [time.seconds for time in phase_times(result, derived_profile(card))]
+        derived[-1] += video_seconds(pixels, derived_profile(card))
+        assert own["by_peaks_seconds"].tolist() == pytest.approx(derived)
+        assert (derived == expected) == (card == "H100 80GB")
     summary = time_summary(times).set_index("what")
+    assert summary.loc["runs, NVIDIA H200, by published peaks", "cases"] == 1
+    assert "runs, NVIDIA H100 80GB HBM3, by published peaks" not in summary.index
     assert summary.loc["decode_video", "cases"] == 2
     assert summary.loc["runs", "cases"] == 2
     assert summary.loc["runs, NVIDIA H200", "worst_error"] == pytest.approx(

@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 
-from i2v_lab.capacity.device_profile import DeviceProfile
+from i2v_lab.capacity.device_profile import REFERENCE, DeviceProfile, device_profile
 from i2v_lab.capacity.time_model import phase_times, segment
 from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord, StepRecord, TimelineRecord
+from i2v_lab.runs.store import Run
 
 Point = tuple[float, float]  # seconds of the forecast, and of a run
 
@@ -50,6 +51,20 @@ def on_clock(forecast: Forecast, device: DeviceProfile) -> Forecast:
         records.append(record)
     records = [_step(each, steps) if isinstance(each, StepRecord) else each for each in records]
     return replace(forecast, records=tuple(records))
+
+
+def run_on_clock(run: Run, gpu: str = REFERENCE) -> Run:
+    """A forecast in the form of a run with the clock of a card; any other run, and one with a clock, is as it was.
+
+    Args:
+        run: Without costs of operators it keeps the times at which it was computed.
+        gpu: Name of the card.
+    """
+    if not run.is_forecast or run.metadata.get("clock") or not run.of(CostRecord):
+        return run
+    device = device_profile(gpu)
+    records = on_clock(Forecast(run.records, context_bytes=0, seconds=0.0), device).records
+    return replace(run, records=records, metadata={**run.metadata, "clock": device.name})
 
 
 def _segments(costs: list[CostRecord], device: DeviceProfile) -> list[float]:

@@ -257,6 +257,8 @@ def derived_profile(gpu: str) -> DeviceProfile:
             gpu=gpu,
         )
     base = measured_profile()
+    if name == REFERENCE:
+        return base
     peak, reference = rows[name], rows[REFERENCE]
     ratios = {key: float(peak[key]) / float(reference[key]) for key in RATIOS}
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +31,7 @@ PART_BYTES = 2**26  # that a file is read by
 COPY_BYTES = (2**12, 2**20, 2**27, 2**30)
 VIDEOS = ((1024, 768, 48), (2048, 1536, 16))  # width, height, frames
 PICTURES = 4  # of noise, as of random weights, in turn
+THREADS = min(8, os.cpu_count() or 1)  # as many as read weights ahead
 FRAME_RATE = Fraction(24)
 CALLS = 50
 SHAPE = {"b": 1, "h": 16, "l": 25600, "s": 25600, "e": 128}
@@ -229,15 +231,23 @@ class RateMeasurement:
                     stream.write(os.urandom(len(buffer)))
                 stream.flush()
                 os.fsync(stream.fileno())
-            for what in ("read cold", "read warm"):
-                with path.open("rb", buffering=0) as stream:
-                    if what == "read cold" and hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                    start_s = time.perf_counter()
-                    while stream.readinto(buffer):
-                        pass
-                    seconds = time.perf_counter() - start_s
-                yield {"kind": "file", "what": what, "bytes": path.stat().st_size, "seconds": seconds}
+            nbytes = path.stat().st_size
+            with path.open("rb", buffering=0) as stream:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                start_s = time.perf_counter()
+                while stream.readinto(buffer):
+                    pass
+                seconds = time.perf_counter() - start_s
+            yield {"kind": "file", "what": "read cold", "bytes": nbytes, "seconds": seconds}
+            buffers = [bytearray(nbytes // THREADS) for _ in range(THREADS)]
+            with ThreadPoolExecutor(THREADS) as threads:
+                start_s = time.perf_counter()
+                read = sum(
+                    threads.map(lambda part: _read(path, buffers[part], part * (nbytes // THREADS)), range(THREADS))
+                )
+                seconds = time.perf_counter() - start_s
+            yield {"kind": "file", "what": "read warm by threads", "bytes": read, "seconds": seconds}
 
     def _encoding(self) -> Iterator[Row]:
         for width, height, frames in self.videos:
@@ -248,3 +258,9 @@ class RateMeasurement:
                 write_video(chunks, None, Path(folder, "video.mp4"), FRAME_RATE)
                 seconds = time.perf_counter() - start_s
             yield {"kind": "encode", "width": width, "height": height, "frames": frames, "seconds": seconds}
+
+
+def _read(path: Path, buffer: bytearray, offset: int) -> int:
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        return stream.readinto(buffer) or 0

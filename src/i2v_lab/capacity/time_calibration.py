@@ -174,8 +174,8 @@ def fitted_profile(rows: Sequence[Mapping[str, Any]]) -> tuple[DeviceProfile, li
         host_s={kind: _launch(rows, what) for kind, what in LAUNCHES.items()} | HOST_CHOSEN,
         once_s=ONCE_CHOSEN | {kind: seconds for kind, seconds in first.items() if seconds is not None},
         load={
-            "read": _file(rows, "read warm"),
-            "disk": _file(rows, "read cold"),
+            "read": _file(rows, "read warm by threads") or measured_profile().load["read"],
+            "disk": _file(rows, "read cold") or measured_profile().load["disk"],
             "lock": _locked(rows),
             "encoded_pixels": _encoded(rows),
         },
@@ -275,8 +275,9 @@ def _once(rows: Iterable[Mapping[str, Any]], what: str) -> float | None:
     return _median(seconds) if seconds else None
 
 
-def _file(rows: Iterable[Mapping[str, Any]], what: str) -> float:
-    return _median(row["bytes"] / row["seconds"] for row in _of(rows, "file", what))
+def _file(rows: Iterable[Mapping[str, Any]], what: str) -> float | None:
+    files = [row["bytes"] / row["seconds"] for row in _of(rows, "file", what)]
+    return _median(files) if files else None
 
 
 def _encoded(rows: Iterable[Mapping[str, Any]]) -> float:

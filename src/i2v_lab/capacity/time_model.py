@@ -9,10 +9,10 @@ memory, which no launch overlaps with. Copies of pageable memory, and what a pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.device_profile import DeviceProfile, device_profile, has_profile
-from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, PhaseRecord
+from i2v_lab.profiling.records import CostRecord, CostRow, Forecast, HostMemoryRecord, PhaseRecord
 from i2v_lab.units import format_seconds
 
 HOST_KINDS = ("view", "empty", "module", "segment")  # cost the host alone
@@ -33,6 +33,7 @@ class PhaseTime:
         copies_s: Copies between host and device, overlapped or not.
         once_s: What a process does once: loading kernels, choosing algorithms. Less in a second generation.
         weight_bytes: Of the weights of components that it built; reading them from a disk is in no other field.
+        read_bytes: Of the weights that it would read from files, streamed blocks included.
     """
 
     phase: str
@@ -43,6 +44,7 @@ class PhaseTime:
     copies_s: float
     once_s: float
     weight_bytes: int
+    read_bytes: int
 
 
 @dataclass
@@ -74,6 +76,11 @@ class Segment:
         """From its beginning to its end."""
         together = max(self.device_s + self.queued_s, self.host_s, self.overlapped_s)
         return together + self.lock_s + self.serial_s + self.once_s
+
+    def later(self, *, warm: bool) -> Segment:
+        """The same in a later generation of a process; a warm one has streamed blocks in page-locked memory already."""
+        again = replace(self, once_s=0.0)
+        return replace(again, queued_s=0.0, lock_s=0.0) if warm else again
 
     @property
     def copies_s(self) -> float:
@@ -123,12 +130,16 @@ def host_seconds(kind: str, device: DeviceProfile) -> float:
     return device.host_s["operator"]
 
 
-def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, ...]:
+def phase_times(
+    forecast: Forecast, device: DeviceProfile, *, first: bool = True, warm: bool = False
+) -> tuple[PhaseTime, ...]:
     """Predicted seconds of every phase of a forecast, in the order of its records.
 
     Args:
         forecast: With the costs of its operators.
         device: Of which card.
+        first: Whether it is the first generation of its process, which loads libraries and kernels.
+        warm: Of a later one, whether it finds streamed blocks in page-locked memory, kept by the one before.
 
     Returns:
         One for each :class:`~i2v_lab.profiling.records.PhaseRecord`. Nested phases precede the phase around them, whose
@@ -137,11 +148,16 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
     times: list[PhaseTime] = []
     pending: list[CostRecord] = []
     nested: dict[str, list[PhaseTime]] = {}
+    streamed: dict[str, int] = {}  # bytes of streamed components, by the phase that built them
+    for record in forecast.records:
+        if isinstance(record, HostMemoryRecord) and record.resident_bytes:
+            streamed[record.phase] = streamed.get(record.phase, 0) + record.resident_bytes[-1]
     for record in forecast.records:
         if isinstance(record, CostRecord):
             pending.append(record)
         elif isinstance(record, PhaseRecord):
             own = [(each.repeats, segment(each.rows, device)) for each in pending]
+            own = own if first else [(repeats, each.later(warm=warm)) for repeats, each in own]
             inner = nested.pop(record.phase, [])
             weight_bytes = sum(n * s.weight_bytes for n, s in own)
             build_s = device.host_s["build"] if weight_bytes else 0.0
@@ -154,6 +170,7 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
                 sum(n * s.copies_s for n, s in own) + sum(each.copies_s for each in inner),
                 sum(n * s.once_s for n, s in own) + sum(each.once_s for each in inner),
                 weight_bytes + sum(each.weight_bytes for each in inner),
+                max(weight_bytes, streamed.pop(record.phase, 0)) + sum(each.read_bytes for each in inner),
             )
             pending = []
             times.append(time)
@@ -162,12 +179,14 @@ def phase_times(forecast: Forecast, device: DeviceProfile) -> tuple[PhaseTime, .
     return tuple(times)
 
 
-def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
+def predicted_seconds(forecast: Forecast, device: DeviceProfile, *, first: bool = True, warm: bool = False) -> float:
     """Predicted seconds of all phases together, without reading weights from a disk and without encoding the video.
 
     Args:
         forecast: With the costs of its operators.
         device: Of which card.
+        first: As for :func:`phase_times`.
+        warm: Likewise.
 
     Example:
         >>> from i2v_lab.capacity.device_profile import device_profile
@@ -177,7 +196,23 @@ def predicted_seconds(forecast: Forecast, device: DeviceProfile) -> float:
         >>> 0.6 < predicted_seconds(forecast, device_profile("H100 80GB")) < 0.8
         True
     """
-    return sum(time.seconds for time in phase_times(forecast, device) if time.parent is None)
+    times = phase_times(forecast, device, first=first, warm=warm)
+    return sum(time.seconds for time in times if time.parent is None)
+
+
+def seconds_from_files(forecast: Forecast, device: DeviceProfile) -> dict[str, float]:
+    """Predicted seconds of all phases where weights are read from files: from the ``page cache``, and from a ``disk``.
+
+    Threads read ahead of what is computed, so that a phase lasts at least as long as reading its weights. Their files
+    are taken to have the bytes that they have on the device.
+
+    Args:
+        forecast: With the costs of its operators.
+        device: With the host's rates.
+    """
+    times = [time for time in phase_times(forecast, device) if time.parent is None]
+    rates = {"page cache": device.load["read"], "disk": device.load["disk"]}
+    return {place: sum(max(time.seconds, time.read_bytes / rate) for time in times) for place, rate in rates.items()}
 
 
 def time_in_words(forecast: Forecast, gpu: str) -> str:

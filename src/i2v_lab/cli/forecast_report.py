@@ -53,7 +53,7 @@ def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[st
     """
     from i2v_lab.capacity.clock import on_clock
     from i2v_lab.capacity.device_profile import device_profile
-    from i2v_lab.capacity.time_model import phase_times
+    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files
 
     device = device_profile(gpu)
     times = phase_times(result, device)
@@ -71,6 +71,9 @@ def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[st
             for phase, clocked, time in zip(result.phases, on_clock(result, device).phases, times, strict=True)
         ],
         "predicted_seconds": sum(time.seconds for time in times if time.parent is None),
+        "predicted_seconds_later": predicted_seconds(result, device, first=False),
+        "predicted_seconds_warm": predicted_seconds(result, device, first=False, warm=True),
+        "predicted_seconds_from_files": seconds_from_files(result, device),
         "predicted_on": {"gpu": device.name, "source": device.source, "measured": device.measured},
         "peak_bytes": result.peak.peak_bytes,
         "peak_phase": result.peak.phase,
@@ -105,7 +108,7 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     from rich.table import Table
 
     from i2v_lab.capacity.device_profile import NOT_MEASURED, device_profile
-    from i2v_lab.capacity.time_model import phase_times
+    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files
     from i2v_lab.reporting import run_tables
     from i2v_lab.reporting.headlines import headline
     from i2v_lab.reporting.terminal import rich_table
@@ -136,11 +139,24 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     console.print(table)
     console.print(f"* {NOT_MEASURED}")
     total = sum(time.seconds for time in predicted if time.parent is None)
+    files = seconds_from_files(result, device)
+    later_s, warm_s = (predicted_seconds(result, device, first=False, warm=warm) for warm in (False, True))
     console.print(
         f"takes {total:,.1f} s on {device.name}, without reading weights from a disk and encoding the video "
         f"(rates: {device.source})",
         soft_wrap=True,
     )
+    console.print(
+        f"a later generation of the process takes {later_s:,.1f} s, and a warm one, whose streamed blocks are in host "
+        f"memory, {warm_s:,.1f} s",
+        soft_wrap=True,
+    )
+    if any(time.read_bytes for time in predicted):
+        console.print(
+            f"with weights from the page cache {files['page cache']:,.1f} s, from a disk {files['disk']:,.1f} s, which "
+            f"reads {device.load['disk'] / 1e9:.1f} GB/s; reading overlaps with computing",
+            soft_wrap=True,
+        )
     console.print(
         f"needs {format_bytes(result.peak.peak_bytes)} allocated, {format_bytes(result.peak_reserved_bytes)} reserved "
         f"by the allocator, and {format_bytes(result.context_bytes)} for the CUDA context",

@@ -73,7 +73,7 @@ def _timeline(run: Run) -> pd.DataFrame:
             f"run '{run.folder}' has no timeline; profile it on a CPU, where live storages are tracked, with --profile",
             run=str(run.folder),
         )
-    if run.is_forecast:
+    if run.is_forecast and not run.metadata.get("clock"):
         table["time_s"] = [float(moment) for moment in range(len(table))]
     return table
 
