@@ -36,6 +36,7 @@ from i2v_lab.files import scratch_folder, write_text
 from i2v_lab.paths import find_still
 
 UPSTREAM, RESIDENT = "upstream", "resident"
+NOTHING_KEPT = (UPSTREAM, RESIDENT, "lean")
 CAST = "transformer_blocks."
 E4M3 = torch.float8_e4m3fn
 SCALE = 0.5  # of each tensor of a checkpoint with scales
@@ -141,12 +142,13 @@ def take_turns(
         for way in ways if number % 2 else reversed(ways):
             if time.perf_counter() > end:
                 break
-            for kind in ("cold", "warm"):
+            for kind in ("warm",) if way in NOTHING_KEPT else ("cold", "warm"):
                 row = bench.timed(way, *requests[way], mp4=False)
                 seconds[way, kind] = row["seconds"]
                 if kind == "warm":
                     row["release_seconds"] = bench.release()
-                    seconds[way, "cold"] += row["release_seconds"]
+                    if way not in NOTHING_KEPT:
+                        seconds[way, "cold"] += row["release_seconds"]
                 note(out, {"round": number, "way": way, "kind": kind, **row})
         for (way, kind), value in seconds.items():
             if (RESIDENT, "warm") in seconds:
@@ -179,9 +181,13 @@ class Bench:
 
     def release(self) -> float:
         """Release what is kept; returns the seconds that it took."""
+        from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
+
         begin = time.perf_counter()
         self.host.close()
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.host = HostWeights(keep=True)
+        return seconds
 
     def timed(self, way: str, request: Any, cap_bytes: int | None, *, mp4: bool) -> dict[str, Any]:
         """The seconds of a generation and of its parts."""

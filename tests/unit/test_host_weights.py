@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import json
 import mmap
 import os
@@ -15,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i2v_lab.errors import CheckpointError
+from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.contract.lifecycle import rare_collections
 from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.memory import block_reader, host_blocks, host_copies, host_weights, readers, tensors_ahead
@@ -210,19 +212,20 @@ def test_blocks_with_a_lora_are_kept_beside_those_without_and_made_from_them(tin
     assert small.held_bytes == 0
 
 
-def test_the_first_pass_holds_one_block_on_the_device_whatever_is_in_host_memory(tiny):
-    """As in a forecast of one generation, so that none of several takes more."""
+def test_once_blocks_are_in_host_memory_every_pass_prefetches_also_the_first_of_a_later_use(tiny):
+    """In the order that was observed, so that no block waits on the device for longer than in the use before."""
     with HostWeights(PLENTY, keep=True) as host:
-        for _ in range(2):
+        for use in (1, 2):
             stream = _stream(tiny, host)
+            called = [*reversed(list(stream._order)[:3]), *list(stream._order)[3:]]  # not as they are built
+            stream._order = {name: index for index, name in enumerate(called)}
             for number in (1, 2):
-                for name in stream._order:
+                for name in called:
                     block = stream._model.get_submodule(name)
                     stream._before_call(name, block, ())
-                    assert not stream._in_flight or number == 2
                     stream._after_call(name, block, (), None)
-                    if number == 2:
-                        assert len(stream._in_flight) == (name != list(stream._order)[-1])
+                    prefetched = (use, number) != (1, 1) and name != called[-1]
+                    assert [*stream._in_flight] == called[called.index(name) + 1 :][:1] * prefetched
             stream.close()
 
 
@@ -473,3 +476,56 @@ def test_a_lack_of_host_memory_while_a_block_is_read_ends_the_generation_and_fre
     stream = _stream(tiny, host)
     _passes(stream, _expected(tiny), count=1)
     stream.close()
+
+
+def test_a_header_damaged_after_verification_is_an_error_with_its_path(tmp_path):
+    path = tmp_path / "damaged.safetensors"
+    valid = {"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}
+    wrong = ([], {"a": 1}, {"a": {}}, {"a": valid["a"] | {"dtype": "?"}}, {"a": valid["a"] | {"data_offsets": []}})
+    texts = [b"{", b"\xff" * 8, *(json.dumps(header).encode() for header in wrong)]
+    for content in [b"", b"1234567", (2**60).to_bytes(8, "little"), *(len(t).to_bytes(8, "little") + t for t in texts)]:
+        path.write_bytes(content + bytes(16))
+        with pytest.raises(CheckpointError) as caught:
+            readers.SafetensorsReader().keys(str(path))
+        assert caught.value.fields["path"] == str(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [-1, True, 1.5, "8GiB"])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
+    with pytest.raises(InvalidRequest) as caught:
+        HostWeights(budget)
+    assert caught.value.fields == {"budget_bytes": budget}
+
+
+def test_what_is_used_after_it_was_closed_keeps_nothing(tiny):
+    host = HostWeights(PLENTY, keep=True)
+    for _ in range(2):
+        stream = _stream(tiny, host)
+        _passes(stream, _expected(tiny), count=1)
+        assert host.held_bytes > 0
+        host.close()
+        assert host.held_bytes == 0
+        _passes(stream, _expected(tiny), count=1)  # which is still in use
+        stream.close()
+        assert host.held_bytes == 0
+
+
+@pytest.mark.parametrize("own", [(700, 10, 10), (0, 10, 10), (60_000, 5, 5)])
+def test_a_generation_is_not_interrupted_by_collections_of_all_objects(tiny, request_64, own):
+    seen = []
+
+    def interrupt(event):
+        seen.append(gc.get_threshold())
+        if isinstance(event, PhaseStarted) and event.phase is Phase.ENCODE_IMAGE:
+            raise KeyboardInterrupt
+
+    before = gc.get_threshold()
+    gc.set_threshold(*own)
+    try:
+        with rare_collections(), pytest.raises(KeyboardInterrupt):  # as another thread's generation
+            TwoStagePipeline(tiny, sinks=[interrupt])(request_64)
+        assert gc.get_threshold() == own
+    finally:
+        gc.set_threshold(*before)
+    assert set(seen) == {(own[0] and max(own[0], 50_000), *own[1:])}

@@ -141,7 +141,7 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     exploration.ask(replace(small, memory_bytes=whole.context_bytes))
     answer = exploration.answer
     assert answer.sentence.startswith("It does not fit as it is: a small card has")
-    solved = Placed("partial", 12, 56, 2**30, "decode_video", 3 * 2**30, 38.2)
+    solved = Placed("partial", "12 of 56 blocks resident", 12, 56, 2**30, "decode_video", 3 * 2**30, 38.2)
     assert "runs, 12 of 56 blocks resident, in 38 s" in replace(answer, placed=solved).sentence
     assert "--vram-budget" in replace(answer, placed=None).sentence
     exploration.ask(replace(small, request=_request(image="gone.png")), wait=True)

@@ -127,3 +127,13 @@ def test_beside_the_curve_are_third_parties_and_the_runs_of_that_card_alone(seen
     assert table.loc["measured", "name"].to_list() == ["resident", "streamed"]
     assert table.loc["measured", "seconds"].to_list() == [3.0, 5.0]
     assert set(table["gpu"]) == {CARD}
+
+
+def test_a_model_with_memory_settings_has_the_fastest_that_fits(still):
+    model = "ltx-2.3-tiny-diffusers"
+    request = make_request(model, image=str(still), width=128, height=64, frames=9, fps=120)  # as of test_third_party
+    (resident,) = best_placements(request, model, [(CARD, 2**60)])
+    both = best_placements(request, model, [(CARD, resident.needed_bytes), ("L4", resident.needed_bytes - 1)])
+    assert [each.placement for each in both] == ["resident", "offload-model"]
+    assert both[1].needed_bytes < resident.needed_bytes
+    assert both[1].predicted_seconds > resident.predicted_seconds

@@ -265,7 +265,9 @@ def _part(
         if group is DENOISING and counts:
             peaks[phase] = _denoise_bytes(base, phase, counts[TRANSFORMER], prefetch or 0, cuda=cuda)
         elif group is TEXT and counts:
-            peaks[phase] = max(one.peak_bytes + held[one.component] for one in base.hosts if one.component in held)
+            peaks[phase] = max(
+                (one.peak_bytes or 0) + held[one.component] for one in base.hosts if one.component in held
+            )
         elif counts:
             peaks[phase] += held["video_encoder" if phase == ENCODE_IMAGE else "video_decoder"]
     upsample = base.phases[UPSAMPLE]

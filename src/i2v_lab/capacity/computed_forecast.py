@@ -85,5 +85,5 @@ def _host(record: HostMemoryRecord, part: Part) -> HostMemoryRecord:
         record,
         page_locked_bytes=int(record.page_locked_bytes * left),
         pageable_bytes=record.pageable_bytes if left else 0,
-        peak_bytes=record.peak_bytes + sizes[count],
+        peak_bytes=(record.peak_bytes or 0) + sizes[count],
     )

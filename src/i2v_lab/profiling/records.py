@@ -248,15 +248,15 @@ class HostMemoryRecord(HtmlFields):
         resident_bytes: What it would take on the device if 0, 1, ... of its blocks stayed there; empty where not all of
             them are streamed.
         peak_bytes: Maximum of the allocated bytes since the phase began, or since the component before it in the phase
-            was released, until this one was.
+            was released, until this one was; ``None`` in records of before it was kept, as no ``resident_bytes``.
     """
 
     phase: str
     component: str
     page_locked_bytes: int
     pageable_bytes: int
-    resident_bytes: tuple[int, ...]
-    peak_bytes: int
+    resident_bytes: tuple[int, ...] = ()
+    peak_bytes: int | None = None
 
 
 CostRow = tuple[str, str, int, int, int]

@@ -69,7 +69,6 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
                     "resident_needed_bytes": resident.peak_reserved_bytes + context,
                     "resident_verdict": judge(resident, gpu, memory_bytes).verdict,
                     **vars(placed),
-                    "name": placed.name,
                     "rates": rates_of(gpu),
                 }
             )

@@ -34,6 +34,7 @@ class Placed:
         placement: ``resident``, ``lean`` or ``streamed``; ``partial``: some of the weights are streamed; ``nothing
             streamed``: some of the techniques of ``lean``; of a model without these, its memory settings; ``none``
             where nothing fits.
+        name: The same in a few words, with the tiles where they are finer than the request's.
         resident_blocks: Blocks of the transformer that stay on the device; ``None`` where it is not streamed.
         blocks: How many there are; likewise.
         peak_bytes: The most that is allocated; ``None`` where nothing fits.
@@ -44,21 +45,13 @@ class Placed:
     """
 
     placement: str
+    name: str
     resident_blocks: int | None
     blocks: int | None
     peak_bytes: int | None
     peak_phase: str
     needed_bytes: int
     predicted_seconds: float | None
-
-    @property
-    def name(self) -> str:
-        """The placement in a few words."""
-        if self.placement != PARTIAL:
-            return self.placement
-        if self.blocks is None:
-            return "all transformer blocks resident"
-        return f"{self.resident_blocks} of {self.blocks} blocks resident"
 
 
 def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
@@ -81,7 +74,7 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
     """
     if runner_of(load_architecture(model)).techniques:
         solved = Budgets(request, model)
-        return [_solved(solved.on(gpu).resolve(nbytes, explain=False), gpu) for gpu, nbytes in budgets]
+        return [_solved(solved.on(gpu).resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
     found: dict[int, Placed] = {}
     for name, forecast in _settings(request, model):
         for index, budget in enumerate(budgets):
@@ -101,6 +94,7 @@ def _as_it_is(name: str, forecast: Forecast, gpu: str, memory_bytes: int) -> Pla
     seconds = seconds_on(forecast, gpu) if fits else None
     return Placed(
         name if fits else NONE,
+        name if fits else NONE,
         None,
         None,
         peak.peak_bytes if fits else None,
@@ -119,14 +113,21 @@ def _settings(request: I2VRequest, model: str) -> Iterator[tuple[str, Forecast]]
                 raise
 
 
-def _solved(found: Resolution | DeviceUnavailable, gpu: str) -> Placed:
+def _solved(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) -> Placed:
     if isinstance(found, DeviceUnavailable):
-        return Placed(NONE, None, None, None, "", int(found.fields["needed_bytes"]), None)
+        return Placed(NONE, NONE, None, None, None, "", int(found.fields["needed_bytes"]), None)
     request, peak = found.request, found.forecast.peak
     streams = request.placed.techniques & set(STREAMED_COMPONENTS)
     kept = next((one for one in found.components if one.component == "transformer"), None)
+    placement = str(request.placed.policy or (PARTIAL if streams else WHOLE))
+    name = placement
+    if placement == PARTIAL:
+        name = f"{f'{kept.resident_blocks} of {kept.blocks}' if kept else 'all transformer'} blocks resident"
+    if request.tiling is not None and request.tiling != asked.tiling:
+        name += f", tiles of {request.tiling.tile_px} px"
     return Placed(
-        str(request.placed.policy or (PARTIAL if streams else WHOLE)),
+        placement,
+        name,
         kept.resident_blocks if kept else None,
         kept.blocks if kept else None,
         peak.peak_bytes,

@@ -84,7 +84,7 @@ def _time(row: dict[Any, Any]) -> str:
 def _kept(row: dict[Any, Any]) -> str:
     if row["placement"] == "none":
         return f"needs {format_bytes(int(row['needed_bytes']))}"
-    return str(row["name"]).removesuffix(" resident")
+    return str(row["name"]).replace(" resident", "")
 
 
 def frontier_figure(table: pd.DataFrame) -> Figure:

@@ -28,6 +28,7 @@ class HostBlocks:
         kept: Whether they stay when they are no longer used.
         users: How many use them.
         repeated: Whether they are called many times.
+        called_after: The block that is called after each, as observed in the last pass, also in the use before.
         page_locked_bytes: The most host memory that they took at once, since they were last not in use.
     """
 
@@ -38,6 +39,7 @@ class HostBlocks:
         self.kept = kept
         self.users = 0
         self.repeated = False
+        self.called_after: dict[str, str] = {}
         self.page_locked_bytes = 0
         self._room = room
         self._plans = plans

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.pipeline.ltx2.memory.host_blocks import HostBlocks
 from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan
 from i2v_lab.pipeline.ltx2.memory.host_memory import HostRoom, host_budget_bytes
@@ -22,8 +23,11 @@ class HostWeights:
         keep: Keep blocks until :meth:`close`; otherwise until their component is released.
 
     Attributes:
-        keep: As given.
+        keep: As given, until :meth:`close`.
         budget_bytes: As given.
+
+    Raises:
+        InvalidRequest: The budget is no number of bytes.
 
     Example:
         >>> with HostWeights(keep=True) as host_weights:
@@ -32,6 +36,11 @@ class HostWeights:
     """
 
     def __init__(self, budget_bytes: int | None = None, *, keep: bool = False) -> None:
+        if budget_bytes is not None and (type(budget_bytes) is not int or budget_bytes < 0):
+            raise InvalidRequest(
+                f"budget_bytes={shown(budget_bytes)} is no number of bytes; use a whole number from 0",
+                budget_bytes=budget_bytes,
+            )
         self.keep = keep
         self.budget_bytes = budget_bytes
         self._room = HostRoom()
@@ -106,7 +115,11 @@ class HostWeights:
             self._ahead.pop()[0].close()
 
     def close(self) -> None:
-        """Release everything; threads that read have ended. Components still in use load their blocks from then on."""
+        """Release everything; threads that read have ended. Components still in use load their blocks from then on.
+
+        It can be used further, and keeps nothing then.
+        """
+        self.keep = False
         self.end_ahead()
         with self._room.changed:
             components = list(self._components.values())

@@ -254,7 +254,6 @@ class WeightStream:
         self._slots: dict[str, dict[str, tuple[dict[str, Any], str]]] = {name: {} for name in loads}
         self._parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._order = {name: index for index, name in enumerate(loads)}
-        self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
         self._in_flight: dict[str, tuple[HostCopy, torch.Tensor, Any]] = {}
         real_cuda = device.type == "cuda" and not is_fake()
@@ -313,11 +312,12 @@ class WeightStream:
                 slots[key] = self._slot(key)
             own, leaf = slots[key]
             own[leaf] = tensor  # not as a Parameter: it exists for one call, and no autograd graph must retain it
-        self._following[self._last] = name
+        called_after = self._host.called_after
+        called_after[self._last] = name
         self._last = name
         following = name
         for _ in range(self._prefetch if self._host.repeated else 0):
-            previous, following = following, self._following.get(following, "")
+            previous, following = following, called_after.get(following, "")
             if self._order.get(following, 0) <= self._order[previous]:  # the next pass begins there
                 break
             copy = self._host.ready(following) if following not in self._in_flight else None
