@@ -128,7 +128,8 @@ def frontier_figure(table: pd.DataFrame) -> Figure:
             axes.set_ylabel(words)
         legend: Any = {"loc": "outside upper left", "ncols": 2, "frameon": False, "fontsize": 9}
         order = [name for name in (CURVE, WARM, *pipelines, HOLLOW) if name in handles]
-        figure.legend(handles=[handles[name] for name in order], labels=order, **legend)
+        if order:
+            figure.legend(handles=[handles[name] for name in order], labels=order, **legend)
     return figure
 
 
