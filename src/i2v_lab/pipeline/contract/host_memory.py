@@ -42,8 +42,10 @@ def _left_bytes(root: Path, own: Path) -> Iterator[int]:
             group = mounted / path.lstrip("/")
             for folder in [group, *group.parents]:  # in a container the path may be the host's, and only the root there
                 with suppress(OSError, ValueError, KeyError):
-                    statistics = dict(text.split() for text in (folder / "memory.stat").read_text().splitlines())
-                    taken = int((folder / used).read_text()) - int(statistics[cached])
-                    yield int((folder / limit).read_text()) - taken  # no number: no limit
+                    statistics = dict(
+                        text.split() for text in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+                    )
+                    taken = int((folder / used).read_text(encoding="utf-8")) - int(statistics[cached])
+                    yield int((folder / limit).read_text(encoding="utf-8")) - taken  # no number: no limit
                 if folder == mounted:
                     break
