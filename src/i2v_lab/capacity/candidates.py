@@ -23,7 +23,7 @@ from i2v_lab.request import I2VRequest
 ENCODE_PROMPT, ENCODE_IMAGE, DECODE_VIDEO = "encode_prompt", "encode_image", "decode_video"
 DENOISE, UPSAMPLE = ("denoise_stage_1", "denoise_stage_2"), "upsample_latent"
 TRANSFORMER = "transformer"
-UNSPLIT = 0.004  # of what stays on a card: ends of segments beside weights, which were up to 0.0025 on an H200
+UNSPLIT = 0.008  # of what stays on a card: ends of segments beside weights, which were up to 0.0063 on an H200
 
 
 @dataclass(frozen=True)
