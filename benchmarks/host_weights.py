@@ -162,11 +162,16 @@ class Bench:
     """Times generations over one set of weights, which are kept in host memory until :meth:`release`."""
 
     def __init__(self, architecture: Any, device: str, folder: Path | None) -> None:
+        from i2v_lab.pipeline.ltx2.loader import ScaledStateDictLoader
         from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
-        from i2v_lab.pipeline.ltx2.weights import synthetic_weights
+        from i2v_lab.pipeline.ltx2.synthetic import SYNTHETIC
+        from i2v_lab.pipeline.ltx2.weights import located, synthetic_weights
 
         self.device = device
-        self.weights = synthetic_weights(architecture) if folder is None else located(architecture, folder)
+        if folder is None:
+            self.weights = synthetic_weights(architecture)
+        else:
+            self.weights = located(architecture, folder, SYNTHETIC.paths(folder), ScaledStateDictLoader())
         self.is_synthetic = folder is None
         self.host = HostWeights(keep=True)
         self._scopes = ExitStack()
@@ -250,22 +255,6 @@ class Bench:
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-
-
-def located(architecture: Any, folder: Path) -> Any:
-    """The written files as weights; their values are not verified, which would read them."""
-    from i2v_lab.pipeline.ltx2.synthetic import SYNTHETIC
-    from i2v_lab.pipeline.ltx2.weights import Weights
-
-    paths = SYNTHETIC.paths(folder)
-    return Weights(
-        architecture=architecture,
-        checkpoint=paths["checkpoint"],
-        gemma_root=str(folder / "gemma"),
-        gemma_shards=(paths["gemma"],),
-        upsampler=paths["upsampler"],
-        lora=paths["lora"],
-    )
 
 
 def write_files(architecture: Any, folder: Path, kind: str) -> tuple[int, float]:

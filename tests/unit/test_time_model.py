@@ -26,7 +26,6 @@ from i2v_lab.capacity.device_profile import (
 from i2v_lab.capacity.rate_measurement import RateMeasurement, rate_cases
 from i2v_lab.capacity.time_calibration import calibrate_time
 from i2v_lab.capacity.time_model import (
-    overlapped_seconds,
     phase_times,
     predicted_seconds,
     seconds_from_files,
@@ -110,23 +109,6 @@ def test_segments_follow_each_other_and_nested_phases_count_once():
     ]
     assert (times[1].device_s, times[1].host_s) == (38, 7)
     assert predicted_seconds(records, DEVICE) == 38
-
-
-@pytest.mark.parametrize(
-    ("compute_s", "copy_s", "prefetch", "expected"),
-    [
-        ([2, 2, 2], [1, 1, 1], 1, 7),
-        ([1, 1, 1], [2, 2, 2], 1, 7),
-        ([1, 1, 1], [2, 2, 2], 3, 7),
-        ([4, 1, 1, 1], [0, 2, 2, 2], 1, 9),
-        ([4, 1, 1, 1], [0, 2, 2, 2], 3, 7),
-        ([1, 1, 1, 1], [0, 2, 0, 2], 2, 5),
-        ([1, 1], [0, 0], 1, 2),
-        ([], [], 1, 0),
-    ],
-)
-def test_copies_hide_behind_earlier_blocks(compute_s, copy_s, prefetch, expected):
-    assert overlapped_seconds(compute_s, copy_s, prefetch) == expected
 
 
 def test_a_card_that_was_not_measured_has_the_measured_efficiencies_of_its_published_peaks():

@@ -8,7 +8,7 @@ memory, which no launch overlaps with. Copies of pageable memory, and what a pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.device_profile import DeviceProfile, device_profile, has_profile
@@ -200,6 +200,21 @@ def predicted_seconds(forecast: Forecast, device: DeviceProfile, *, first: bool 
     return sum(time.seconds for time in times if time.parent is None)
 
 
+def seconds_on(forecast: Forecast, gpu: str, *, warm: bool = False) -> float | None:
+    """Predicted seconds of a process's first generation, or of a warm one; ``None`` on a GPU without known rates.
+
+    Args:
+        forecast: With the costs of its operators.
+        gpu: Name of a card.
+        warm: As for :func:`phase_times`.
+
+    Example:
+        >>> seconds_on(Forecast((), 0, 0.0), "Instinct MI300X") is None
+        True
+    """
+    return predicted_seconds(forecast, device_profile(gpu), first=not warm, warm=warm) if has_profile(gpu) else None
+
+
 def seconds_from_files(forecast: Forecast, device: DeviceProfile) -> dict[str, float]:
     """Predicted seconds of all phases where weights are read from files: from the ``page cache``, and from a ``disk``.
 
@@ -233,39 +248,6 @@ def time_in_words(forecast: Forecast, gpu: str) -> str:
     device = device_profile(gpu)
     caveat = f" ({device.caveat})" if device.caveat else ""
     return f"predicted to take {format_seconds(predicted_seconds(forecast, device))} on {gpu}{caveat}"
-
-
-def overlapped_seconds(compute_s: Sequence[float], copy_s: Sequence[float], prefetch: int = 1) -> float:
-    """Seconds of one pass over blocks whose weights are copied to the device while earlier blocks compute.
-
-    Copies follow each other on one stream; that of a block starts when the block ``prefetch`` before it does.
-
-    Args:
-        compute_s: Of each block.
-        copy_s: Of each block's weights; 0 of a block that stays on the device.
-        prefetch: Blocks that are copied ahead.
-
-    Returns:
-        From the start of the first copy to the end of the last block.
-
-    Example:
-        >>> overlapped_seconds([2.0, 2.0, 2.0], [1.0, 1.0, 1.0])
-        7.0
-        >>> overlapped_seconds([1.0, 1.0, 1.0], [2.0, 2.0, 2.0])
-        7.0
-        >>> overlapped_seconds([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])
-        3.0
-    """
-    started: list[float] = []
-    copied = ended = 0.0
-    for index, (compute, copy) in enumerate(zip(compute_s, copy_s, strict=True)):
-        if copy:
-            earliest = started[index - prefetch] if index >= prefetch else 0.0
-            copied = max(copied, earliest) + copy
-            ended = max(ended, copied)
-        started.append(ended)
-        ended += compute
-    return ended
 
 
 def video_seconds(pixels: int, device: DeviceProfile) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options, placed
-from i2v_lab.cli.forecast_report import measured_on, seconds_on
+from i2v_lab.cli.forecast_report import measured_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
@@ -71,6 +71,7 @@ def fit(
     from i2v_lab.capacity.placement import allocatable_bytes
     from i2v_lab.capacity.placement import needed_bytes as placed_bytes
     from i2v_lab.capacity.solver import Fixed
+    from i2v_lab.capacity.time_model import seconds_on
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.execute import FAILS_ON_A_CARD

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli import options, placed
-from i2v_lab.cli.forecast_report import DEFAULT_GPU, print_forecast, report, verdicts
+from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
 from i2v_lab.cli.output import print_json, say
 from i2v_lab.errors import InvalidRequest
@@ -100,7 +101,7 @@ def forecast(
             "`python` would run it; from_pretrained reads configuration files alone, and nothing is downloaded."
         ),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Predict seconds on this card, as nvidia-smi names it.")] = DEFAULT_GPU,
+    gpu: Annotated[str, typer.Option(help="Predict seconds on this card, as nvidia-smi names it.")] = REFERENCE,
     as_json: options.AsJson = False,
 ) -> None:
     """Forecast the peak memory and the seconds of every phase on a GPU, without one, and which cards it fits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli import options
 from i2v_lab.cli.output import plain_console
 
@@ -12,9 +13,6 @@ if TYPE_CHECKING:
     from i2v_lab.capacity.cards import Fit
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.runs.store import Run
-
-
-DEFAULT_GPU = "H100 80GB"  # whose rates were measured
 
 
 def verdicts(result: Forecast, vram_cap_gib: float | None) -> list[Fit]:
@@ -28,14 +26,6 @@ def verdicts(result: Forecast, vram_cap_gib: float | None) -> list[Fit]:
     return fits
 
 
-def seconds_on(result: Forecast, gpu: str) -> float | None:
-    """Predicted seconds of a forecast on a card; ``None`` where none of its rates are known."""
-    from i2v_lab.capacity.device_profile import device_profile, has_profile
-    from i2v_lab.capacity.time_model import predicted_seconds
-
-    return predicted_seconds(result, device_profile(gpu)) if has_profile(gpu) else None
-
-
 def measured_on(gpu: str) -> bool | None:
     """Whether the seconds on a card are by rates measured on it; ``None`` where there are none."""
     from i2v_lab.capacity.device_profile import device_profile, has_profile
@@ -43,7 +33,7 @@ def measured_on(gpu: str) -> bool | None:
     return device_profile(gpu).measured if has_profile(gpu) else None
 
 
-def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[str, Any]:
+def report(result: Forecast, fits: list[Fit], gpu: str = REFERENCE) -> dict[str, Any]:
     """The JSON values of a forecast, without what was forecast.
 
     Args:
@@ -53,7 +43,7 @@ def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[st
     """
     from i2v_lab.capacity.clock import on_clock
     from i2v_lab.capacity.device_profile import device_profile
-    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files
+    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files, seconds_on
 
     device = device_profile(gpu)
     times = phase_times(result, device)
@@ -95,7 +85,7 @@ def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[st
     }
 
 
-def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> None:
+def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu: str = REFERENCE) -> None:
     """Print phases, holders of the peak, verdicts and assumptions.
 
     Args:
@@ -108,7 +98,7 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     from rich.table import Table
 
     from i2v_lab.capacity.device_profile import NOT_MEASURED, device_profile
-    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files
+    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files, seconds_on
     from i2v_lab.reporting import run_tables
     from i2v_lab.reporting.headlines import headline
     from i2v_lab.reporting.terminal import rich_table

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli import placed
-from i2v_lab.cli.forecast_report import DEFAULT_GPU
 from i2v_lab.cli.output import log, say
 from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
 from i2v_lab.files import check_folder
@@ -70,7 +70,7 @@ def measure(
     if vram_budget is not None:
         placed.use_expandable_segments()
         budget_bytes = placed.budget_or_free_bytes(vram_budget)
-        gpu = describe_device("cuda" if device == "auto" else device)[0] or DEFAULT_GPU
+        gpu = describe_device("cuda" if device == "auto" else device)[0] or REFERENCE
         planned = [_placed(each, budget_bytes, explain, gpu) for each in planned]
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     expected = format_seconds(sum(each.expected_seconds for each in todo), rough=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli.forecast_report import DEFAULT_GPU
+from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -76,7 +76,7 @@ class Asked:
     solve: bool
     fixed: Fixed
     explain: bool
-    gpu: str = DEFAULT_GPU
+    gpu: str = REFERENCE
 
 
 def asked_placement(
@@ -88,7 +88,7 @@ def asked_placement(
     prefetch: int | None = None,
     chunk_tokens: int | None = None,
     explain: bool = False,
-    gpu: str = DEFAULT_GPU,
+    gpu: str = REFERENCE,
 ) -> Asked:
     """Read the options.
 

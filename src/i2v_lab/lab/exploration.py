@@ -295,10 +295,9 @@ def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
 
 def _placed(question: Question, memory_bytes: int) -> Placed | None:
     """The fastest placement within a GPU's memory, if the forecasts of which it is computed are cached."""
-    bases = base_specs(question.request, question.model)
     if not question.spec.runner_spec.techniques or question.device != "cuda":
         return None
-    if any(cached_forecast(spec) is None for spec in bases):
+    if any(cached_forecast(spec) is None for spec in base_specs(question.request, question.model)):
         return None
     return best_placements(question.request, question.model, [(question.gpu, memory_bytes)])[0]
 

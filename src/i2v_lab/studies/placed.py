@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from i2v_lab.capacity.device_profile import device_profile, has_profile
 from i2v_lab.capacity.fit import lighter
 from i2v_lab.capacity.placement import Budgets, Resolution, needed_bytes
-from i2v_lab.capacity.time_model import predicted_seconds
+from i2v_lab.capacity.time_model import seconds_on
 from i2v_lab.errors import DeviceUnavailable, ForecastError
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import load_architecture
@@ -140,13 +140,6 @@ def _solved(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) 
         found.seconds if has_profile(gpu) else None,
         seconds_on(found.forecast, gpu, warm=True),
     )
-
-
-def seconds_on(forecast: Forecast, gpu: str, *, warm: bool = False) -> float | None:
-    """Predicted seconds of a process's first generation, or of a warm one; ``None`` on a GPU without known rates."""
-    if not has_profile(gpu):
-        return None
-    return predicted_seconds(forecast, device_profile(gpu), first=not warm, warm=warm)
 
 
 def rates_of(gpu: str) -> str:

@@ -147,7 +147,7 @@ def synthetic_weights(architecture: Architecture) -> Weights:
     if not SYNTHETIC.fit_in_files(architecture):
         return _on_demand(architecture, values=True)
     folder = SYNTHETIC.folder(architecture, with_weights=True)
-    return _located(architecture, folder, SYNTHETIC.paths(folder), ScaledStateDictLoader())
+    return located(architecture, folder, SYNTHETIC.paths(folder), ScaledStateDictLoader())
 
 
 def skeleton_weights(architecture: Architecture) -> Weights:
@@ -163,10 +163,18 @@ def skeleton_weights(architecture: Architecture) -> Weights:
 
 def _on_demand(architecture: Architecture, *, values: bool) -> Weights:
     folder = SYNTHETIC.folder(architecture, with_weights=False)
-    return _located(architecture, folder, SYNTHETIC.paths(), SyntheticStateDictLoader(architecture, values=values))
+    return located(architecture, folder, SYNTHETIC.paths(), SyntheticStateDictLoader(architecture, values=values))
 
 
-def _located(architecture: Architecture, folder: Path, paths: dict[str, str], loader: Any) -> Weights:
+def located(architecture: Architecture, folder: Path, paths: dict[str, str], loader: Any) -> Weights:
+    """The weights in files of the real layout, which are not verified: that would read their values.
+
+    Args:
+        architecture: What they are for.
+        folder: Has Gemma's configuration and tokenizer.
+        paths: Of each kind of file.
+        loader: As in :class:`Weights`.
+    """
     return Weights(
         architecture=architecture,
         checkpoint=paths["checkpoint"],
