@@ -7,6 +7,7 @@ a child process can hand its error to the parent whole.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from i2v_lab.display import printable
@@ -168,3 +169,22 @@ def neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum
     below = (value - offset) // multiple * multiple + offset
     near = [n for n in (below, below + multiple) if n >= minimum and (maximum is None or n <= maximum)]
     return " or ".join(map(str, near))
+
+
+def check_fields(name: str, values: Any, known: Collection[str]) -> None:
+    """Refuse what is no mapping of known fields.
+
+    Args:
+        name: What is described, as the error calls it and its field.
+        values: What was given.
+        known: Names of all fields.
+
+    Raises:
+        InvalidRequest: ``values`` is no mapping, or has another field.
+
+    Example:
+        >>> check_fields("tiling", {"tile_px": 768}, ["tile_px", "tile_frames"])
+    """
+    if not isinstance(values, Mapping) or not set(values) <= set(known):
+        words = f"{name}={shown(values)} is not a mapping of {', '.join(sorted(known))}; use some of these"
+        raise InvalidRequest(words, **{name: values})

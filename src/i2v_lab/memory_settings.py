@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from i2v_lab.display import HtmlFields
-from i2v_lab.errors import InvalidRequest, shown
+from i2v_lab.errors import InvalidRequest, check_fields, shown
 
 
 class Offload(StrEnum):
@@ -237,10 +237,7 @@ class MemorySettings(HtmlFields):
         Raises:
             InvalidRequest: It is no mapping, has an unknown field, or breaks a rule.
         """
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or not set(values) <= known:
-            words = f"settings={shown(values)} is not a mapping of {', '.join(sorted(known))}; use some of these"
-            raise InvalidRequest(words, settings=values)
+        check_fields("settings", values, [field.name for field in fields(cls)])
         return cls(**values)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from i2v_lab.display import HtmlFields
-from i2v_lab.errors import InvalidRequest, neighbours, shown
+from i2v_lab.errors import InvalidRequest, check_fields, neighbours, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, Techniques, policy_of, to_techniques
 
 # The components whose blocks a technique streams.
@@ -144,10 +144,7 @@ class Placement(HtmlFields):
         Raises:
             InvalidRequest: It is no mapping, has an unknown field, or breaks a rule.
         """
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, Mapping) or not set(values) <= known:
-            words = f"placement={shown(values)} is not a mapping of {', '.join(sorted(known))}; use some of these"
-            raise InvalidRequest(words, placement=values)
+        check_fields("placement", values, [field.name for field in fields(cls)])
         return cls(**values)
 
 

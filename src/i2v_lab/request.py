@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from i2v_lab.display import HtmlFields
-from i2v_lab.errors import InvalidRequest, neighbours, shown
+from i2v_lab.errors import InvalidRequest, check_fields, neighbours, shown
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings
 from i2v_lab.placement import Placement, placement_of
@@ -131,10 +131,7 @@ class Tiling(HtmlFields):
         Raises:
             InvalidRequest: It is no mapping, or has an unknown field.
         """
-        known = {f.name for f in fields(cls)}
-        if not isinstance(values, Mapping) or not set(values) <= known:
-            words = f"tiling={shown(values)} is not a mapping of {', '.join(sorted(known))}; use some of these"
-            raise InvalidRequest(words, tiling=values)
+        check_fields("tiling", values, [field.name for field in fields(cls)])
         return cls(**values)
 
 
