@@ -1,0 +1,178 @@
+"""Workers as Dask starts them: processes of this machine, or jobs of a Slurm cluster. Encrypted wherever it can be.
+
+The scheduler is in this process, so that nothing is left to wait for workers if it is killed: every worker ends with
+its connection.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from i2v_lab.errors import WorkersUnavailable
+from i2v_lab.files import scratch_folder
+from i2v_lab.locks import say
+from i2v_lab.scale.workers import REMEDY, Workers
+from i2v_lab.stopping import on_stop
+
+LOOPBACK = "127.0.0.1"
+SETTINGS = {
+    "distributed.scheduler.allowed-failures": 0,  # of a task: dispatch counts them
+    "distributed.scheduler.worker-saturation": 1.0,
+    "distributed.worker.daemon": False,  # a run is a process of its own, which a daemon may not have
+    "distributed.worker.profile.enabled": False,  # it samples the stack a hundred times a second
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.nanny.pre-spawn-environ": {},  # else OMP_NUM_THREADS=1, and another setting of malloc
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.tick.limit": "1h",
+    "distributed.comm.timeouts.connect": "30s",
+    "distributed.deploy.lost-worker-timeout": "5s",
+}
+CLOSE_S = 5
+
+
+@contextmanager
+def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
+    """Start workers for this scope.
+
+    Args:
+        workers: How many, and where.
+        folder: For the temporary keys of a cluster; one that its nodes share with this machine.
+
+    Yields:
+        Dask's cluster and its client.
+
+    Raises:
+        WorkersUnavailable: They cannot be started, or encryption is asked for and cannot be had.
+    """
+    import dask
+
+    configuration = dask.config.merge(dask.config.config, workers.cluster)
+    with dask.config.set({**configuration, **SETTINGS}), scratch_folder() as scratch:
+        from distributed import Client
+
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # lost workers are reported run by run
+        with _certificates(workers, folder) as shared:
+            try:
+                cluster = _local(workers, scratch) if workers.local else _slurm(workers, shared)
+            except (OSError, RuntimeError, ValueError, TypeError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise WorkersUnavailable(f"the workers could not be started ({reason}); start fewer") from error
+            try:
+                client = Client(cluster, set_as_default=False)
+                try:
+                    yield cluster, client
+                finally:
+                    with suppress(Exception):
+                        client.close(CLOSE_S)
+            finally:
+                with suppress(Exception):
+                    cluster.close(CLOSE_S)
+
+
+def _security(protocol: str | None, loopback: bool) -> Any:
+    """Keys of this run alone, or those that the configuration names; ``None`` where there are none, said in a line."""
+    import dask
+    from distributed.security import Security
+
+    if dask.config.get("distributed.comm.tls.scheduler.cert", None):
+        return Security()
+    if protocol is not None and not protocol.startswith("tls"):
+        say(f"i2v-lab: protocol={protocol}: what workers are told and tell is not encrypted, as the cluster file asks")
+        return None
+    if importlib.util.find_spec("cryptography") is not None:
+        return Security.temporary()
+    if not loopback:
+        raise WorkersUnavailable(
+            f"cryptography is not installed, without which workers of other machines are not encrypted; {REMEDY}, or "
+            "name keys of your own in distributed.comm.tls",
+            package="cryptography",
+        )
+    say(f"i2v-lab: cryptography is not installed: workers listen on {LOOPBACK} alone, but without encryption")
+    return None
+
+
+def _local(workers: Workers, scratch: Path) -> Any:
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    security = _security(None, loopback=True)
+    shared = {"host": LOOPBACK, "security": security, "protocol": "tls" if security else "tcp", "dashboard": False}
+    specification = {}
+    for number in range(workers.count):
+        environment = {}
+        if workers.cards:
+            environment["CUDA_VISIBLE_DEVICES"] = workers.cards[number]
+        if workers.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(workers.threads)
+        options = {
+            **shared,
+            "nthreads": 1,
+            "memory_limit": 0,
+            "local_directory": str(scratch),
+            "env": environment,
+            "silence_logs": logging.CRITICAL,
+        }
+        specification[number] = {"cls": Nanny, "options": options}
+    scheduler = {"cls": Scheduler, "options": {**shared, "port": 0}}
+    return SpecCluster(
+        workers=specification, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL, name="i2v-lab"
+    )
+
+
+@contextmanager
+def _certificates(workers: Workers, folder: Path) -> Iterator[Path]:
+    """A folder that only this user can read, where the nodes of a cluster find the keys of this run."""
+    if workers.local:
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = tempfile.TemporaryDirectory(prefix=".keys-", dir=folder.absolute(), ignore_cleanup_errors=True)
+    with on_stop(partial(shutil.rmtree, keys.name, ignore_errors=True)), keys as name:
+        yield Path(name)
+
+
+def _slurm(workers: Workers, shared: Path) -> Any:
+    import dask
+    from dask_jobqueue import SLURMCluster
+
+    slurm = {str(key).replace("_", "-"): value for key, value in workers.cluster["jobqueue"]["slurm"].items()}
+    options = {str(key): value for key, value in (slurm.get("scheduler-options") or {}).items()}
+    loopback = not (slurm.get("interface") or options.keys() & {"host", "interface", "contact_address"})
+    if loopback:
+        options["host"] = LOOPBACK
+    security = _security(slurm.get("protocol"), loopback)
+    # One run at a time on each worker, and no limit but the job's; of two equal options the last counts.
+    extra = [*(slurm.get("worker-extra-args") or []), "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
+    if loopback:
+        extra += ["--host", LOOPBACK]
+    with dask.config.set({"jobqueue.slurm.shared-temp-directory": slurm.get("shared-temp-directory") or str(shared)}):
+        cluster = SLURMCluster(
+            processes=1,
+            security=security,
+            protocol="tls://" if security else "tcp://",
+            scheduler_options={"dashboard": False, **options},
+            worker_extra_args=extra,
+            shared_temp_directory=slurm.get("shared-temp-directory") or str(shared),
+            job_script_prologue=[*(slurm.get("job-script-prologue") or []), *_exports()],
+            silence_logs=logging.CRITICAL,
+        )
+    cluster.scale(jobs=workers.count)
+    return cluster
+
+
+def _exports() -> list[str]:
+    """Dask's settings for the processes of a job, which reads no configuration of ours."""
+    names = {
+        key: value for key, value in SETTINGS.items() if key.startswith(("distributed.worker", "distributed.nanny"))
+    }
+    return [f"export DASK_{key.upper().replace('.', '__').replace('-', '_')}={value!r}" for key, value in names.items()]
