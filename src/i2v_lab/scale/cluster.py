@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,12 +34,18 @@ SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
-    "distributed.nanny.pre-spawn-environ": {},  # else OMP_NUM_THREADS=1, and another setting of malloc
+    "distributed.nanny.pre-spawn-environ": dict.fromkeys(
+        ("MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    ),  # as without workers
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.tick.limit": "1h",
     "distributed.comm.timeouts.connect": "30s",
     "distributed.deploy.lost-worker-timeout": "5s",
 }
+KEYS = (
+    "tls_ca_file",
+    *(f"tls_{role}_{part}" for role in ("scheduler", "worker", "client") for part in ("key", "cert")),
+)
 CLOSE_S = 5
 
 
@@ -102,6 +110,20 @@ def _security(protocol: str | None, loopback: bool) -> Any:
     return None
 
 
+def _in_files(security: Any, folder: Path) -> Any:
+    """The same keys in files of a folder, for workers that are started by a command line."""
+    from distributed.security import Security
+
+    files = {}
+    for name in KEYS:
+        text = getattr(security, name)
+        if text and "\n" in text:
+            files[name] = str(folder / name)
+            with os.fdopen(os.open(files[name], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(text)
+    return Security(**files, require_encryption=True) if files else security
+
+
 def _local(workers: Workers, scratch: Path) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -142,7 +164,6 @@ def _certificates(workers: Workers, folder: Path) -> Iterator[Path]:
 
 
 def _slurm(workers: Workers, shared: Path) -> Any:
-    import dask
     from dask_jobqueue import SLURMCluster
 
     slurm = {str(key).replace("_", "-"): value for key, value in workers.cluster["jobqueue"]["slurm"].items()}
@@ -151,28 +172,31 @@ def _slurm(workers: Workers, shared: Path) -> Any:
     if loopback:
         options["host"] = LOOPBACK
     security = _security(slurm.get("protocol"), loopback)
+    security = None if security is None else _in_files(security, shared)
     # One run at a time on each worker, and no limit but the job's; of two equal options the last counts.
     extra = [*(slurm.get("worker-extra-args") or []), "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
     if loopback:
         extra += ["--host", LOOPBACK]
-    with dask.config.set({"jobqueue.slurm.shared-temp-directory": slurm.get("shared-temp-directory") or str(shared)}):
-        cluster = SLURMCluster(
-            processes=1,
-            security=security,
-            protocol="tls://" if security else "tcp://",
-            scheduler_options={"dashboard": False, **options},
-            worker_extra_args=extra,
-            shared_temp_directory=slurm.get("shared-temp-directory") or str(shared),
-            job_script_prologue=[*(slurm.get("job-script-prologue") or []), *_exports()],
-            silence_logs=logging.CRITICAL,
-        )
+    cluster = SLURMCluster(
+        processes=1,
+        security=security,
+        protocol="tls://" if security else "tcp://",
+        scheduler_options={"dashboard": False, **options},
+        worker_extra_args=extra,
+        job_script_prologue=[*(slurm.get("job-script-prologue") or []), *_exports(workers.threads)],
+        silence_logs=logging.CRITICAL,
+    )
     cluster.scale(jobs=workers.count)
     return cluster
 
 
-def _exports() -> list[str]:
-    """Dask's settings for the processes of a job, which reads no configuration of ours."""
+def _exports(threads: int | None) -> list[str]:
+    """Dask's settings, and the threads of libraries, for the processes of a job."""
     names = {
-        key: value for key, value in SETTINGS.items() if key.startswith(("distributed.worker", "distributed.nanny"))
+        f"DASK_{key.upper().replace('.', '__').replace('-', '_')}": str(value)
+        for key, value in SETTINGS.items()
+        if key.startswith(("distributed.worker", "distributed.nanny"))
     }
-    return [f"export DASK_{key.upper().replace('.', '__').replace('-', '_')}={value!r}" for key, value in names.items()]
+    if threads is not None:
+        names["OMP_NUM_THREADS"] = str(threads)
+    return [f"export {name}={shlex.quote(value)}" for name, value in names.items()]

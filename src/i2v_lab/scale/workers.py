@@ -17,7 +17,6 @@ AUTO = "auto"
 MOST_WORKERS = 10_000
 REMEDY = "pip install 'i2v-lab[scale]'"
 SLURM_COMMANDS = ("sbatch", "scancel")
-OURS = {"processes": "one worker a job"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def chosen_workers(
                 workers=text,
                 cluster=cluster,
             )
-        return _on_cluster(count, cluster)
+        return _on_cluster(count, cluster, 1 if single_threaded else None)
     cards = visible_cards() if on_cards else []
     places = len(cards) or usable_cores()
     if cards and count is not None and count > len(cards):
@@ -103,7 +102,7 @@ def _count(text: str | None) -> int | None:
     return int(text)
 
 
-def _on_cluster(count: int, path: Path) -> Workers:
+def _on_cluster(count: int, path: Path, threads: int | None) -> Workers:
     try:
         values = load_yaml(path)
     except (OSError, ValueError) as error:
@@ -125,7 +124,7 @@ def _on_cluster(count: int, path: Path) -> Workers:
                 f"cluster='{path}' needs the command {command}, which is not on PATH; use a machine of the cluster",
                 command=command,
             )
-    return Workers(count, cluster=values)
+    return Workers(count, threads=threads, cluster=values)
 
 
 def _check_slurm(slurm: dict[str, Any], path: Path) -> None:
