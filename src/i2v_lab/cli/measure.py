@@ -198,7 +198,7 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     for outcome in outcomes:
         if outcome.run is not None and len(places) > 1 and _place(outcome.run) != shown:
             shown = _place(outcome.run)
-            table.add_row(f"[bold]{shown}[/bold]")
+            table.add_row(shown, style="bold")
         if outcome.run is None:
             table.add_row(outcome.name, "failed", "", "", "")
             continue

@@ -11,9 +11,10 @@ import logging
 import os
 import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ SETTINGS = {
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.tick.limit": "1h",
     "distributed.comm.timeouts.connect": "30s",
-    "distributed.deploy.lost-worker-timeout": "5s",
+    "distributed.deploy.lost-worker-timeout": "60s",  # a process that is started again takes some seconds to be back
 }
 KEYS = (
     "tls_ca_file",
@@ -79,7 +80,8 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
             try:
                 client = Client(cluster, set_as_default=False)
                 try:
-                    yield cluster, client
+                    with nullcontext() if workers.local else on_stop(partial(_cancel, cluster), children_first=False):
+                        yield cluster, client
                 finally:
                     with suppress(Exception):
                         client.close(CLOSE_S)
@@ -188,6 +190,13 @@ def _slurm(workers: Workers, shared: Path) -> Any:
     )
     cluster.scale(jobs=workers.count)
     return cluster
+
+
+def _cancel(cluster: Any) -> None:
+    """The jobs of a command that was stopped; those of one that was killed end when they miss it."""
+    jobs = [job.job_id for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
+    if jobs:
+        subprocess.run(["scancel", *jobs], check=False, capture_output=True, timeout=1)  # noqa: S603, S607
 
 
 def _exports(threads: int | None) -> list[str]:

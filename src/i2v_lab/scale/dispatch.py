@@ -16,6 +16,7 @@ from i2v_lab.scale.cluster import started
 from i2v_lab.scale.workers import Workers
 
 MOST_DEATHS = 3
+MOST_WAITED = 20
 TOPIC = "i2v-lab"
 LOOK_S = 5.0  # between two looks at whether there still are as many workers as asked for
 PATIENCE_S = 20.0  # without any worker, until that is said
@@ -59,11 +60,24 @@ class WorkerDied(I2VLabError):
     exit_status = 1
 
 
+class Abandoned(I2VLabError):
+    """Nobody waits for a task any more: the command that dispatched it has ended."""
+
+    exit_status = 1
+
+
 def tell(kind: str, **values: Any) -> None:
-    """On a worker, within a task: tell the one who dispatched it; ``kind="began"`` names a ``part`` of a ``task``."""
+    """On a worker, within a task: tell the one who dispatched it; ``kind="began"`` names a ``part`` of a ``task``.
+
+    Raises:
+        Abandoned: There is nobody to tell.
+    """
     from distributed import get_worker
 
-    get_worker().log_event(TOPIC, {"kind": kind, **values})
+    worker = get_worker()
+    if worker.status.name != "running":
+        raise Abandoned("the command that asked for this task has ended; run it again", **values)
+    worker.log_event(TOPIC, {"kind": kind, **values})
 
 
 def dispatch(
@@ -119,16 +133,17 @@ class _Dispatch:
         self._running: dict[str, tuple[Task, Any]] = {}  # the future too: Dask forgets what nobody holds
         self._began: dict[str, str] = {}  # the part that a task last began
         self._deaths: Counter[str] = Counter()
+        self._waited: Counter[str] = Counter()  # how often its worker died before it began
         self._finished: SimpleQueue[str] = SimpleQueue()
         self._submitted = 0
-        self._seen_s = time.monotonic()
+        self._seen_s = self._looked_s = time.monotonic()
 
     def ended(self) -> Iterator[Ended]:
         self._client.subscribe_topic(TOPIC, self._receive)
         while self._waiting or self._running:
             self._submit()
             try:
-                key = self._finished.get(timeout=LOOK_S if self._running else 0.2)
+                key = self._finished.get(timeout=LOOK_S if self._running else 0.1)
             except Empty:
                 self._look_at_workers()
                 continue
@@ -160,10 +175,13 @@ class _Dispatch:
         try:
             return Ended(task, future.result(), None, self._began.get(task.name, task.name))
         except (KilledWorker, CancelledError):
-            part = self._began.get(task.name)
-            if part is not None:  # else it waited at a worker that another task killed
+            began = self._began.get(task.name)
+            part = began or task.name
+            if began is None and self._ahead and self._waited[part] < MOST_WAITED:
+                self._waited[part] += 1  # it waited at a worker that another task killed
+            else:
                 self._deaths[part] += 1
-            if part is None or self._deaths[part] < MOST_DEATHS:
+            if self._deaths[part] < MOST_DEATHS:
                 self._waiting.appendleft(task)
                 return None
             died = WorkerDied(
@@ -184,9 +202,10 @@ class _Dispatch:
 
     def _look_at_workers(self) -> None:
         """Jobs that ended, by their time limit or with their node, are submitted again."""
-        if not self._workers.local:
-            self._cluster.scale(jobs=self._workers.count)
         now_s = time.monotonic()
+        if now_s - self._looked_s >= LOOK_S:
+            self._looked_s = now_s
+            self._cluster.scale(self._workers.count)
         if self._cluster.scheduler.total_nthreads:
             self._seen_s = now_s
         elif now_s - self._seen_s > PATIENCE_S:
