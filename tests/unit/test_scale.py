@@ -292,3 +292,61 @@ def test_tasks_are_done_once_and_a_worker_that_dies_three_times_fails_one_alone(
     assert addresses == {"127.0.0.1"}
     left = [each for each in psutil.Process().children(recursive=True) if "resource_tracker" not in str(each.cmdline())]
     assert left == []
+
+
+SBATCH = """#!/bin/bash
+script=$(mktemp "{folder}/job-XXXXXX"); cp "${{@: -1}}" "$script"
+setsid bash "$script" > "$script.out" 2>&1 < /dev/null &
+echo $! >> "{folder}/jobs"
+echo "Submitted batch job $!"
+"""
+SCANCEL = """#!/bin/bash
+for job in "$@"; do kill -TERM -- "-$job" 2>/dev/null; done
+"""
+
+
+def _job(path: str) -> str:
+    with Path(path).open("a") as file:
+        file.write("x")
+    time.sleep(0.3)
+    return " ".join(psutil.Process(os.getppid()).cmdline())
+
+
+def test_jobs_of_slurm_do_the_tasks_encrypted_and_are_submitted_again_if_they_are_lost(tmp_path, monkeypatch):
+    """With commands in the place of Slurm's that start processes of this machine: no more than that was tried."""
+    pytest.importorskip("dask_jobqueue")
+    pytest.importorskip("cryptography")
+    from i2v_lab.scale import dispatch as dispatching
+    from i2v_lab.scale.dispatch import Task, dispatch
+
+    commands, out, file = tmp_path / "bin", tmp_path / "out", tmp_path / "cluster.yaml"
+    commands.mkdir()
+    for name, text in (("sbatch", SBATCH.format(folder=commands)), ("scancel", SCANCEL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # where its function is
+    monkeypatch.setattr(dispatching, "LOOK_S", 0.5)
+    file.write_text(yaml.safe_dump({**SLURM, "distributed": {"deploy": {"lost-worker-timeout": "1s"}}}))
+    chosen = chosen_workers("1", file, single_threaded=True)
+    assert (chosen.count, chosen.threads, chosen.local) == (1, 1, False)
+    values, lost = [], False
+    for ended in dispatch(
+        chosen, [Task(f"t{number}", _job, (str(tmp_path / f"t{number}"),)) for number in range(6)], out
+    ):
+        assert ended.error is None
+        values.append(ended.value)
+        if not lost:
+            (job,) = (commands / "jobs").read_text().split()
+            os.killpg(int(job), signal.SIGKILL)
+            lost = True
+    assert len(values) == 6
+    assert all(" tls://127.0.0.1:" in value and f"{out}/.keys-" in value for value in values)
+    assert list(out.iterdir()) == []
+    jobs = (commands / "jobs").read_text().split()
+    assert len(jobs) > 1
+    for job in map(int, jobs):
+        deadline = time.monotonic() + 10
+        while psutil.pid_exists(job) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not psutil.pid_exists(job)

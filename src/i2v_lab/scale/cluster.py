@@ -41,12 +41,15 @@ SETTINGS = {
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.tick.limit": "1h",
     "distributed.comm.timeouts.connect": "30s",
-    "distributed.deploy.lost-worker-timeout": "60s",  # a process that is started again takes some seconds to be back
 }
 KEYS = (
     "tls_ca_file",
     *(f"tls_{role}_{part}" for role in ("scheduler", "worker", "client") for part in ("key", "cert")),
 )
+LOCAL_SETTINGS = {
+    "distributed.deploy.lost-worker-timeout": "60s",  # a process that is started again takes some seconds to be back
+}
+NO_DASHBOARD = {"dashboard": False, "dashboard_address": f"{LOOPBACK}:0"}  # the server of its metrics has no keys
 CLOSE_S = 5
 
 
@@ -67,7 +70,8 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
     import dask
 
     configuration = dask.config.merge(dask.config.config, workers.cluster)
-    with dask.config.set({**configuration, **SETTINGS}), scratch_folder() as scratch:
+    settings = SETTINGS | (LOCAL_SETTINGS if workers.local else {})
+    with dask.config.set({**configuration, **settings}), scratch_folder() as scratch:
         from distributed import Client
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # lost workers are reported run by run
@@ -130,7 +134,7 @@ def _local(workers: Workers, scratch: Path) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
 
     security = _security(None, loopback=True)
-    shared = {"host": LOOPBACK, "security": security, "protocol": "tls" if security else "tcp", "dashboard": False}
+    shared = {"host": LOOPBACK, "security": security, "protocol": "tls" if security else "tcp", **NO_DASHBOARD}
     specification = {}
     for number in range(workers.count):
         environment = {}
@@ -177,13 +181,14 @@ def _slurm(workers: Workers, shared: Path) -> Any:
     security = None if security is None else _in_files(security, shared)
     # One run at a time on each worker, and no limit but the job's; of two equal options the last counts.
     extra = [*(slurm.get("worker-extra-args") or []), "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
+    extra += ["--dashboard-address", NO_DASHBOARD["dashboard_address"]]
     if loopback:
         extra += ["--host", LOOPBACK]
     cluster = SLURMCluster(
         processes=1,
         security=security,
         protocol="tls://" if security else "tcp://",
-        scheduler_options={"dashboard": False, **options},
+        scheduler_options={**NO_DASHBOARD, **options},
         worker_extra_args=extra,
         job_script_prologue=[*(slurm.get("job-script-prologue") or []), *_exports(workers.threads)],
         silence_logs=logging.CRITICAL,
