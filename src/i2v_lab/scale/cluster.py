@@ -13,8 +13,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ LOCAL_SETTINGS = {
 }
 NO_DASHBOARD = {"dashboard": False, "dashboard_address": f"{LOOPBACK}:0"}  # the server of its metrics has no keys
 CLOSE_S = 5
+STILL_S = 10  # longer than a command that is stopped goes on
 
 
 @contextmanager
@@ -71,7 +73,10 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
 
     configuration = dask.config.merge(dask.config.config, workers.cluster)
     settings = SETTINGS | (LOCAL_SETTINGS if workers.local else {})
-    with dask.config.set({**configuration, **settings}), scratch_folder() as scratch:
+    with (
+        scratch_folder() as scratch,
+        dask.config.set({**configuration, **settings, "temporary-directory": str(scratch)}),
+    ):
         from distributed import Client
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # lost workers are reported run by run
@@ -84,7 +89,7 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
             try:
                 client = Client(cluster, set_as_default=False)
                 try:
-                    with nullcontext() if workers.local else on_stop(partial(_cancel, cluster), children_first=False):
+                    with on_stop(partial(_stop, cluster, workers.local), children_first=False):
                         yield cluster, client
                 finally:
                     with suppress(Exception):
@@ -137,7 +142,7 @@ def _local(workers: Workers, scratch: Path) -> Any:
     shared = {"host": LOOPBACK, "security": security, "protocol": "tls" if security else "tcp", **NO_DASHBOARD}
     specification = {}
     for number in range(workers.count):
-        environment = {}
+        environment = {"TMPDIR": str(scratch)}
         if workers.cards:
             environment["CUDA_VISIBLE_DEVICES"] = workers.cards[number]
         if workers.threads is not None:
@@ -197,10 +202,11 @@ def _slurm(workers: Workers, shared: Path) -> Any:
     return cluster
 
 
-def _cancel(cluster: Any) -> None:
-    """The jobs of a command that was stopped; those of one that was killed end when they miss it."""
-    jobs = [job.job_id for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
-    if jobs:
+def _stop(cluster: Any, local: bool) -> None:
+    """The command is stopped: nothing is started again, and jobs are cancelled."""
+    cluster.loop.add_callback(time.sleep, STILL_S)
+    if not local:
+        jobs = [job.job_id for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
         subprocess.run(["scancel", *jobs], check=False, capture_output=True, timeout=1)  # noqa: S603, S607
 
 

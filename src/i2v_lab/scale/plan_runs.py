@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from i2v_lab.errors import I2VLabError
-from i2v_lab.locks import exclusive, lock_on_this_machine, say
+from i2v_lab.errors import I2VLabError, OutputError
+from i2v_lab.files import remove_partial_files
+from i2v_lab.locks import exclusive, lock_beside, say
 from i2v_lab.runs.measure import mark_failed, measure
 from i2v_lab.runs.plans import PlannedRun
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.scale.dispatch import MOST_DEATHS, Ended, Task, WorkerDied, dispatch, tell
 from i2v_lab.scale.workers import Workers
+from i2v_lab.stopping import on_stop
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,38 @@ def measure_on(
 
     def task(names: Sequence[str]) -> Task:
         runs = tuple((name, specs[name].to_json(), str(out.absolute() / name)) for name in names)
-        return Task(names[0], _measure_here, (names[0], runs, device))
+        return Task(names[0], _measure_here, (names[0], runs, device, tempfile.gettempdir()))
 
     def rest(dead: Ended) -> list[Task]:
         names = _names(dead.task)
         left = names[names.index(dead.part) + 1 :]
         return [task(left)] if left else []
 
-    for each in dispatch(workers, map(task, _together(planned)), out, told=told, after_death=rest):
-        if isinstance(each.error, WorkerDied):
-            mark_failed(specs[each.part], out / each.part, device, each.error)
-            report(Measured(each.part, str(each.error)))
-        elif each.error is not None:
-            for name in _names(each.task):
-                report(Measured(name, " ".join(str(each.error).split())))
+    def finished(task: Ended) -> None:
+        if isinstance(task.error, WorkerDied):
+            mark_failed(specs[task.part], out / task.part, device, task.error)
+            report(Measured(task.part, str(task.error)))
+        elif task.error is not None:
+            for name in _names(task.task):
+                report(Measured(name, " ".join(str(task.error).split())))
         else:
-            for values in each.value:
+            for values in task.value:
                 report(Measured(*values))
+
+    clean_up = partial(_clean_up, [out / name for name in specs])
+    with on_stop(clean_up) if workers.local else nullcontext():
+        for each in dispatch(workers, map(task, _together(planned)), out, told=told, after_death=rest):
+            finished(each)
     return results
+
+
+def _clean_up(folders: Sequence[Path]) -> None:
+    """What workers of this machine that were killed left: partial files, and the files of locks that nobody holds."""
+    for folder in folders:
+        lock = lock_beside(folder)
+        if lock.exists():
+            with suppress(OutputError, OSError), exclusive(lock, folder):
+                remove_partial_files(folder)
 
 
 def _names(task: Task) -> list[str]:
@@ -118,12 +136,12 @@ def _together(planned: Sequence[PlannedRun]) -> list[list[str]]:
 
 
 def _measure_here(
-    task: str, runs: Sequence[tuple[str, dict[str, Any], str]], device: str
+    task: str, runs: Sequence[tuple[str, dict[str, Any], str]], device: str, locks: str
 ) -> list[tuple[str, str, float]]:
     done = []
     for name, spec, folder in runs:
         start_s = time.monotonic()
-        with _own_card():
+        with _own_card(Path(locks)):
             tell("began", task=task, part=name)
             error = _measure_one(RunSpec.from_json(spec), Path(folder), device)
         done.append((name, error, time.monotonic() - start_s))
@@ -147,9 +165,9 @@ def _measure_one(spec: RunSpec, folder: Path, device: str) -> str:
     raise AssertionError
 
 
-def _own_card() -> AbstractContextManager[None]:
+def _own_card(locks: Path) -> AbstractContextManager[None]:
     """The lock of the card that this worker sees: no other one of this machine, whoever's, uses it meanwhile."""
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not card or "," in card:
         return nullcontext()
-    return exclusive(lock_on_this_machine(Path(f"/dev/{card}")), Path(f"card {card}"), wait=say)
+    return exclusive(locks / f"i2v-lab-{card}.lock", Path(f"card {card}"), wait=say)
