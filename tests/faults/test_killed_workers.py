@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -108,3 +109,37 @@ def test_killed_while_a_plan_runs_on_workers(seeds, tmp_path, tally):
         wrong.append(f"only {sorted(plan.whole)} are complete")
     left = [path.name for path in plan.out.iterdir() if path.name not in NAMES and not path.name.endswith(".lock")]
     tally.count("completed", [*wrong, *(f"left {name}" for name in left)], number)
+
+
+@each(FAULTS, 0.01)
+def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
+    """It ends at once, in one line, and leaves no process, no partial file and no lock."""
+    for seed in seeds:
+        chance = random.Random(f"stopped workers {seed}")
+        number, status = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[seed % 2]
+        folder, temporary = tmp_path / str(seed), tmp_path / f"tmp{seed}"
+        temporary.mkdir()
+        os.environ["TMPDIR"], before = str(temporary), os.environ.get("TMPDIR")
+        try:
+            plan = _Plan(folder)
+            plan.start()
+        finally:
+            del os.environ["TMPDIR"]
+            os.environ |= {} if before is None else {"TMPDIR": before}
+        assert plan.client is not None
+        time.sleep(chance.uniform(3.0, 12.0))
+        processes = plan.client.children(recursive=True)
+        start_s = time.monotonic()
+        plan.client.send_signal(number)
+        ended, took_s = plan.client.wait(), time.monotonic() - start_s
+        psutil.wait_procs(processes, timeout=1)
+        said = (folder / "said").read_text().splitlines()
+        wrong = plan.look()
+        wrong += [f"status {ended}"] if ended != status else []
+        wrong += [f"took {took_s:.1f} s"] if took_s > 3 else []
+        wrong += [f"said {line}" for line in said if "Traceback" in line or "Warning" in line]
+        wrong += [f"left {each.cmdline()}" for each in processes if each.is_running()]
+        names = NAMES if plan.out.exists() else set()
+        left = [*temporary.iterdir(), *(each for each in plan.out.glob("*") if each.name not in names)]
+        wrong += [f"left {each.name}" for each in left]
+        tally.count("stopped", wrong, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 import time
@@ -15,14 +16,16 @@ import pytest
 import yaml
 
 from i2v_lab.capacity import sweep as sweeping
-from i2v_lab.cli.measure import _print_summary
+from i2v_lab.cli.measure import _print_summary, measure
 from i2v_lab.cli.sweep import sweep
 from i2v_lab.errors import InvalidRequest, OutputError, SweepError, WorkersUnavailable
 from i2v_lab.profiling.meters.nvml import visible_cards
-from i2v_lab.profiling.records import Forecast, PhaseRecord
+from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord, PhaseRecord
 from i2v_lab.runs.grids import read_requests
+from i2v_lab.runs.measure import measure as measure_here
 from i2v_lab.runs.plans import load_plan
 from i2v_lab.runs.spec import SMALL_MODEL
+from i2v_lab.runs.store import read_run
 from i2v_lab.scale import workers as asked
 from i2v_lab.scale.plan_runs import _together
 from i2v_lab.scale.workers import Workers, chosen_workers
@@ -292,6 +295,32 @@ def test_tasks_are_done_once_and_a_worker_that_dies_three_times_fails_one_alone(
     assert addresses == {"127.0.0.1"}
     left = [each for each in psutil.Process().children(recursive=True) if "resource_tracker" not in str(each.cmdline())]
     assert left == []
+
+
+def test_a_plan_on_workers_records_what_it_records_without(tmp_path, capfd):
+    """Peaks to the byte, out of memory too; what is there is reused."""
+    pytest.importorskip("distributed")
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    runs = [{}, {"vram_cap_gib": 0.001}]
+    plan.write_text(
+        yaml.safe_dump({"defaults": {**TINY, "video": False, "expected_seconds": 1}, "groups": [{"runs": runs}]})
+    )
+    measure(plan, out, "cpu", workers="2")
+    said = capfd.readouterr()
+    assert "2 runs, 0 reused; 2 to run" in said.out
+    lines = sorted(line.partition("] ")[2] for line in said.err.splitlines())
+    assert [line.partition(",")[0] for line in lines] == ["64x64x9: complete", "64x64x9_cap0.001: failed"]
+    assert all(line.endswith(f" on {platform.node()}") for line in lines)
+    here = measure_here(load_plan(plan)[0].spec, tmp_path / "here", "cpu")
+    there = read_run(out / "64x64x9")
+    assert [(each.phase, each.peak_bytes) for each in there.of(PhaseRecord)] == [
+        (each.phase, each.peak_bytes) for each in here.of(PhaseRecord)
+    ]
+    assert there.metadata["host"] == here.metadata["host"] == platform.node()
+    assert len(read_run(out / "64x64x9_cap0.001").of(OutOfMemoryRecord)) == 1
+    measure(plan, out, "cpu", workers="2")
+    assert "2 runs, 2 reused; 0 to run" in capfd.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"64x64x9", "64x64x9_cap0.001"}
 
 
 SBATCH = """#!/bin/bash

@@ -14,8 +14,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,30 +73,33 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
 
     configuration = dask.config.merge(dask.config.config, workers.cluster)
     settings = SETTINGS | (LOCAL_SETTINGS if workers.local else {})
-    with (
-        scratch_folder() as scratch,
-        dask.config.set({**configuration, **settings, "temporary-directory": str(scratch)}),
-    ):
+    with ExitStack() as scopes:
+        scratch = scopes.enter_context(scratch_folder())
+        scopes.enter_context(dask.config.set({**configuration, **settings, "temporary-directory": str(scratch)}))
         from distributed import Client
+        from distributed.utils import LoopRunner
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # lost workers are reported run by run
-        with _certificates(workers, folder) as shared:
-            try:
-                cluster = _local(workers, scratch) if workers.local else _slurm(workers, shared)
-            except (OSError, RuntimeError, ValueError, TypeError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise WorkersUnavailable(f"the workers could not be started ({reason}); start fewer") from error
-            try:
-                client = Client(cluster, set_as_default=False)
-                try:
-                    with on_stop(partial(_stop, cluster, workers.local), children_first=False):
-                        yield cluster, client
-                finally:
-                    with suppress(Exception):
-                        client.close(CLOSE_S)
-            finally:
-                with suppress(Exception):
-                    cluster.close(CLOSE_S)
+        shared = scopes.enter_context(_certificates(workers, folder))
+        runner, clusters = LoopRunner(), list[Any]()
+        runner.start()
+        scopes.callback(runner.stop)
+        scopes.enter_context(on_stop(partial(_stop, runner.loop, clusters, workers.local), children_first=False))
+        try:
+            start = partial(_local, workers, scratch) if workers.local else partial(_slurm, workers, shared)
+            clusters.append(start(runner.loop))
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise WorkersUnavailable(f"the workers could not be started ({reason}); start fewer") from error
+        scopes.callback(_close, clusters[0])
+        client = Client(clusters[0], set_as_default=False)
+        scopes.callback(_close, client)
+        yield clusters[0], client
+
+
+def _close(opened: Any) -> None:
+    with suppress(Exception):  # of a worker that has gone, say; there is nothing left to do about it
+        opened.close(CLOSE_S)
 
 
 def _security(protocol: str | None, loopback: bool) -> Any:
@@ -135,7 +138,7 @@ def _in_files(security: Any, folder: Path) -> Any:
     return Security(**files, require_encryption=True) if files else security
 
 
-def _local(workers: Workers, scratch: Path) -> Any:
+def _local(workers: Workers, scratch: Path, loop: Any) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
 
     security = _security(None, loopback=True)
@@ -158,7 +161,12 @@ def _local(workers: Workers, scratch: Path) -> Any:
         specification[number] = {"cls": Nanny, "options": options}
     scheduler = {"cls": Scheduler, "options": {**shared, "port": 0}}
     return SpecCluster(
-        workers=specification, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL, name="i2v-lab"
+        workers=specification,
+        scheduler=scheduler,
+        loop=loop,
+        security=security,
+        silence_logs=logging.CRITICAL,
+        name="i2v-lab",
     )
 
 
@@ -174,7 +182,7 @@ def _certificates(workers: Workers, folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _slurm(workers: Workers, shared: Path) -> Any:
+def _slurm(workers: Workers, shared: Path, loop: Any) -> Any:
     from dask_jobqueue import SLURMCluster
 
     slurm = {str(key).replace("_", "-"): value for key, value in workers.cluster["jobqueue"]["slurm"].items()}
@@ -191,6 +199,7 @@ def _slurm(workers: Workers, shared: Path) -> Any:
         extra += ["--host", LOOPBACK]
     cluster = SLURMCluster(
         processes=1,
+        loop=loop,
         security=security,
         protocol="tls://" if security else "tcp://",
         scheduler_options={**NO_DASHBOARD, **options},
@@ -202,11 +211,11 @@ def _slurm(workers: Workers, shared: Path) -> Any:
     return cluster
 
 
-def _stop(cluster: Any, local: bool) -> None:
+def _stop(loop: Any, clusters: Sequence[Any], local: bool) -> None:
     """The command is stopped: nothing is started again, and jobs are cancelled."""
-    cluster.loop.add_callback(time.sleep, STILL_S)
+    loop.add_callback(time.sleep, STILL_S)
     if not local:
-        jobs = [job.job_id for job in list(cluster.workers.values()) if getattr(job, "job_id", None)]
+        jobs = [job.job_id for each in clusters for job in list(each.workers.values()) if getattr(job, "job_id", None)]
         subprocess.run(["scancel", *jobs], check=False, capture_output=True, timeout=1)  # noqa: S603, S607
 
 
