@@ -70,6 +70,16 @@ def _cache(session_folder: Path) -> Iterator[None]:
     del os.environ[CACHE_VARIABLE]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _data(session_folder: Path) -> Iterator[None]:
+    """No profile of a card that its user calibrated."""
+    before = os.environ.get("XDG_DATA_HOME")
+    os.environ["XDG_DATA_HOME"] = str(session_folder / "data")
+    yield
+    del os.environ["XDG_DATA_HOME"]
+    os.environ |= {} if before is None else {"XDG_DATA_HOME": before}
+
+
 @pytest.fixture(scope="session")
 def _forks(session_folder: Path) -> Callable[[], str] | None:
     """The socket of the server of forked processes, one for the whole session, started when it is asked for."""

@@ -128,6 +128,12 @@ class VramCapExceeded(I2VLabError):
     exit_status = 1
 
 
+class OutOfDeviceMemory(I2VLabError):
+    """A generation asked its device for more memory than there is, or than it may take."""
+
+    exit_status = 1
+
+
 class GradEscape(I2VLabError):
     """Work with trainable parameters ran with grad enabled where it should not."""
 

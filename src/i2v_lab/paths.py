@@ -1,4 +1,4 @@
-"""Paths of the package, its data, its notebooks and its cache."""
+"""Paths of the package, its data, its notebooks, its cache and what it keeps for a user."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def cache_dirs() -> list[Path]:
     """Return :func:`cache_dir`, and the user's own cache, which serves where that may not be written."""
     own = platformdirs.user_cache_dir("i2v-lab", appauthor=False)
     return [Path(path) for path in dict.fromkeys([os.environ.get(CACHE_VARIABLE) or own, own])]
+
+
+def user_devices_dir() -> Path:
+    """Return the folder of the user's data that ``i2v-lab calibrate --time`` writes a card's profile into."""
+    return Path(platformdirs.user_data_dir("i2v-lab", appauthor=False)) / "devices"
 
 
 def find_still(image: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 from i2v_lab.errors import CheckpointError
 from i2v_lab.events import Phase, StepEnded
+from i2v_lab.pipeline.ltx2.memory import host_memory
+from i2v_lab.pipeline.ltx2.memory.block_reader import THREAD_NAME
+from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
 from i2v_lab.request import I2VRequest
@@ -76,3 +80,37 @@ def test_a_file_truncated_during_a_run_leaves_nothing_on_the_device(tiny, reques
     del pipeline, caught
     gc.collect()
     assert torch.cuda.memory_allocated() - before < 2**25  # cuBLAS's workspace
+
+
+def test_what_the_driver_refuses_to_lock_does_not_fail_the_next_kernel(request_on_gpu, monkeypatch):
+    first = PageLocked(2**20, torch.device("cuda"))
+    monkeypatch.setattr(host_memory, "own_pages", lambda _: first.data)
+    with pytest.raises(RuntimeError, match="already mapped"):
+        PageLocked(2**20, torch.device("cuda"))
+    assert torch.ones(8, device="cuda").add_(1).sum().item() == 16
+    first.release()
+
+
+@pytest.mark.parametrize("end", ["interrupt", "no device memory"])
+def test_a_generation_that_ended_early_leaves_nothing_and_the_next_one_is_as_ever(tiny, request_on_gpu, end):
+    request = replace(request_on_gpu, memory="streamed")
+    expected = _frames(TwoStagePipeline(tiny, "cuda"), request)
+
+    def after_a_step(event):
+        if isinstance(event, StepEnded) and event.phase is Phase.DENOISE_STAGE_1:
+            if end == "interrupt":
+                raise KeyboardInterrupt
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1e-6)
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with HostWeights() as host:
+        with pytest.raises(KeyboardInterrupt if end == "interrupt" else torch.OutOfMemoryError):
+            TwoStagePipeline(tiny, "cuda", sinks=[after_a_step], host_weights=host)(request)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        assert host.held_bytes == 0
+        assert torch.cuda.memory_allocated() == before
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+        assert torch.equal(_frames(TwoStagePipeline(tiny, "cuda", host_weights=host), request), expected)

@@ -132,7 +132,9 @@ def test_a_reproduction_leaves_figures_tables_videos_and_pages(reproduced):
         "02_peak_localization_timeline",
         "03_no_grad_fix_graph",
         "05_leak_allocated",
+        "06_will_it_fit_map",
         "07_what_holds_the_peak_waterfall",
+        "07_what_holds_the_peak_frontier",
     ):
         assert {f"figures/{figure}.{suffix}" for suffix in ("svg", "png", "csv")} <= made
     assert {"videos/00_generate_video.mp4", "videos/03_no_grad_fix_no_grad.mp4"} <= made
@@ -180,7 +182,7 @@ def recorded(session_folder, reproduced, kernel) -> tuple[Path, dict[str, dict[s
     extra: dict[str, dict[str, Any]] = {
         "03_no_grad_fix": small,
         "06_will_it_fit": {"judged": 1, "published": SMALL["06_will_it_fit"]["published"]},
-        "07_what_holds_the_peak": {"others": ["ltx-pipelines"]},
+        "07_what_holds_the_peak": {"others": ["ltx-pipelines"], "sizes": ["2048x1536"]},
     }
 
     def make(out: Path) -> None:

@@ -126,5 +126,6 @@ def test_where_nothing_fits_the_policy_that_does_is_named_and_the_status_is_1(
         assert answer["needed_bytes"] == (NEEDS[instead or "streamed"] if instead != "" else NEEDS[memory]) * GIB
     elif instead:
         assert f"with --memory {instead}, " in result.stdout
+        assert f"; --vram-budget {gpu[:-2]}GiB in place of --gpu" in result.stdout
     elif instead is None:
         assert "3.00 GiB are needed at least" in result.stdout

@@ -345,7 +345,8 @@ def test_forecast_prints_one_json_object(tmp_path):
         "decode_video",
     ]
     assert report["peak_bytes"] == max(phase["peak_bytes"] for phase in report["phases"])
-    assert report["fits"][0] == {"gpu": "cap of 0.5 GiB", "memory_bytes": GIB // 2, "verdict": "no"}
+    unknown = {"predicted_seconds": None, "predicted_measured": None}
+    assert report["fits"][0] == {"gpu": "cap of 0.5 GiB", "memory_bytes": GIB // 2, "verdict": "no", **unknown}
     assert {fit["verdict"] for fit in report["fits"][1:]} == {"fits"}
     run = read_run(tmp_path / "run")
     assert (run.status, run.metadata["device"]) == ("complete", "forecast")
@@ -364,6 +365,8 @@ def test_forecast_as_text_names_the_peak_its_holders_and_the_cards():
     assert "Live at the peak, in " in text
     assert "RTX PRO 6000 Blackwell" in text
     assert "for the CUDA context" in text
+    assert "--vram-budget" not in text
+    assert "\nno: as it is; --vram-budget" in _run("forecast", *TINY, "--vram-cap-gib", "0.5")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import json
+import mmap
 import os
 import shutil
 import threading
@@ -14,15 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i2v_lab.errors import CheckpointError
+from i2v_lab.errors import CheckpointError, InvalidRequest
 from i2v_lab.events import ComponentBuilt, Phase, PhaseStarted, StepEnded
 from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
+from i2v_lab.pipeline.contract.lifecycle import rare_collections
 from i2v_lab.pipeline.ltx2 import loader
 from i2v_lab.pipeline.ltx2.components import Ledger
-from i2v_lab.pipeline.ltx2.memory import block_reader, host_copies, host_weights, readers, tensors_ahead
+from i2v_lab.pipeline.ltx2.memory import block_reader, host_blocks, host_copies, host_weights, readers, tensors_ahead
+from i2v_lab.pipeline.ltx2.memory.host_copies import HostCopy, packed
+from i2v_lab.pipeline.ltx2.memory.host_memory import PageLocked
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.pipeline import TwoStagePipeline
+from i2v_lab.pipeline.ltx2.synthetic import SyntheticStateDictLoader
+from i2v_lab.pipeline.ltx2.weights import skeleton_weights
 from i2v_lab.request import I2VRequest, Quantization
 from i2v_lab.runs.execute import execute
 from i2v_lab.runs.spec import RunSpec
@@ -49,8 +56,7 @@ def own_checkpoint(tiny, tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Threads read ahead, in pieces so small that tensors of the tiny model are read in several."""
-    monkeypatch.setattr(host_weights, "READ_AHEAD", True)
+    """Threads read in pieces so small that tensors of the tiny model are read in several."""
     monkeypatch.setattr(host_copies, "PIECE_BYTES", 3000)
 
 
@@ -133,13 +139,43 @@ def test_generations_of_one_process_give_the_frames_of_a_cold_one_and_read_block
     assert host.held_bytes == 0
 
 
+def test_every_use_reports_the_host_memory_that_it_took_itself(tiny, reads):
+    """Also after one with a LoRA, with which it shares all other blocks, and where there is no room for all."""
+
+    def taken(host, component="transformer", **options):
+        stream = _stream(tiny, host, component, **options)
+        for name in stream._order:
+            stream._fetch(name)
+        stream.close()
+        return stream.page_locked_bytes, stream.pageable_bytes
+
+    with HostWeights(PLENTY, keep=True) as host:
+        cold, text, warm, lora, last = (
+            taken(host),
+            taken(host, "text_encoder"),
+            taken(host),
+            taken(host, with_lora=True),
+            taken(host),
+        )
+        assert len(reads) == len(set(reads)) > 0
+        most = host.held_bytes
+    assert cold[1] > 0  # bfloat16 was cast on its way
+    assert warm == last == (cold[0], 0)
+    assert lora[0] > cold[0]
+    assert most == lora[0] + text[0]
+    with HostWeights(cold[0] + text[0] // 2, keep=True) as small:  # the text encoder's blocks make room
+        assert taken(small, "text_encoder")[0] == text[0]
+        assert taken(small)[0] == cold[0]
+        assert taken(small, "text_encoder")[0] < text[0]
+
+
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "gemma_embeddings_processor", "video_decoder"])
 def test_whatever_the_budget_it_is_kept_to_and_blocks_are_the_same(tiny, component, monkeypatch):
     expected = _expected(tiny, component)
     stream = _stream(tiny, HostWeights(PLENTY), component)
     sizes = [plan.nbytes for plan in stream._host._plans.values()]
     stream.close()
-    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2 * max(sizes))
+    monkeypatch.setattr(host_blocks, "AHEAD_BYTES", 2 * max(sizes))
     for share in (0, 0.3, 0.7, 1):
         for keep in (False, True):
             with HostWeights(int(share * sum(sizes)), keep=keep) as host:
@@ -176,51 +212,58 @@ def test_blocks_with_a_lora_are_kept_beside_those_without_and_made_from_them(tin
     assert small.held_bytes == 0
 
 
-def test_the_first_pass_holds_one_block_on_the_device_whatever_is_in_host_memory(tiny):
-    """As in a forecast of one generation, so that none of several takes more."""
+def test_once_blocks_are_in_host_memory_every_pass_prefetches_also_the_first_of_a_later_use(tiny):
+    """In the order that was observed, so that no block waits on the device for longer than in the use before."""
     with HostWeights(PLENTY, keep=True) as host:
-        for _ in range(2):
+        for use in (1, 2):
             stream = _stream(tiny, host)
+            called = [*reversed(list(stream._order)[:3]), *list(stream._order)[3:]]  # not as they are built
+            stream._order = {name: index for index, name in enumerate(called)}
             for number in (1, 2):
-                for name in stream._order:
+                for name in called:
                     block = stream._model.get_submodule(name)
                     stream._before_call(name, block, ())
-                    assert not stream._in_flight or number == 2
                     stream._after_call(name, block, (), None)
-                    if number == 2:
-                        assert len(stream._in_flight) == (name != list(stream._order)[-1])
+                    prefetched = (use, number) != (1, 1) and name != called[-1]
+                    assert [*stream._in_flight] == called[called.index(name) + 1 :][:1] * prefetched
             stream.close()
 
 
-def test_float8_goes_from_the_file_to_the_buffer_as_it_is_and_becomes_bfloat16_on_the_device(tiny, tmp_path):
+def test_float8_never_becomes_bfloat16_in_host_memory(tiny, tmp_path):
+    """From the file to the buffer as it is, or looked up; bfloat16 only on the device, for a module that has it."""
     tensors = load_file(tiny.checkpoint)
-    blocks = {key: value for key, value in tensors.items() if "transformer_blocks." in key and key.endswith(".weight")}
-    matrices = [key for key, value in blocks.items() if value.ndim == 2]
-    plain = {key: value.to(E4M3) if key in matrices else value for key, value in tensors.items()}
-    scales = {f"{key}_scale": torch.tensor(0.5) for key in matrices}
+    matrices = [k for k, v in tensors.items() if "transformer_blocks." in k and k.endswith(".weight") and v.ndim == 2]
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3)  # with both zeros, subnormal values and no numbers
+    biases = [k for k in tensors if "transformer_blocks." in k and k.endswith(".bias")]
+    plain = {k: v.to(E4M3) if k in matrices + biases else v for k, v in tensors.items()}
+    for key in matrices:
+        plain[key].view(-1)[: len(every)] = every[: plain[key].numel()]
+    scales = {f"{key}_scale": torch.tensor(0.37) for key in matrices}
+    rows = {f"{key}_scale": torch.rand(len(tensors[key]), 1) + 0.1 for key in matrices}
     metadata = {"config": json.dumps(tiny.architecture.config)}
-    for content, name in ((plain, "plain"), (plain | scales, "scaled")):
-        save_file(content, tmp_path / name, metadata=metadata)
-        weights = replace(tiny, checkpoint=str(tmp_path / name))
-        expected = _expected(weights, quantization=Quantization.BF16)
-        stream = _stream(weights, HostWeights(PLENTY), quantization=Quantization.BF16)
-        _passes(stream, expected)
-        copies = [stream._host.ready(block) for block in stream._order if "transformer_blocks." in block]
-        own = [one for copy in copies for one in copy.tensors if len(one.shape) == 2 and "norm" not in one.name]
-        assert {one.dtype for one in own if one.name.endswith("to_q.weight")} == {E4M3}
-        assert {one.scale is not None for one in own if one.name.endswith("to_q.weight")} == {name == "scaled"}
-        assert {expected[one.name].dtype for one in own} == {torch.bfloat16}
-        assert stream.pageable_bytes == 0
-        stream.close()
-        whole = Ledger(weights, CPU, Quantization.BF16, host_weights=HostWeights(PLENTY)).transformer().state_dict()
-        for key, value in expected.items():
-            assert torch.equal(_bytes(whole[f"velocity_model.{key}"]), _bytes(value))
+    for number, factors in enumerate(({}, scales, rows)):
+        save_file(plain | factors, tmp_path / f"{number}", metadata=metadata)
+        weights = replace(tiny, checkpoint=str(tmp_path / f"{number}"))
+        for quantization, target in ((Quantization.BF16, torch.bfloat16), (Quantization.FP8_CAST, E4M3)):
+            expected = _expected(weights, quantization=quantization)
+            stream = _stream(weights, HostWeights(PLENTY), quantization=quantization)
+            _passes(stream, expected, count=1)
+            copies = [stream._host.ready(block) for block in stream._order if "transformer_blocks." in block]
+            own = [one for copy in copies for one in copy.tensors if one.name.endswith("to_q.weight")]
+            assert {one.dtype for one in own} == {E4M3}
+            assert {expected[one.name].dtype for one in own} == {target}
+            assert {one.scale is None for one in own} == {not factors or target is E4M3}
+            assert stream.pageable_bytes == 0
+            stream.close()
+            whole = Ledger(weights, CPU, quantization, host_weights=HostWeights(PLENTY)).transformer().state_dict()
+            for key, value in expected.items():
+                assert torch.equal(_bytes(whole[f"velocity_model.{key}"]), _bytes(value))
 
 
 @pytest.mark.parametrize("budget", [2000, PLENTY])
 def test_whole_components_are_read_ahead_too(tiny, own_checkpoint, monkeypatch, budget):
     monkeypatch.setattr(tensors_ahead, "GROUP_BYTES", 2**16)
-    monkeypatch.setattr(host_weights, "AHEAD_BYTES", 2**17)
+    monkeypatch.setattr(host_blocks, "AHEAD_BYTES", 2**17)
     for component in ("transformer", "text_encoder", "video_decoder", "vocoder", "spatial_upsampler"):
         states = [
             getattr(Ledger(tiny, CPU, Quantization.FP8_CAST, host_weights=HostWeights(most)), component)().state_dict()
@@ -298,16 +341,17 @@ def test_a_file_cut_short_during_text_encoding_ends_the_generation_and_frees_eve
 
 
 @pytest.mark.parametrize("when", [PhaseStarted(Phase.ENCODE_IMAGE), StepEnded(Phase.DENOISE_STAGE_1, 1, 8)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_interrupted_generation_leaves_no_thread_and_no_memory_and_the_next_one_works(
-    own_checkpoint, request_64, when
+    own_checkpoint, request_64, when, error
 ):
     def interrupt(event):
         if event == when:
-            raise KeyboardInterrupt
+            raise error
 
-    for keep in (False, True):
+    for keep in (error is KeyboardInterrupt, False):
         with HostWeights(PLENTY, keep=keep) as host:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(error):
                 TwoStagePipeline(own_checkpoint, host_weights=host, sinks=[interrupt])(request_64)
             assert not _threads()
             assert keep or host.held_bytes == 0
@@ -347,12 +391,13 @@ def test_generations_of_a_run_and_those_of_the_lab_share_kept_weights(request_64
     assert kept.held_bytes == 0
 
 
-def test_where_memory_cannot_be_locked_blocks_are_loaded(tiny, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), OSError(12, "Cannot allocate memory")])
+def test_where_memory_cannot_be_had_or_locked_blocks_are_loaded(tiny, monkeypatch, error):
     def refused(*_):
-        raise RuntimeError("CUDA error: out of memory")
+        raise error
 
     monkeypatch.setattr(block_reader, "PageLocked", refused)
-    monkeypatch.setattr(host_weights, "PageLocked", refused)
+    monkeypatch.setattr(host_blocks, "PageLocked", refused)
     with HostWeights(PLENTY, keep=True) as host:
         stream = _stream(tiny, host)
         _passes(stream, _expected(tiny))
@@ -360,15 +405,127 @@ def test_where_memory_cannot_be_locked_blocks_are_loaded(tiny, monkeypatch):
         stream.close()
 
 
-def test_without_reading_ahead_blocks_are_loaded_once_and_kept_as_they_are_on_the_device(tiny, reads):
-    expected = _expected(tiny)
-    reads.clear()
-    with HostWeights(PLENTY, keep=True, read_ahead=False) as host:
+def test_blocks_of_no_file_are_loaded_once_and_kept_as_they_are_on_the_device(tiny, reads):
+    made: list[str] = []
+
+    class Noting(SyntheticStateDictLoader):
+        def tensor(self, path, key, device):
+            made.extend([key] if "transformer_blocks." in key and device.type != "meta" else [])
+            return super().tensor(path, key, device)
+
+    weights = replace(skeleton_weights(tiny.architecture), loader=Noting(tiny.architecture))
+    expected = _expected(weights)
+    made.clear()
+    with HostWeights(PLENTY, keep=True) as host:
         for _ in range(2):
-            stream = _stream(tiny, host)
+            stream = _stream(weights, host)
             _passes(stream, expected)
             stream.close()
-            assert len(reads) == len(set(reads)) > 0
+            assert len(made) == len(set(made)) > 0
         assert host.held_bytes > 0
     assert host.held_bytes == 0
     assert not _threads()
+
+
+def test_tensors_are_where_their_block_begins_wherever_that_is_in_its_memory():
+    """Page-aligned buffers begin within a wider one."""
+    values = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 4, 2).to(E4M3)}
+    layout, size = packed((name, one.dtype, one.shape, one.dtype, None) for name, one in values.items())
+    copy = HostCopy(PageLocked(size, CPU), layout)
+    assert copy.buffer.data.data_ptr() % mmap.PAGESIZE == 0
+    for first in (0, 4096):
+        copy.buffer.data = torch.zeros(size + 4096, dtype=torch.uint8)[first : first + size]
+        for one, value in zip(layout, values.values(), strict=True):
+            copy.buffer.data[one.offset : one.offset + value.nbytes] = _bytes(value)
+        for found in (copy.unpacked(copy.buffer.data), dict(copy.tensors_on(CPU))):
+            for name, value in values.items():
+                assert torch.equal(_bytes(found[name]), _bytes(value)), name
+
+
+def test_an_interrupt_between_the_decision_to_read_a_block_and_its_reading_leaves_nothing(tiny, monkeypatch):
+    """The next use would wait for a reading that nobody began."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with HostWeights(PLENTY, keep=True) as host:
+        with monkeypatch.context() as patch:
+            patch.setattr(block_reader.BlockReader, "read", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                _stream(tiny, host)
+        assert host.held_bytes == 0
+        stream = _stream(tiny, host)
+        _passes(stream, _expected(tiny))
+        stream.close()
+    assert host.held_bytes == 0
+
+
+def test_a_lack_of_host_memory_while_a_block_is_read_ends_the_generation_and_frees_everything(
+    tiny, request_64, monkeypatch
+):
+    def starved(*_):
+        raise MemoryError("cannot allocate memory")
+
+    host = HostWeights(PLENTY)
+    with monkeypatch.context() as patch:
+        patch.setattr(host_copies._Conversion, "__call__", starved)
+        with pytest.raises(MemoryError):
+            _frames(TwoStagePipeline(tiny, host_weights=host), request_64)
+    assert not _threads()
+    assert host.held_bytes == 0
+    stream = _stream(tiny, host)
+    _passes(stream, _expected(tiny), count=1)
+    stream.close()
+
+
+def test_a_header_damaged_after_verification_is_an_error_with_its_path(tmp_path):
+    path = tmp_path / "damaged.safetensors"
+    valid = {"a": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}
+    wrong = ([], {"a": 1}, {"a": {}}, {"a": valid["a"] | {"dtype": "?"}}, {"a": valid["a"] | {"data_offsets": []}})
+    texts = [b"{", b"\xff" * 8, *(json.dumps(header).encode() for header in wrong)]
+    for content in [b"", b"1234567", (2**60).to_bytes(8, "little"), *(len(t).to_bytes(8, "little") + t for t in texts)]:
+        path.write_bytes(content + bytes(16))
+        with pytest.raises(CheckpointError) as caught:
+            readers.SafetensorsReader().keys(str(path))
+        assert caught.value.fields["path"] == str(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [-1, True, 1.5, "8GiB"])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
+    with pytest.raises(InvalidRequest) as caught:
+        HostWeights(budget)
+    assert caught.value.fields == {"budget_bytes": budget}
+
+
+def test_what_is_used_after_it_was_closed_keeps_nothing(tiny):
+    host = HostWeights(PLENTY, keep=True)
+    for _ in range(2):
+        stream = _stream(tiny, host)
+        _passes(stream, _expected(tiny), count=1)
+        assert host.held_bytes > 0
+        host.close()
+        assert host.held_bytes == 0
+        _passes(stream, _expected(tiny), count=1)  # which is still in use
+        stream.close()
+        assert host.held_bytes == 0
+
+
+@pytest.mark.parametrize("own", [(700, 10, 10), (0, 10, 10), (60_000, 5, 5)])
+def test_a_generation_is_not_interrupted_by_collections_of_all_objects(tiny, request_64, own):
+    seen = []
+
+    def interrupt(event):
+        seen.append(gc.get_threshold())
+        if isinstance(event, PhaseStarted) and event.phase is Phase.ENCODE_IMAGE:
+            raise KeyboardInterrupt
+
+    before = gc.get_threshold()
+    gc.set_threshold(*own)
+    try:
+        with rare_collections(), pytest.raises(KeyboardInterrupt):  # as another thread's generation
+            TwoStagePipeline(tiny, sinks=[interrupt])(request_64)
+        assert gc.get_threshold() == own
+    finally:
+        gc.set_threshold(*before)
+    assert set(seen) == {(own[0] and max(own[0], 50_000), *own[1:])}

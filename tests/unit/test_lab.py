@@ -26,6 +26,8 @@ from PIL import Image
 
 import i2v_lab
 from i2v_lab import Compare, Explorer, Generate, I2VRequest, PhaseProfiler, Tiling, VramMonitor
+from i2v_lab.capacity.device_profile import device_profile
+from i2v_lab.capacity.time_model import predicted_seconds
 from i2v_lab.cli.lab import START, lab_command, lab_environment
 from i2v_lab.errors import ForecastError, InvalidImage, OutputError, ProfilerError
 from i2v_lab.events import Note, Phase, PhaseStarted
@@ -44,6 +46,8 @@ from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, Run, RunWriter
+from i2v_lab.studies.placed import Placed
+from i2v_lab.units import format_seconds
 
 TINY = "ltx-2.3-tiny"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -125,11 +129,21 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     assert answer.needed_bytes == whole.peak_reserved_bytes + whole.context_bytes
     assert answer.fit.verdict == "fits"
     assert answer.sentence.startswith("It fits: T4 has 14.56 GiB, this needs")
+    assert "not known" in answer.duration  # tensor cores of a T4 have no bfloat16
+    for gpu in ("H100 80GB", "L4"):
+        exploration.ask(replace(exploration.question, gpu=gpu))
+        predicted = format_seconds(predicted_seconds(whole, device_profile(gpu)))
+        assert predicted in exploration.answer.duration
+        assert ("not measured" in exploration.answer.duration) == (gpu == "L4")
     small = replace(exploration.question, memory_bytes=answer.needed_bytes - 1, gpu="a small card")
     exploration.ask(small)
     assert exploration.answer.fit.verdict == "tight"
     exploration.ask(replace(small, memory_bytes=whole.context_bytes))
-    assert exploration.answer.sentence.startswith("It does not fit: a small card has")
+    answer = exploration.answer
+    assert answer.sentence.startswith("It does not fit as it is: a small card has")
+    solved = Placed("partial", "12 of 56 blocks resident", 12, 56, 2**30, "decode_video", 3 * 2**30, 38.2)
+    assert "runs, 12 of 56 blocks resident, in 38 s" in replace(answer, placed=solved).sentence
+    assert "--vram-budget" in replace(answer, placed=None).sentence
     exploration.ask(replace(small, request=_request(image="gone.png")), wait=True)
     assert "gone.png" in exploration.problem
     # What is left out of a picture changes none of its sums.
@@ -425,7 +439,7 @@ def test_a_request_that_will_not_fit_this_machine_gets_a_warning_before_it_runs(
     generate = Generate(tmp_path, _request(), TINY, "cpu")
     generate.device_memory = ("this GPU", 2**20, "cuda")
     generate.exploration.ask(generate._question(), wait=True)
-    assert "Warning. It does not fit: this GPU has 1.0 MiB" in generate.html()
+    assert "Warning. It does not fit as it is: this GPU has 1.0 MiB" in generate.html()
 
 
 # --- Pictures and comparisons ---

@@ -23,8 +23,8 @@ from i2v_lab.pipeline.ltx2 import RUNNER, operations, sampling
 from i2v_lab.pipeline.ltx2.components import Ledger
 from i2v_lab.pipeline.ltx2.memory import (
     chunked_transformer,
+    host_blocks,
     host_memory,
-    host_weights,
     in_place_decode,
     token_chunks,
 )
@@ -254,7 +254,7 @@ def test_blocks_are_loaded_at_every_call_where_page_locking_is_refused(monkeypat
     def refused(*_, **__):
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(host_weights, "PageLocked", refused)
+    monkeypatch.setattr(host_blocks, "PageLocked", refused)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False))
     loaded = []
 

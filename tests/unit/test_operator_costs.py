@@ -103,6 +103,9 @@ def test_what_a_process_does_once_is_counted_once():
     shapes = [(1, 8, 4, 4), (1, 8, 4, 4), (1, 8, 6, 6)]
     found = counted(rows_of(lambda: [functional.conv2d(half(*s), half(8, 8, 3, 3)) for s in shapes]))
     assert found["first convolution", ""][0] == 2
+    assert found["first use of cuDNN", ""][0] == 1
+    products = counted(rows_of(lambda: [half(8, n) @ half(n, 8) for n in (8, 8, 64)]))
+    assert (products["first use of cuBLAS", ""][0], products["first matmul", ""][0]) == (1, 2)
 
 
 class Block(torch.nn.Module):

@@ -325,7 +325,7 @@ def test_a_run_of_diffusers_is_recorded_as_the_model_and_numbers_that_ran(by_dif
     assert (known["request"]["quantization"], known["request"]["tiling"]) == ("bf16", None)
     assert known["spec"]["techniques"] == []
     assert known["spec"]["request"] == known["request"]
-    assert set(known["versions"]) == {"python", "i2v-lab", "torch", "diffusers", "transformers", "accelerate"}
+    assert set(known["versions"]) == {"python", "i2v-lab", *RUNNERS["diffusers"].packages}
     assert all(known["versions"].values())
     assert spec_of(run) == spec
     assert str(data_dir()) not in json.dumps(known)  # the still by the name it was asked by

@@ -21,8 +21,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2v_lab.errors import OutputError, RecordError
-from i2v_lab.profiling.record_json import CATEGORIES, KINDS, SECONDS_BELOW, WHOLE_BELOW
-from i2v_lab.profiling.records import CostRow, DeviceRecord, GraphRecord, OutOfMemoryRecord, PhaseRecord
+from i2v_lab.profiling.record_json import (
+    CATEGORIES,
+    KINDS,
+    SECONDS_BELOW,
+    WHOLE_BELOW,
+    record_from_json,
+    record_to_json,
+)
+from i2v_lab.profiling.records import (
+    CostRow,
+    DeviceRecord,
+    GraphRecord,
+    HostMemoryRecord,
+    OutOfMemoryRecord,
+    PhaseRecord,
+)
 from i2v_lab.runs import store
 from i2v_lab.runs.store import FORMAT_VERSION, RunWriter, read_run
 
@@ -141,6 +155,15 @@ def test_frames_have_the_same_columns_and_types_with_and_without_rows(tmp_path):
         "kind='phases' is not a known record; use one of: phase, step, holder, module, timeline, graph, out_of_memory, "
         "generation, device, note, host_memory, assumption, cost"
     )
+
+
+def test_a_record_of_before_a_field_was_kept_is_read_without_it():
+    values = record_to_json(HostMemoryRecord("encode_prompt", "text_encoder", 1, 2, (0, 3), 4))
+    del values["peak_bytes"]
+    assert record_from_json(values) == HostMemoryRecord("encode_prompt", "text_encoder", 1, 2, (0, 3), None)
+    del values["component"]
+    with pytest.raises(RecordError, match="missing or unknown fields: component;"):
+        record_from_json(values)
 
 
 def test_a_failed_run_keeps_its_records_and_one_line_of_the_error(tmp_path):

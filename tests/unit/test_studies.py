@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from ltx_core.model.video_vae.tiling import SpatialTilingConfig, TemporalTilingConfig, TilingConfig
 from ltx_core.model.video_vae.video_vae import VideoDecoder
 
-from i2v_lab.capacity.cards import context_bytes
 from i2v_lab.errors import InvalidRequest, UnknownModel
 from i2v_lab.pipeline.ltx2.tiles import SIZES, tile_grid
 from i2v_lab.profiling.records import (
@@ -276,32 +275,6 @@ def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
     assert results["finding"].endswith(ended)
     found[-1] = seen(order[-1], refused, status="failed", encode_prompt=1)
     assert leak.leak_verdict(found)["open_escaped_growth_bytes"] == 137 * GIB
-
-
-def test_cards_are_judged_by_what_the_process_takes():
-    specs = card_map.map_specs(REQUEST, "ltx-2.3-22b", ["1024x768", "2048x1536"], [97])
-    found = [seen(each, decode_video=peak) for each, peak in zip(specs, (23, 40), strict=True)]
-    table = card_map.card_table([*found, unseen(specs[0])], ["A100 80GB", "RTX 4090", "RTX 5090"])
-    assert table["gpu"].to_list() == ["RTX 4090"] * 2 + ["RTX 5090"] * 2 + ["A100 80GB"] * 2
-    assert table["verdict"].to_list() == ["no", "no", "fits", "no", "fits", "fits"]
-    assert table["needed_bytes"].to_list()[:2] == [23 * GIB + context_bytes(), 40 * GIB + context_bytes()]
-    cards = card_map.summary_by_card(table).set_index("gpu")
-    assert cards["fitting"].to_dict() == {"RTX 4090": 0, "RTX 5090": 1, "A100 80GB": 2}
-    assert cards["largest_fitting"].to_list() == ["none", "1024x768, 97 frames", "2048x1536, 97 frames"]
-    errors = {"runs": 9, "median_error": 1e-4, "worst_error": 0.02, "share_under": 0.5}
-    results = card_map.card_verdict(found, table, pd.DataFrame([errors]))
-    assert (results["verdict"], results["smallest_fitting_gpu"]) == ("confirmed", "RTX 5090")
-    for changed, verdict in (({"worst_error": 0.04}, "refined"), ({"median_error": 0.02}, "refuted")):
-        assert card_map.card_verdict(found, table, pd.DataFrame([errors | changed]))["verdict"] == verdict
-    assert card_map.card_verdict(found, table, pd.DataFrame())["verdict"] == "no data"
-
-
-def test_a_tight_request_is_not_counted_as_one_that_fits():
-    spec = card_map.map_specs(REQUEST, "ltx-2.3-22b", ["1024x768"], [97])[0]
-    cached = PhaseRecord("decode_video", None, 0, 20 * GIB, 0, 40 * GIB, 20 * GIB, 0, 9.0, 1.0, True)
-    table = card_map.card_table([seen(spec, cached)], ["RTX 5090"])
-    assert table["verdict"].to_list() == ["tight"]
-    assert card_map.summary_by_card(table)["fitting"].to_list() == [0]
 
 
 def test_a_first_look_is_confirmed_while_little_is_left_between_phases():

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
 from i2v_lab.cli.placed import ALLOCATOR_VARIABLES, budget_bytes, use_expandable_segments
-from i2v_lab.errors import DeviceUnavailable, InvalidRequest
+from i2v_lab.errors import DeviceUnavailable, InvalidRequest, VramCapExceeded
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import read_run
@@ -98,6 +98,19 @@ def test_a_generation_stays_within_its_budget_and_says_why(still, tmp_path, tiny
     refused = run("generate", *TINY, *out[:4], "--device", "cpu", "--vram-budget", f"{least - 2}MiB").exception
     assert isinstance(refused, DeviceUnavailable)
     assert refused.fields["memory_bytes"] < refused.fields["needed_bytes"] <= least * 2**20
+
+
+def test_a_generation_that_needs_more_than_its_cap_names_the_budget_and_leaves_no_video(still, tmp_path, monkeypatch):
+    monkeypatch.setattr("i2v_lab.capacity.placement.cap_bytes", lambda *_: 1_000_000)
+    out = tmp_path / "video.mp4"
+    error = run(
+        "generate", *TINY, "--image", str(still), "--out", str(out), "--device", "cpu", "--vram-budget", "1GiB"
+    ).exception
+    assert isinstance(error, VramCapExceeded)
+    assert (error.fields["cap_bytes"], error.fields["budget_bytes"]) == (1_000_000, 2**30)
+    assert error.fields["phase"] in ("encode_prompt", "encode_image")
+    assert "\n" not in str(error)
+    assert not out.exists()
 
 
 def test_segments_are_expandable_unless_the_environment_says_otherwise(monkeypatch):

@@ -22,6 +22,7 @@ NOISE |= {"workstation", "design", "with", "max", "q", "mobile", ""}
 USABLE = {"consumer": 0.97, "workstation": 0.92, "data-centre": 0.92}  # of the nominal memory; with ECC less
 TOLERANCE = 0.13  # between a nominal memory and what CUDA reports
 MOST_PLAIN_GIB, MOST_GIB = 1024, 2**20  # a larger number alone is the name of a card, such as 4090
+BUDGET = "the budget of "  # begins the name of what is no card
 FITS, TIGHT, NO = "fits", "tight", "no"
 
 
@@ -93,12 +94,28 @@ def gpu_memory_bytes(gpu: str) -> int:
         >>> gpu_memory_bytes("24 gb") == 24 * GIB
         True
     """
-    size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(gib|gb|g)?\s*", gpu, re.IGNORECASE | re.ASCII)
-    if size is not None and (size[2] or float(size[1]) <= MOST_PLAIN_GIB):
-        if not 0 < float(size[1]) <= MOST_GIB:
+    size = _size(gpu)
+    if size is not None:
+        if not 0 < size <= MOST_GIB:
             raise InvalidRequest(f"gpu={shown(gpu)} is no size of a card; use one such as 24GiB", gpu=gpu)
-        return int(float(size[1]) * GIB)
+        return int(size * GIB)
     return _memory_by_name()[card_name(gpu)]
+
+
+def is_size(gpu: str) -> bool:
+    """Whether a card is given by a size of its memory alone, or by a budget.
+
+    Example:
+        >>> is_size("24GiB"), is_size("RTX 4090")
+        (True, False)
+    """
+    return gpu.startswith(BUDGET) or _size(gpu) is not None
+
+
+def _size(gpu: str) -> float | None:
+    """The number of a size; ``None`` for a name."""
+    size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(gib|gb|g)?\s*", gpu, re.IGNORECASE | re.ASCII)
+    return float(size[1]) if size is not None and (size[2] or float(size[1]) <= MOST_PLAIN_GIB) else None
 
 
 def card_name(gpu: str) -> str:

@@ -7,15 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from i2v_lab.capacity.cards import card_name
 from i2v_lab.errors import InvalidRequest, RecordError, shown
-from i2v_lab.paths import data_dir
+from i2v_lab.paths import data_dir, user_devices_dir
 
 MEASURED = "nvidia-h100"  # the profile that others are derived from
 REFERENCE = "H100 80GB"  # its row in data/devices/peaks.csv
 MEMORY_BOUND = 0.8  # of the memory's peak; kernels that reach less are limited by their instructions
+NOT_MEASURED = "not measured: from published rates"
 RATIOS = ("tensor_tflops", "float32_tflops", "memory_gb_s", "link_gb_s")
 
 
@@ -60,8 +62,9 @@ class DeviceProfile:
             make a ``module``, to take one ``weight``, to get a ``segment`` from the driver, and to begin and end a
             ``build`` of components.
         once_s: Seconds of what a process does once, by its kind; ``other`` for the kinds not named.
-        load: What the host does in a second: bytes ``read`` from a file in the page cache, or from a ``disk``, and
-            ``encoded_pixels`` of a video.
+        load: What the host does in a second: bytes ``read`` from a file in the page cache, or from a ``disk``, bytes
+            that the driver page-locks (``lock``), and ``encoded_pixels`` of a video.
+        measured: Whether it was measured on such a card; otherwise it is from published peaks.
     """
 
     name: str
@@ -71,6 +74,12 @@ class DeviceProfile:
     host_s: Mapping[str, float]
     once_s: Mapping[str, float]
     load: Mapping[str, float] = field(default_factory=dict)
+    measured: bool = True
+
+    @property
+    def caveat(self) -> str:
+        """What is to be said beside its seconds; nothing of a card that was measured."""
+        return "" if self.measured else NOT_MEASURED
 
     def rate(self, kind: str, dtype: str) -> Rate:
         """The rate of a kind of operator; that of the nearest kind where none was measured."""
@@ -143,16 +152,46 @@ def profile_to_json(profile: DeviceProfile) -> dict[str, Any]:
     return {"name": profile.name, "source": profile.source, **rates, **rest}
 
 
-@cache
 def measured_profile(name: str = MEASURED) -> DeviceProfile:
     """A profile in ``data/devices``, fitted to measurements of that card."""
-    return profile_from_json(json.loads((data_dir() / "devices" / f"{name}.json").read_text(encoding="utf-8")))
+    path = data_dir() / "devices" / f"{name}.json"
+    return _read(path, path.stat().st_mtime_ns)
 
 
 @cache
-def _peaks() -> list[dict[str, str]]:
+def _read(path: Path, _mtime: int) -> DeviceProfile:
+    try:
+        return profile_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecordError) as error:
+        raise RecordError(
+            f"the device profile '{path}' cannot be read ({shown(str(error))}); calibrate again with "
+            "i2v-lab calibrate --time, or remove it",
+            path=path,
+        ) from error
+
+
+def _measured() -> dict[str, DeviceProfile]:
+    """Profiles of the package, and in their place those that ``i2v-lab calibrate`` measured here, by card."""
+    found: dict[str, DeviceProfile] = {}
+    for folder in (data_dir() / "devices", user_devices_dir()):
+        for path in sorted(folder.glob("*.json")):
+            profile = _read(path, path.stat().st_mtime_ns)
+            found[_table_name(profile.name)] = profile
+    return found
+
+
+@cache
+def _table_name(gpu: str) -> str:
+    try:
+        return card_name(gpu)
+    except InvalidRequest:  # of a card that is in no table
+        return gpu
+
+
+@cache
+def _peaks() -> dict[str, dict[str, str]]:
     with (data_dir() / "devices" / "peaks.csv").open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+        return {row["gpu"]: row for row in csv.DictReader(stream)}
 
 
 def has_profile(gpu: str) -> bool:
@@ -162,17 +201,42 @@ def has_profile(gpu: str) -> bool:
         >>> has_profile("NVIDIA H200"), has_profile("cap of 4 GiB")
         (True, False)
     """
-    try:
-        return card_name(gpu) in {row["gpu"] for row in _peaks()}
-    except InvalidRequest:
-        return False
+    name = _table_name(gpu)
+    return name in _peaks() or name in _measured()
+
+
+def has_peaks(gpu: str) -> bool:
+    """Whether peaks of a card are published, by its name or spelling.
+
+    Example:
+        >>> has_peaks("RTX 4090"), has_peaks("Tesla T4")
+        (True, False)
+    """
+    return _table_name(gpu) in _peaks()
 
 
 def device_profile(gpu: str) -> DeviceProfile:
-    """The profile of a card: measured, or derived from its published peaks.
+    """The profile of a card: measured on it, or :func:`derived_profile` of its published peaks.
 
-    A card that was not measured has the efficiencies of the one that was: each rate scaled by the ratio of the two
-    cards' published peaks, tensor cores for 16 bit, others for float32, memory, and the link to the host.
+    Args:
+        gpu: A name as for :func:`~i2v_lab.capacity.cards.gpu_memory_bytes`, or that of a card measured here.
+
+    Raises:
+        InvalidRequest: Such a card was not measured, and no peaks of it are known.
+        RecordError: A profile that was measured is damaged.
+
+    Example:
+        >>> device_profile("H200").caveat, device_profile("RTX 4090").caveat
+        ('', 'not measured: from published rates')
+    """
+    return _measured().get(_table_name(gpu)) or derived_profile(gpu)
+
+
+def derived_profile(gpu: str) -> DeviceProfile:
+    """The profile of a card by its published peaks, with the efficiencies of the one that was measured.
+
+    Each rate is scaled by the ratio of the two cards' published peaks: tensor cores for 16 bit, others for float32,
+    memory, and the link to the host.
 
     Args:
         gpu: A name as for :func:`~i2v_lab.capacity.cards.gpu_memory_bytes`.
@@ -181,19 +245,21 @@ def device_profile(gpu: str) -> DeviceProfile:
         InvalidRequest: No peaks of such a card are known.
 
     Example:
-        >>> device_profile("RTX 4090").source
+        >>> derived_profile("RTX 4090").source
         'published peaks of RTX 4090, with the efficiencies measured on an NVIDIA H100 80GB HBM3; not measured'
     """
-    rows = {row["gpu"]: row for row in _peaks()}
+    rows = _peaks()
     name = card_name(gpu)
     if name not in rows:
         raise InvalidRequest(
-            f"gpu={shown(gpu)} has no published peaks in data/devices/peaks.csv; use one of: {', '.join(rows)}", gpu=gpu
+            f"gpu={shown(gpu)} has no published peaks in data/devices/peaks.csv, so its seconds are not known; run "
+            f"i2v-lab calibrate --time on it, or use one of: {', '.join(rows)}",
+            gpu=gpu,
         )
     base = measured_profile()
-    peak, reference = rows[name], rows[REFERENCE]
     if name == REFERENCE:
         return base
+    peak, reference = rows[name], rows[REFERENCE]
     ratios = {key: float(peak[key]) / float(reference[key]) for key in RATIOS}
 
     # Where torch prefers flash attention, which the forecast of an H100 does not run.
@@ -215,6 +281,7 @@ def device_profile(gpu: str) -> DeviceProfile:
         base,
         name=name,
         source=f"published peaks of {name}, with the efficiencies measured on an {base.name}; not measured",
+        measured=False,
         operators={kind: scaled(kind, rate) for kind, rate in operators.items()},
         copies={
             kind: linked(rate) if "page-locked" in kind else rate for kind, rate in base.copies.items()

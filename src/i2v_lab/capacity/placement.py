@@ -1,24 +1,25 @@
 """``--vram-budget`` and ``--memory auto``: solves for the fastest placement whose forecast stays within a budget.
 
-A few forecasts say what every phase takes where all weights are streamed, and what each block would take if it stayed.
-From there the peak of a phase grows by the bytes of the blocks that stay, so that how many can is arithmetic, for each
-component on its own: no two of them are on the device in the phases that bound them. A forecast of the result verifies
-it.
+The candidates, and what each takes, are computed from a few forecasts (:mod:`i2v_lab.capacity.candidates`), which are
+cached: another budget of the same request needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from i2v_lab.capacity.cards import FITS, NO, judge
-from i2v_lab.capacity.fit import TILINGS, FitSearch, OnForecast
+from i2v_lab.capacity.candidates import DECODE_VIDEO, DENOISE, ENCODE_IMAGE, ENCODE_PROMPT, UPSAMPLE
+from i2v_lab.capacity.cards import FITS, NO, TIGHT, judge
+from i2v_lab.capacity.device_profile import REFERENCE, device_profile, has_profile
+from i2v_lab.capacity.fit import OnForecast
+from i2v_lab.capacity.largest_size import largest_size
+from i2v_lab.capacity.solver import Candidate, Fixed, Solver
 from i2v_lab.errors import DeviceUnavailable
-from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy, Technique, Techniques
-from i2v_lab.placement import STREAMED_COMPONENTS, Placement
-from i2v_lab.profiling.records import Forecast, HostMemoryRecord
-from i2v_lab.request import I2VRequest, Tiling
+from i2v_lab.placement import STREAMED_COMPONENTS
+from i2v_lab.profiling.records import Forecast
+from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import FULL_SIZE_MODEL
 from i2v_lab.units import format_bytes
@@ -28,47 +29,14 @@ FRAGMENTATION_BYTES = 256 * 2**20
 KERNEL_BYTES = 128 * 2**20
 """Of kernels that are loaded when they first run, beside the context that forecasts assume: up to 0.1 GiB there."""
 
-DENOISE = ("denoise_stage_1", "upsample_latent", "denoise_stage_2")
-DECODE = "decode_video"
 # The phases in which the blocks of a component that stay are on the device.
 PHASES: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("encode_prompt",),
-    "embeddings_processor": ("encode_prompt",),
-    "transformer": DENOISE,
-    "video_decoder": (DECODE,),
-}  # of the video encoder, which runs for two stills, no block stays: it is beside the transformer in upsample_latent
-SMALLER_CHUNKS = (4096, 2048, 1024)  # tokens, where the transformer's own number is too large
-MOST_VERIFIED = 6  # forecasts of a result, each with fewer blocks than the one before
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """What a user decides about a placement.
-
-    Attributes:
-        techniques: All of them; ``None`` leaves them to the solver.
-        resident_blocks: By component.
-        prefetch: As in a placement, like the following; ``None`` leaves it to the solver.
-        chunk_tokens: Likewise.
-        tiling: Whether the request's tiles stay as they are.
-    """
-
-    techniques: Techniques | None = None
-    resident_blocks: Mapping[str, int] = field(default_factory=dict)
-    prefetch: int | None = None
-    chunk_tokens: int | None = None
-    tiling: bool = False
-
-    @property
-    def placed(self) -> bool:
-        """Whether anything but the tiles is fixed."""
-        return self.techniques is not None or bool(self.resident_blocks) or bool(self.numbers)
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """The numbers that are fixed."""
-        values = {"prefetch": self.prefetch, "chunk_tokens": self.chunk_tokens}
-        return {name: value for name, value in values.items() if value is not None}
+    "text_encoder": (ENCODE_PROMPT,),
+    "embeddings_processor": (ENCODE_PROMPT,),
+    "transformer": (DENOISE[0], UPSAMPLE, DENOISE[1]),
+    "video_encoder": (ENCODE_IMAGE,),
+    "video_decoder": (DECODE_VIDEO,),
+}
 
 
 @dataclass(frozen=True)
@@ -97,28 +65,55 @@ class ComponentPlacement:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A placement that was not chosen.
+
+    Attributes:
+        name: What it is called in a sentence.
+        memory_bytes: The smallest budget for it.
+        peak_bytes: Its highest phase.
+        peak_phase: Which one that is.
+        seconds: Predicted.
+    """
+
+    name: str
+    memory_bytes: int
+    peak_bytes: int
+    peak_phase: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Resolution:
     """The outcome for a request and a budget.
 
     Attributes:
         request: With the chosen policy or placement, and tiling; everything else is unchanged.
         forecast: Of that request.
+        computed_from: What the forecasts that it was computed from are called; empty where it was forecast itself.
         reason: One sentence on why it was chosen.
         memory_bytes: The budget.
         allocatable_bytes: Of it, less the CUDA context and the margins: the most that is allocated.
         cap_bytes: What the caching allocator may reserve.
+        seconds: Predicted on ``gpu``.
+        gpu: The card whose rates were taken.
         components: Where the blocks of each component are; empty where nothing is streamed.
-        streamed: Forecast of the same with no block kept; ``None`` where nothing is streamed.
+        cheaper: The fastest that takes less; ``None`` if this is the smallest.
+        faster: The smallest that is predicted to be faster, and does not fit; ``None`` if none is.
     """
 
     request: I2VRequest
     forecast: Forecast
+    computed_from: tuple[str, ...]
     reason: str
     memory_bytes: int
     allocatable_bytes: int
     cap_bytes: int
+    seconds: float
+    gpu: str
     components: tuple[ComponentPlacement, ...] = ()
-    streamed: Forecast | None = None
+    cheaper: Alternative | None = None
+    faster: Alternative | None = None
 
 
 def allocatable_bytes(memory_bytes: int, context_bytes: int, device: str = "cuda") -> int:
@@ -155,20 +150,18 @@ def resolve_memory(
     device: str = "cuda",
     on_forecast: OnForecast = lambda *_: None,
     fixed: Fixed | None = None,
+    gpu: str = REFERENCE,
 ) -> Resolution:
     """Solve for the fastest placement within a budget.
-
-    ``resident`` and ``lean`` are taken where they fit; otherwise every component keeps as many blocks on the device as
-    fit in its own phases. Where nothing stays and a phase is still too large, fewer blocks are prefetched, then chunks
-    and tiles are smaller.
 
     Args:
         request: Its memory policy and placement are replaced.
         memory_bytes: Available to the process, the CUDA context included.
         model: An architecture's name.
         device: ``cuda``, which need not exist, or ``cpu``.
-        on_forecast: Called with every request that is tried, its forecast and its verdict.
+        on_forecast: Called with every request that is forecast, its forecast and its verdict.
         fixed: What the user decides.
+        gpu: The card whose seconds are predicted; those of :data:`REFERENCE` where none of its rates are known.
 
     Raises:
         DeviceUnavailable: No placement fits. Fields: ``needed_bytes``, the smallest budget, ``memory_bytes``, and
@@ -178,178 +171,156 @@ def resolve_memory(
         >>> request = I2VRequest(image="stills/lighthouse.png", width=1024, height=768)
         >>> resolution = resolve_memory(request, 12 * 2**30)  # doctest: +SKIP
         >>> resolution.request.placement.resident("transformer")  # doctest: +SKIP
-        30
+        31
     """
-    solver = _Solver(request, memory_bytes, model, device, on_forecast, fixed or Fixed())
-    return solver.solve()
+    budgets = Budgets(request, model, device, on_forecast, fixed, gpu)
+    found = budgets.resolve(memory_bytes)
+    if isinstance(found, Resolution):
+        return found
+    nearest = budgets.nearest(memory_bytes)
+    raise found if nearest is None else budgets.refusal(memory_bytes, nearest)
 
 
-@dataclass
-class _Solver:
-    asked: I2VRequest
-    memory_bytes: int
-    model: str
-    device: str
-    on_forecast: OnForecast
-    fixed: Fixed
-    room_bytes: int = 0
-    passed_over: list[str] = field(default_factory=list)
+class Budgets:
+    """Resolves one request for any number of budgets: its forecasts are made once.
 
-    def solve(self) -> Resolution:
-        whole: Forecast | None = None
-        if not self.fixed.placed:
-            for policy in (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN):
-                request, whole = self._forecast(replace(self.asked, memory=policy, placement=None))
-                if whole.peak.peak_bytes <= self.room_bytes:
-                    return self._resolution(request, whole)
-        base, streamed = self._smallest()
-        return self._keep_blocks(base, streamed, whole)
+    Args:
+        request: As for :func:`resolve_memory`, like the others.
+        model: An architecture's name.
+        device: ``cuda`` or ``cpu``.
+        on_forecast: Called with every request that is forecast; the verdict is of the last budget.
+        fixed: What the user decides.
+        gpu: The card whose seconds are predicted.
 
-    def _forecast(self, request: I2VRequest) -> tuple[I2VRequest, Forecast]:
-        placement = request.placement
-        if placement is not None and placement.policy is not None:
-            request = replace(request, memory=placement.policy, placement=None)
-        forecast = forecast_request(request, self.model, self.device)
-        self.room_bytes = allocatable_bytes(self.memory_bytes, forecast.context_bytes, self.device)
-        fits = forecast.peak.peak_bytes <= self.room_bytes
-        self.on_forecast(request, forecast, FITS if fits else NO)
-        if not fits:
-            peak = forecast.peak
-            self.passed_over.append(f"{_named(request)} needs {format_bytes(peak.peak_bytes)} in {peak.phase}")
-        return request, forecast
+    Example:
+        >>> budgets = Budgets(I2VRequest(image="stills/lighthouse.png", width=1024, height=768))
+        >>> [budgets.resolve(gib * 2**30).seconds for gib in (8, 12, 16)]  # doctest: +SKIP
+        [10.9, 10.7, 10.6]
+    """
 
-    def _too_large(self, forecast: Forecast) -> list[str]:
-        return [phase.phase for phase in forecast.phases if phase.peak_bytes > self.room_bytes]
-
-    # --- Everything streamed ---
-
-    def _smallest(self) -> tuple[I2VRequest, Forecast]:
-        """The request with everything streamed that may be, with the largest chunks and tiles that fit."""
-        techniques = self.fixed.techniques
-        placement = Placement(
-            techniques=TECHNIQUES[MemoryPolicy.STREAMED] if techniques is None else techniques, **self.fixed.numbers
-        )
-        request = replace(self.asked, memory=MemoryPolicy.RESIDENT, placement=placement)
-        smaller, finer = self._smaller_placements(placement), self._finer_tilings()
-        forecast = self._forecast(request)[1]
-        while over := self._too_large(forecast):
-            if DECODE in over and (tiling := next(finer, None)) is not None:
-                request = replace(request, tiling=tiling)
-            elif set(over) & set(DENOISE) and (placement := next(smaller, placement)) is not request.placement:
-                request = replace(request, placement=placement)
-            else:
-                raise self._refusal(request, forecast)
-            forecast = self._forecast(request)[1]
-        return request, forecast
-
-    def _smaller_placements(self, placement: Placement) -> Iterator[Placement]:
-        if self.fixed.prefetch is None and Technique.STREAMED_TRANSFORMER in placement.techniques:
-            placement = replace(placement, prefetch=0)
-            yield placement
-        if self.fixed.chunk_tokens is None and Technique.TOKEN_CHUNKS in placement.techniques:
-            for tokens in SMALLER_CHUNKS:
-                yield replace(placement, chunk_tokens=tokens)
-
-    def _finer_tilings(self) -> Iterator[Tiling]:
-        if not self.fixed.tiling:
-            yield from (tiling for tiling in TILINGS if tiling is not None and _is_finer(tiling, self.asked.tiling))
-
-    # --- Blocks that stay ---
-
-    def _keep_blocks(self, base: I2VRequest, streamed: Forecast, whole: Forecast | None) -> Resolution:
-        assert base.placement is not None
-        before = {phase.phase: phase.peak_bytes for phase in streamed.phases}
-        sizes = {r.component: r.resident_bytes for r in streamed.records if isinstance(r, HostMemoryRecord)}
-        techniques = base.placement.techniques - self._not_streamed(whole)
-        names = [name for technique in techniques for name in STREAMED_COMPONENTS.get(technique, ())]
-        counts = dict.fromkeys(names, 0)
-        for name, phases in PHASES.items():
-            if name in counts:
-                room = self.room_bytes - max(before[phase] for phase in phases)
-                counts[name] = sum(nbytes <= room for nbytes in sizes[name]) - 1
-        counts |= self.fixed.resident_blocks
-        for _ in range(MOST_VERIFIED):
-            placement = replace(base.placement, techniques=techniques, resident_blocks=tuple(counts.items()))
-            request, forecast = self._forecast(replace(base, placement=placement))
-            over = self._too_large(forecast)
-            if not over:
-                components = tuple(self._component(name, counts[name], sizes[name], forecast) for name in sorted(names))
-                return replace(self._resolution(request, forecast, components), streamed=streamed)
-            fewer = {name for name in counts if counts[name] and set(PHASES.get(name, ())) & set(over)}
-            fewer -= set(self.fixed.resident_blocks)
-            if not fewer:
-                raise self._refusal(request, forecast)
-            excess = {phase.phase: phase.peak_bytes - self.room_bytes for phase in forecast.phases}
-            for name in fewer:
-                own, most = sizes[name], max(excess[phase] for phase in PHASES[name])
-                counts[name] = sum(nbytes <= own[counts[name]] - max(most, 1) for nbytes in own) - 1
-                counts[name] = max(0, counts[name])
-        raise self._refusal(request, forecast)
-
-    def _not_streamed(self, whole: Forecast | None) -> Techniques:
-        """Streaming that is not needed, as the component fits whole beside the activations of ``lean``."""
-        if whole is None:
-            return frozenset()
-        peaks = {phase.phase: phase.peak_bytes for phase in whole.phases}
-        phases = {Technique.STREAMED_TEXT: ("encode_prompt",), Technique.STREAMED_TRANSFORMER: DENOISE}
-        fits = {one for one, names in phases.items() if all(peaks[name] <= self.room_bytes for name in names)}
-        return frozenset(fits)
-
-    def _component(self, name: str, count: int, sizes: tuple[int, ...], forecast: Forecast) -> ComponentPlacement:
-        phases = [phase for phase in forecast.phases if phase.phase in PHASES.get(name, ("encode_image",))]
-        tightest = max(phases, key=lambda phase: phase.peak_bytes)
-        following = sizes[count + 1] - sizes[count] if count + 1 < len(sizes) else None
-        return ComponentPlacement(
-            name,
-            count,
-            len(sizes) - 1,
-            sizes[count],
-            sizes[-1] - sizes[count],
-            tightest.phase,
-            self.room_bytes - tightest.peak_bytes,
-            following,
+    def __init__(
+        self,
+        request: I2VRequest,
+        model: str = FULL_SIZE_MODEL,
+        device: str = "cuda",
+        on_forecast: OnForecast = lambda *_: None,
+        fixed: Fixed | None = None,
+        gpu: str = REFERENCE,
+    ) -> None:
+        self.gpu = gpu if has_profile(gpu) else REFERENCE
+        self._model, self._device, self._on_forecast, self._memory_bytes = model, device, on_forecast, 0
+        self._forecasts: dict[I2VRequest, Forecast] = {}
+        self._solver = Solver(
+            request, self._forecast, device_profile(self.gpu), fixed or Fixed(), cuda=device == "cuda"
         )
 
-    # --- Outcomes ---
+    def on(self, gpu: str) -> Budgets:
+        """The same request with the seconds of another card, which shares the forecasts."""
+        fixed = self._solver.fixed
+        other = Budgets(self._solver.asked, self._model, self._device, self._on_forecast, fixed, gpu)
+        other._forecasts = self._forecasts
+        return other
 
-    def _resolution(
-        self, request: I2VRequest, forecast: Forecast, components: tuple[ComponentPlacement, ...] = ()
-    ) -> Resolution:
-        verdict = judge(forecast, "", self.memory_bytes).verdict
+    def _forecast(self, request: I2VRequest) -> Forecast:
+        if request not in self._forecasts:
+            self._forecasts[request] = forecast_request(request, self._model, self._device)
+        forecast = self._forecasts[request]
+        fits = needed_bytes(forecast.peak.peak_bytes, forecast.context_bytes, self._device) <= self._memory_bytes
+        self._on_forecast(request, forecast, FITS if fits else NO)
+        return forecast
+
+    def _room_bytes(self, memory_bytes: int) -> int:
+        self._memory_bytes = memory_bytes
+        return allocatable_bytes(memory_bytes, self._solver.context_bytes, self._device)
+
+    def resolve(self, memory_bytes: int, *, explain: bool = True) -> Resolution | DeviceUnavailable:
+        """The fastest placement within a budget, or the error that says what the smallest budget is.
+
+        Args:
+            memory_bytes: The budget.
+            explain: Look for the alternatives too.
+        """
+        self._memory_bytes = memory_bytes
+        room = self._room_bytes(memory_bytes)
+        found = self._solver.solve(room)
+        if found is None:
+            return self.refusal(memory_bytes, None)
+        cheaper = self._solver.cheaper(found) if explain else None
+        faster = self._solver.faster(found, room) if explain else None
+        return Resolution(
+            found.request,
+            found.forecast,
+            tuple(_named(base) for base in found.computed_from),
+            self._reason(found, memory_bytes, faster),
+            memory_bytes,
+            room,
+            cap_bytes(memory_bytes, self._solver.context_bytes, self._device),
+            found.seconds,
+            self.gpu,
+            tuple(_components(found, room)),
+            self._alternative(cheaper),
+            self._alternative(faster),
+        )
+
+    def _alternative(self, found: Candidate | None) -> Alternative | None:
+        if found is None:
+            return None
+        need = needed_bytes(found.peak_bytes, self._solver.context_bytes, self._device)
+        return Alternative(_named(found.request), need, found.peak_bytes, found.peak_phase, found.seconds)
+
+    def _reason(self, found: Candidate, memory_bytes: int, faster: Candidate | None) -> str:
+        verdict = judge(found.forecast, "", memory_bytes).verdict
         tight = (
-            ""
-            if verdict == FITS or self.device != "cuda"
-            else ", tightly: without PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it may fragment"
+            ", tightly: without PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True it may fragment"
+            if verdict == TIGHT and self._device == "cuda"
+            else ""
         )
-        need = f"{format_bytes(forecast.peak.peak_bytes)} in {forecast.peak.phase}"
-        reason = "; ".join(
-            [f"{_named(request)}: {need} of {format_bytes(self.memory_bytes)}{tight}", *dict.fromkeys(self.passed_over)]
-        )
-        cap = cap_bytes(self.memory_bytes, forecast.context_bytes, self.device)
-        return Resolution(request, forecast, reason, self.memory_bytes, self.room_bytes, cap, components)
+        need = f"{format_bytes(found.peak_bytes)} in {found.peak_phase}"
+        words = f"{_named(found.request)}: {need} of {format_bytes(memory_bytes)}{tight}"
+        if faster is None:
+            return words
+        over = f"{_named(faster.request)} needs {format_bytes(faster.peak_bytes)} in {faster.peak_phase}"
+        return f"{words}; {over}"
 
-    def _refusal(self, smallest: I2VRequest, forecast: Forecast) -> DeviceUnavailable:
-        peak = forecast.peak
-        need_bytes = needed_bytes(peak.peak_bytes, forecast.context_bytes, self.device)
-        available = self.room_bytes + forecast.context_bytes  # as a search without the margin counts it
-        search = FitSearch(available, self.model, self.on_forecast, tightly=True)
-        nearest = search.largest_size(smallest, (smallest.width, smallest.height), smallest.height).request
-        remedy = (
-            f"{nearest.width}x{nearest.height} with {nearest.frames} frames fits"
-            if nearest
-            else "no size fits; use a larger GPU"
-        )
+    def refusal(self, memory_bytes: int, nearest: I2VRequest | None) -> DeviceUnavailable:
+        """The error for a budget that is too small.
+
+        Args:
+            memory_bytes: The budget.
+            nearest: The largest request that fits.
+        """
+        least, asked = self._solver.smallest(), self._solver.asked
+        need = needed_bytes(least.peak_bytes, self._solver.context_bytes, self._device)
+        remedy = "no size fits; use a larger GPU"
+        if nearest is not None:
+            remedy = f"{nearest.width}x{nearest.height} with {nearest.frames} frames fits"
         return DeviceUnavailable(
-            f"{smallest.width}x{smallest.height} with {smallest.frames} frames needs {format_bytes(need_bytes)} in "
-            f"{peak.phase} even with {_named(smallest)}; {format_bytes(self.memory_bytes)} are available; {remedy}",
-            needed_bytes=need_bytes,
-            memory_bytes=self.memory_bytes,
+            f"{asked.width}x{asked.height} with {asked.frames} frames needs {format_bytes(need)} in {least.peak_phase} "
+            f"even with {_named(least.request)}; {format_bytes(memory_bytes)} are available; {remedy}",
+            needed_bytes=need,
+            memory_bytes=memory_bytes,
             nearest=nearest.to_json() if nearest else None,
         )
 
+    def nearest(self, memory_bytes: int) -> I2VRequest | None:
+        """The largest request with the same aspect ratio and number of frames that fits; ``None`` if none does."""
+        room, least = self._room_bytes(memory_bytes), self._solver.smallest()
+        return largest_size(least.request, least.peaks, room, self._model, self._forecast)
 
-def _is_finer(tiling: Tiling, than: Tiling | None) -> bool:
-    return than is None or (tiling.tile_px < than.tile_px and tiling.tile_frames < than.tile_frames)
+
+def _components(found: Candidate, room_bytes: int) -> Sequence[ComponentPlacement]:
+    placed = []
+    for part in found.parts:
+        for name, count in part.counts:
+            sizes = part.base.resident_bytes[name]
+            tightest = max(PHASES[name], key=found.peaks.__getitem__)
+            following = sizes[count + 1] - sizes[count] if count + 1 < len(sizes) else None
+            left = sizes[-1] - sizes[count]
+            free = room_bytes - found.peaks[tightest]
+            placed.append(
+                ComponentPlacement(name, count, len(sizes) - 1, sizes[count], left, tightest, free, following)
+            )
+    return sorted(placed, key=lambda one: one.component)
 
 
 def _named(request: I2VRequest) -> str:

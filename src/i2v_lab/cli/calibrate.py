@@ -1,4 +1,4 @@
-"""``i2v-lab calibrate``: fit the model of library workspaces, or the rates of a card, to measurements."""
+"""``i2v-lab calibrate``: fit the model of library workspaces to measurements, or measure the rates of a card."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ Fit your own, made on a GPU by benchmarks/measure_libraries.py:
 
     i2v-lab calibrate measurements.json --out workspaces.json
 
-Fit the rates that seconds are predicted with:
+Measure the card that is here, in one to two minutes; its seconds are then predicted by what was measured:
 
-    i2v-lab calibrate --time --out nvidia-h100.json
+    i2v-lab calibrate --time
+
+Fit the rates of a card to measurements of it:
+
+    i2v-lab calibrate data/measured/rates-h200.jsonl --time --out nvidia-h200.json
 """
 
 
@@ -32,16 +36,22 @@ def calibrate(
     measurements: Annotated[
         Path | None,
         typer.Argument(
-            help="JSON file of benchmarks/measure_libraries.py, or JSON lines of benchmarks/measure_rates.py with "
-            "--time. [default: that of the package]"
+            help="JSON file of benchmarks/measure_libraries.py; with --time JSON lines that it wrote before. [default: "
+            "that of the package; with --time the card that is here is measured]"
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file of the model. [default: the package's own, which is replaced]")
+        Path | None,
+        typer.Option(
+            help="JSON file of the model. [default: the package's own, which is replaced; with --time in the user's "
+            "data folder]"
+        ),
     ] = None,
-    time: Annotated[bool, typer.Option("--time", help="Fit the rates of a card.")] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Measure the rates of the card that is here, which nothing else uses.")
+    ] = False,
 ) -> None:
-    """Fit the model of cuDNN and cuBLAS workspaces, or the rates of a card, to measurements."""
+    """Fit the model of cuDNN and cuBLAS workspaces to measurements, or measure how fast this card and its host are."""
     from i2v_lab.capacity.calibration import calibrate as fit_workspaces
     from i2v_lab.capacity.time_calibration import calibrate_time
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options, placed
-from i2v_lab.cli.forecast_report import seconds_on
+from i2v_lab.cli.forecast_report import measured_on, seconds_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
@@ -66,14 +66,15 @@ def fit(
     Without --width and --height the largest size; without --frames the most frames; with all three the fastest tiling.
     The exit status is 1 if nothing fits; then the memory policy that does is named, or the memory that is needed.
     """
-    from i2v_lab.capacity.cards import context_bytes, gpu_memory_bytes
+    from i2v_lab.capacity.cards import BUDGET, context_bytes, gpu_memory_bytes
     from i2v_lab.capacity.fit import FitSearch, Largest, lighter
-    from i2v_lab.capacity.placement import Fixed, allocatable_bytes
+    from i2v_lab.capacity.placement import allocatable_bytes
     from i2v_lab.capacity.placement import needed_bytes as placed_bytes
+    from i2v_lab.capacity.solver import Fixed
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.execute import FAILS_ON_A_CARD
-    from i2v_lab.units import format_bytes
+    from i2v_lab.units import GIB, format_bytes
 
     if (gpu is None) == (vram_budget is None):
         raise InvalidRequest(
@@ -98,7 +99,7 @@ def fit(
             vram_budget=vram_budget,
         )
     memory_bytes = gpu_memory_bytes(gpu) if gpu is not None else placed.budget_or_free_bytes(str(vram_budget))
-    gpu = gpu or f"the budget of {format_bytes(memory_bytes)}"
+    gpu = gpu or f"{BUDGET}{format_bytes(memory_bytes)}"
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
     if solve and not runner_of(architecture).techniques:
@@ -181,9 +182,10 @@ def fit(
             "instead": instead.request.to_json() if instead and instead.request else None,
             "needed_bytes": needed_bytes,
             "predicted_seconds": seconds_on(found.forecast, gpu) if found.request else None,
+            "predicted_measured": measured_on(gpu),
         }
         if resolution is not None:
-            answer["placement"] = placed.explanation(resolution, gpu)
+            answer["placement"] = placed.explanation(resolution)
         print_json(answer)
     elif found.request is None:
         peak = found.forecast.peak
@@ -192,6 +194,9 @@ def fit(
             if instead and instead.request
             else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
         )
+        if instead and runner_of(architecture).techniques:
+            budget = f"{memory_bytes * 100 // GIB / 100:g}GiB"
+            remedy += f"; --vram-budget {budget} in place of --gpu solves for the fastest placement"
         say(
             f"nothing fits {gpu} ({format_bytes(memory_bytes)}): the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "
@@ -209,8 +214,10 @@ def fit(
 
 
 def _predicted(result: Forecast, gpu: str) -> str:
-    seconds = seconds_on(result, gpu)
-    return "" if seconds is None else f", predicted to take {seconds:,.0f} s"
+    from i2v_lab.capacity.cards import is_size
+    from i2v_lab.capacity.time_model import time_in_words
+
+    return "" if is_size(gpu) else f"; {time_in_words(result, gpu)}"
 
 
 def _remedy(request: I2VRequest) -> str:

@@ -11,7 +11,7 @@ import typer
 from i2v_lab.cli import options, placed
 from i2v_lab.cli.forecast_report import DEFAULT_GPU, print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
-from i2v_lab.cli.output import print_json
+from i2v_lab.cli.output import print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
@@ -176,14 +176,16 @@ def forecast(
     if asked.solve and budget_bytes is not None:
         resolution = placed.solved(request, model, budget_bytes, asked)
         request = resolution.request
-    result = _forecast(request, model)
+    # What was computed has no modules and no timeline: they are forecast only where they are written.
+    computed = resolution is not None and bool(resolution.computed_from) and profile is None
+    result = resolution.forecast if resolution is not None and computed else _forecast(request, model)
     fits = verdicts(result, vram_cap_gib)
     if profile is not None:
-        _write_run(profile, request, model, result)
+        _write_run(profile, request, model, result, gpu)
     if as_json:
         values = {"model": model, "request": request.to_json(), **report(result, fits, gpu)}
         if resolution is not None:
-            values["placement"] = placed.explanation(resolution, gpu)
+            values["placement"] = placed.explanation(resolution)
         print_json(values)
     else:
         _print(request, model, result, fits, gpu)
@@ -200,18 +202,23 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
         return forecast_request(request, model)
 
 
-def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast) -> None:
+def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast, gpu: str) -> None:
+    from i2v_lab.capacity.clock import on_clock
+    from i2v_lab.capacity.device_profile import device_profile
     from i2v_lab.runs.provenance import run_metadata
     from i2v_lab.runs.spec import RunSpec
     from i2v_lab.runs.store import FORECAST, RunWriter
 
+    device = device_profile(gpu)
     metadata = run_metadata(FORECAST, spec=RunSpec(request=request, model=model), argv=sys.argv)
-    with RunWriter(folder, metadata) as writer:
-        for record in result.records:
+    with RunWriter(folder, {**metadata, "clock": device.name}) as writer:
+        for record in on_clock(result, device).records:
             writer.append(record)
 
 
 def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], gpu: str) -> None:
+    from i2v_lab.capacity.cards import NO
+    from i2v_lab.placement import STREAMED_COMPONENTS
     from i2v_lab.runs.sources import as_run
     from i2v_lab.runs.spec import RunSpec
 
@@ -223,4 +230,8 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], g
         f"{model}, {request.width}x{request.height}, {request.frames} frames, {request.variant}, "
         f"{request.quantization}, decode {request.decode_scope}{policy}"
     )
-    print_forecast(title, as_run(RunSpec(request=request, model=model), result), result, fits, gpu)
+    spec = RunSpec(request=request, model=model)
+    print_forecast(title, as_run(spec, result), result, fits, gpu)
+    whole = spec.runner_spec.techniques and not request.placed.techniques & set(STREAMED_COMPONENTS)
+    if whole and any(fit.verdict == NO for fit in fits):
+        say(f"{NO}: as it is; --vram-budget, with a card's memory, solves for the fastest placement that fits")

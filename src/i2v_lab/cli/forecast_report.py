@@ -36,6 +36,13 @@ def seconds_on(result: Forecast, gpu: str) -> float | None:
     return predicted_seconds(result, device_profile(gpu)) if has_profile(gpu) else None
 
 
+def measured_on(gpu: str) -> bool | None:
+    """Whether the seconds on a card are by rates measured on it; ``None`` where there are none."""
+    from i2v_lab.capacity.device_profile import device_profile, has_profile
+
+    return device_profile(gpu).measured if has_profile(gpu) else None
+
+
 def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[str, Any]:
     """The JSON values of a forecast, without what was forecast.
 
@@ -44,8 +51,9 @@ def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[st
         fits: The verdicts.
         gpu: Seconds of phases are those on this card.
     """
+    from i2v_lab.capacity.clock import on_clock
     from i2v_lab.capacity.device_profile import device_profile
-    from i2v_lab.capacity.time_model import phase_times
+    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files
 
     device = device_profile(gpu)
     times = phase_times(result, device)
@@ -57,19 +65,30 @@ def report(result: Forecast, fits: list[Fit], gpu: str = DEFAULT_GPU) -> dict[st
                 "peak_bytes": phase.peak_bytes,
                 "end_bytes": phase.end_bytes,
                 "saved_for_backward_bytes": phase.saved_for_backward_bytes,
+                "predicted_start_seconds": clocked.start_s,
                 "predicted_seconds": time.seconds,
             }
-            for phase, time in zip(result.phases, times, strict=True)
+            for phase, clocked, time in zip(result.phases, on_clock(result, device).phases, times, strict=True)
         ],
         "predicted_seconds": sum(time.seconds for time in times if time.parent is None),
-        "predicted_on": {"gpu": device.name, "source": device.source},
+        "predicted_seconds_later": predicted_seconds(result, device, first=False),
+        "predicted_seconds_warm": predicted_seconds(result, device, first=False, warm=True),
+        "predicted_seconds_from_files": seconds_from_files(result, device),
+        "predicted_on": {"gpu": device.name, "source": device.source, "measured": device.measured},
         "peak_bytes": result.peak.peak_bytes,
         "peak_phase": result.peak.phase,
         "peak_reserved_bytes": result.peak_reserved_bytes,
         "context_bytes": result.context_bytes,
         "host_page_locked_bytes": result.page_locked_bytes,
         "host_pageable_bytes": result.pageable_bytes,
-        "fits": [{**asdict(fit), "predicted_seconds": seconds_on(result, fit.gpu)} for fit in fits],
+        "fits": [
+            {
+                **asdict(fit),
+                "predicted_seconds": seconds_on(result, fit.gpu),
+                "predicted_measured": measured_on(fit.gpu),
+            }
+            for fit in fits
+        ],
         "notes": [asdict(note) for note in result.notes],
         "assumptions": [asdict(assumption) for assumption in result.assumptions],
         "seconds": result.seconds,
@@ -88,8 +107,8 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     """
     from rich.table import Table
 
-    from i2v_lab.capacity.device_profile import device_profile
-    from i2v_lab.capacity.time_model import phase_times
+    from i2v_lab.capacity.device_profile import NOT_MEASURED, device_profile
+    from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files
     from i2v_lab.reporting import run_tables
     from i2v_lab.reporting.headlines import headline
     from i2v_lab.reporting.terminal import rich_table
@@ -99,28 +118,45 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     console.print(title, soft_wrap=True)
     console.print(headline(run))
     device = device_profile(gpu)
+    caveat = f" ({device.caveat})" if device.caveat else ""
     predicted = phase_times(result, device)
     phases = run_tables.phase_table(run)
     phases["seconds"] = [
         sum(time.seconds for time in predicted if (time.phase, time.parent) == (phase, parent))
         for phase, parent in zip(phases["phase"], phases["parent"], strict=True)
     ]
-    console.print(rich_table(phases, f"Phases, forecast; seconds on {device.name}", bold=result.peak.phase))
+    console.print(rich_table(phases, f"Phases, forecast; seconds on {device.name}{caveat}", bold=result.peak.phase))
     modules = run_tables.modules_table(run).head(8)
-    console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
+    if len(modules):
+        console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
     table = Table("card", "memory", "verdict", "predicted", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:
         seconds = seconds_on(result, fit.gpu) if fit.verdict != "no" else None
-        shown = "" if seconds is None else f"{seconds:,.0f} s"
+        shown = "" if seconds is None else f"{seconds:,.0f} s" if measured_on(fit.gpu) else f"{seconds:,.0f} s *"
+        shown = "not known" if fit.verdict != "no" and seconds is None else shown
         table.add_row(fit.gpu, format_bytes(fit.memory_bytes), fit.verdict, shown, style=colours[fit.verdict])
     console.print(table)
+    console.print(f"* {NOT_MEASURED}")
     total = sum(time.seconds for time in predicted if time.parent is None)
+    files = seconds_from_files(result, device)
+    later_s, warm_s = (predicted_seconds(result, device, first=False, warm=warm) for warm in (False, True))
     console.print(
         f"takes {total:,.1f} s on {device.name}, without reading weights from a disk and encoding the video "
         f"(rates: {device.source})",
         soft_wrap=True,
     )
+    console.print(
+        f"a later generation of the process takes {later_s:,.1f} s, and a warm one, whose streamed blocks are in host "
+        f"memory, {warm_s:,.1f} s",
+        soft_wrap=True,
+    )
+    if any(time.read_bytes for time in predicted):
+        console.print(
+            f"with weights from the page cache {files['page cache']:,.1f} s, from a disk {files['disk']:,.1f} s, which "
+            f"reads {device.load['disk'] / 1e9:.1f} GB/s; reading overlaps with computing",
+            soft_wrap=True,
+        )
     console.print(
         f"needs {format_bytes(result.peak.peak_bytes)} allocated, {format_bytes(result.peak_reserved_bytes)} reserved "
         f"by the allocator, and {format_bytes(result.context_bytes)} for the CUDA context",

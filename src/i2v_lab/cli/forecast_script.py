@@ -50,6 +50,8 @@ def report_script(
         gpu: Seconds are predicted on this card.
         as_json: Print JSON.
     """
+    from i2v_lab.capacity.clock import on_clock
+    from i2v_lab.capacity.device_profile import device_profile
     from i2v_lab.runs.forecast_script import forecast_script
     from i2v_lab.runs.provenance import run_metadata
     from i2v_lab.runs.store import COMPLETE, FORECAST, Run, RunWriter
@@ -58,8 +60,10 @@ def report_script(
     fits = verdicts(result, vram_cap_gib)
     if profile is not None:
         request = {"arguments": list(arguments)}
-        with RunWriter(profile, run_metadata(FORECAST, model=script.name, request=request, argv=sys.argv)) as writer:
-            for record in result.records:
+        device = device_profile(gpu)
+        metadata = run_metadata(FORECAST, model=script.name, request=request, argv=sys.argv)
+        with RunWriter(profile, {**metadata, "clock": device.name}) as writer:
+            for record in on_clock(result, device).records:
                 writer.append(record)
     if as_json:
         print_json({"script": str(script), "arguments": list(arguments), **report(result, fits, gpu)})

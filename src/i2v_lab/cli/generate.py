@@ -11,7 +11,7 @@ import typer
 
 from i2v_lab.cli import options, placed
 from i2v_lab.cli.output import plain_console, print_json
-from i2v_lab.errors import DeviceUnavailable
+from i2v_lab.errors import DeviceUnavailable, OutOfDeviceMemory, VramCapExceeded
 from i2v_lab.files import check_new_folder
 from i2v_lab.locks import exclusive, lock_on_this_machine
 from i2v_lab.memory_policy import MemoryPolicy
@@ -200,20 +200,27 @@ def generate(
         resolved_weights = runner.resolve_weights(architecture, variant, progress.checked, **paths)
         for note in getattr(resolved_weights, "notes", ()):  # what was applied of the files
             progress.note(note)
-        profiler = execute(
-            spec,
-            Mode.REAL,
-            str(target),
-            weights=resolved_weights,
-            run_dir=profile,
-            metadata={"argv": sys.argv, "weights": list(getattr(resolved_weights, "notes", ()))},
-            video_path=lambda _: out,
-            hooks=Hooks(sinks=[progress], on_frame=progress.frame_written),
-        )
+        try:
+            profiler = execute(
+                spec,
+                Mode.REAL,
+                str(target),
+                weights=resolved_weights,
+                run_dir=profile,
+                metadata={"argv": sys.argv, "weights": list(getattr(resolved_weights, "notes", ()))},
+                video_path=lambda _: out,
+                hooks=Hooks(sinks=[progress], on_frame=progress.frame_written),
+            )
+        except (OutOfDeviceMemory, VramCapExceeded) as error:
+            if resolution is None:
+                raise
+            budget_bytes = resolution.memory_bytes
+            words = f"{error}; the budget is {format_bytes(budget_bytes)}"
+            raise type(error)(words, **error.fields, budget_bytes=budget_bytes) from None
     assert profiler is not None
     report = _report(request, model, out, profiler)
     if resolution is not None:
-        report["placement"] = placed.explanation(resolution, asked.gpu)
+        report["placement"] = placed.explanation(resolution)
     if as_json:
         print_json(report)
     else:

@@ -101,7 +101,7 @@ def measure(
 
 def _placed(each: PlannedRun, budget_bytes: int, explain: bool) -> PlannedRun:
     """A planned run within a budget."""
-    from i2v_lab.capacity.placement import Fixed
+    from i2v_lab.capacity.solver import Fixed
 
     spec = each.spec
     if not spec.runner_spec.techniques:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli.forecast_report import DEFAULT_GPU, seconds_on
+from i2v_lab.cli.forecast_report import DEFAULT_GPU
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, shown
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -20,11 +20,14 @@ from i2v_lab.request import I2VRequest
 from i2v_lab.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from i2v_lab.capacity.placement import Fixed, Resolution
+    from i2v_lab.capacity.placement import Alternative, Resolution
+    from i2v_lab.capacity.solver import Fixed
+    from i2v_lab.profiling.records import Forecast
 
 PANEL = "Placement (LTX-2)"
 AUTO = "auto"
 MAX_GIB = 2**20
+SLOW_S = 2.0  # of a forecast, from which on it is announced
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 TILE_OPTIONS = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames", "no_tiling")
 
@@ -102,7 +105,7 @@ def asked_placement(
     Raises:
         InvalidRequest: A size or a pair that is none, or ``--explain`` without anything to explain.
     """
-    from i2v_lab.capacity.placement import Fixed
+    from i2v_lab.capacity.solver import Fixed
 
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     solve = vram_budget is not None or memory is MemoryPolicy.AUTO
@@ -202,10 +205,16 @@ def solved(request: I2VRequest, model: str, memory_bytes: int, asked: Asked, dev
     """
     from i2v_lab.capacity.placement import resolve_memory
 
-    resolution = resolve_memory(request, memory_bytes, model, device, fixed=asked.fixed)
+    def progress(tried: I2VRequest, forecast: Forecast, _: str) -> None:
+        if forecast.seconds > SLOW_S:
+            placement = tried.placed
+            held = ", ".join(filter(None, [str(placement.policy or "streamed"), placement.name]))
+            log(f"i2v-lab: forecast {tried.width}x{tried.height}, {held}: {forecast.seconds:.0f} s")
+
+    resolution = resolve_memory(request, memory_bytes, model, device, progress, asked.fixed, asked.gpu)
     log(f"i2v-lab: {resolution.reason}")
     if asked.explain:
-        for line in explained(resolution, asked.gpu):
+        for line in explained(resolution):
             log(line)
     return resolution
 
@@ -220,13 +229,14 @@ def use_expandable_segments() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
-def explained(resolution: Resolution, gpu: str = DEFAULT_GPU) -> list[str]:
-    """A placement in lines: bytes by component, what each phase takes, and what one more block would need.
+def explained(resolution: Resolution) -> list[str]:
+    """A placement in lines: bytes by component, what each phase takes and how long, and the next cheaper and faster.
 
     Args:
         resolution: The placement.
-        gpu: The card whose seconds are predicted; none are for one that is not known.
     """
+    from i2v_lab.capacity.device_profile import device_profile
+
     forecast, room = resolution.forecast, resolution.allocatable_bytes
     placement = resolution.request.placed
     budget = (
@@ -250,16 +260,28 @@ def explained(resolution: Resolution, gpu: str = DEFAULT_GPU) -> list[str]:
                 f"{format_bytes(one.free_bytes)} free"
             )
     lines += [f"{phase.phase}: {format_bytes(phase.peak_bytes)}" for phase in forecast.phases]
-    seconds = seconds_on(forecast, gpu)
-    if seconds is not None:
-        lines.append(f"predicted on {gpu}: {format_seconds(seconds)}")
-        if resolution.streamed is not None:
-            lines[-1] += f"; {format_seconds(seconds_on(resolution.streamed, gpu) or 0)} with no block kept"
+    if resolution.computed_from:
+        lines.append(f"computed from forecasts of {'; '.join(resolution.computed_from)}")
+    source = device_profile(resolution.gpu).source
+    lines.append(f"predicted on {resolution.gpu}: {format_seconds(resolution.seconds)} ({source})")
+    lines.append("next cheaper: " + (_alternative(resolution.cheaper) if resolution.cheaper else "none takes less"))
+    if resolution.faster is None:
+        return [*lines, "next faster: none, with any budget"]
+    lines.append(
+        f"next faster: {_alternative(resolution.faster)}, {format_bytes(resolution.faster.peak_bytes - room)} "
+    )
+    lines[-1] += f"more than there is; it needs a budget of {format_bytes(resolution.faster.memory_bytes)}"
     return lines
 
 
-def explanation(resolution: Resolution, gpu: str = DEFAULT_GPU) -> dict[str, Any]:
-    """The same as JSON values; arguments as for :func:`explained`."""
+def _alternative(one: Alternative) -> str:
+    return f"{one.name}: {format_seconds(one.seconds)}, {format_bytes(one.peak_bytes)} in {one.peak_phase}"
+
+
+def explanation(resolution: Resolution) -> dict[str, Any]:
+    """The same as JSON values."""
+    from i2v_lab.capacity.device_profile import device_profile
+
     return {
         "memory_bytes": resolution.memory_bytes,
         "context_bytes": resolution.forecast.context_bytes,
@@ -268,6 +290,12 @@ def explanation(resolution: Resolution, gpu: str = DEFAULT_GPU) -> dict[str, Any
         "memory": str(resolution.request.placed.policy or "placed"),
         "placement": resolution.request.placed.to_json(),
         "components": [asdict(one) for one in resolution.components],
-        "predicted_seconds": seconds_on(resolution.forecast, gpu),
+        "computed_from": list(resolution.computed_from),
+        "peak_bytes": resolution.forecast.peak.peak_bytes,
+        "predicted_seconds": resolution.seconds,
+        "predicted_on": resolution.gpu,
+        "predicted_measured": device_profile(resolution.gpu).measured,
+        "next_cheaper": resolution.cheaper and asdict(resolution.cheaper),
+        "next_faster": resolution.faster and asdict(resolution.faster),
         "reason": resolution.reason,
     }

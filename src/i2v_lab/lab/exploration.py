@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.cards import FITS, TIGHT, Fit, gpu_memory_bytes, judge, judge_all
+from i2v_lab.capacity.time_model import time_in_words
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.background_forecast import LatestForecast
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS
-from i2v_lab.profiling.records import Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
+from i2v_lab.profiling.records import CostRecord, Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
+from i2v_lab.reporting.tables import as_sentence
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import cached_forecast, forecast_spec
 from i2v_lab.runs.sources import as_run
 from i2v_lab.runs.spec import FULL_SIZE_MODEL, RunSpec
 from i2v_lab.runs.store import Run
-from i2v_lab.units import format_bytes
+from i2v_lab.studies.placed import NONE, PUBLISHED, Placed, base_specs, best_placements, rates_of
+from i2v_lab.units import format_bytes, format_seconds
 
 DEFAULT_GPU = "RTX 4090"
 TIMELINE_POINTS = 300  # enough for a small figure
@@ -127,6 +130,9 @@ class Answer:
         context_bytes: The CUDA context alone.
         fit: The verdict for the question's GPU.
         smallest: The smallest GPU in ``data/gpus.csv`` that it fits; ``None`` if there is none.
+        duration: How long it takes on the question's GPU, in a sentence; empty for a CPU.
+        placed: Where it does not fit: the fastest placement that does; ``None`` if the forecasts that say so are not
+            cached.
     """
 
     question: Question
@@ -135,6 +141,8 @@ class Answer:
     context_bytes: int
     fit: Fit
     smallest: Fit | None
+    duration: str
+    placed: Placed | None = None
 
     @property
     def sentence(self) -> str:
@@ -148,9 +156,16 @@ class Answer:
             reserve = "unless the allocator releases cached blocks during the run"
             return f"It is tight: {has}, {needs} {reserve}. {self._alternative()}"
         over = format_bytes(self.needed_bytes - self.fit.memory_bytes)
-        return f"It does not fit: {has}, {needs}, {over} too much. {self._alternative()}"
+        return f"It does not fit as it is: {has}, {needs}, {over} too much. {self._alternative()}"
 
     def _alternative(self) -> str:
+        if self.placed is not None and self.placed.placement != NONE:
+            seconds = self.placed.predicted_seconds
+            caveat = " by published rates, not measured" if rates_of(self.fit.gpu) == PUBLISHED else ""
+            takes = "" if seconds is None else f", in {format_seconds(seconds, rough=True)}{caveat}"
+            return f"With a memory budget of {format_bytes(self.fit.memory_bytes)} it runs, {self.placed.name}{takes}."
+        if self.placed is None and self.question.spec.runner_spec.techniques and self.question.device == "cuda":
+            return "A memory budget of that size may have a placement: i2v-lab forecast --vram-budget solves for it."
         if self.question.memory_bytes is not None:
             return "A smaller size, fewer frames or smaller tiles need less."
         if self.smallest is None:
@@ -270,16 +285,30 @@ def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
     fits = [fit for fit in judge_all(forecast) if fit.verdict == FITS]
     memory_bytes = gpu_memory_bytes(question.gpu) if question.memory_bytes is None else question.memory_bytes
     fit = judge(forecast, question.gpu, memory_bytes)
-    return Answer(question, run, forecast.peak_reserved_bytes + context, context, fit, next(iter(fits), None))
+    placed = None if fit.verdict == FITS else _placed(question, memory_bytes)
+    card = question.gpu.removeprefix("this ")
+    duration = as_sentence(time_in_words(forecast, card)) if question.device == "cuda" else ""
+    needed_bytes = forecast.peak_reserved_bytes + context
+    return Answer(question, run, needed_bytes, context, fit, next(iter(fits), None), duration, placed)
+
+
+def _placed(question: Question, memory_bytes: int) -> Placed | None:
+    """The fastest placement within a GPU's memory, if the forecasts of which it is computed are cached."""
+    bases = base_specs(question.request, question.model)
+    if not question.spec.runner_spec.techniques or question.device != "cuda":
+        return None
+    if any(cached_forecast(spec) is None for spec in bases):
+        return None
+    return best_placements(question.request, question.model, [(question.gpu, memory_bytes)])[0]
 
 
 def _downsampled(forecast: Forecast) -> tuple[Record, ...]:
-    """The records that the views show: phases, aggregated modules, and the maxima of intervals of the timeline."""
+    """What the views show: phases with their costs, aggregated modules, and the maxima of intervals of the timeline."""
     by_module: Counter[tuple[str, str, str]] = Counter()
     records: list[Record] = []
     for record in forecast.records:
         match record:
-            case PhaseRecord():
+            case PhaseRecord() | CostRecord():
                 records.append(record)
             case ModuleRecord(phase=phase, module=module, category=category, nbytes=nbytes):
                 by_module[phase, ".".join(module.split(".")[:MODULE_DEPTH]), category] += nbytes

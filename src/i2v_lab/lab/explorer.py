@@ -95,6 +95,7 @@ class Explorer(View):
         body = "".join(
             [
                 f'<p class="verdict" style="border-color:{colour}">{escaped(answer.sentence)}</p>',
+                sentence(answer.duration) if answer.duration else "",
                 pictures.phase_bars(answer.run, answer.context_bytes, line),
                 sentence(as_sentence(headline(answer.run))),
                 pictures.timeline(answer.run),

@@ -105,7 +105,8 @@ class Generate(View):
             return ""
         colour = VERDICT_COLOURS[answer.fit.verdict]
         words = answer.sentence if answer.fit.verdict == FITS else f"Warning. {answer.sentence}"
-        return f'<p class="verdict" style="border-color:{colour}">{escaped(words)}</p>'
+        duration = sentence(answer.duration) if answer.duration else ""
+        return f'<p class="verdict" style="border-color:{colour}">{escaped(words)}</p>{duration}'
 
     def _progress(self) -> str:
         job = self.job

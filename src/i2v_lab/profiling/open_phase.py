@@ -13,6 +13,7 @@ class OpenPhase:
     """A phase before its record is written; fields as in :class:`~i2v_lab.profiling.records.PhaseRecord`.
 
     Attributes:
+        component_peak_bytes: Since it began, or a component was released.
         steps: Peak and seconds of each step, where their number is unknown until the phase ends.
         costs: Of its segments in a forecast, those of nested phases left out.
         end_bytes: Set when the phase ends, as are ``end_tick``, ``peak_so_far_bytes`` and ``seconds``.
@@ -25,6 +26,7 @@ class OpenPhase:
     start_tick: int
     peak_bytes: int = 0
     peak_tick: int = 0
+    component_peak_bytes: int = 0
     reserved_bytes: int | None = None
     saved_bytes: int = 0
     saved_by_module: dict[str, int] = field(default_factory=dict)
@@ -47,6 +49,11 @@ class OpenPhase:
             self.reserved_bytes = max(self.reserved_bytes or 0, later.reserved_bytes)
         if later.saved_bytes > self.saved_bytes:
             self.saved_bytes, self.saved_by_module = later.saved_bytes, later.saved_by_module
+
+    def take_component_peak(self) -> int:
+        """The peak since it began, or since this was asked last."""
+        peak_bytes, self.component_peak_bytes = self.component_peak_bytes, 0
+        return peak_bytes
 
     def cost_records(self) -> list[CostRecord]:
         """A record for each run of equal segments, such as steps."""

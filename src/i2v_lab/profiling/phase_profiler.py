@@ -161,8 +161,9 @@ class PhaseProfiler:
                 if self.paths is not None:
                     self.paths.components.append(name)
             case ComponentReleased(phase, name, locked, pageable, resident):
+                peak_bytes = self._component_peak_bytes()
                 if locked or pageable:
-                    self.write(HostMemoryRecord(phase.value, name, locked, pageable, resident))
+                    self.write(HostMemoryRecord(phase.value, name, locked, pageable, resident, peak_bytes))
                 if self.paths is not None and name in self.paths.components:
                     self.paths.components.remove(name)
             case StepEnded(step=step, steps=steps):
@@ -231,10 +232,18 @@ class PhaseProfiler:
             self.paths.phase = name
 
     def _end_segment(self) -> None:
-        """End a segment between two readings: its peaks count for every open phase; then reset the peaks."""
+        """End a segment between two readings: its costs count for the innermost phase, its peaks for all."""
+        costs = self._live.take_costs() if self._live else []
+        if self._open:
+            self._open[-1].costs += costs
+        self._end_peaks()
+
+    def _end_peaks(self) -> None:
+        """Count the peaks since the last reading for every open phase, and reset them."""
         peak_bytes, reserved_bytes = self._meter.peak_bytes(), self._meter.reserved_peak_bytes()
         for phase in self._open:
             phase.step_peak_bytes = max(phase.step_peak_bytes, peak_bytes)
+            phase.component_peak_bytes = max(phase.component_peak_bytes, peak_bytes)
             if peak_bytes > phase.peak_bytes:
                 phase.peak_bytes = peak_bytes
                 phase.peak_tick = self._live.peak_tick if self._live else 0
@@ -245,12 +254,14 @@ class PhaseProfiler:
                 if self._probe.peak_bytes > phase.saved_bytes:
                     phase.saved_bytes, phase.saved_by_module = self._probe.peak_bytes, by_module
         self._peak_so_far_bytes = max(self._peak_so_far_bytes, peak_bytes)
-        costs = self._live.take_costs() if self._live else []
-        for phase in self._open[-1:]:
-            phase.costs += costs
         self._meter.reset_peak()
         if self._probe is not None:
             self._probe.reset_peak()
+
+    def _component_peak_bytes(self) -> int:
+        """The peak of the innermost phase since it began, or since this was asked last."""
+        self._end_peaks()
+        return self._open[-1].take_component_peak() if self._open else 0
 
     def _step(self, step: int, steps: int) -> None:
         self._end_segment()

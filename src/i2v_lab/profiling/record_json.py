@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -71,11 +71,13 @@ def record_from_json(values: dict[str, Any]) -> Record:
         raise RecordError(f"kind={reprlib.repr(name)} is not a known record; use one of: {', '.join(KINDS)}")
     given = {key: _tuples(value) for key, value in values.items() if key != "kind"}
     names = {field.name for field in fields(kind)}
-    if given.keys() != names:
-        wrong = reprlib.repr(", ".join(sorted(given.keys() ^ names))).strip("'\"")
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}  # of older records
+    strange = (names - optional - given.keys()) | (given.keys() - names)
+    if strange:
+        wrong = reprlib.repr(", ".join(sorted(strange))).strip("'\"")
         raise RecordError(f"a {values['kind']} record has missing or unknown fields: {wrong}; was the file edited?")
-    for field, hint in HINTS[kind].items():
-        wrong = _wrong(field, given[field], hint)
+    for field, value in given.items():
+        wrong = _wrong(field, value, HINTS[kind][field])
         if wrong:
             problem = f"{field}={reprlib.repr(given[field])}, which {wrong}"
             raise RecordError(f"a {name} record has {problem}; was the file edited?", problem=problem)

@@ -247,13 +247,16 @@ class HostMemoryRecord(HtmlFields):
         pageable_bytes: The largest block that was read from its file at once.
         resident_bytes: What it would take on the device if 0, 1, ... of its blocks stayed there; empty where not all of
             them are streamed.
+        peak_bytes: Maximum of the allocated bytes since the phase began, or since the component before it in the phase
+            was released, until this one was; ``None`` in records of before it was kept, as no ``resident_bytes``.
     """
 
     phase: str
     component: str
     page_locked_bytes: int
     pageable_bytes: int
-    resident_bytes: tuple[int, ...]
+    resident_bytes: tuple[int, ...] = ()
+    peak_bytes: int | None = None
 
 
 CostRow = tuple[str, str, int, int, int]
@@ -267,8 +270,8 @@ class CostRecord(HtmlFields):
     Kinds are ``matmul``, ``flash attention 128`` (by the width of the heads), ``convolution 3d``, ``pointwise``,
     ``copy to device, pageable`` and the like; ``view`` and ``empty`` cost the host alone; ``weight`` and ``module`` are
     those of components that were built; ``segment`` is one that the caching allocator gets from the driver; ``first
-    ...`` is what a process does once for a kernel or a shape. The records of a phase precede its :class:`PhaseRecord`,
-    without the phases nested in it.
+    ...`` is what a process does once for a library, a kernel or a shape. The records of a phase precede its
+    :class:`PhaseRecord`, without the phases nested in it.
 
     Attributes:
         phase: Its name.

@@ -13,6 +13,7 @@ import pandas as pd
 from IPython.display import SVG, Markdown
 from matplotlib.figure import Figure
 
+from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
 from i2v_lab.reporting.figures.runs import NO_TIMELINE, has_timeline, timeline_figure
@@ -76,9 +77,10 @@ class Cells:
         return self._shown(name, draw(table, *more, **options))
 
     def timeline(self, name: str, run: Run | None, other: Run | None = None) -> SVG | Markdown:
-        """Live bytes by category over a run; the total of a second run is a line over it."""
+        """Live bytes by category over a run, or a forecast by predicted time; a second's total is a line over it."""
         if run is None or not has_timeline(run) or (other is not None and not has_timeline(other)):
             return Markdown(f"*{NO_TIMELINE}*")
+        run, other = run_on_clock(run), other and run_on_clock(other)
         save_table(run.frame("timeline"), self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, timeline_figure(run, other))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from i2v_lab.errors import DeviceUnavailable, ForecastError, I2VLabError, InvalidRequest
 from i2v_lab.events import EventSink, Note, Phase, broadcast
 from i2v_lab.paths import find_still
+from i2v_lab.runs.out_of_memory import out_of_memory_in_a_line
 from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.runs.spec import Consumer, ProfilerMode, RunSpec
 from i2v_lab.runs.store import RunWriter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from i2v_lab.pipeline.contract.runner import KeptWeights
     from i2v_lab.profiling.monitor import MemoryMonitor
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
+    from i2v_lab.profiling.records import Record
     from i2v_lab.request import I2VRequest
 
 VIDEO = "video.mp4"
@@ -99,6 +101,8 @@ def execute(
         OutputError: ``run_dir`` is not empty or cannot be written.
         InvalidRequest: Offloading is to be forecast on a CPU.
         ForecastError: A fake run depends on values that it does not know.
+        OutOfDeviceMemory: The device's memory does not do; what the run held of it is released.
+        VramCapExceeded: Likewise on a CPU, beyond the spec's cap.
 
     Example:
         >>> from i2v_lab.runs.spec import make_request
@@ -117,8 +121,13 @@ def execute(
     def describe(target: str) -> dict[str, Any]:
         return run_metadata(target, spec=written, **(metadata or {}))
 
-    with _keeping(found, kept) as shared:
-        return _execute_real(found, device, weights, run_dir, describe, video_path, hooks, shared)
+    records: list[Record] = []
+
+    def act() -> PhaseProfiler | None:
+        with _keeping(found, kept) as shared:
+            return _execute_real(found, device, weights, run_dir, describe, video_path, hooks, shared, records)
+
+    return out_of_memory_in_a_line(found, records, act)
 
 
 def _execute_fake(spec: RunSpec, device: str) -> PhaseProfiler:
@@ -168,6 +177,7 @@ def _execute_real(
     video_path: Callable[[int], Path] | None,
     hooks: Hooks,
     kept: KeptWeights | None,
+    records: list[Record],
 ) -> PhaseProfiler | None:
     from i2v_lab.pipeline.contract import media
     from i2v_lab.pipeline.contract.generation import resolve_device
@@ -201,6 +211,7 @@ def _execute_real(
         profiler = scopes.enter_context(
             metered(target, run_dir, describe(str(target)), attribute=attribute, vram_cap_bytes=spec.vram_cap_bytes)
         )
+        scopes.callback(lambda: records.extend(profiler.records))
         sinks = [] if spec.profiler is ProfilerMode.OFF else [hooks.wrap_profiler(profiler)]
         sinks += hooks.sinks
         if hooks.monitor is not None:

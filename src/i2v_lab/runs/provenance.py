@@ -39,6 +39,7 @@ EXECUTED = (
     "pipeline/registry.py",
     "profiling",
     "runs/execute.py",
+    "runs/out_of_memory.py",
     "runs/spec.py",
     "stopping.py",
     "thread_modes.py",

@@ -27,7 +27,13 @@ from i2v_lab.studies.techniques import with_policy
 
 # The models of diffusers that are compared with ours: LTX-2.3 as diffusers runs it.
 COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2.3-22b-diffusers", "ltx-2.3-tiny": "ltx-2.3-tiny-diffusers"}
-THIRD_PARTY = ("ltx-pipelines", "diffusers", "diffusers, model offloading", "diffusers, group offloading")
+THIRD_PARTY = (
+    "ltx-pipelines",
+    "diffusers",
+    "diffusers, model offloading",
+    "diffusers, group offloading",
+    "diffusers, sequential offloading",
+)
 OFFLOADED = (
     NO_SETTINGS,
     MemorySettings(offload=Offload.MODEL),
@@ -198,6 +204,7 @@ def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequenc
         "diffusers": diffusers,
         "diffusers, model offloading": diffusers.with_request(settings=MemorySettings(offload=Offload.MODEL)),
         "diffusers, group offloading": diffusers.with_request(settings=MemorySettings(offload=Offload.GROUP_LEAF)),
+        "diffusers, sequential offloading": diffusers.with_request(settings=MemorySettings(offload=Offload.SEQUENTIAL)),
     }
     return {name: spec for name, spec in specs.items() if not names or name in names}
 

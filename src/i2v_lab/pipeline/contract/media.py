@@ -27,8 +27,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 # Without cpu-independent, x264's macroblock tree reads memory that nobody wrote (seen with AVX-512, at widths of 64,
-# 160 and 192), and the same frames may be encoded otherwise each time.
-H264_OPTIONS = {"crf": "18", "x264-params": "cpu-independent=1"}
+# 160 and 192), and the same frames may be encoded otherwise each time. "faster" takes half the time of the default, for
+# 0.05 to 0.2 dB.
+H264_OPTIONS = {"crf": "18", "preset": "faster", "x264-params": "cpu-independent=1"}
 
 
 def load_still(path: str | Path) -> np.ndarray:
@@ -213,6 +214,7 @@ def _encode(
     with av.open(str(part.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         video: Any = container.add_stream("libx264", rate=frame_rate, options=H264_OPTIONS)
         video.pix_fmt = "yuv420p"
+        video.codec_context.thread_type = "FRAME"  # PyAV's default, slices of one frame, leaves most cores idle
         track: Any = container.add_stream("aac", rate=sound[1], layout="stereo") if sound else None
         for chunk in chunks:
             pixels = _pixels(chunk, shape)

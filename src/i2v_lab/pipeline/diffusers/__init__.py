@@ -148,7 +148,7 @@ RUNNER = RunnerSpec(
     models="diffusers",
     module="diffusers",
     install="pip install 'diffusers>=0.39,<0.43'",
-    packages=("torch", "diffusers", "transformers", "accelerate"),
+    packages=("torch", "diffusers", "transformers", "accelerate", "torchao", "gguf"),
     sizes=SIZES,
     parts={
         "resolve_weights": "diffusers.weights:resolve_weights",

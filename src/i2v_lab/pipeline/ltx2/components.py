@@ -94,8 +94,7 @@ class Ledger(ModelLedger):
         key_ops = transformer_key_ops(self._weights.architecture)
         self.transformer_builder: Builder[Any] = replace(self.transformer_builder, model_sd_ops=key_ops)
         builders = {name: value for name, value in vars(self).items() if isinstance(value, Builder)}
-        own = self._host_weights
-        loader = self._weights.loader_ahead(HostWeights(own.budget_bytes, read_ahead=own.reads_ahead))
+        loader = self._weights.loader_ahead(HostWeights(self._host_weights.budget_bytes))
         changed = with_techniques(builders, self._placement, self._weights.reader, self._host_weights)
         for name, builder in changed.items():
             configurator: Any = UninitializedModules(builder.model_class_configurator)

@@ -98,7 +98,7 @@ class AheadStateDictLoader(ScaledStateDictLoader):
             CheckpointError: A file has been removed, cut short or changed; ``fields`` has its ``path``.
         """
         target = device or torch.device("cpu")
-        is_ahead = self._host_weights.reads_ahead and not is_fake() and self._host_weights.limit_bytes(target) > 0
+        is_ahead = not is_fake() and self._host_weights.limit_bytes(target) > 0
         if isinstance(sd_ops, LoraKeys) or not is_ahead:
             return super().load(path, sd_ops, device)
         reader, paths = SafetensorsReader(), [path] if isinstance(path, str) else path

@@ -20,7 +20,7 @@ from i2v_lab.pipeline.contract.generation import (
     require_free_memory,
     resolve_device,
 )
-from i2v_lab.pipeline.contract.lifecycle import phase_scope
+from i2v_lab.pipeline.contract.lifecycle import phase_scope, rare_collections
 from i2v_lab.pipeline.contract.media import load_still
 from i2v_lab.pipeline.contract.random_tensors import DTYPE
 from i2v_lab.pipeline.contract.weight_files import element_count
@@ -123,7 +123,7 @@ class TwoStagePipeline:
         host_weights = self._shared or self._own or HostWeights()
         run = phases.Run(request, self.weights, self.device, generator, placement, host_weights)
         scopes = GRAD_SCOPES[request.decode_scope]
-        with scopes.body(), ExitStack() as reading:
+        with rare_collections(), scopes.body(), ExitStack() as reading:
             reading.callback(host_weights.end_ahead if host_weights.keep else host_weights.close)
             run.ledger().read_transformer_ahead()
             with self._phase(Phase.ENCODE_PROMPT) as scope:

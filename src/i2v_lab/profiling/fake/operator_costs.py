@@ -232,6 +232,7 @@ class OperatorCosts:
             kind = "matmul" if packet is not aten._scaled_mm else "scaled matmul"
             self.count(kind, _name(tensors[0].dtype), flops, _sum(tensors))
             self._first(kind, (kind, last.dtype, flops.bit_length()))
+            self._first("use of cuBLAS", "cuBLAS")
         elif packet is aten.convolution:
             self._convolution(args, result, tensors)
         else:
@@ -251,6 +252,7 @@ class OperatorCosts:
         elif source.dim() == 5 and channels < FEW_CHANNELS:
             kind += " of few channels"
         self.count(kind, _name(source.dtype), flops, _sum(tensors))
+        self._first("use of cuDNN", "cuDNN")
         self._first("convolution", ("convolution", source.shape, weight.shape, source.dtype, tuple(args[3])))
 
     def _memory_bound(self, packet: Any, args: Any, last: torch.Tensor, tensors: list[torch.Tensor]) -> None:
@@ -272,7 +274,7 @@ class OperatorCosts:
         self.count(f"copy {'to device' if to_device else 'to host'}, {memory}", "", 0, _bytes(target))
 
     def _first(self, kind: str, key: Any) -> None:
-        """What a process does once: load a kernel, or choose one for a shape."""
+        """What a process does once: load a library or a kernel, or choose one for a shape."""
         if key not in self._seen:
             self._seen.add(key)
             self.count(f"{FIRST}{kind}", "")

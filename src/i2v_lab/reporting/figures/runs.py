@@ -54,8 +54,11 @@ def timeline_figure(run: Run, other: Run | None = None) -> Figure:
         _mark_phases(axes, table, top / scale)
         axes.set_ylim(0, top / scale * 1.32)
         axes.set_xlim(0, float(table["time_s"].max()))
-        axes.set_xlabel("progress of the run (a forecast has no clock)" if run.is_forecast else "time (s)")
-        if run.is_forecast:
+        clock = run.metadata.get("clock")  # of the card that a forecast's seconds were predicted for
+        unknown = run.is_forecast and not clock
+        predicted = f"predicted time on {clock} (s)" if clock else "time (s)"
+        axes.set_xlabel("progress of the run (this forecast has no clock)" if unknown else predicted)
+        if unknown:
             axes.set_xticks([])
         axes.set_ylabel(f"live tensor storages ({unit})")
         axes.set_title(f"Live tensor storages by category: {short_name(run.folder.name)}", loc="left", fontsize=11)
@@ -70,7 +73,7 @@ def _timeline(run: Run) -> pd.DataFrame:
             f"run '{run.folder}' has no timeline; profile it on a CPU, where live storages are tracked, with --profile",
             run=str(run.folder),
         )
-    if run.is_forecast:
+    if run.is_forecast and not run.metadata.get("clock"):
         table["time_s"] = [float(moment) for moment in range(len(table))]
     return table
 

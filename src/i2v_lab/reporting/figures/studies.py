@@ -11,18 +11,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
 from i2v_lab.reporting.figures.style import (
     BLUE,
     COLOURS,
-    GREEN,
     GREY,
     MARKERS,
     PHASE_COLOURS,
     PUBLISHED,
     STYLE,
-    YELLOW,
     byte_scale,
     phase_label,
 )
@@ -30,7 +28,6 @@ from i2v_lab.reporting.tables import WORDS
 from i2v_lab.units import format_bytes
 
 TileLayout = tuple[str, tuple[int, int, int], Any]
-VERDICTS = {"fits": (GREEN, "fits"), "tight": (YELLOW, "tight"), "no": ("#DDDDDD", "does not fit")}
 
 
 def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
@@ -289,49 +286,6 @@ def leak_figure(table: pd.DataFrame) -> Figure:
             axes.set_xlabel("generation")
             axes.set_ylim(-0.04 * top, top * 1.25)
         panels[0].set_ylabel(f"still allocated ({unit})")
-    return figure
-
-
-def card_map_figure(table: pd.DataFrame) -> Figure:
-    """Which requests fit each card: one panel for each card, sizes over frames.
-
-    Args:
-        table: ``gpu, memory_bytes, width, height, frames, needed_bytes, verdict``; cards in the order of the panels.
-    """
-    gpus = list(dict.fromkeys(table["gpu"]))
-    sizes = sorted({(w, h) for w, h in zip(table["width"], table["height"], strict=True)}, key=lambda wh: wh[0] * wh[1])
-    frames = sorted(set(table["frames"]))
-    across = min(4, len(gpus))
-    down = -(-len(gpus) // across)
-    scale, _ = byte_scale(float(table["memory_bytes"].max()))
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(1.0 + 2.15 * across, 0.9 + (0.55 + 0.36 * len(sizes)) * down), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-        for index, axes in enumerate(panels.flat):
-            if index >= len(gpus):
-                axes.set_visible(False)
-                continue
-            part = table[table["gpu"] == gpus[index]]
-            for row in part.to_dict("records"):
-                x, y = frames.index(row["frames"]), sizes.index((row["width"], row["height"]))
-                colour, _ = VERDICTS[row["verdict"]]
-                axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, facecolor=colour, linewidth=0))
-                needed = row["needed_bytes"] / scale
-                ink = "#ffffff" if row["verdict"] == "fits" else "#333333"
-                text = f"{needed:.1f}" if needed < 100 else f"{needed:.0f}"
-                weight = "bold" if row["verdict"] == "fits" else "normal"
-                axes.text(x, y, text, ha="center", va="center", fontsize=7.5, color=ink, fontweight=weight)
-            memory = format_bytes(int(part["memory_bytes"].iloc[0]))
-            axes.set_title(f"{gpus[index]}, {memory}", fontsize=8, loc="left")
-            axes.set(xlim=(-0.55, len(frames) - 0.45), ylim=(-0.55, len(sizes) - 0.45))
-            axes.set_xticks(range(len(frames)), [str(count) for count in frames], fontsize=8)
-            axes.set_yticks(range(len(sizes)), [f"{w}x{h}" for w, h in sizes], fontsize=8)
-            axes.tick_params(length=0)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-        handles = [Patch(facecolor=colour, label=label) for colour, label in VERDICTS.values()]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=8.5)
-        figure.supxlabel("frames (in each cell: device memory that the process needs, in GiB)", fontsize=8.5)
     return figure
 
 

@@ -126,8 +126,10 @@ class BlockReader:
                 if spare.event is not None:
                     spare.event.synchronize()
             jobs = plan.jobs(reading.buffer.data) if plan.paths else []
-        except (RuntimeError, MemoryError):
+        except (RuntimeError, OSError, MemoryError):
             reading.refused = True
+        except BaseException as error:  # for who takes the block
+            reading.error = error
         with self._lock:
             reading.left += len(jobs)
             threads = self._threads

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,12 +102,12 @@ class SafetensorsReader:
     """
 
     def __init__(self) -> None:
-        self._headers: dict[str, tuple[int, Mapping[str, Any]]] = {}
+        self._parts: dict[str, dict[str, FilePart]] = {}
         self._scales: dict[str, dict[str, str]] = {}
 
     def keys(self, path: str) -> list[str]:
         """The names of all weights in a file, without their scales."""
-        return own_keys(self._header(path)[1])
+        return own_keys(self._header(path))
 
     def tensor(self, path: str, key: str, device: torch.device) -> torch.Tensor:
         """One tensor, on ``device``, in the file's dtype; bfloat16 if it has a scale, which is applied.
@@ -126,9 +125,7 @@ class SafetensorsReader:
 
     def part(self, path: str, key: str) -> FilePart:
         """Where a tensor's bytes are."""
-        start, entries = self._header(path)
-        entry = entries[key]
-        return FilePart(path, key, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
+        return self._header(path)[key]
 
     def scale(self, path: str, key: str) -> FilePart | None:
         """Where the scale of a float8 weight is; ``None`` for a tensor that has none."""
@@ -144,17 +141,32 @@ class SafetensorsReader:
         """
         return file_identity(path)
 
-    def _header(self, path: str) -> tuple[int, Mapping[str, Any]]:
-        if path not in self._headers:
+    def _header(self, path: str) -> dict[str, FilePart]:
+        if path not in self._parts:
             length = bytearray(8)
             _read_into(path, 0, memoryview(length), "its header")
-            text = bytearray(struct.unpack("<Q", length)[0])
-            _read_into(path, 8, memoryview(text), "its header")
-            entries = json.loads(text)
-            entries.pop("__metadata__", None)
-            self._headers[path] = (8 + len(text), entries)
-            self._scales[path] = scale_keys(entries)
-        return self._headers[path]
+            size = int.from_bytes(length, "little")
+            try:
+                if size > Path(path).stat().st_size:
+                    raise ValueError(size)
+                text = bytearray(size)
+                _read_into(path, 8, memoryview(text), "its header")
+                entries = json.loads(text)
+                entries.pop("__metadata__", None)
+                parts = {key: _part(path, key, 8 + size, entry) for key, entry in entries.items()}
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
+                raise CheckpointError(
+                    f"weight file '{path}' has no valid header any more; it was replaced or damaged after it had been "
+                    "verified: restore it and run again",
+                    path=path,
+                    tensor="its header",
+                ) from error
+            self._parts[path], self._scales[path] = parts, scale_keys(parts)
+        return self._parts[path]
+
+
+def _part(path: str, key: str, start: int, entry: Mapping[str, Any]) -> FilePart:
+    return FilePart(path, key, start + entry["data_offsets"][0], DTYPES[entry["dtype"]], torch.Size(entry["shape"]))
 
 
 def will_need(paths: Iterable[str]) -> None:

@@ -22,8 +22,9 @@ from ltx_core.loader.primitives import LoraStateDictWithStrength
 
 from i2v_lab.pipeline.contract.scaled_fp8 import as_weight
 from i2v_lab.pipeline.ltx2.memory.blocks import BlockOrder
+from i2v_lab.pipeline.ltx2.memory.host_blocks import HostBlocks
 from i2v_lab.pipeline.ltx2.memory.host_copies import BlockPlan, HostCopy, PlannedTensor, planned
-from i2v_lab.pipeline.ltx2.memory.host_weights import HostBlocks, HostWeights
+from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
 from i2v_lab.pipeline.ltx2.memory.readers import TensorReader
 from i2v_lab.pipeline.ltx2.memory.tensors_ahead import tensors_ahead
 from i2v_lab.torch_compat import is_fake
@@ -131,10 +132,9 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         loras = [lora.path for lora in self.loras] if fused else []
         files = tuple(self.reader.identity(path) for path in (*paths, *loras))
         plans: dict[str, BlockPlan] = {}
-        in_file = self.host_weights.reads_ahead and not fused
         if self.host_weights.limit_bytes(device) and not is_fake():
             plans = {
-                name: BlockPlan(self._planned(source, dtype, in_file=in_file) for source in tensors.get(name, ()))
+                name: BlockPlan(self._planned(source, dtype, in_file=not fused) for source in tensors.get(name, ()))
                 for name in names
             }
         key = (
@@ -173,8 +173,7 @@ class StreamedBuilder(SingleGPUModelBuilder[Any]):
         self, sources: Sequence[_Source], device: torch.device, dtype: torch.dtype | None, *, ahead: bool = False
     ) -> dict[str, torch.Tensor]:
         assert self.reader is not None
-        most = self.host_weights.budget_bytes if ahead else 0
-        host_weights = HostWeights(most, read_ahead=self.host_weights.reads_ahead)
+        host_weights = HostWeights(self.host_weights.budget_bytes if ahead else 0)
         own: dict[str, torch.Tensor] = {}
         wanted = [(path, key) for path, key, _ in sources]
         with closing(tensors_ahead(wanted, self.reader, host_weights, device)) as tensors:
@@ -252,8 +251,9 @@ class WeightStream:
         self._prefetch = prefetch
         self._blocks = BlockOrder.of(model)  # while they have their sizes
         self._block_bytes: dict[str, int] = {}
+        self._slots: dict[str, dict[str, tuple[dict[str, Any], str]]] = {name: {} for name in loads}
+        self._parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._order = {name: index for index, name in enumerate(loads)}
-        self._following: dict[str, str] = {}  # the block called after each, as observed in the last pass
         self._last = ""
         self._in_flight: dict[str, tuple[HostCopy, torch.Tensor, Any]] = {}
         real_cuda = device.type == "cuda" and not is_fake()
@@ -262,6 +262,8 @@ class WeightStream:
         self._placeholder = torch.nn.Parameter(torch.empty(0, device=device, dtype=torch.bfloat16), requires_grad=False)
         for name in loads:
             block = model.get_submodule(name)
+            own: list[dict[str, Any]] = [part._parameters for part in block.modules()]
+            self._parameters[name] = [(each, leaf) for each in own for leaf in each if each[leaf] is not None]
             self._free(name)
             self._hooks.append(block.register_forward_pre_hook(partial(self._before_call, name)))
             self._hooks.append(block.register_forward_hook(partial(self._after_call, name), always_call=True))
@@ -293,24 +295,29 @@ class WeightStream:
         if self._stream is not None:
             torch.cuda.synchronize(self._device)  # before the memory that copies read and write is reused
         self._in_flight.clear()
+        self._slots.clear()
+        self._parameters.clear()
         for host in self._hosts:
             host.close()
         self._loads.clear()
 
     def _before_call(self, name: str, module: torch.nn.Module, args: Any) -> None:
         tensors = self._fetch(name)
-        self._block_bytes[name] = sum(tensor.nbytes for tensor in tensors.values())
+        if name not in self._block_bytes:
+            sizes = (allocated_bytes(tensor.nbytes, self._device) for tensor in tensors.values())
+            self._block_bytes[name] = sum(sizes)
+        slots = self._slots[name]
         for key, tensor in tensors.items():
-            owner, _, leaf = key.rpartition(".")
-            part = self._model.get_submodule(owner)
-            # Not as a Parameter: it exists for one call, and no autograd graph must retain it for longer.
-            own: dict[str, Any] = part._parameters if leaf in part._parameters else part._buffers
-            own[leaf] = tensor
-        self._following[self._last] = name
+            if key not in slots:
+                slots[key] = self._slot(key)
+            own, leaf = slots[key]
+            own[leaf] = tensor  # not as a Parameter: it exists for one call, and no autograd graph must retain it
+        called_after = self._host.called_after
+        called_after[self._last] = name
         self._last = name
         following = name
         for _ in range(self._prefetch if self._host.repeated else 0):
-            previous, following = following, self._following.get(following, "")
+            previous, following = following, called_after.get(following, "")
             if self._order.get(following, 0) <= self._order[previous]:  # the next pass begins there
                 break
             copy = self._host.ready(following) if following not in self._in_flight else None
@@ -320,11 +327,15 @@ class WeightStream:
     def _after_call(self, name: str, module: torch.nn.Module, args: Any, result: Any) -> None:
         self._free(name)
 
+    def _slot(self, key: str) -> tuple[dict[str, Any], str]:
+        """Where a tensor of the model is referenced; found once, as in short steps launches wait for the host."""
+        owner, _, leaf = key.rpartition(".")
+        part = self._model.get_submodule(owner)
+        return (part._parameters if leaf in part._parameters else part._buffers), leaf
+
     def _free(self, name: str) -> None:
-        for part in self._model.get_submodule(name).modules():
-            for leaf, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[leaf] = self._placeholder
+        for own, leaf in self._parameters[name]:
+            own[leaf] = self._placeholder
 
     def _fetch(self, name: str) -> dict[str, torch.Tensor]:
         """A block's tensors on the device, complete for work queued next on the current stream."""
@@ -360,6 +371,19 @@ class WeightStream:
         event = self._stream.record_event()
         self._host.used(name, event)
         return copy, event
+
+
+def allocated_bytes(nbytes: int, device: torch.device) -> int:
+    """What a weight takes on a device: the caching allocator splits no rest of up to 1 MiB off a segment of 2 MiB's.
+
+    Example:
+        >>> allocated_bytes(15 * 2**20, torch.device("cuda")) // 2**20, allocated_bytes(100, torch.device("cpu"))
+        (16, 100)
+    """
+    if device.type != "cuda":
+        return nbytes
+    rounded, segment = -(-nbytes // 512) * 512, -(-nbytes // 2**21) * 2**21
+    return segment if nbytes >= 10 * 2**20 and segment - rounded <= 2**20 else rounded
 
 
 def copied(copy: HostCopy, host: HostBlocks, name: str, device: torch.device) -> dict[str, torch.Tensor]:

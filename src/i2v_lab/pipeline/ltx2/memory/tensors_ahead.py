@@ -31,7 +31,7 @@ def tensors_ahead(
     Raises:
         CheckpointError: A file has been removed, cut short or changed; ``fields`` has its ``path``.
     """
-    is_ahead = host_weights.reads_ahead and not is_fake() and host_weights.limit_bytes(device) > 0
+    is_ahead = not is_fake() and host_weights.limit_bytes(device) > 0
     plans = _plans(sources, reader) if is_ahead else {}
     if not plans:
         for path, key in sources:
