@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import gc
 import json
 import mmap
 import os
 import shutil
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -361,10 +361,18 @@ def test_an_interrupted_generation_leaves_no_thread_and_no_memory_and_the_next_o
         assert host.held_bytes == 0
 
 
-def test_an_interrupt_while_a_block_is_waited_for_ends_the_wait(tiny, gate):
+@pytest.fixture
+def interruptible():
+    """An interrupt is a KeyboardInterrupt, which jobs in a shell's background ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_a_block_is_waited_for_ends_the_wait(tiny, gate, interruptible):
     host = HostWeights(PLENTY)
     stream = _stream(tiny, host)
-    timers = [threading.Timer(0.2, _thread.interrupt_main), threading.Timer(0.4, gate.set)]
+    timers = [threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)), threading.Timer(0.4, gate.set)]
     for timer in timers:
         timer.start()
     with pytest.raises(KeyboardInterrupt):

@@ -139,6 +139,7 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     exploration.ask(small)
     assert exploration.answer.fit.verdict == "tight"
     exploration.ask(replace(small, memory_bytes=whole.context_bytes))
+    assert exploration.answer.duration == ""
     answer = exploration.answer
     assert answer.sentence.startswith("It does not fit as it is: a small card has")
     solved = Placed("partial", "12 of 56 blocks resident", 12, 56, 2**30, "decode_video", 3 * 2**30, 38.2)

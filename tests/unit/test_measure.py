@@ -135,6 +135,12 @@ def test_the_plan_of_the_study_is_sound_and_asks_for_what_the_study_needs():
     assert [run.spec.vram_cap_bytes for run in runs if "_cap" in run.name] == [round(95.6 * 2**30)]
 
 
+def test_the_plan_of_budgets_has_both_sizes_and_leaves_the_placement_open():
+    runs = load_plan(data_dir() / "plans" / "budgets.yaml")
+    assert [run.name for run in runs] == ["1024x768x97", "2048x1536x97"]
+    assert all(run.spec.model == FULL_SIZE_MODEL and not run.spec.technique_set for run in runs)
+
+
 def test_the_plan_of_the_policies_measures_every_step_of_the_study_and_others_beside_them():
     runs = load_plan(data_dir() / "plans" / "policies.yaml")
     own = {run.spec.memory_key() for run in runs if run.spec.is_reference and not run.spec.runner_spec.third_party}

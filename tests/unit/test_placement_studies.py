@@ -94,6 +94,7 @@ def test_time_falls_or_stays_as_the_budget_grows_and_nothing_is_forecast_for_a_b
     assert len(table) == 24
     assert (table["budget_bytes"].iloc[0], table["budget_bytes"].iloc[-1]) == ends
     assert table["seconds"].is_monotonic_decreasing
+    assert (table["warm_seconds"] < table["seconds"]).all()
     assert (table["peak_bytes"] + context_bytes() < table["budget_bytes"]).all()
     given = frontier_table(seen, [], recorded_runs(), CARD, [0.5, 80])
     assert given["budget_bytes"].to_list() == [GIB // 2, 80 * GIB]

@@ -101,9 +101,8 @@ def _frontier(last: float) -> pd.DataFrame:
         ("measured", "resident", 24, 10.5),
     ]
     table = pd.DataFrame(rows, columns=["kind", "name", "gib", "seconds"]).assign(size="1024x768")
-    return table.assign(peak_bytes=(table["gib"].astype("Float64") * GIB).astype("Int64")).astype(
-        {"seconds": "Float64"}
-    )
+    table = table.assign(peak_bytes=(table["gib"].astype("Float64") * GIB).astype("Int64"), warm_seconds=last / 10)
+    return table.astype({"seconds": "Float64"})
 
 
 def _errors(last: float) -> pd.DataFrame:

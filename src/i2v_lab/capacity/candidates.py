@@ -23,6 +23,7 @@ from i2v_lab.request import I2VRequest
 ENCODE_PROMPT, ENCODE_IMAGE, DECODE_VIDEO = "encode_prompt", "encode_image", "decode_video"
 DENOISE, UPSAMPLE = ("denoise_stage_1", "denoise_stage_2"), "upsample_latent"
 TRANSFORMER = "transformer"
+UNSPLIT = 0.008  # of what stays on a card: ends of segments beside weights, which were up to 0.0063 on an H200
 
 
 @dataclass(frozen=True)
@@ -257,13 +258,16 @@ def _part(
     group: Group, base: Base, whole: Base, counts: Mapping[str, int], prefetch: int | None, *, cuda: bool
 ) -> Part:
     own = {name: base.resident_bytes[name] for name in counts}
-    held = {name: own[name][count] for name, count in counts.items()}
+    stays = {name: own[name][count] for name, count in counts.items()}
+    held = {name: nbytes + int(nbytes * UNSPLIT * cuda) for name, nbytes in stays.items()}
     total = {name: own[name][-1] for name in counts}
     peaks = {}
     for phase in group.phases:
         peaks[phase] = base.phases[phase].peak_bytes
         if group is DENOISING and counts:
-            peaks[phase] = _denoise_bytes(base, phase, counts[TRANSFORMER], prefetch or 0, cuda=cuda)
+            peaks[phase] = held[TRANSFORMER] + _denoise_bytes(
+                base, phase, counts[TRANSFORMER], prefetch or 0, cuda=cuda
+            )
         elif group is TEXT and counts:
             peaks[phase] = max(
                 (one.peak_bytes or 0) + held[one.component] for one in base.hosts if one.component in held
@@ -276,15 +280,15 @@ def _part(
         shared = upsample.start_bytes
         over = whole.phases[UPSAMPLE].start_bytes > shared + total[TRANSFORMER] // 2 if counts else False
         shared += held[TRANSFORMER] if over else 0
-        shares = dict.fromkeys(DENOISE, _share(held, total, TRANSFORMER))
+        shares = dict.fromkeys(DENOISE, _share(stays, total, TRANSFORMER))
     elif group is AUTOENCODER:
         shared = upsample.peak_bytes - upsample.start_bytes + held.get("video_encoder", 0)
-        shares = dict.fromkeys((ENCODE_IMAGE, UPSAMPLE), _share(held, total, "video_encoder"))
-        shares[DECODE_VIDEO] = _share(held, total, "video_decoder")
+        shares = dict.fromkeys((ENCODE_IMAGE, UPSAMPLE), _share(stays, total, "video_encoder"))
+        shares[DECODE_VIDEO] = _share(stays, total, "video_decoder")
     else:
-        shares[ENCODE_PROMPT] = _share(held, total, *group.components)
+        shares[ENCODE_PROMPT] = _share(stays, total, *group.components)
     seconds = sum(mixed_seconds(base, whole, phase, share, prefetch or 0) for phase, share in shares.items())
-    streamed = sum(total.values()) - sum(held.values())
+    streamed = sum(total.values()) - sum(stays.values())
     ordered = tuple(sorted(counts.items()))
     return Part(group, base, whole, ordered, prefetch, shares, peaks, shared, seconds, streamed)
 
@@ -295,7 +299,7 @@ def _share(held: Mapping[str, int], total: Mapping[str, int], *components: str) 
 
 
 def _denoise_bytes(base: Base, phase: str, count: int, prefetch: int, *, cuda: bool) -> int:
-    """The peak of a stage: that of the base, with the blocks that stay, and as many in flight as there are then."""
+    """The peak of a stage without the blocks that stay: that of the base, with as many in flight as there are then."""
     sizes = base.resident_bytes[TRANSFORMER]
     block = sizes[-1] - sizes[-2]  # of one size, and the last that stay
 
@@ -306,7 +310,7 @@ def _denoise_bytes(base: Base, phase: str, count: int, prefetch: int, *, cuda: b
     first, later = base.first_step_bytes(phase), base.later_bytes(phase)
     later += in_flight(prefetch, count) - in_flight(before, 0)
     first += (in_flight(0, count) - in_flight(0, 0)) if first else 0
-    return sizes[count] + max(first, later)
+    return max(first, later)
 
 
 def numbers_of(base: Base, techniques: Techniques) -> dict[str, int]:

@@ -246,7 +246,7 @@ def derived_profile(gpu: str) -> DeviceProfile:
 
     Example:
         >>> derived_profile("RTX 4090").source
-        'published peaks of RTX 4090, with the efficiencies measured on an NVIDIA H100 80GB HBM3; not measured'
+        'not measured: from published rates of an RTX 4090, with the efficiencies of an NVIDIA H100 80GB HBM3'
     """
     rows = _peaks()
     name = card_name(gpu)
@@ -280,7 +280,7 @@ def derived_profile(gpu: str) -> DeviceProfile:
     return replace(
         base,
         name=name,
-        source=f"published peaks of {name}, with the efficiencies measured on an {base.name}; not measured",
+        source=f"{NOT_MEASURED} of an {name}, with the efficiencies of an {base.name}",
         measured=False,
         operators={kind: scaled(kind, rate) for kind, rate in operators.items()},
         copies={

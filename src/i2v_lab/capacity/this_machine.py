@@ -36,14 +36,14 @@ def available_memory(device: str = "auto") -> tuple[str, int, str]:
         >>> name, device
         ('this machine', 'cpu')
     """
-    import psutil
     import torch
 
     from i2v_lab.pipeline.contract.generation import resolve_device
+    from i2v_lab.pipeline.contract.host_memory import available_bytes
 
     target = resolve_device(device)
     if target.type == "cpu":
-        return "this machine", psutil.virtual_memory().available, "cpu"
+        return "this machine", available_bytes(), "cpu"
     return f"this {torch.cuda.get_device_name(target)}", _cuda_room_bytes(target), "cuda"
 
 

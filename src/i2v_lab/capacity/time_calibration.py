@@ -52,7 +52,7 @@ COPIES = {
     "copy to host, page-locked": "to host, page-locked",
 }
 # Not of the micro-benchmarks: what recorded runs take besides kernels and launches (docs/log/time-model.md).
-HOST_CHOSEN = {"segment": 1e-4, "module": 2e-5, "weight": 5e-5, "host": 4e-6, "build": 0.05}
+HOST_CHOSEN = {"segment": 1e-4, "module": 6e-5, "weight": 1.1e-4, "host": 4e-6, "build": 0.03}
 ONCE_CHOSEN = {
     "first use of cuBLAS": 0.13,
     "first use of cuDNN": 0.2,
@@ -60,7 +60,7 @@ ONCE_CHOSEN = {
     "first cudnn attention": 0.05,
     "first matmul": 3e-3,
     "first convolution": 4e-3,
-    "first configuration of cudnn attention": 0.25,
+    "first configuration of cudnn attention": 0.2,
     "other": 3e-3,
 }
 CHOSEN = {

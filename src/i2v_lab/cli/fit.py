@@ -78,7 +78,7 @@ def fit(
 
     if (gpu is None) == (vram_budget is None):
         raise InvalidRequest(
-            f"gpu={gpu} and vram_budget={vram_budget} name one size between them; give one of the two",
+            f"gpu={gpu} and vram_budget={vram_budget} name one size between them; give either --gpu or --vram-budget",
             gpu=gpu,
             vram_budget=vram_budget,
         )

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.cli import options, placed
+from i2v_lab.cli.forecast_report import DEFAULT_GPU
 from i2v_lab.cli.output import log, say
 from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
 from i2v_lab.files import check_folder
+from i2v_lab.request import Tiling
 from i2v_lab.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def measure(
     placed within it, whatever memory policy the plan names, and its allocator is capped. With workers, runs are made
     side by side, each on a card of its own; those that are made in turns stay together on one.
     """
+    from i2v_lab.profiling.meters.nvml import describe_device
     from i2v_lab.runs.measure import reusable_run, run_identity
     from i2v_lab.runs.plans import load_plan
 
@@ -77,7 +80,9 @@ def measure(
         raise InvalidRequest("explain=True has nothing to explain; give --vram-budget", explain=True)
     if vram_budget is not None:
         placed.use_expandable_segments()
-        planned = [_placed(each, placed.budget_or_free_bytes(vram_budget), explain) for each in planned]
+        budget_bytes = placed.budget_or_free_bytes(vram_budget)
+        gpu = describe_device("cuda" if device == "auto" else device)[0] or DEFAULT_GPU
+        planned = [_placed(each, budget_bytes, explain, gpu) for each in planned]
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
     side_by_side = 1 if chosen is None else chosen.count
     expected = format_seconds(sum(each.expected_seconds for each in todo) / side_by_side, rough=True)
@@ -99,14 +104,16 @@ def measure(
         )
 
 
-def _placed(each: PlannedRun, budget_bytes: int, explain: bool) -> PlannedRun:
+def _placed(each: PlannedRun, budget_bytes: int, explain: bool, gpu: str) -> PlannedRun:
     """A planned run within a budget."""
     from i2v_lab.capacity.solver import Fixed
+    from i2v_lab.pipeline.contract.architectures import load_architecture
 
     spec = each.spec
     if not spec.runner_spec.techniques:
         raise placed.not_placed(spec.model)
-    asked = placed.Asked(budget_bytes, True, Fixed(tiling=True), explain)
+    tiling = load_architecture(spec.model).request.get("tiling", Tiling())
+    asked = placed.Asked(budget_bytes, True, Fixed(tiling=spec.request.tiling != tiling), explain, gpu)
     resolution = placed.solved(spec.request, spec.model, budget_bytes, asked)
     spec = replace(spec, request=resolution.request, techniques=None, vram_cap_bytes=resolution.cap_bytes)
     return replace(each, name=f"{each.name}_budget{budget_bytes / GIB:g}", spec=spec)

@@ -303,8 +303,10 @@ def check_memory(free: int | None = None) -> Check:
     """Check the memory of the host: a generation with the tiny model or a forecast takes about 1 GB."""
     import psutil
 
+    from i2v_lab.pipeline.contract.host_memory import available_bytes
+
     memory = psutil.virtual_memory()
-    free = memory.available if free is None else free
+    free = available_bytes() if free is None else free
     found = f"{format_bytes(free)} of {format_bytes(memory.total)} free"
     advice = "A generation with the tiny model or a forecast takes 1 GB: end other programs, and run one job at a time"
     return Check("memory", _enough(free, LEAST_MEMORY, GOOD_MEMORY), found, "" if free >= GOOD_MEMORY else advice)

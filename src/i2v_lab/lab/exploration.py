@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from i2v_lab.capacity.cards import FITS, TIGHT, Fit, gpu_memory_bytes, judge, judge_all
+from i2v_lab.capacity.cards import FITS, NO, TIGHT, Fit, gpu_memory_bytes, judge, judge_all
 from i2v_lab.capacity.time_model import time_in_words
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.background_forecast import LatestForecast
@@ -130,7 +130,7 @@ class Answer:
         context_bytes: The CUDA context alone.
         fit: The verdict for the question's GPU.
         smallest: The smallest GPU in ``data/gpus.csv`` that it fits; ``None`` if there is none.
-        duration: How long it takes on the question's GPU, in a sentence; empty for a CPU.
+        duration: How long it takes on the question's GPU, in a sentence; empty for a CPU, and where it does not fit.
         placed: Where it does not fit: the fastest placement that does; ``None`` if the forecasts that say so are not
             cached.
     """
@@ -287,7 +287,8 @@ def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
     fit = judge(forecast, question.gpu, memory_bytes)
     placed = None if fit.verdict == FITS else _placed(question, memory_bytes)
     card = question.gpu.removeprefix("this ")
-    duration = as_sentence(time_in_words(forecast, card)) if question.device == "cuda" else ""
+    runs = question.device == "cuda" and fit.verdict != NO
+    duration = as_sentence(time_in_words(forecast, card)) if runs else ""
     needed_bytes = forecast.peak_reserved_bytes + context
     return Answer(question, run, needed_bytes, context, fit, next(iter(fits), None), duration, placed)
 

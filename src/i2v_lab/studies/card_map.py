@@ -21,7 +21,7 @@ from i2v_lab.units import format_bytes, format_seconds
 COLUMNS = [
     *("gpu", "memory_bytes", "width", "height", "frames", "resident_needed_bytes", "resident_verdict"),
     *("placement", "name", "resident_blocks", "blocks", "peak_bytes", "peak_phase", "needed_bytes"),
-    *("predicted_seconds", "rates"),
+    *("predicted_seconds", "warm_seconds", "rates"),
 ]
 
 
@@ -73,7 +73,8 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
                 }
             )
     order = {gpu: index for index, (gpu, _) in enumerate(budgets)}
-    kinds = dict.fromkeys(["resident_blocks", "blocks", "peak_bytes"], "Int64") | {"predicted_seconds": "Float64"}
+    kinds = dict.fromkeys(["resident_blocks", "blocks", "peak_bytes"], "Int64")
+    kinds |= dict.fromkeys(["predicted_seconds", "warm_seconds"], "Float64")
     table = pd.DataFrame(rows, columns=COLUMNS).astype(kinds)
     return table.sort_values("gpu", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 

@@ -19,14 +19,14 @@ from i2v_lab.runs.recorded import RecordedRuns, card_of, seconds_of, spec_of
 from i2v_lab.runs.sources import Observation, Source
 from i2v_lab.runs.spec import ProfilerMode, RunSpec
 from i2v_lab.runs.store import COMPLETE, Run
-from i2v_lab.studies.placed import NONE, best_placements, rates_of
+from i2v_lab.studies.placed import best_placements, rates_of
 from i2v_lab.units import GIB
 
 BUDGETS = 24
 PLACEMENT, PIPELINE, MEASURED = "placement", "pipeline", "measured"
 COLUMNS = [
     *("size", "kind", "name", "budget_bytes", "placement", "resident_blocks", "blocks"),
-    *("peak_bytes", "peak_phase", "seconds", "gpu", "rates"),
+    *("peak_bytes", "peak_phase", "seconds", "warm_seconds", "gpu", "rates"),
 ]
 WHOLE = dict.fromkeys(["budget_bytes", "resident_blocks", "blocks", "peak_bytes"], "Int64")
 
@@ -53,7 +53,8 @@ def frontier_table(
     Returns:
         One row for each point: ``size``; ``kind``: ``placement``, ``pipeline`` (of a third party) or ``measured``;
         ``name``; of a placement ``budget_bytes, placement, resident_blocks, blocks``; ``peak_bytes, peak_phase``;
-        ``seconds``, predicted or measured, missing where nothing fits the budget; ``gpu``; and ``rates``, as in
+        ``seconds``, predicted or measured, missing where nothing fits the budget; of a placement ``warm_seconds``, of
+        a generation that finds streamed blocks in page-locked memory; ``gpu``; and ``rates``, as in
         :func:`~i2v_lab.studies.card_map.card_table`.
 
     Raises:
@@ -72,7 +73,7 @@ def frontier_table(
     names = {_key(spec): "" for spec in bases.values()} | {_key(each.spec): name for name, each in named}
     rows += _measured(names, recorded, gpu)
     table = pd.DataFrame(rows, columns=COLUMNS).assign(gpu=card_name(gpu), rates=rates_of(gpu))
-    return table.astype(WHOLE | {"seconds": "Float64"})
+    return table.astype(WHOLE | dict.fromkeys(["seconds", "warm_seconds"], "Float64"))
 
 
 def placements_table(frontier: pd.DataFrame, size: str) -> pd.DataFrame:
@@ -98,7 +99,8 @@ def _curve(spec: RunSpec, gpu: str, budgets: Sequence[float]) -> list[dict[str, 
             "blocks": each.blocks,
             "peak_bytes": each.peak_bytes,
             "peak_phase": each.peak_phase,
-            "seconds": None if each.placement == NONE else each.predicted_seconds,
+            "seconds": each.predicted_seconds,
+            "warm_seconds": each.warm_seconds,
         }
         for budget, each in zip(given, found, strict=True)
     ]

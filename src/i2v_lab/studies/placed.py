@@ -41,7 +41,9 @@ class Placed:
         peak_phase: In which phase.
         needed_bytes: The smallest memory for that, with the CUDA context and margins; where nothing fits, of what needs
             the least.
-        predicted_seconds: Of the whole generation on that GPU; ``None`` where no rates of it are known or nothing fits.
+        predicted_seconds: Of the first generation of a process on that GPU; ``None`` where no rates of it are known or
+            nothing fits.
+        warm_seconds: Likewise of a later one, which finds streamed blocks in page-locked memory.
     """
 
     placement: str
@@ -52,6 +54,7 @@ class Placed:
     peak_phase: str
     needed_bytes: int
     predicted_seconds: float | None
+    warm_seconds: float | None = None
 
 
 def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
@@ -73,8 +76,9 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
         budgets: GPUs, whose rates predict the seconds, and the bytes that the process may take on each.
     """
     if runner_of(load_architecture(model)).techniques:
-        solved = Budgets(request, model)
-        return [_solved(solved.on(gpu).resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
+        first = Budgets(request, model)
+        cards = {gpu: first.on(gpu) for gpu, _ in budgets}
+        return [_solved(cards[gpu].resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
     found: dict[int, Placed] = {}
     for name, forecast in _settings(request, model):
         for index, budget in enumerate(budgets):
@@ -134,12 +138,15 @@ def _solved(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) 
         peak.phase,
         needed_bytes(peak.peak_bytes, found.forecast.context_bytes),
         found.seconds if has_profile(gpu) else None,
+        seconds_on(found.forecast, gpu, warm=True),
     )
 
 
-def seconds_on(forecast: Forecast, gpu: str) -> float | None:
-    """Predicted seconds of a whole generation; ``None`` on a GPU without published rates."""
-    return predicted_seconds(forecast, device_profile(gpu)) if has_profile(gpu) else None
+def seconds_on(forecast: Forecast, gpu: str, *, warm: bool = False) -> float | None:
+    """Predicted seconds of a process's first generation, or of a warm one; ``None`` on a GPU without known rates."""
+    if not has_profile(gpu):
+        return None
+    return predicted_seconds(forecast, device_profile(gpu), first=not warm, warm=warm)
 
 
 def rates_of(gpu: str) -> str:

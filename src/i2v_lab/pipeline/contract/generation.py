@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
 import torch
 
 from i2v_lab.errors import DeviceUnavailable, GradScopeError
+from i2v_lab.pipeline.contract.host_memory import available_bytes
 from i2v_lab.pipeline.contract.lifecycle import PhaseScope
 from i2v_lab.request import DecodeScope, VideoShape
 from i2v_lab.thread_modes import CarriedModes
@@ -175,7 +175,7 @@ def require_free_memory(model: str, sizes: Mapping[str, int], device: torch.devi
     if device.type != "cpu":
         return
     name = max(sizes, key=lambda key: sizes[key])
-    free = psutil.virtual_memory().available
+    free = available_bytes()
     if sizes[name] > free:
         raise DeviceUnavailable(
             f"model={model!r} needs {format_bytes(sizes[name])} for its {name} alone and this machine has "

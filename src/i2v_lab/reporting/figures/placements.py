@@ -22,6 +22,7 @@ TICKS_GIB = (2, 4, 8, 16, 32, 64, 128, 256)
 TICKS_S = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 MARKS = (("s", ORANGE), ("^", GREEN), ("D", PINK), ("v", YELLOW), ("P", SKY), ("X", GREY))  # of third parties
 CURVE, HOLLOW = "this package, fastest placement within each budget", "hollow: measured"
+WARM = "the same, in a warm generation"
 CLOSE = 1.6  # of the slowest placement: what a panel of the curve alone shows
 
 
@@ -116,7 +117,8 @@ def frontier_figure(table: pd.DataFrame) -> Figure:
             _name_measured(near, part[part["seconds"] <= top], marks, top)
             near.set_title(size, fontsize=10, loc="left")
             whole.set_yscale("log")
-            low, high = 0.75 * float(part["seconds"].min()), 1.4 * float(part["seconds"].max())
+            least = float(part[["seconds", "warm_seconds"]].min(axis=None))
+            low, high = 0.75 * least, 1.4 * float(part["seconds"].max())
             ticks = [tick for tick in TICKS_S if low <= tick <= high]
             whole.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
             whole.set_ylim(low, high)
@@ -125,8 +127,9 @@ def frontier_figure(table: pd.DataFrame) -> Figure:
         for axes, words in zip(panels[:, 0], ("seconds", "seconds, logarithmic"), strict=True):
             axes.set_ylabel(words)
         legend: Any = {"loc": "outside upper left", "ncols": 2, "frameon": False, "fontsize": 9}
-        order = [name for name in (CURVE, *pipelines, HOLLOW) if name in handles]
-        figure.legend(handles=[handles[name] for name in order], labels=order, **legend)
+        order = [name for name in (CURVE, WARM, *pipelines, HOLLOW) if name in handles]
+        if order:
+            figure.legend(handles=[handles[name] for name in order], labels=order, **legend)
     return figure
 
 
@@ -146,6 +149,7 @@ def _points(axes: Axes, rows: pd.DataFrame, marks: dict[str, tuple[str, str]]) -
         (line,) = axes.plot(x, y, **style)
         if kind == "placement":
             handles[CURVE] = line
+            (handles[WARM],) = axes.plot(x, points["warm_seconds"].astype(float), color=BLUE, linestyle=":")
         elif name:
             handles[str(name)] = Line2D([], [], color=colour, marker=marker, markersize=7, linestyle="")
         if kind == "measured":

@@ -9,9 +9,9 @@ import weakref
 from contextlib import suppress
 from typing import Any
 
-import psutil
 import torch
 
+from i2v_lab.pipeline.contract.host_memory import available_bytes
 from i2v_lab.torch_compat import is_fake
 
 HOST_SHARE = 0.8  # of the available host memory that offloaded weights may take
@@ -27,7 +27,7 @@ def host_budget_bytes(device: torch.device) -> int:
         return 0
     if is_fake():
         return sys.maxsize  # a forecast assumes a machine with enough host memory
-    return int(HOST_SHARE * psutil.virtual_memory().available)
+    return int(HOST_SHARE * available_bytes())
 
 
 class HostRoom:

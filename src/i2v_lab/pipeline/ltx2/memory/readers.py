@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 
 from i2v_lab.errors import CheckpointError
+from i2v_lab.pipeline.contract.host_memory import available_bytes
 from i2v_lab.pipeline.contract.scaled_fp8 import dequantized, own_keys, scale_keys
 
 DTYPES = {
@@ -171,7 +171,7 @@ def _part(path: str, key: str, start: int, entry: Mapping[str, Any]) -> FilePart
 
 def will_need(paths: Iterable[str]) -> None:
     """Have the system read files into its page cache, in their order, as far as they take half of what is available."""
-    room = psutil.virtual_memory().available // 2
+    room = available_bytes() // 2
     for path in paths:
         with suppress(OSError), open(path, "rb", buffering=0) as file:  # noqa: PTH123
             room -= os.fstat(file.fileno()).st_size
