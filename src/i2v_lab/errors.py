@@ -153,6 +153,16 @@ class MeasureError(I2VLabError):
     exit_status = 1
 
 
+class SweepError(I2VLabError):
+    """At least one forecast of a sweep failed."""
+
+    exit_status = 1
+
+
+class WorkersUnavailable(I2VLabError):
+    """Workers cannot be started as asked: a package or a command is missing, or the cluster refuses them."""
+
+
 class ReproduceError(I2VLabError):
     """At least one notebook failed."""
 

@@ -6,12 +6,13 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,13 @@ def partial_file(path: Path) -> Iterator[Path]:
 def _part_paths(path: Path) -> Iterator[Path]:
     for number in count(1):
         again = "" if number == 1 else f"-{number}"
-        yield path.with_name(f".{_stem(path)}.{os.getpid()}{again}.part{path.suffix[:16]}")
+        yield path.with_name(f".{_stem(path)}.{os.getpid()}{again}@{_host()}.part{path.suffix[:16]}")
+
+
+@cache
+def _host() -> str:
+    """This machine, in a few characters: a folder may be shared by several, on which processes have equal numbers."""
+    return hashlib.sha256(os.fsencode(platform.node())).hexdigest()[:8]
 
 
 def _stem(path: Path) -> str:
@@ -173,8 +180,8 @@ def remove_partial_files(folder: Path) -> None:
 
 def _remove_abandoned(parts: Iterable[Path]) -> None:
     for part in parts:
-        named = re.search(r"\.(\d+)(-\d+)?\.part", part.name)
-        if named is not None and not _is_running(int(named[1])):
+        named = re.search(r"\.(\d+)(-\d+)?(@(\w+))?\.part", part.name)
+        if named is not None and named[4] in (None, _host()) and not _is_running(int(named[1])):
             with suppress(OSError):
                 part.unlink()
 

@@ -274,6 +274,28 @@ def test_all_notebooks_are_executed_although_some_fail_and_a_table_shows_the_out
     assert pages["index"].count("failed") >= 2
 
 
+def test_workers_execute_notebooks_as_they_are_executed_here(first_run, tmp_path):
+    """Outcomes, figures and stamps are equal; a kernel that dies takes no worker with it."""
+    pytest.importorskip("distributed")
+    top, child = first_run
+    command = _cli(top / "nb", "--workers", 2, *GIVEN, "--out", tmp_path / "out")
+    there = subprocess.run(command, cwd=top, capture_output=True, text=True, check=False)
+    assert there.returncode == 1
+
+    def lines(said: str) -> list[str]:
+        return sorted(re.sub(r" \(\d+ s\)$", "", line) for line in said.splitlines())
+
+    assert lines(there.stderr) == lines(child.stderr)
+    for figure in (top / "out" / "figures").rglob("*.svg"):
+        assert (tmp_path / "out" / figure.relative_to(top / "out")).read_bytes() == figure.read_bytes()
+    for name in ("drawn", "drawn_too", "fails", "dies"):
+        here, other = read_stamp(stamp_path(top / "out", name)), read_stamp(stamp_path(tmp_path / "out", name))
+        assert here is not None
+        assert other is not None
+        assert (other.inputs, other.error, other.files.keys()) == (here.inputs, here.error, here.files.keys())
+    assert [path for path in (tmp_path / "out").rglob(".*") if path.name != ".lock"] == []
+
+
 def test_a_stamp_lists_the_inputs_and_the_output_files_of_a_notebook(build):
     stamp = read_stamp(stamp_path(build, "drawn"))
     # drawn_too_c.svg has the name of another notebook in front

@@ -15,7 +15,7 @@ from i2v_lab.errors import I2VLabError
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, I2VLabError)]
 FAILED_RUN = {
     *("GradScopeError", "VramCapExceeded", "GradEscape", "GenerationStopped"),
-    *("MeasureError", "OutOfDeviceMemory", "ReproduceError", "ScriptError"),
+    *("MeasureError", "ReproduceError", "ScriptError", "SweepError", "OutOfDeviceMemory"),
 }
 
 

@@ -251,14 +251,15 @@ def test_two_commands_do_not_write_one_output(tmp_path, still):
 def test_what_a_killed_process_left_of_a_file_is_removed_by_the_next_that_writes_it(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    abandoned = tmp_path / f".video.{gone.pid}.part.mp4"
-    for name in (abandoned.name, f".video.{os.getppid()}.part.mp4", f".other.{gone.pid}.part.mp4"):
+    kept = {f".video.{os.getppid()}.part.mp4", f".other.{gone.pid}.part.mp4", f".video.{gone.pid}@0.part.mp4"}
+    for name in (f".video.{gone.pid}.part.mp4", *kept):
         (tmp_path / name).write_bytes(b"half")
+    with partial_file(tmp_path / "video.mp4") as part:
+        mine = part.name.replace(str(os.getpid()), str(gone.pid))
+        part.with_name(mine).write_bytes(b"half")
+        part.write_bytes(b"whole")
     with partial_file(tmp_path / "video.mp4") as part:
         part.write_bytes(b"whole")
     assert (tmp_path / "video.mp4").read_bytes() == b"whole"
     left = {path.name for path in tmp_path.iterdir()} - {"video.mp4"}
-    assert left == {
-        f".video.{os.getppid()}.part.mp4",
-        f".other.{gone.pid}.part.mp4",
-    }  # of one that runs, and not its own
+    assert left == kept  # of one that runs, of another file, and of another machine

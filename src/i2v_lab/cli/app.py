@@ -9,7 +9,20 @@ from typing import Any
 
 import typer
 
-from i2v_lab.cli import accuracy, calibrate, doctor, fit, forecast, generate, lab, measure, models, reproduce, show
+from i2v_lab.cli import (
+    accuracy,
+    calibrate,
+    doctor,
+    fit,
+    forecast,
+    generate,
+    lab,
+    measure,
+    models,
+    reproduce,
+    show,
+    sweep,
+)
 from i2v_lab.cli.output import log
 from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.workers import enable_mkl_cnr
@@ -29,6 +42,7 @@ app = typer.Typer(
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=show.EXAMPLES)(show.show)
 app.command(epilog=forecast.EXAMPLES)(forecast.forecast)
+app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=fit.EXAMPLES)(fit.fit)
 app.command(epilog=models.EXAMPLES)(models.models)
 app.command(epilog=measure.EXAMPLES)(measure.measure)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.capacity.device_profile import REFERENCE
-from i2v_lab.cli import placed
+from i2v_lab.cli import options, placed
 from i2v_lab.cli.output import log, say
 from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError
 from i2v_lab.files import check_folder
@@ -21,6 +21,8 @@ from i2v_lab.units import GIB, format_bytes, format_seconds
 if TYPE_CHECKING:
     from i2v_lab.runs.plans import PlannedRun
     from i2v_lab.runs.store import Run
+    from i2v_lab.scale.plan_runs import Measured
+    from i2v_lab.scale.workers import Workers
 
 EXAMPLES = """
 **Examples**
@@ -28,6 +30,11 @@ EXAMPLES = """
 The full-size study on the GPU of this machine; the same command resumes after an interruption:
 
     i2v-lab measure --plan data/plans/h200.yaml --out runs/h200
+
+On all cards of this machine, or on four jobs of a Slurm cluster:
+
+    i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --workers auto
+    i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --workers 4 --cluster cluster.yaml
 
 List the runs that are left, without running them:
 
@@ -51,13 +58,16 @@ def measure(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     vram_budget: placed.VramBudget = None,
     explain: placed.Explain = False,
+    workers: options.Workers = None,
+    cluster: options.Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs that are left.")] = False,
 ) -> None:
     """Measure the runs of a plan, one process per run, and record them.
 
     Out of memory, and a grad mode that torch refuses, are recorded as results. Any other failure does not stop the
     remaining runs. Runs that the folder already holds with the same settings are reused. With a budget, every run is
-    placed within it, whatever memory policy the plan names, and its allocator is capped.
+    placed within it, whatever memory policy the plan names, and its allocator is capped. With workers, runs are made
+    side by side, each on a card of its own; those that are made in turns stay together on one.
     """
     from i2v_lab.profiling.meters.nvml import describe_device
     from i2v_lab.runs.measure import reusable_run, run_identity
@@ -65,6 +75,7 @@ def measure(
 
     check_folder(out, "out")
     planned = load_plan(plan)
+    chosen = _workers(workers, cluster, device)
     if explain and vram_budget is None:
         raise InvalidRequest("explain=True has nothing to explain; give --vram-budget", explain=True)
     if vram_budget is not None:
@@ -73,13 +84,17 @@ def measure(
         gpu = describe_device("cuda" if device == "auto" else device)[0] or REFERENCE
         planned = [_placed(each, budget_bytes, explain, gpu) for each in planned]
     todo = [each for each in planned if reusable_run(out / each.name, run_identity(each.spec, device)) is None]
-    expected = format_seconds(sum(each.expected_seconds for each in todo), rough=True)
+    side_by_side = 1 if chosen is None else chosen.count
+    expected = format_seconds(sum(each.expected_seconds for each in todo) / side_by_side, rough=True)
     say(f"{len(planned)} runs, {len(planned) - len(todo)} reused; {len(todo)} to run, in about {expected}")
     if dry_run:
         for each in todo:
             say(f"{each.name:<60} {format_seconds(each.expected_seconds, rough=True):>7}")
         return
-    outcomes = _measure_all(planned, {each.name for each in todo}, out, device)
+    if chosen is None:
+        outcomes = _measure_all(planned, {each.name for each in todo}, out, device)
+    else:
+        outcomes = _measure_on(chosen, planned, todo, out, device)
     _print_summary(outcomes)
     failed = [outcome.name for outcome in outcomes if outcome.run is None]
     if failed:
@@ -130,6 +145,46 @@ def _measure_all(planned: Sequence[PlannedRun], todo: set[str], out: Path, devic
     return outcomes
 
 
+def _workers(text: str | None, cluster: Path | None, device: str) -> Workers | None:
+    from i2v_lab.scale.workers import chosen_workers
+
+    return chosen_workers(text, cluster, on_cards=device != "cpu")
+
+
+def _measure_on(
+    workers: Workers, planned: Sequence[PlannedRun], todo: Sequence[PlannedRun], out: Path, device: str
+) -> list[_Outcome]:
+    from i2v_lab.cli.progress import ManyReport
+    from i2v_lab.runs.measure import reusable_run, run_identity
+    from i2v_lab.runs.store import read_run
+    from i2v_lab.scale.plan_runs import measure_on
+
+    with ManyReport(len(todo), "runs") as report:
+
+        def ended(measured: Measured) -> None:
+            run = None if measured.error else read_run(out / measured.name)
+            place = "" if run is None else f" on {_place(run)}"
+            took = "" if measured.seconds is None else f", {format_seconds(measured.seconds, rough=True)}"
+            words = f": {measured.error}" if measured.error else ""
+            report.ended(measured.name, f"{'failed' if run is None else run.status}{took}{place}{words}")
+
+        results = measure_on(workers, todo, out, device, began=report.began, ended=ended)
+    outcomes = []
+    for each in planned:
+        message = results[each.name].error if each.name in results else ""
+        run = None if message else reusable_run(out / each.name, run_identity(each.spec, device))
+        if run is None and not message:
+            message = "its worker has another version of i2v-lab; install the same one there"
+        outcomes.append(_Outcome(each.name, run, message, reused=each.name not in results))
+    return outcomes
+
+
+def _place(run: Run) -> str:
+    """The host and the card, or the processor, that made a run."""
+    known = run.metadata
+    return ", ".join(str(known[key]) for key in ("host", "device_name") if known.get(key)) or str(known.get("device"))
+
+
 def _print_summary(outcomes: Sequence[_Outcome]) -> None:
     from rich.table import Table
 
@@ -141,7 +196,16 @@ def _print_summary(outcomes: Sequence[_Outcome]) -> None:
         column.overflow = "fold"
     for column in (table.columns[2], table.columns[4]):
         column.justify = "right"
+    places = list(dict.fromkeys(_place(outcome.run) for outcome in outcomes if outcome.run is not None))
+    if len(places) > 1:  # what was measured on one card is compared with what else was measured there
+        outcomes = sorted(
+            outcomes, key=lambda each: len(places) if each.run is None else places.index(_place(each.run))
+        )
+    shown = ""
     for outcome in outcomes:
+        if outcome.run is not None and len(places) > 1 and _place(outcome.run) != shown:
+            shown = _place(outcome.run)
+            table.add_row(shown, style="bold")
         if outcome.run is None:
             table.add_row(outcome.name, "failed", "", "", "")
             continue

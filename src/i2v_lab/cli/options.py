@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -87,6 +88,17 @@ DtypeOption = Annotated[
 ]
 VramCapGib = Annotated[float | None, typer.Option(help="Limit memory to that of a card of this size, GiB.")]
 MAX_CAP_GIB = 2**20
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|N",
+        help="Workers side by side; auto: one for each card, or for each core where no card is used. [default: 1]",
+    ),
+]
+Cluster = Annotated[
+    Path | None,
+    typer.Option(metavar="YAML", help="A Slurm cluster in Dask's own configuration; each worker is a job of it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")]
 
 

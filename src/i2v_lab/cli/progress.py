@@ -8,9 +8,65 @@ from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from i2v_lab.display import printable
 from i2v_lab.events import Event, Note, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.reporting.console import PlainConsole
 from i2v_lab.units import format_seconds
+
+
+class ManyReport:
+    """One bar for all of many runs in a terminal, and a line for each; only the lines elsewhere.
+
+    Args:
+        total: How many there are.
+        unit: What they are, in the plural.
+
+    Example:
+        >>> with ManyReport(2, "runs") as report:  # doctest: +SKIP
+        ...     report.ended("64x64x9", "complete, 8 s")
+    """
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._ended = total, 0
+        self._bars = Progress(
+            TextColumn(unit),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=PlainConsole(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._all = self._bars.add_task("", total=total)
+        self._running: list[str] = []
+
+    def began(self, name: str) -> None:
+        """Show that one is running; in a terminal only."""
+        self._running = [*(each for each in self._running if each != name), name]
+        self._bars.update(self._all, description=", ".join(self._running[-3:]))
+
+    def ended(self, name: str, words: str = "") -> None:
+        """Count one that has ended, and print its line if it has ``words``."""
+        self._ended += 1
+        self._running = [each for each in self._running if each != name]
+        self._bars.update(self._all, completed=self._ended, description=", ".join(self._running[-3:]))
+        if not words:
+            return
+        line = printable(f"[{self._ended}/{self._total}] {name}: {words}", lines=False)
+        if self._bars.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bars.console.print(line, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
 
 
 class ProgressReport:

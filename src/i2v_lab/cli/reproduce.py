@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from i2v_lab.cli import options
 from i2v_lab.cli.options import as_text
 from i2v_lab.errors import InvalidRequest, ReproduceError
 
@@ -22,6 +23,10 @@ One notebook with other values; all of them with values from a file, two at a ti
 
     i2v-lab reproduce 03_no_grad_fix -p frames 49 -p prompt "rain on a lake"
     i2v-lab reproduce -f params.yaml --jobs 2
+
+All of them, each with a card of its own:
+
+    i2v-lab reproduce --workers auto
 
 params.yaml, with a value for every notebook that declares it, and one for a single notebook:
 
@@ -79,25 +84,40 @@ def reproduce(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of notebooks to execute at a time.")] = 1,
+    workers: options.Workers = None,
+    cluster: options.Cluster = None,
     force: Annotated[bool, typer.Option("--force", help="Execute also the notebooks that are up to date.")] = False,
     out: Annotated[Path, typer.Option(help="Build folder.")] = Path("build"),
 ) -> None:
     """Execute the notebooks headlessly and render figures, tables, videos and a site.
 
     A notebook is up to date if its source, its parameters, the package, its data, the versions of its dependencies and
-    its output files have not changed since it was executed. A notebook that fails does not stop the others.
+    its output files have not changed since it was executed. A notebook that fails does not stop the others. With
+    workers, notebooks are executed side by side, each with a card of its own where there are cards.
     """
+    from dataclasses import replace
+
     from i2v_lab.reproduce.parameters import Text
     from i2v_lab.reproduce.report import print_summary
     from i2v_lab.reproduce.run import reproduce as run
+    from i2v_lab.scale.workers import chosen_workers
 
     try:
         str(out.absolute()).encode()
     except UnicodeError:
         raise InvalidRequest(f"out='{out}' is not UTF-8 text, which the notebooks need; use another", out=out) from None
     given = {name: Text(value) for name, value in map(_pair, parameter or [])}
+    if jobs > 1 and (workers or cluster):
+        raise InvalidRequest(
+            f"jobs={jobs} and workers={workers} are two numbers of notebooks at a time; give one of them",
+            jobs=jobs,
+            workers=workers,
+        )
+    chosen = chosen_workers(workers, cluster, on_cards=True)
+    if chosen is not None:
+        chosen = replace(chosen, threads=None)  # as without workers: how many change what is computed, in its last bits
     try:
-        outcomes = run(notebooks or [], given, out, files=parameters_file or [], jobs=jobs, force=force)
+        outcomes = run(notebooks or [], given, out, files=parameters_file or [], jobs=jobs, workers=chosen, force=force)
     except ReproduceError as error:
         print_summary(error.fields["outcomes"], out)
         raise

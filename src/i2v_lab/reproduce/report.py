@@ -66,7 +66,8 @@ class RunReport:
     def started(self, name: str, why: str | None) -> None:
         """Report that a notebook starts; ``why`` is the reason why its last run is stale, if there was one."""
         self._line(name, f"started, since {why}" if why else "started")
-        self._tasks[name] = self._bars.add_task(f"  {name}", total=None, unit="cells")
+        if name not in self._tasks:  # else its worker died, and another one starts it again
+            self._tasks[name] = self._bars.add_task(f"  {name}", total=None, unit="cells")
 
     def cell(self, name: str, index: int, cells: int) -> None:
         """Report the number of cells of a notebook that have ended."""

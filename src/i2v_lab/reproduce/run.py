@@ -31,6 +31,7 @@ from i2v_lab.stopping import on_stop
 
 if TYPE_CHECKING:
     from i2v_lab.reproduce.execution import Executor  # imports papermill: not needed if all notebooks are up to date
+    from i2v_lab.scale.workers import Workers
 
 NOTEBOOKS = notebooks_dir()
 GRACE_S = 1.3
@@ -57,6 +58,7 @@ def reproduce(
     *,
     files: Sequence[Path] = (),
     jobs: int = 1,
+    workers: Workers | None = None,
     force: bool = False,
 ) -> list[Outcome]:
     """Execute notebooks into ``out/notebooks`` and render them into ``out/site``.
@@ -74,6 +76,7 @@ def reproduce(
         files: YAML files of parameters, which ``parameters`` overrides; see
             :func:`~i2v_lab.reproduce.parameters.plan_parameters`.
         jobs: Number of notebooks to execute at a time.
+        workers: Execute them on these instead, each on a card of its own where there are cards.
         force: Execute also the notebooks that are up to date.
 
     Returns:
@@ -93,19 +96,24 @@ def reproduce(
     check_folder(out, "out")
     with exclusive(out / ".lock", out):
         try:
-            return _reproduce(known, notebooks, plans, out, jobs, force)
+            return _reproduce(known, notebooks, plans, out, workers or jobs, force)
         finally:
             remove_partial_files(out)  # of kernels that were killed, whoever did it
 
 
 def _reproduce(
-    known: Sequence[Path], notebooks: Sequence[Path], plans: Sequence[dict[str, Any]], out: Path, jobs: int, force: bool
+    known: Sequence[Path],
+    notebooks: Sequence[Path],
+    plans: Sequence[dict[str, Any]],
+    out: Path,
+    on: Workers | int,
+    force: bool,
 ) -> list[Outcome]:
     code = code_digests()
     planned = [_job(notebook, plan, code, out, force) for notebook, plan in zip(notebooks, plans, strict=True)]
     stems = [notebook.stem for notebook in known]
     with RunReport([notebook.stem for notebook in notebooks]) as report:
-        outcomes = _run_all(planned, out, stems, jobs, report)
+        outcomes = _run_all(planned, out, stems, on, report)
     _render(out, known, code)
     failed = [outcome for outcome in outcomes if outcome.error]
     if failed:
@@ -148,17 +156,21 @@ def _job(notebook: Path, given: dict[str, Any], code: dict[str, str], out: Path,
     return _Job(notebook, parameters, inputs, force or stamp is None or why is not None, why)
 
 
-def _run_all(planned: Sequence[_Job], out: Path, stems: Sequence[str], jobs: int, report: RunReport) -> list[Outcome]:
+def _run_all(
+    planned: Sequence[_Job], out: Path, stems: Sequence[str], on: Workers | int, report: RunReport
+) -> list[Outcome]:
     outcomes = {}
     for job in planned:
         if not job.stale:
             outcomes[job.notebook] = Outcome(out / "notebooks" / job.notebook.name, None, None)
             report.ended(job.notebook.stem, outcomes[job.notebook])
     stale = [job for job in planned if job.stale]
-    if stale:
+    if stale and not isinstance(on, int):
+        outcomes |= _run_on(on, stale, out, stems, report)
+    elif stale and isinstance(on, int):
         from i2v_lab.reproduce.execution import Executor
 
-        executor, pool = Executor(), ThreadPoolExecutor(jobs)
+        executor, pool = Executor(), ThreadPoolExecutor(on)
         futures: dict[Path, Future[Outcome]] = {}
 
         def stop() -> None:
@@ -187,12 +199,36 @@ def _run_all(planned: Sequence[_Job], out: Path, stems: Sequence[str], jobs: int
     return [outcomes[job.notebook] for job in planned]
 
 
+def _run_on(
+    workers: Workers, stale: Sequence[_Job], out: Path, stems: Sequence[str], report: RunReport
+) -> dict[Path, Outcome]:
+    from i2v_lab.reproduce.on_workers import execute_on
+
+    jobs = {job.notebook.stem: job for job in stale}
+    notebooks = [(job.notebook, job.parameters) for job in stale]
+    outcomes = {}
+    with on_stop(partial(remove_partial_files, out)):
+        for name, error, seconds in execute_on(
+            workers, notebooks, out, started=lambda name: report.started(name, jobs[name].why), cell=report.cell
+        ):
+            outcomes[jobs[name].notebook] = _ended(jobs[name], error, seconds, out, stems, report)
+    return outcomes
+
+
 def _run(executor: Executor, job: _Job, out: Path, stems: Sequence[str], report: RunReport) -> Outcome:
     name, executed = job.notebook.stem, out / "notebooks" / job.notebook.name
     report.started(name, job.why)
     start_s = time.monotonic()
     error = executor.execute(job.notebook, job.parameters, executed, partial(report.cell, name))
-    outcome = Outcome(executed, error, time.monotonic() - start_s)
+    return _ended(job, error, time.monotonic() - start_s, out, stems, report)
+
+
+def _ended(
+    job: _Job, error: str | None, seconds: float | None, out: Path, stems: Sequence[str], report: RunReport
+) -> Outcome:
+    """Stamp and report a notebook."""
+    name = job.notebook.stem
+    outcome = Outcome(out / "notebooks" / job.notebook.name, error, seconds)
     try:
         write_stamp(stamp_path(out, name), Stamp(job.inputs, made_files(out, name, stems), error))
     except OSError as failure:  # without its stamp it is stale

@@ -18,9 +18,9 @@ from i2v_lab.files import check_folder, remove_partial_files
 from i2v_lab.locks import exclusive, lock_beside, say
 from i2v_lab.profiling.records import OutOfMemoryRecord
 from i2v_lab.runs.execute import VIDEO, Mode, execute
-from i2v_lab.runs.provenance import code_digest
+from i2v_lab.runs.provenance import code_digest, run_metadata
 from i2v_lab.runs.spec import RunSpec
-from i2v_lab.runs.store import COMPLETE, FAILED, METADATA, Run, read_run
+from i2v_lab.runs.store import COMPLETE, FAILED, METADATA, Run, RunWriter, read_run
 from i2v_lab.runs.workers import run_in_child
 from i2v_lab.stopping import on_stop
 
@@ -75,6 +75,20 @@ def _measure(spec: RunSpec, identity: dict[str, Any], folder: Path) -> Run:
             return run
     lines = ended.errors.strip().splitlines() or [f"its process ended with status {ended.status}"]
     raise I2VLabError(f"{spec.name}: {lines[-1].removeprefix('i2v-lab: ')}", status=ended.status)
+
+
+def mark_failed(spec: RunSpec, folder: Path, device: str, error: I2VLabError) -> None:
+    """Record a run that could not say itself how it ended, in place of what it left; it is no result.
+
+    Raises:
+        RecordError: ``folder`` holds something else.
+        OutputError: ``folder`` cannot be written.
+    """
+    with exclusive(lock_beside(folder), folder, wait=say):
+        _make_room(folder)
+        metadata = run_metadata(device, spec=spec, asked_device=device)
+        with suppress(type(error)), RunWriter(folder, metadata):
+            raise error
 
 
 def run_folder(runs_dir: Path, spec: RunSpec) -> Path:

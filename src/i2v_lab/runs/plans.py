@@ -29,11 +29,13 @@ class PlannedRun:
         name: Of its folder; no other run of the plan has it.
         spec: What to do.
         expected_seconds: Until its process has ended.
+        turns: Number of its group, if that is made in several rounds: its runs are compared, so they stay on one card.
     """
 
     name: str
     spec: RunSpec
     expected_seconds: float
+    turns: int | None = None
 
 
 def load_plan(path: str | Path) -> list[PlannedRun]:
@@ -92,6 +94,8 @@ def load_plan(path: str | Path) -> list[PlannedRun]:
             _run(values, defaults, process_seconds, f"{where}, run {index}")
             for index, values in enumerate(listed, start=1)
         ]
+        if rounds > 1:
+            runs = [replace(run, turns=number) for run in runs]
         for turn in range(rounds):
             asked += reversed(runs) if turn % 2 else runs
     return _numbered(asked, path)
@@ -103,14 +107,24 @@ def _run(values: Any, defaults: Mapping[str, Any], process_seconds: float, where
     if "expected_seconds" not in given:
         raise InvalidRequest(f"{where} has no expected_seconds; say how long it will take")
     try:
-        spec = _spec(given)
+        spec = spec_of_fields(given)
     except (I2VLabError, TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{where}: {error}", **getattr(error, "fields", {})) from error
     seconds = _number(given["expected_seconds"], f"{where}: expected_seconds")
     return PlannedRun(name=spec.full_name, spec=spec, expected_seconds=seconds + process_seconds)
 
 
-def _spec(given: Mapping[str, Any]) -> RunSpec:
+def spec_of_fields(given: Mapping[str, Any]) -> RunSpec:
+    """A run of the fields that a plan may give it, as YAML reads them; the model's defaults where nothing is given.
+
+    Raises:
+        I2VLabError: A value breaks a rule.
+        TypeError: It is of a kind that no field has; so with ValueError and OverflowError.
+
+    Example:
+        >>> spec_of_fields({"model": "ltx-2.3-tiny", "width": 64, "height": 64, "frames": 9}).name
+        '64x64x9'
+    """
     asked = {name: value for name, value in given.items() if name in REQUEST_FIELDS}
     if asked.get("tiling") is not None:
         asked["tiling"] = Tiling.from_json(asked["tiling"])

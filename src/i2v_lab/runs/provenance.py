@@ -173,6 +173,7 @@ def run_metadata(
         "versions": {"python": platform.python_version(), **versions(packages or runner_packages())},
         "git_commit": commit,
         "git_modified": modified,
+        "host": platform.node(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": usable_cores(),

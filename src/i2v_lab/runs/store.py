@@ -44,7 +44,7 @@ WRITER = "`i2v-lab generate --profile DIR`"
 DTYPES: dict[Any, str] = {int: "int64", int | None: "Int64", float: "float64", bool: "bool", str: "str"}
 METADATA_TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "runner", "pipeline", "device", "device_name", "driver_version"), str),
-    **dict.fromkeys(("error", "started_at", "git_commit", "platform", "processor", "profiler", "code"), str),
+    **dict.fromkeys(("error", "started_at", "git_commit", "host", "platform", "processor", "profiler", "code"), str),
     **dict.fromkeys(("spec", "request", "versions", "experiment"), dict),
     "argv": list,
     "seed": int,

@@ -159,6 +159,25 @@ def describe_device(device: str) -> tuple[str | None, str | None]:
         return None, None
 
 
+def visible_cards() -> list[str]:
+    """UUIDs of the cards that ``CUDA_VISIBLE_DEVICES`` leaves, in its order; none where NVML does not answer."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        with nvml_session() as nvml:
+            count = nvml.nvmlDeviceGetCount()
+            entries = [str(index) for index in range(count)] if given is None else given.split(",")
+            cards = []
+            for entry in map(str.strip, entries):
+                if entry.isdigit() and int(entry) < count:
+                    entry = _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(int(entry))))
+                elif not entry.startswith(("GPU-", "MIG-")):
+                    break  # as CUDA does: what comes after an entry that is no card is hidden
+                cards.append(entry)
+            return cards
+    except Exception:  # no package, no library, no driver: all the same here
+        return []
+
+
 @cache
 def card_index(device: torch.device) -> int:
     """NVML's index of a CUDA device, which differs from CUDA's where ``CUDA_VISIBLE_DEVICES`` hides or reorders cards.
