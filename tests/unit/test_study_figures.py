@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -227,6 +229,27 @@ def test_cells_leave_a_file_for_everything_they_show(tmp_path):
     }
     (tmp_path / "video.mp4").write_bytes(b"video")
     assert cells.video("shown", tmp_path / "video.mp4") == tmp_path / "videos" / "09_test_shown.mp4"
+
+
+def test_an_output_carries_its_svg_its_png_and_the_name_of_its_files(tmp_path):
+    """An executed notebook is shown where SVG is not, and a page finds the files behind what it shows."""
+    cells, formatter = Cells(tmp_path, "09_test"), DisplayFormatter()
+    request = I2VRequest(image="x", width=1024, height=768, frames=97)
+    layouts = tile_layouts(tiling_specs(request, "ltx-2.3-22b", [Tiling()]))
+    shown = {
+        "errors": cells.figure("errors", study_figures.accuracy_figure, _errors(3)),
+        "tiles": cells.layouts("tiles", study_figures.tile_figure, layouts),
+    }
+    for name, figure in shown.items():
+        data, metadata = formatter.format(figure)
+        path = tmp_path / "figures" / f"09_test_{name}"
+        assert data["image/svg+xml"] == path.with_suffix(".svg").read_text()
+        assert base64.b64decode(data["image/png"]) == path.with_suffix(".png").read_bytes()
+        assert metadata == {"i2v-lab": {"name": path.name}}
+    table = cells.table("peaks", _errors(3), {"phase": "phase", "error": "error"})
+    data, metadata = formatter.format(table)
+    assert metadata == {"i2v-lab": {"name": "09_test_peaks"}}
+    assert "<td>+0.03 %</td>" in data["text/html"]
 
 
 def test_cells_say_where_there_is_nothing(tmp_path):
