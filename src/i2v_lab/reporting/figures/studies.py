@@ -73,7 +73,7 @@ def tiling_figure(table: pd.DataFrame, line_bytes: int | None = None, line_label
     """The decoder's peak by tiling, inside and outside ``no_grad``.
 
     Args:
-        table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome``.
+        table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome, published_note``.
         line_bytes: Memory of a card, drawn as a line; none by default.
         line_label: The card.
     """
@@ -112,8 +112,12 @@ def _published_legend(axes: Axes, table: pd.DataFrame, failed: bool = False, pla
     handles: list[Any] = []
     if (known["published_outcome"] == "complete").any():
         handles.append(Line2D([], [], **PUBLISHED, label="published, whole run"))
-    if failed and (known["published_outcome"] == "out of memory").any():
-        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label="published, out of memory at that size"))
+    ended = known[known["published_outcome"] == "out of memory"]
+    if failed and len(ended):
+        words = "\n".join(
+            ["published, out of memory at that size", *dict.fromkeys(filter(None, ended["published_note"]))]
+        )
+        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label=words))
     if handles:
         axes.legend(handles=handles, frameon=False, fontsize=8.5, loc=cast(Any, place))
 
