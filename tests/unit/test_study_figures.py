@@ -177,7 +177,7 @@ def test_figures_name_what_they_show_with_its_unit():
     words = _texts(FIGURES["tiling"](100.0))
     assert "100.00 GiB, outside no_grad" in words
     assert "a card" in words
-    legend = FIGURES["tiling"](100.0).get_axes()[0].get_legend()
+    legend = FIGURES["tiling"](100.0).legends[0]
     assert legend.get_texts()[0].get_text() == "published, out of memory at that size\nanother process beside it"
     assert "decode video, 8.00" in _texts(FIGURES["flatness"](8.0))
     assert "2 others" in _texts(FIGURES["modules"](100.0))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -106,11 +105,11 @@ def tiling_figure(table: pd.DataFrame, line_bytes: int | None = None, line_label
         axes.set_ylim(len(names) - 0.5, -0.75)
         axes.set_xlim(0, largest * 1.42)
         axes.set_xlabel(f"peak while the video is decoded ({unit})")
-        _published_legend(axes, table, failed=True)
+        _published_legend(figure, table, failed=True)
     return figure
 
 
-def _published_legend(axes: Axes, table: pd.DataFrame, failed: bool = False, place: str = "lower right") -> None:
+def _published_legend(figure: Figure, table: pd.DataFrame, failed: bool = False) -> None:
     known = table[table["published_bytes"].notna()]
     handles: list[Any] = []
     if (known["published_outcome"] == "complete").any():
@@ -122,7 +121,7 @@ def _published_legend(axes: Axes, table: pd.DataFrame, failed: bool = False, pla
         )
         handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label=words))
     if handles:
-        axes.legend(handles=handles, **ON_GRID, fontsize=8.5, loc=cast(Any, place))
+        figure.legend(handles=handles, frameon=False, fontsize=8.5, loc="outside upper left", ncols=2)
 
 
 def boundaries_figure(phases: pd.DataFrame) -> Figure:
@@ -241,7 +240,7 @@ def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: 
         if len(known):
             axes.plot(known[over], known["published_bytes"].astype(float) / scale, **PUBLISHED)
             ceiling = max(ceiling, float(known["published_bytes"].max()) / scale)
-            _published_legend(axes, runs, place="upper left")
+            _published_legend(figure, runs)
         left = float(phases[over].min())
         axes.set_xlim(left - 0.05 * (right - left), right + 0.42 * (right - left) if right > left else right + 1)
         ticks = sorted(set(phases[over]))
@@ -294,7 +293,7 @@ def leak_figure(table: pd.DataFrame) -> Figure:
             axes.set_title(f"each stream {WORDS[consumer]}", fontsize=10, loc="left")
             axes.set_xticks(sorted(set(part["generation"])))
             axes.set_xlabel("generation")
-            axes.set_ylim(-0.04 * top, top * 1.25)
+            axes.set_ylim(-0.04 * top, top * 1.6)
         panels[0].set_ylabel(f"still allocated ({unit})")
     return figure
 

@@ -24,10 +24,10 @@ ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
     "#777777",
 )
 # More, of Tol's palettes.
-INDIGO, WINE, SAND, BROWN, OLIVE, FOREST, TEAL, MAGENTA, LEMON, VIOLET, LILAC, ASH = (
+INDIGO, WINE, PETROL, BROWN, OLIVE, FOREST, TEAL, MAGENTA, LEMON, VIOLET, LILAC, ASH = (
     "#332288",
     "#882255",
-    "#DDCC77",
+    "#00677F",
     "#7F5A00",
     "#999933",
     "#117733",
@@ -46,7 +46,7 @@ MEANINGS = {
     INDIGO: "weights",
     ASH: "what is none of these: other storages, other processes",
     WINE: "encode_prompt",
-    SAND: "encode_image",
+    PETROL: "encode_image",
     YELLOW: "denoise_stage_1",
     PINK: "upsample_latent",
     BROWN: "denoise_stage_2",
@@ -72,7 +72,7 @@ VERDICT_COLOURS = {"fits": GREEN, "tight": LEMON, "no": MAGENTA}
 COLOURS = {"escaped": ORANGE, "no_grad": BLUE, "escaped, guarded": TEAL}
 PHASE_COLOURS = {
     "encode_prompt": WINE,
-    "encode_image": SAND,
+    "encode_image": PETROL,
     "denoise_stage_1": YELLOW,
     "upsample_latent": PINK,
     "denoise_stage_2": BROWN,
@@ -80,7 +80,7 @@ PHASE_COLOURS = {
     "decode_video": FOREST,
 }
 # On top of lines and of the grid, so that neither strikes a label through.
-LABEL: Any = {"zorder": 5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8}}
+LABEL: Any = {"zorder": 5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.0}}
 ON_GRID: Any = {"facecolor": "white", "edgecolor": "none", "framealpha": 1.0}  # of a legend
 PUBLISHED: Any = {"marker": "D", "color": "#000000", "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
 # A ring and a square that fits into it: both are visible where two lines coincide.
