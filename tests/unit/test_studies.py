@@ -365,16 +365,18 @@ def test_a_forecast_has_the_seconds_of_a_named_card_and_a_run_its_own():
     assert runs_frame(plain)["seconds"].isna().all()
     assert time_heading(plain) == "time"
     for gpu, words in (
-        ("H200", "time, predicted for NVIDIA H200"),
+        ("H200", "time, predicted for H200"),
         ("RTX 4090", "time, predicted for RTX 4090 by published rates"),
     ):
         on_card = timed(plain, gpu)
         seconds = predicted_seconds(forecast, device_profile(gpu))
         assert runs_frame(on_card)["seconds"][0] == phases_frame(on_card)["seconds"][0] == pytest.approx(seconds)
         assert time_heading(on_card) == words
+        assert time_heading(on_card, device=False) == "time, predicted"
     measured = [seen(spec, decode_video=1), unseen(spec)]
     assert timed(measured) == measured
     assert time_heading(measured) == "time, measured on a card"
+    assert time_heading(measured, device=False) == "time, measured"
 
 
 # --- Published figures and parameters ---

@@ -15,6 +15,7 @@ from i2v_lab.reporting.tables import as_sentence, html_table, readable
 from i2v_lab.runs.store import Run, read_run, run_folders
 
 BARS = "With a caching allocator, bars end at the reserved bytes; the table has the allocated bytes."
+TIMES = "Times are of one run each, and vary from run to run: a difference of them is no finding."
 COLUMNS = {
     "phase": "phase",
     "peak_bytes": "peak",
@@ -76,7 +77,7 @@ class Comparison:
                     for words, run in (("First (upper bars, areas)", self.first), ("Second (lower bars)", self.second))
                 ),
                 live.phase_bars(self.first, other=self.second),
-                f"<p><small>{BARS}</small></p>",
+                f"<p><small>{BARS} {TIMES}</small></p>",
                 live.timeline(self.first, self.second),
                 html_table(table),
             ]

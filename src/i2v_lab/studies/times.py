@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from i2v_lab.capacity.cards import card_name
 from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.capacity.device_profile import device_profile
 from i2v_lab.runs.sources import Observation, device_of
@@ -32,11 +33,12 @@ def timed(observations: Sequence[Observation], gpu: str = GPU) -> list[Observati
     return [replace(each, run=each.run and run_on_clock(each.run, gpu)) for each in observations]
 
 
-def time_heading(observations: Sequence[Observation]) -> str:
+def time_heading(observations: Sequence[Observation], *, device: bool = True) -> str:
     """The heading of a column of seconds: whether they are measured or predicted, and on what.
 
     Args:
         observations: Of :func:`timed`; all from one source.
+        device: Name the device: where several columns are of one, the others need not.
 
     Example:
         >>> time_heading([])
@@ -47,6 +49,12 @@ def time_heading(observations: Sequence[Observation]) -> str:
         return "time"
     clocks = {str(run.metadata.get("clock") or "") for run in runs if run.is_forecast}
     if not clocks:
-        return f"time, measured on {device_of(observations)}"
+        return f"time, measured on {device_of(observations)}" if device else "time, measured"
+    if not device:
+        return "time, predicted" if clocks - {""} else "time"
     caveat = "" if all(device_profile(clock).measured for clock in clocks if clock) else " by published rates"
-    return f"time, predicted for {' and '.join(sorted(clocks - {''}))}{caveat}" if clocks - {""} else "time"
+    return (
+        f"time, predicted for {' and '.join(map(card_name, sorted(clocks - {''})))}{caveat}"
+        if clocks - {""}
+        else "time"
+    )

@@ -13,23 +13,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from i2v_lab.reporting.figures.style import (
-    BLUE,
-    GREEN,
     GREY,
-    ORANGE,
+    LABEL,
     PHASE_COLOURS,
-    PINK,
     PUBLISHED,
-    SKY,
     STYLE,
-    YELLOW,
     byte_scale,
     phase_label,
 )
 from i2v_lab.units import format_bytes
 
-# In the order of the policies, or of diffusers' memory settings; distinguishable in black and white too.
-MARKS = ((ORANGE, ""), (BLUE, "//"), (GREEN, ".."), (PINK, "xx"), (YELLOW, "--"), (SKY, "\\\\"))
+# Hatches, in the order of the policies, or of diffusers' memory settings: a colour would say something else elsewhere.
+HATCHES = ("", "//", "..", "xx", "--", "\\\\")
+
+
+HATCHED: Any = {"facecolor": GREY, "edgecolor": "white", "linewidth": 0}
 
 
 def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) -> Figure:
@@ -64,7 +62,9 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
         names = [row["label"] for row in rows]
         if published_bytes is not None:
             axes.plot(published_bytes / scale, top, **PUBLISHED)
-            axes.text(published_bytes / scale, top, f"   {format_bytes(published_bytes)}", va="center", fontsize=9)
+            axes.text(
+                published_bytes / scale, top, f"   {format_bytes(published_bytes)}", va="center", fontsize=9, **LABEL
+            )
             axes.axhline(top + 0.5, color="#999999", linewidth=0.8, linestyle=":")
             names.insert(0, "published study, in another set-up")
         axes.set_yticks(range(top, len(rows)), names, fontsize=9)
@@ -80,7 +80,9 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
 
 
 def _label(axes: Axes, place: int, row: dict[Any, Any], right: float) -> None:
-    axes.text(right, place, f" {format_bytes(int(row['peak_bytes']))}", va="center", fontsize=9, fontweight="bold")
+    axes.text(
+        right, place, f" {format_bytes(int(row['peak_bytes']))}", va="center", fontsize=9, fontweight="bold", **LABEL
+    )
     known = not pd.isna(row["before_bytes"]) and not pd.isna(row["after_bytes"])
     if row["target_phase"] and row["target_phase"] != row["peak_phase"] and known:
         change = f"{format_bytes(int(row['before_bytes']))} to {format_bytes(int(row['after_bytes']))}"
@@ -107,10 +109,9 @@ def policies_figure(table: pd.DataFrame) -> Figure:
             for row in table[table["size"] == size].to_dict("records"):
                 number = policies.index(row["policy"])
                 place = phases.index(row["phase"]) + (number - (len(policies) - 1) / 2) * height
-                value, colour = row["peak_bytes"] / scale, MARKS[number % len(MARKS)][0]
-                hatch = MARKS[number % len(MARKS)][1]
-                axes.barh(place, value, height=0.9 * height, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-                axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5)
+                value = row["peak_bytes"] / scale
+                axes.barh(place, value, height=0.9 * height, hatch=HATCHES[number % len(HATCHES)], **HATCHED)
+                axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5, **LABEL)
                 if not pd.isna(row["recorded_bytes"]):
                     axes.plot(row["recorded_bytes"] / scale, place, "|", color="#000000", markersize=7)
             axes.set_title(size, fontsize=10, loc="left")
@@ -121,8 +122,8 @@ def policies_figure(table: pd.DataFrame) -> Figure:
         )
         panels[0].set_ylim(len(phases) - 0.5, -0.5)
         handles: list[Any] = [
-            Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=policy)
-            for policy, (colour, hatch) in zip(policies, itertools.cycle(MARKS), strict=False)
+            Patch(hatch=hatch, label=policy, **HATCHED)
+            for policy, hatch in zip(policies, itertools.cycle(HATCHES), strict=False)
         ]
         if table["recorded_bytes"].notna().any():
             handles.append(Line2D([], [], color="#000000", marker="|", linestyle="none", label="measured"))
