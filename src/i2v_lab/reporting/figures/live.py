@@ -283,12 +283,17 @@ class _Plot:
             _text(
                 self.left - 5,
                 self.bottom - share * self.height,
-                f"{self.top * share / scale:.3g}" + (f" {unit}" if share == 1 else ""),
+                _number(self.top * share / scale) + (f" {unit}" if share == 1 else ""),
                 "end",
                 10.5,
             )
             for share in shares
         ]
+
+
+def _number(value: float) -> str:
+    """Three significant digits, and never an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _svg(parts: Sequence[str], height: float, words: str) -> str:
