@@ -80,6 +80,7 @@
         if (!cell) return;
         if (number.test(words(cell)) || words(cell).length <= 14) cell.classList.add("short");
         if (x === 0) cell.classList.add("key");
+        if (x === 0 && words(cell).length > 20) cell.classList.add("long");
         if (cell.colSpan === 1 && rows.slice(head).some((other) => other[x] && !number.test(words(other[x])))) cell.classList.add("words");
       });
     }
