@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from i2v_lab.display import HtmlFields
+from i2v_lab.display import HtmlFields, short_repr
 from i2v_lab.profiling.phase_html import phases_html
+from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class StepRecord(HtmlFields):
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HolderRecord(HtmlFields):
     """One storage that was allocated at a phase's peak.
 
@@ -76,6 +81,7 @@ class HolderRecord(HtmlFields):
         dtype: Of that tensor, such as ``bfloat16``.
         category: ``weight``, ``saved`` (for backward), ``activation`` (allocated inside a module) or ``other``.
         module: Path of the module that allocated it, or that it is a weight of; empty outside any module.
+        operator: What returned it first, such as ``aten.mm``; empty for weights, and where that is not known.
     """
 
     phase: str
@@ -84,6 +90,7 @@ class HolderRecord(HtmlFields):
     dtype: str
     category: str
     module: str
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,23 @@ class ModuleRecord(HtmlFields):
     phase: str
     module: str
     category: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OperatorRecord(HtmlFields):
+    """Bytes at a phase's peak that one operator returned in one module, weights left out.
+
+    Attributes:
+        phase: The phase.
+        module: As in :class:`HolderRecord`.
+        operator: As in :class:`HolderRecord`.
+        nbytes: Sum over the storages.
+    """
+
+    phase: str
+    module: str
+    operator: str
     nbytes: int
 
 
@@ -139,7 +163,7 @@ class GraphRecord(HtmlFields):
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OutOfMemoryRecord(HtmlFields):
     """An allocation that failed, on a real card or by a cap.
 
@@ -173,7 +197,7 @@ class GenerationRecord(HtmlFields):
     allocated_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeviceRecord(HtmlFields):
     """A whole card as NVML reports it at one moment.
 
@@ -198,7 +222,7 @@ class DeviceRecord(HtmlFields):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoteRecord(HtmlFields):
     """Something that was done to an input or to the result.
 
@@ -215,7 +239,7 @@ class NoteRecord(HtmlFields):
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AssumptionRecord(HtmlFields):
     """An answer that a forecast gave to a question about values that it does not know.
 
@@ -236,7 +260,7 @@ class AssumptionRecord(HtmlFields):
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HostMemoryRecord(HtmlFields):
     """Host memory that the streamed weights of one component took.
 
@@ -263,7 +287,7 @@ CostRow = tuple[str, str, int, int, int]
 """Kind, dtype, number, and of each of them on average: operations, bytes read and written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CostRecord(HtmlFields):
     """What the operators of a forecast's phase cost on any card, over one segment of it: a build, a step, the rest.
 
@@ -289,6 +313,7 @@ Record = (
     | StepRecord
     | HolderRecord
     | ModuleRecord
+    | OperatorRecord
     | TimelineRecord
     | GraphRecord
     | OutOfMemoryRecord
@@ -311,7 +336,7 @@ def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
     return max(phases, key=lambda record: record.peak_bytes, default=None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Forecast:
     """Records of a run on a device that is not here.
 
@@ -368,6 +393,13 @@ class Forecast:
     def peak_reserved_bytes(self) -> int:
         """Maximum of the bytes that the caching allocator would reserve; the peak where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
+
+    def __repr__(self) -> str:
+        return short_repr(self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The phases as a table: one row a phase, one column a field of :class:`PhaseRecord`."""
+        return record_frame(PhaseRecord, self.phases)
 
     def _repr_html_(self) -> str:
         needed = format_bytes(self.peak_reserved_bytes + self.context_bytes)
