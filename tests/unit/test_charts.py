@@ -182,10 +182,11 @@ def test_the_map_says_what_each_pair_takes_and_the_bars_what_each_module_holds()
 
 
 def test_every_series_can_be_hidden_by_the_legend_and_time_can_be_zoomed():
+    signals = {"timeline": ["zoom_axis_s"], "frontier": ["zoom_gib", "zoom_seconds"]}
     for name, params in {"timeline": {"shown", "zoom", "pointed"}, "frontier": {"shown", "sizes", "zoom"}}.items():
         spec = CHARTS[name](9.0).spec
         assert {each["name"] for each in spec["params"]} == params
-        assert spec["usermeta"]["zooms"]
+        assert [f"zoom_{field}" for field in spec["usermeta"]["zooms"].values()] == signals[name]
     shown = {each["name"]: each for each in CHARTS["timeline"](9.0).spec["params"]}["shown"]
     assert shown["bind"] == "legend"
     assert [each["series"] for each in shown["value"]][-1] == "all of no_grad"

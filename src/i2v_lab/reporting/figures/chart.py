@@ -24,6 +24,7 @@ TABLE = "table"  # the data set that is the figure's table; others are made of i
 POINTER = "pointer"  # begins the names of layers that are there for a pointer alone
 WIDTH = 640  # pixels of the plot in a file; a page gives the chart its own width
 INK = "currentColor"  # of the page, so that text reads in a light and in a dark theme
+FIXED: Mapping[str, str] = {}  # no axis that zooms
 CONFIG: Mapping[str, Any] = {
     "background": "transparent",
     "font": "DejaVu Sans, Verdana, sans-serif",
@@ -64,7 +65,8 @@ class Chart:
     double click resets, a click in the legend hides a series. Elsewhere it is an SVG or a PNG.
 
     Attributes:
-        spec: Vega-Lite, with its data; ``usermeta`` has the ``label``, and whether the x axis zooms.
+        spec: Vega-Lite, with its data; ``usermeta`` has the ``label``, the ``columns`` of the table in
+            their order, the fields by which axes it ``zooms``, and the ``least_width`` in pixels.
 
     Example:
         >>> table = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2**30]})
@@ -84,7 +86,7 @@ class Chart:
     @property
     def table(self) -> pd.DataFrame:
         """The table behind it, with whole bytes."""
-        return pd.DataFrame(self.spec["datasets"][TABLE])
+        return pd.DataFrame(self.spec["datasets"][TABLE], columns=self.spec["usermeta"]["columns"])
 
     def svg(self) -> str:
         """An SVG document, the same text for the same data; its text has the colour of what is around it."""
@@ -119,7 +121,11 @@ class Chart:
     def interactive(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Data and metadata of an output of a cell that JupyterLab draws with its own Vega, without a network."""
         # As SVG, which takes the theme's colour, and without links to a website.
-        options = {"renderer": "svg", "actions": {"export": True, "source": False, "compiled": False, "editor": False}}
+        options = {
+            "renderer": "svg",
+            "logLevel": 1,
+            "actions": {"export": True, "source": False, "compiled": False, "editor": False},
+        }
         return {MIME: {**self.spec, "$schema": JUPYTER_SCHEMA}}, {MIME: {"embed_options": options}}
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -128,18 +134,32 @@ class Chart:
         return {**data, "image/svg+xml": self.svg(), "image/png": png, "text/plain": self.label}, metadata
 
 
-def described(description: Any, tables: Mapping[str, pd.DataFrame], label: str, zooms: bool = False) -> Chart:
+def described(
+    description: Any,
+    tables: Mapping[str, pd.DataFrame],
+    label: str,
+    *,
+    zooms: Mapping[str, str] = FIXED,
+    least_width: int = 0,
+) -> Chart:
     """A chart from its description and its data.
 
     Args:
         description: An Altair chart, or Vega-Lite as a dictionary; it names its data sets.
         tables: By the names of the data sets; :data:`TABLE` is the one that is shown as the figure's table.
         label: What the figure shows, in one line.
-        zooms: Whether its x axis does.
+        zooms: The field of each axis that does, by ``x`` and ``y``; none by default.
+        least_width: Pixels that it needs; on a narrower screen it scrolls.
     """
     spec: dict[str, Any] = dict(description if isinstance(description, Mapping) else description.to_dict())
     datasets = {name: _records(table) for name, table in tables.items()}
-    usermeta = {"label": printable(label, lines=False), "zooms": zooms}
+    columns = [str(name) for name in tables[TABLE].columns]  # a notebook sorts the names of a row
+    usermeta = {
+        "columns": columns,
+        "label": printable(label, lines=False),
+        "zooms": dict(zooms),
+        "least_width": least_width,
+    }
     config = {name: dict(part) if isinstance(part, Mapping) else part for name, part in CONFIG.items()}
     own = {"$schema": SCHEMA, "config": config, "datasets": datasets, "usermeta": usermeta}
     return Chart({"data": {"name": TABLE}, **spec, **own})

@@ -16,6 +16,8 @@ MARKS = (("square", ORANGE), ("triangle-up", GREEN), ("diamond", PINK), ("triang
 OTHER_MARK = ("triangle-right", INK)  # of the sixth third party and those after it
 CURVE, WARM = "fastest placement within each budget", "the same, in a warm generation"
 MEASURED = "measured"
+NAMES, CELL = 150, 125  # pixels of GPUs' names and of a request, at least
+DARK = 0.55  # of the logarithmic scale of colours
 GAP = alt.Scale(paddingInner=0.03)
 SECONDS = "format(datum.seconds, datum.seconds < 10 ? '.1f' : ',.0f') + ' s'"
 
@@ -31,23 +33,13 @@ def card_map_figure(table: pd.DataFrame) -> Chart:
     columns = list(dict.fromkeys(_request(row) for row in requests.to_dict("records")))
     rows: list[dict[Any, Any]] = table.to_dict("records")
     cells = pd.DataFrame([_cell(row) for row in rows])
-    known = cells["seconds"].dropna()
-    colour: Any = alt.value(NOT_KNOWN)
-    ink: Any = alt.value("#000000")
-    if len(known):
-        least, most = float(known.min()), 1.01 * float(known.max())
-        scale = alt.Scale(type="log", scheme="cividis", reverse=True, domain=[least, most])
-        legend = alt.Legend(title="predicted seconds", direction="horizontal", gradientLength=220, tickCount=4)
-        isknown = "isValid(datum.seconds)"
-        colour = alt.condition(isknown, alt.Color("seconds:Q", scale=scale, legend=legend), alt.value(NOT_KNOWN))
-        # Where the colour's luminance passes the one at which white has more contrast than black.
-        dark = f"log(datum.seconds / {least!r}) > 0.55 * log({most / least!r})"
-        ink = {
-            "condition": [
-                {"test": f"{isknown} && {dark}", "value": "#ffffff"},
-            ],
-            "value": "#000000",
-        }
+    known = cells["seconds"].dropna().astype(float)
+    least, most = (float(known.min()), 1.01 * float(known.max())) if len(known) else (1.0, 2.0)
+    scale = alt.Scale(type="log", scheme="cividis", reverse=True, domain=[least, most])
+    legend = alt.Legend(title="predicted seconds", direction="horizontal", gradientLength=220, tickCount=4)
+    # White where the colour's luminance is below the one at which black has as much contrast.
+    dark = f"isValid(datum.seconds) && log(datum.seconds / {least!r}) > {DARK} * log({most / least!r})"
+    ink = alt.condition(dark, alt.value("#ffffff"), alt.value("#000000"))
     # Of two lines, the size and the frames.
     axis = _bare(orient="top", labelAngle=0, labelPadding=20, labelExpr="split(datum.label, ', ')")
     y = alt.Y("card:N", sort=list(dict.fromkeys(cells["card"])), title=None, scale=GAP, axis=_bare())
@@ -63,22 +55,27 @@ def card_map_figure(table: pd.DataFrame) -> Chart:
         alt.Tooltip("needed:N", title="needed with context"),
         alt.Tooltip("rates:N", title="rates"),
     ]
-    filled = (
-        base.transform_calculate(
-            peak=_or_unknown("peak_bytes", exact_bytes("peak_bytes")), needed=exact_bytes("needed_bytes")
-        )
-        .mark_rect(invalid=None, aria=False)
-        .encode(x=x, y=y, color=colour, tooltip=tooltip)
+    told = base.transform_calculate(
+        peak=_or_unknown("peak_bytes", exact_bytes("peak_bytes")), needed=exact_bytes("needed_bytes")
     )
+    filled = [
+        told.transform_filter("isValid(datum.seconds)")
+        .mark_rect(aria=False)
+        .encode(x=x, y=y, color=alt.Color("seconds:Q", scale=scale, legend=legend), tooltip=tooltip),
+        told.transform_filter("!isValid(datum.seconds)")
+        .mark_rect(aria=False)
+        .encode(x=x, y=y, color=alt.value(NOT_KNOWN), tooltip=tooltip),
+    ]
     upper = base.mark_text(dy=-6, fontSize=12, aria=False).encode(x=x, y=y, text="time:N", color=ink)
     lower = base.mark_text(dy=8, fontSize=10, aria=False).encode(x=x, y=y, text="kept:N", color=ink)
     words = "Predicted seconds, and what stays on the GPU"
     title = alt.TitleParams(words, anchor="start", fontWeight="normal", fontSize=13, color=INK, subtitleColor=INK)
     if (table["rates"] == "published").any():
         title.subtitle = "From published rates, not measured, where a GPU is not marked."
-    layers = alt.layer(filled, upper, lower, data=alt.NamedData(name="cells"), title=title)
-    chart = layers.properties(width=WIDTH, height=alt.Step(32))
-    return described(chart, {TABLE: table, "cells": cells}, f"Fastest placement of each request on each GPU. {words}")
+    layers = alt.layer(*filled, upper, lower, data=alt.NamedData(name="cells"), title=title)
+    chart = layers.properties(width=WIDTH, height=32 * cells["card"].nunique())
+    label = f"Fastest placement of each request on each GPU. {words}"
+    return described(chart, {TABLE: table, "cells": cells}, label, least_width=NAMES + CELL * len(columns))
 
 
 def _bare(**options: Any) -> alt.Axis:
@@ -134,7 +131,10 @@ def frontier_figure(table: pd.DataFrame) -> Chart:
     columns = ["size", "kind", "series", "of", "name", "peak_bytes", "peak_phase", "seconds", "gpu", "rates"]
     points = points[[name for name in columns if name in points]]
     return described(
-        _frontier(points, sizes, pipelines), {TABLE: table, "points": points}, "Seconds against peak memory", zooms=True
+        _frontier(points, sizes, pipelines),
+        {TABLE: table, "points": points},
+        "Seconds against peak memory",
+        zooms={"x": "gib", "y": "seconds"},
     )
 
 
@@ -148,7 +148,7 @@ def _frontier(points: pd.DataFrame, sizes: list[str], pipelines: list[str]) -> A
     )
     x = alt.X(
         "gib:Q",
-        title="peak of allocated memory (GiB); hollow: measured",
+        title="peak allocated (GiB); hollow: measured",
         scale=alt.Scale(type="log", base=2, nice=False, padding=12),
         axis=alt.Axis(format="~g", tickCount=8),
     )
@@ -170,7 +170,7 @@ def _frontier(points: pd.DataFrame, sizes: list[str], pipelines: list[str]) -> A
         "size:N",
         title="size",
         sort=sizes,
-        legend=alt.Legend(symbolType="stroke"),
+        legend=alt.Legend(symbolType="stroke", orient="bottom"),
         scale=alt.Scale(domain=sizes, range=[styles[place % len(styles)] for place in range(len(sizes))]),
     )
     shown = _shown("shown", "series", series)
@@ -197,21 +197,14 @@ def _frontier(points: pd.DataFrame, sizes: list[str], pipelines: list[str]) -> A
         }.items()
         if field in points or field in ("words", "time")
     ]
-    filled = alt.FillOpacity("of:N", legend=None, scale=alt.Scale(domain=["predicted", MEASURED], range=[1, 0]))
-    dots = base.mark_point(clip=True, size=70, strokeWidth=1.6, filled=False, opacity=1, aria=False).encode(
-        x=x,
-        y=y,
-        color=colour,
-        shape=shape,
-        fill=alt.Fill(
-            "series:N", title=None, sort=series, legend=None, scale=alt.Scale(domain=series, range=list(colours))
-        ),
-        fillOpacity=filled,
-        tooltip=tooltip,
-    )
+    drawn: dict[str, Any] = {"clip": True, "opacity": 1, "aria": False}
+    predicted = base.transform_filter(f"datum.of != '{MEASURED}'").mark_point(filled=True, size=70, **drawn)
+    measured = base.transform_filter(f"datum.of == '{MEASURED}'").mark_point(size=80, strokeWidth=1.6, **drawn)
+    channels: dict[str, Any] = {"x": x, "y": y, "color": colour, "shape": shape, "tooltip": tooltip}
     return alt.layer(
         lines.encode(x=x, y=y, color=colour, strokeDash=dash).add_params(shown_sizes),
-        dots.add_params(shown, zoom),
+        predicted.encode(**channels).add_params(shown, zoom),
+        measured.encode(**channels),
         data=alt.NamedData(name="points"),
         width=WIDTH,
         height=420,

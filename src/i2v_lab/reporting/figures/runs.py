@@ -17,6 +17,7 @@ from i2v_lab.units import GIB, MIB
 
 MOMENTS = 80  # of one phase, at most: what a wide screen can show of it
 TOP = 10  # bars of modules; the others share one more
+VALUE = 105  # pixels of a value beside a bar
 LETTER, BREAK = 6.5, "|"  # of a phase's name: pixels, and what divides its lines
 
 
@@ -63,7 +64,7 @@ def timeline_figure(run: Run, other: Run | None = None) -> Chart:
         ),
         {TABLE: table, "phases": _phases(run, first)},
         f"{label}{', and ' * bool(beside)}{beside}",
-        zooms=True,
+        zooms={"x": "axis_s"},
     )
 
 
@@ -253,7 +254,9 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
     order = [*names.values(), others]
     largest = float(bars["all_bytes"].max())
     scale, unit = byte_scale(largest)
-    room = alt.Scale(domain=[0, 1.25 * largest / scale], nice=False)  # for the value beside the longest bar
+    # With room for the value beside the longest bar.
+    longest = alt.ExprRef(f"{largest / scale!r} * width / max(40, width - {VALUE})")
+    room = alt.Scale(domainMin=0, domainMax=longest, nice=False)
     kinds = [name for name, _ in CATEGORIES.values() if name in set(bars["series"])]
     colours = dict(CATEGORIES.values())
     shown = alt.selection_point(
@@ -299,7 +302,7 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
         .mark_text(align="left", dx=5, fontSize=11, aria=False)
         .encode(x="amount:Q", y=y, text="words:N")
     )
-    chart = alt.layer(drawn, values, data=alt.NamedData(name="bars"), width=WIDTH, height=alt.Step(24))
+    chart = alt.layer(drawn, values, data=alt.NamedData(name="bars"), width=WIDTH, height=24 * bars["module"].nunique())
     return described(chart, {TABLE: table, "bars": bars}, label)
 
 

@@ -1,26 +1,33 @@
 (() => {
   "use strict";
 
-  const NARROW = 480;  // pixels of a figure on a phone
+  const NARROW = 480;
+  const LETTER = 7, SYMBOL = 36, AXIS = 70;  // pixels in a legend, and beside it
 
   /** The description for a figure's own width. */
   function fitted(spec, width) {
-    const narrow = width < NARROW;
-    const text = JSON.stringify(spec, (name, value) => (name === "columns" && narrow ? 2 : value));
-    const own = JSON.parse(text);
-    own.width = width;
+    let longest = 0;
+    JSON.stringify({...spec, datasets: null}, (name, value) => {
+      if (name === "domain" && Array.isArray(value)) for (const each of value) longest = Math.max(longest, `${each}`.length);
+      return value;
+    });
+    const room = Math.max(1, Math.floor((width - AXIS) / (longest * LETTER + SYMBOL)));
+    const own = JSON.parse(JSON.stringify(spec, (name, value) => (name === "columns" ? Math.min(value, room) : value)));
+    own.width = Math.max(width, spec.usermeta.least_width);
     own.autosize = {type: "fit-x", contains: "padding"};
-    own.config.axisY = {...own.config.axisY, labelLimit: Math.round(width * 0.36)};
-    own.config.legend.labelLimit = narrow ? Math.round(width * 0.4) : 320;
-    if (narrow && own.title) own.title.limit = width;
+    if (width < NARROW) own.config.axisX = {titleAnchor: "end"};  // a long one begins left of the axis
+    own.config.axisY = {labelLimit: Math.round(own.width * 0.36)};
+    own.config.legend.labelLimit = width - AXIS - SYMBOL;
+    if (own.title) own.title.limit = own.width;
     return own;
   }
 
   const options = {
     ast: true,  // expressions are interpreted: the page allows no code made of text
+    mode: "vega-lite",
+    logLevel: 1,  // errors: a series that is hidden has no extent, which is none
     renderer: "svg",
-    actions: {export: true, source: false, compiled: false, editor: false},
-    i18n: {CLICK_TO_VIEW_ACTIONS: "Save this figure", SVG_ACTION: "Save as SVG", PNG_ACTION: "Save as PNG"},
+    actions: false,  // the files are below
     tooltip: {theme: "page"},
   };
 
@@ -33,25 +40,29 @@
     bar.append(button);
   }
 
-  /** Zoom about the middle of the x axis, which may be logarithmic. */
-  function zoom(view, factor) {
-    const scale = view.scale("x");
-    const [low, high] = scale.range();
-    const middle = (low + high) / 2, half = (high - low) / 2 * factor;
-    view.signal("zoom_x", [scale.invert(middle - half), scale.invert(middle + half)]).runAsync();
+  /** Zoom about the middle of the axes, which may be logarithmic. */
+  function zoom(view, fields, factor) {
+    for (const [axis, field] of Object.entries(fields)) {
+      const scale = view.scale(axis);
+      const [low, high] = scale.range();
+      const middle = (low + high) / 2, half = (high - low) / 2 * factor;
+      view.signal(`zoom_${field}`, [scale.invert(middle - half), scale.invert(middle + half)]);
+    }
+    view.runAsync();
   }
 
   class Drawing {
     constructor(figure) {
       this.figure = figure;
-      this.still = figure.querySelector("svg");
+      this.home = figure.querySelector(".scroll");
+      this.still = this.home.querySelector("svg");
       this.spec = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
       this.label = this.still.getAttribute("aria-label");
       this.width = 0;
     }
 
     async draw() {
-      const width = Math.floor(this.figure.clientWidth);
+      const width = Math.floor(this.home.clientWidth);
       if (!width || width === this.width) return;
       this.width = width;
       const place = document.createElement("div");
@@ -62,9 +73,6 @@
       const svg = place.querySelector("svg.marks");
       svg.setAttribute("role", "img");
       svg.setAttribute("aria-label", this.label);
-      for (const part of place.querySelectorAll(".vega-embed [aria-label], .vega-embed[role]")) {
-        if (part.contains(svg)) part.removeAttribute("role");
-      }
       this.result?.finalize();
       this.place?.remove();
       this.still.remove();
@@ -80,9 +88,9 @@
       const bar = this.bar = document.createElement("div");
       bar.className = "controls";
       const view = () => this.result.view;
-      if (meta.zooms) {
-        addButton(bar, "Zoom in", "Twice as much of the x axis", () => zoom(view(), 0.5));
-        addButton(bar, "Zoom out", "Half as much of the x axis", () => zoom(view(), 2));
+      if (Object.keys(meta.zooms).length) {
+        addButton(bar, "Zoom in", "The middle half of what is shown", () => zoom(view(), meta.zooms, 0.5));
+        addButton(bar, "Zoom out", "Twice of what is shown", () => zoom(view(), meta.zooms, 2));
         hint.push("drag to move, Ctrl and wheel to zoom, double click to reset");
       }
       addButton(bar, "Reset", "As it was", () => { this.width = 0; this.draw(); });
@@ -90,7 +98,7 @@
       const words = document.createElement("span");
       words.textContent = `Point at the figure for exact values${hint.map((each) => `; ${each}`).join("")}.`;
       bar.append(words);
-      this.place.after(bar);
+      this.home.after(bar);
     }
   }
 
