@@ -116,7 +116,8 @@ def make_notebooks(folder: Path, *, charts: bool = False, **results_of_03: Any) 
         nbformat.write(notebook, folder / f"{stem}.ipynb")
     tables = folder.parent / "tables"
     tables.mkdir(exist_ok=True)
-    (tables / f"{TABLE}_peaks.csv").write_text("peak_bytes\n1\n", encoding="utf-8")
+    for name in (f"{TABLE}_peaks", "one"):
+        (tables / f"{name}.csv").write_text("peak_bytes\n1\n", encoding="utf-8")
     return [folder / f"{stem}.ipynb" for stem in bodies]
 
 

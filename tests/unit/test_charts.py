@@ -20,6 +20,7 @@ from IPython.core.formatters import DisplayFormatter
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord, TimelineRecord
 from i2v_lab.reporting.cells import Cells
+from i2v_lab.reporting.figures import style
 from i2v_lab.reporting.figures.chart import MIME, TABLE, Chart, still
 from i2v_lab.reporting.figures.placements import card_map_figure, frontier_figure
 from i2v_lab.reporting.figures.runs import MOMENTS, holders_figure, modules_figure, timeline_figure
@@ -105,6 +106,8 @@ def test_a_chart_is_valid_and_its_files_are_the_same_for_the_same_data(name, tmp
     assert png.read_bytes().startswith(b"\x89PNG")
     sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', text)]
     assert min(sizes) >= 10, "9 pixels on a page of 1280, whose column is a tenth narrower"
+    drawn = set(re.findall(r'(?:fill|stroke)="(#\w{6})"', text))
+    assert name == "cards" or drawn <= set(style.MEANINGS), "one colour, one meaning"
     assert "currentColor" in text, "text has the colour of the page"
     assert not re.search(r'fill="white"', text), "which is its ground too"
 

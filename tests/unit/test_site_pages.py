@@ -87,7 +87,7 @@ def test_every_phase_of_our_own_is_defined():
 
 def test_figures_and_tables_offer_the_files_that_are_there(pages, folder):
     for stem, expected in {
-        "02_peak_localization": ["../figures/one.svg", "../figures/one.png"],
+        "02_peak_localization": ["../figures/one.svg", "../figures/one.png", "../tables/one.csv"],
         "01_tiling_dead_end": ["../tables/01_tiling_dead_end_peaks.csv"],
     }.items():
         links = re.findall(r'(?:href|data-csv)="(\.\./[^"]+)"', pages[stem])
@@ -160,8 +160,8 @@ def test_text_has_enough_contrast_in_both_themes():
 @pytest.mark.parametrize(
     ("inner", "width"),
     [
-        ('<g transform="translate(3 4) scale(0.1 -0.1)"/><g transform="rotate(-90) scale(0.08 -0.08)"/>', 594),
-        ('<text font-size="10px">a</text>', 475),
+        ('<g transform="translate(3 4) scale(0.1 -0.1)"/><g transform="rotate(-90) scale(0.08 -0.08)"/>', 563),
+        ('<text font-size="10px">a</text>', 450),
         ('<path d="M0 0"/>', None),
     ],
 )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 
@@ -21,7 +21,6 @@ from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.phase_html import phases_html
-from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.profiling.records import (
     AssumptionRecord,
     GenerationRecord,
@@ -36,9 +35,6 @@ from i2v_lab.profiling.records import (
 from i2v_lab.profiling.timeline import peak_breakdown, phase_timeline
 from i2v_lab.profiling.worker_threads import metered_workers
 from i2v_lab.units import format_bytes
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class PhaseProfiler:
@@ -146,10 +142,6 @@ class PhaseProfiler:
     def allocated_bytes(self) -> int:
         """Bytes allocated now."""
         return self._meter.allocated_bytes()
-
-    def to_frame(self) -> pd.DataFrame:
-        """The phases that have ended as a table: one row a phase, one column a field of its record."""
-        return record_frame(PhaseRecord, self.phases)
 
     def _repr_html_(self) -> str:
         if not self.phases:

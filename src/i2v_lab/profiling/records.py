@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from i2v_lab.display import HtmlFields, short_repr
+from i2v_lab.display import HtmlFields
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.units import format_bytes
@@ -99,8 +99,7 @@ class ModuleRecord(HtmlFields):
 
     Attributes:
         phase: The phase.
-        module: As in :class:`HolderRecord`.
-        category: As in :class:`HolderRecord`.
+        module, category: As in :class:`HolderRecord`.
         nbytes: Sum over its storages of that category.
     """
 
@@ -115,9 +114,7 @@ class OperatorRecord(HtmlFields):
     """Bytes at a phase's peak that one operator returned in one module, weights left out.
 
     Attributes:
-        phase: The phase.
-        module: As in :class:`HolderRecord`.
-        operator: As in :class:`HolderRecord`.
+        phase, module, operator: As in :class:`HolderRecord`.
         nbytes: Sum over the storages.
     """
 
@@ -337,13 +334,12 @@ def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
 
 
 @dataclass(frozen=True, repr=False)
-class Forecast:
+class Forecast(HtmlFields):
     """Records of a run on a device that is not here.
 
     Attributes:
         records: As a profiler writes them in a real run; their seconds are those of the forecast, not of a run.
-        context_bytes: Memory of the CUDA context and the loaded libraries; in no record. 0 without a model of
-            workspaces.
+        context_bytes: Of the CUDA context and the loaded libraries, in no record; 0 without a model of workspaces.
         seconds: Duration of the forecast.
 
     Example:
@@ -394,11 +390,8 @@ class Forecast:
         """Maximum of the bytes that the caching allocator would reserve; the peak where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
 
-    def __repr__(self) -> str:
-        return short_repr(self)
-
     def to_frame(self) -> pd.DataFrame:
-        """The phases as a table: one row a phase, one column a field of :class:`PhaseRecord`."""
+        """The phases, one a row, with a column for each field of :class:`PhaseRecord`."""
         return record_frame(PhaseRecord, self.phases)
 
     def _repr_html_(self) -> str:

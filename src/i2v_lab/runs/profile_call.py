@@ -24,6 +24,7 @@ from i2v_lab.profiling.decoded import decoded_phase
 from i2v_lab.profiling.named_phases import NO_NAMES, NamedPhases
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.profiling.records import PhaseRecord, Record
 from i2v_lab.runs.execute import metered
 from i2v_lab.runs.provenance import installed_version, run_metadata, runner_packages
@@ -155,7 +156,7 @@ class ProfiledCall:
 
     def to_frame(self) -> pd.DataFrame:
         """The phases that have ended as a table: one row a phase, one column a field of its record."""
-        return self.profiler.to_frame()
+        return record_frame(PhaseRecord, self.phases)
 
     def _run(self, pipeline: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
         start_s = time.perf_counter()

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from i2v_lab.display import short_repr
+from i2v_lab.display import HtmlFields
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.files import write_text
 from i2v_lab.profiling.phase_html import phases_html
@@ -187,7 +187,7 @@ class RunWriter:
 
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class Run(HtmlFields):
     """A run directory, read and verified.
 
     Attributes:
@@ -211,9 +211,6 @@ class Run:
     def is_forecast(self) -> bool:
         """Whether nothing ran: its seconds are then those of the forecast."""
         return bool(self.metadata.get("device") == FORECAST)
-
-    def __repr__(self) -> str:
-        return short_repr(self)
 
     def _repr_html_(self) -> str:
         device = self.metadata.get("device_name") or self.metadata.get("device")

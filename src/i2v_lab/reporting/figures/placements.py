@@ -8,12 +8,12 @@ import altair as alt
 import pandas as pd
 
 from i2v_lab.reporting.figures.chart import INK, TABLE, WIDTH, Chart, described, exact_bytes
-from i2v_lab.reporting.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
+from i2v_lab.reporting.figures.style import BLUE, GREY
 from i2v_lab.units import GIB, format_bytes
 
 NOT_KNOWN = "#bbbbbb"  # a cell without predicted seconds
-MARKS = (("square", ORANGE), ("triangle-up", GREEN), ("diamond", PINK), ("triangle-down", YELLOW), ("cross", GREY))
-OTHER_MARK = ("triangle-right", INK)  # of the sixth third party and those after it
+SHAPES = ("square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")  # of third parties
+PALE_BLUE = "rgba(0, 114, 178, 0.45)"
 CURVE, WARM = "fastest placement within each budget", "the same, in a warm generation"
 MEASURED = "measured"
 NAMES, CELL = 150, 125  # pixels of GPUs' names and of a request, at least
@@ -140,12 +140,8 @@ def frontier_figure(table: pd.DataFrame) -> Chart:
 
 def _frontier(points: pd.DataFrame, sizes: list[str], pipelines: list[str]) -> Any:
     series = [CURVE] * (CURVE in set(points["series"])) + [WARM] * (WARM in set(points["series"])) + pipelines
-    marks = dict(zip(pipelines, [*MARKS, *[OTHER_MARK] * len(pipelines)], strict=False))
-    shapes, colours = (
-        zip(*(marks.get(name, ("circle", SKY if name == WARM else BLUE)) for name in series), strict=True)
-        if series
-        else ((), ())
-    )
+    shapes = ["circle"] * (len(series) - len(pipelines)) + [SHAPES[n % len(SHAPES)] for n in range(len(pipelines))]
+    colours = [{CURVE: BLUE, WARM: PALE_BLUE}.get(name, GREY) for name in series]
     x = alt.X(
         "gib:Q",
         title="peak allocated (GiB); hollow: measured",
@@ -160,11 +156,9 @@ def _frontier(points: pd.DataFrame, sizes: list[str], pipelines: list[str]) -> A
     )
     legend = alt.Legend(columns=3, symbolStrokeWidth=2)
     colour = alt.Color(
-        "series:N", title=None, sort=series, scale=alt.Scale(domain=series, range=list(colours)), legend=legend
+        "series:N", title=None, sort=series, scale=alt.Scale(domain=series, range=colours), legend=legend
     )
-    shape = alt.Shape(
-        "series:N", title=None, sort=series, scale=alt.Scale(domain=series, range=list(shapes)), legend=legend
-    )
+    shape = alt.Shape("series:N", title=None, sort=series, scale=alt.Scale(domain=series, range=shapes), legend=legend)
     styles = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
     dash = alt.StrokeDash(
         "size:N",

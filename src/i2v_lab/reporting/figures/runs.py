@@ -17,6 +17,7 @@ from i2v_lab.units import GIB, MIB
 
 MOMENTS = 80  # of one phase, at most: what a wide screen can show of it
 TOP = 10  # bars of modules; the others share one more
+OUTLINE: Any = {"stroke": INK, "strokeWidth": 0.5, "strokeOpacity": 0.6}  # dark colours have an edge in a dark theme
 VALUE = 105  # pixels of a value beside a bar
 LETTER, BREAK = 6.5, "|"  # of a phase's name: pixels, and what divides its lines
 
@@ -161,7 +162,7 @@ def _areas(x: alt.X, table: pd.DataFrame, own: str, beside: str) -> list[alt.Cha
         .transform_fold(list(CATEGORIES), as_=["field", "bytes"])
         .transform_calculate(series=words, amount=f"datum.bytes / {scale}")
         .transform_filter(shown)
-        .mark_area(interpolate="step-after", clip=True, aria=False)
+        .mark_area(interpolate="step-after", clip=True, aria=False, **OUTLINE)
         .encode(
             x=x,
             y=alt.Y("amount:Q", stack="zero", title=title),
@@ -278,7 +279,7 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
             part="format(datum.share, '.1%')",
             whole=exact_bytes("all_bytes"),
         )
-        .mark_bar(aria=False)
+        .mark_bar(aria=False, **OUTLINE)
         .encode(
             x=alt.X("amount:Q", title=f"{title} ({unit})", stack="zero", scale=room, axis=alt.Axis(tickCount=6)),
             y=y,

@@ -25,8 +25,9 @@ def downloads(metadata: Mapping[str, Any], out: Path) -> list[tuple[str, str]]:
     name = metadata.get(METADATA, {}).get("name")
     if not name:
         return []
-    files = [(kind, f"{folder}/{name}.{kind}") for folder, kinds in KINDS.items() for kind in kinds]
-    return [(kind.upper(), f"../{quote(file)}") for kind, file in files if (out / file).is_file()]
+    files = [(kind, f"{folder}/{name}.{kind}") for folder, kinds in reversed(KINDS.items()) for kind in kinds]
+    found = {kind: file for kind, file in files if (out / file).is_file()}  # a figure's own rows before a table's
+    return [(kind.upper(), f"../{quote(found[kind])}") for kind in KINDS["figures"] if kind in found]
 
 
 def command(notebook: Any, stem: str) -> str:
