@@ -86,7 +86,7 @@
     }
   }
 
-  for (const table of document.querySelectorAll("main table")) {
+  for (const table of document.querySelectorAll("main table:not(.data)")) {  // those behind charts are long, and all numbers
     align(table);
     addButton(table);
   }
