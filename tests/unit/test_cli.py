@@ -28,7 +28,7 @@ CLI = [sys.executable, "-m", "i2v_lab.cli"]
 
 
 COMMANDS = [
-    *("generate", "show", "forecast", "fit", "models", "measure"),
+    *("generate", "show", "compare", "forecast", "sweep", "fit", "models", "measure"),
     *("accuracy", "calibrate", "reproduce", "lab", "doctor"),
 ]
 
