@@ -269,11 +269,11 @@ def test_readable_knows_units_shares_and_what_is_not_known():
 
 def test_the_readmes_figures_are_what_the_code_draws(tmp_path):
     drawn = runpy.run_path(str(TOP / "docs" / "draw_figures.py"))["draw"](tmp_path)
-    readme = (TOP / "README.md").read_text()
+    summary = (TOP / "docs" / "summary.md").read_text()
     assert len(drawn) == 3
     for path in drawn:
         kept = TOP / "docs" / "figures" / path.name
-        assert f"docs/figures/{path.name}" in readme
+        assert f"(figures/{path.name})" in summary
         ours, theirs = (np.asarray(Image.open(each).convert("L"), dtype=float) for each in (path, kept))
         assert ours.shape == theirs.shape, f"{kept} is out of date: make figures"
         off = float(np.abs(ours - theirs).mean())  # of 255; another version of the fonts moves an edge or two
