@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from i2v_lab.profiling.guard import guard_stream, watch
     from i2v_lab.profiling.phase_profiler import PhaseProfiler
     from i2v_lab.profiling.records import Forecast
+    from i2v_lab.reporting.comparison import Comparison, compare_runs
     from i2v_lab.request import DecodeScope, I2VRequest, Quantization, Tiling, Variant
     from i2v_lab.runs.forecast import forecast_request
     from i2v_lab.runs.forecast_script import forecast_script
     from i2v_lab.runs.profile_call import ProfiledCall, profile_call
     from i2v_lab.runs.sources import forecast_sweep
     from i2v_lab.runs.spec import RunSpec
+    from i2v_lab.runs.store import Run, read_run
 
 __version__ = "0.2.0"
 
@@ -65,6 +67,10 @@ _HOME = {
     "profile_call": "i2v_lab.runs.profile_call",
     "forecast_sweep": "i2v_lab.runs.sources",
     "RunSpec": "i2v_lab.runs.spec",
+    "Run": "i2v_lab.runs.store",
+    "read_run": "i2v_lab.runs.store",
+    "Comparison": "i2v_lab.reporting.comparison",
+    "compare_runs": "i2v_lab.reporting.comparison",
     "DecodeScope": "i2v_lab.request",
     "I2VRequest": "i2v_lab.request",
     "Quantization": "i2v_lab.request",
@@ -77,6 +83,7 @@ __all__ = [
     "Assumptions",
     "CardProperties",
     "Compare",
+    "Comparison",
     "DecodeScope",
     "Explorer",
     "Forecast",
@@ -88,6 +95,7 @@ __all__ = [
     "PhaseProfiler",
     "ProfiledCall",
     "Quantization",
+    "Run",
     "RunSpec",
     "Tiling",
     "TwoStagePipeline",
@@ -95,6 +103,7 @@ __all__ = [
     "VideoStream",
     "VramMonitor",
     "Weights",
+    "compare_runs",
     "forecast",
     "forecast_request",
     "forecast_script",
@@ -102,6 +111,7 @@ __all__ = [
     "forecasting",
     "guard_stream",
     "profile_call",
+    "read_run",
     "resolve_weights",
     "watch",
     "write_video",
@@ -122,4 +132,4 @@ def load_ipython_extension(shell: Any) -> None:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, "__version__"]

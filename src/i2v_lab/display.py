@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from html import escape
+from typing import Any
 
 from i2v_lab.units import format_value
 
@@ -52,6 +54,26 @@ def escaped(text: str) -> str:
     return escape(printable(text))
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 4
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def short_repr(value: Any) -> str:
+    """A dataclass in at most a few lines, however much it holds: as dataclasses do it, with long fields shortened.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(repr=False)
+        ... class Run(HtmlFields):
+        ...     records: tuple[int, ...]
+        >>> Run(tuple(range(100_000)))
+        Run(records=(0, 1, 2, 3, ...))
+    """
+    shown = ", ".join(f"{field.name}={_SHORT.repr(getattr(value, field.name))}" for field in fields(value))
+    return f"{type(value).__name__}({shown})"
+
+
 class HtmlFields:
     """A base class for dataclasses: a notebook shows one as a table of its fields.
 
@@ -63,6 +85,9 @@ class HtmlFields:
         >>> "24.00 GiB" in Card(24 * 2**30)._repr_html_()
         True
     """
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def _repr_html_(self) -> str:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ place that turns such a name and its value into text.
 
 from __future__ import annotations
 
+import re
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,23 @@ KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 UNAVAILABLE = "n/a"
+UNITS = {"": 1, "k": KIB, "m": MIB, "g": GIB}
+
+
+def parse_bytes(text: str) -> int:
+    """A size with its unit in bytes: binary units, ``0`` alone without one.
+
+    Raises:
+        ValueError: It is no such size.
+
+    Example:
+        >>> parse_bytes("64MiB"), parse_bytes("1.5 GiB"), parse_bytes("512 B"), parse_bytes("0")
+        (67108864, 1610612736, 512, 0)
+    """
+    found = re.fullmatch(r"\s*(?:0|(\d{1,15}(?:\.\d{1,9})?)\s*([kmg]?)i?b)\s*", text, re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise ValueError(f"{text!r} is no size; use one such as 64MiB")
+    return int(float(found[1] or 0) * UNITS[(found[2] or "").lower()])
 
 
 def format_bytes(n_bytes: int | None, *, signed: bool = False) -> str:

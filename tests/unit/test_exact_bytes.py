@@ -19,7 +19,14 @@ from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, OutOfMemoryRecord, TimelineRecord
+from i2v_lab.profiling.records import (
+    GraphRecord,
+    HolderRecord,
+    ModuleRecord,
+    OperatorRecord,
+    OutOfMemoryRecord,
+    TimelineRecord,
+)
 
 WIDTH = 6  # every tensor is (rows, WIDTH) float32; every layer keeps the width
 
@@ -219,6 +226,13 @@ def test_every_breakdown_adds_up_to_the_peak():
     assert totals[-1] == profiler.peak.end_bytes
     assert moments[-1].saved_bytes == profiler.peak.saved_for_backward_bytes == 4 * (3 * 50 + 5 * 48)
     assert {r.module for r in by_module if r.category == "weight"} == {"net.0", "net.2"}
+    by_operator = {(r.module, r.operator): r.nbytes for r in profiler.records if isinstance(r, OperatorRecord)}
+    assert by_operator == {
+        ("", "aten.ones"): 4 * 3 * 50,
+        ("net.0", "aten.convolution"): 4 * 5 * 48,
+        ("net.1", "aten.sigmoid"): 4 * 5 * 48,
+    }
+    assert sum(by_operator.values()) == sum(r.nbytes for r in by_module if r.category != "weight")
 
 
 def test_a_stream_consumed_later_is_charged_to_its_own_phase():

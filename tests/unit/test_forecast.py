@@ -18,7 +18,7 @@ from i2v_lab.profiling.fake.forecast import forecast, forecasting
 from i2v_lab.profiling.fake.workspaces import Workspaces, load_workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.records import HolderRecord, ModuleRecord
+from i2v_lab.profiling.records import HolderRecord, ModuleRecord, OperatorRecord
 from i2v_lab.torch_compat import FakeTensor, FakeTensorMode
 
 F = torch.nn.functional
@@ -560,6 +560,17 @@ def test_calls_that_are_not_repeated_return_what_the_first_did():
             del made
     assert Sampling.runs == 1
     assert profiler.peak.peak_bytes == 2 * x.nbytes
+
+
+def test_what_a_memoized_call_returns_has_the_operator_of_the_first():
+    Sampling.runs = 0
+    with forecasting("cpu", memoize={Sampling: lambda *_: None}) as profiler, torch.no_grad(), profiler.phase("twice"):
+        x = torch.ones(10, WIDTH)
+        Sampling()(x)
+        kept = [Sampling()(x), torch.ones(1000)]  # noqa: F841
+    assert Sampling.runs == 1
+    found = {r.operator: r.nbytes for r in profiler.records if isinstance(r, OperatorRecord)}
+    assert found == {"aten.add.Tensor": 40 * WIDTH, "aten.ones": 40 * WIDTH + 4000}
 
 
 class Viewing(torch.nn.Module):

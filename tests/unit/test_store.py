@@ -30,15 +30,17 @@ from i2v_lab.profiling.record_json import (
     record_to_json,
 )
 from i2v_lab.profiling.records import (
+    CostRecord,
     CostRow,
     DeviceRecord,
+    Forecast,
     GraphRecord,
     HostMemoryRecord,
     OutOfMemoryRecord,
     PhaseRecord,
 )
 from i2v_lab.runs import store
-from i2v_lab.runs.store import FORMAT_VERSION, RunWriter, read_run
+from i2v_lab.runs.store import FORMAT_VERSION, Run, RunWriter, read_run
 
 WHOLE = st.integers(0, WHOLE_BELOW - 1)
 SECONDS = st.floats(0, SECONDS_BELOW, exclude_max=True, allow_nan=False)
@@ -152,8 +154,8 @@ def test_frames_have_the_same_columns_and_types_with_and_without_rows(tmp_path):
     with pytest.raises(RecordError) as refused:
         read_run(tmp_path / "full").frame("phases")
     assert str(refused.value) == (
-        "kind='phases' is not a known record; use one of: phase, step, holder, module, timeline, graph, out_of_memory, "
-        "generation, device, note, host_memory, assumption, cost"
+        "kind='phases' is not a known record; use one of: phase, step, holder, module, operator, timeline, graph, "
+        "out_of_memory, generation, device, note, host_memory, assumption, cost"
     )
 
 
@@ -573,3 +575,13 @@ def test_a_damaged_line_is_refused_even_in_an_unfinished_run(tmp_path, damage, n
 def test_the_store_brings_neither_torch_nor_pandas():
     code = "import sys, i2v_lab.runs.store; sys.exit(bool({'torch', 'pandas', 'pynvml'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_holds_much_has_a_short_repr():
+    costs = CostRecord("decode_video", 1, tuple(("matmul", "float32", n, n, n) for n in range(10_000)))
+    for value in (costs, Run(Path("runs/a"), {"argv": ["x" * 10_000]}, (costs,) * 1000, "complete")):
+        assert len(repr(value)) < 1000
+    assert len(repr(Forecast((costs,) * 1000, 0, 0.1))) < 1000
+    assert repr(GraphRecord("decode_video", "conv_in", 1)) == (
+        "GraphRecord(phase='decode_video', module='conv_in', nbytes=1)"
+    )

@@ -12,6 +12,7 @@ import typer
 from i2v_lab.cli import (
     accuracy,
     calibrate,
+    compare,
     doctor,
     fit,
     forecast,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=show.EXAMPLES)(show.show)
+app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=forecast.EXAMPLES)(forecast.forecast)
 app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=fit.EXAMPLES)(fit.fit)

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from i2v_lab.display import HtmlFields
 from i2v_lab.profiling.phase_html import phases_html
+from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class StepRecord(HtmlFields):
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HolderRecord(HtmlFields):
     """One storage that was allocated at a phase's peak.
 
@@ -76,6 +81,7 @@ class HolderRecord(HtmlFields):
         dtype: Of that tensor, such as ``bfloat16``.
         category: ``weight``, ``saved`` (for backward), ``activation`` (allocated inside a module) or ``other``.
         module: Path of the module that allocated it, or that it is a weight of; empty outside any module.
+        operator: What returned it first, such as ``aten.mm``; empty for weights, and where that is not known.
     """
 
     phase: str
@@ -84,6 +90,7 @@ class HolderRecord(HtmlFields):
     dtype: str
     category: str
     module: str
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,14 +99,28 @@ class ModuleRecord(HtmlFields):
 
     Attributes:
         phase: The phase.
-        module: As in :class:`HolderRecord`.
-        category: As in :class:`HolderRecord`.
+        module, category: As in :class:`HolderRecord`.
         nbytes: Sum over its storages of that category.
     """
 
     phase: str
     module: str
     category: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class OperatorRecord(HtmlFields):
+    """Bytes at a phase's peak that one operator returned in one module, weights left out.
+
+    Attributes:
+        phase, module, operator: As in :class:`HolderRecord`.
+        nbytes: Sum over the storages.
+    """
+
+    phase: str
+    module: str
+    operator: str
     nbytes: int
 
 
@@ -139,7 +160,7 @@ class GraphRecord(HtmlFields):
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OutOfMemoryRecord(HtmlFields):
     """An allocation that failed, on a real card or by a cap.
 
@@ -173,7 +194,7 @@ class GenerationRecord(HtmlFields):
     allocated_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DeviceRecord(HtmlFields):
     """A whole card as NVML reports it at one moment.
 
@@ -198,7 +219,7 @@ class DeviceRecord(HtmlFields):
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoteRecord(HtmlFields):
     """Something that was done to an input or to the result.
 
@@ -215,7 +236,7 @@ class NoteRecord(HtmlFields):
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AssumptionRecord(HtmlFields):
     """An answer that a forecast gave to a question about values that it does not know.
 
@@ -236,7 +257,7 @@ class AssumptionRecord(HtmlFields):
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HostMemoryRecord(HtmlFields):
     """Host memory that the streamed weights of one component took.
 
@@ -263,7 +284,7 @@ CostRow = tuple[str, str, int, int, int]
 """Kind, dtype, number, and of each of them on average: operations, bytes read and written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CostRecord(HtmlFields):
     """What the operators of a forecast's phase cost on any card, over one segment of it: a build, a step, the rest.
 
@@ -289,6 +310,7 @@ Record = (
     | StepRecord
     | HolderRecord
     | ModuleRecord
+    | OperatorRecord
     | TimelineRecord
     | GraphRecord
     | OutOfMemoryRecord
@@ -311,14 +333,13 @@ def peak_phase(phases: Iterable[PhaseRecord]) -> PhaseRecord | None:
     return max(phases, key=lambda record: record.peak_bytes, default=None)
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(HtmlFields):
     """Records of a run on a device that is not here.
 
     Attributes:
         records: As a profiler writes them in a real run; their seconds are those of the forecast, not of a run.
-        context_bytes: Memory of the CUDA context and the loaded libraries; in no record. 0 without a model of
-            workspaces.
+        context_bytes: Of the CUDA context and the loaded libraries, in no record; 0 without a model of workspaces.
         seconds: Duration of the forecast.
 
     Example:
@@ -368,6 +389,10 @@ class Forecast:
     def peak_reserved_bytes(self) -> int:
         """Maximum of the bytes that the caching allocator would reserve; the peak where it was not modelled."""
         return max(record.peak_reserved_bytes or record.peak_bytes for record in self.phases)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The phases, one a row, with a column for each field of :class:`PhaseRecord`."""
+        return record_frame(PhaseRecord, self.phases)
 
     def _repr_html_(self) -> str:
         needed = format_bytes(self.peak_reserved_bytes + self.context_bytes)

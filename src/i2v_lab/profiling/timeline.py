@@ -9,7 +9,7 @@ import numpy as np
 
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.meters.storage_record import CATEGORIES, StorageRecord
-from i2v_lab.profiling.records import HolderRecord, ModuleRecord, TimelineRecord
+from i2v_lab.profiling.records import HolderRecord, ModuleRecord, OperatorRecord, TimelineRecord
 
 POINTS = 400  # maximum for one phase
 HOLDERS = 20  # largest storages recorded for a phase's peak
@@ -60,8 +60,10 @@ def phase_timeline(
     ]
 
 
-def peak_breakdown(phase: str, storages: Sequence[StorageRecord], tick: int) -> list[ModuleRecord | HolderRecord]:
-    """What was allocated at a phase's peak: by module and category, then the largest storages.
+def peak_breakdown(
+    phase: str, storages: Sequence[StorageRecord], tick: int
+) -> list[ModuleRecord | OperatorRecord | HolderRecord]:
+    """What was allocated at a phase's peak: by module and category, by operator, then the largest storages.
 
     Args:
         phase: Its name, for the records.
@@ -69,13 +71,18 @@ def peak_breakdown(phase: str, storages: Sequence[StorageRecord], tick: int) -> 
         tick: Of the peak.
     """
     totals: defaultdict[tuple[str, str], int] = defaultdict(int)
+    returned: defaultdict[tuple[str, str], int] = defaultdict(int)
     for storage in storages:
         totals[storage.module, storage.category_at(tick)] += storage.nbytes
-    records: list[ModuleRecord | HolderRecord] = [
+        if not storage.is_weight:
+            returned[storage.module, storage.operator] += storage.nbytes
+    records: list[ModuleRecord | OperatorRecord | HolderRecord] = [
         ModuleRecord(phase, module, category, nbytes) for (module, category), nbytes in sorted(totals.items())
     ]
+    records += [OperatorRecord(phase, *key, nbytes) for key, nbytes in sorted(returned.items())]
     for storage in sorted(storages, key=lambda storage: storage.nbytes, reverse=True)[:HOLDERS]:
         dtype = str(storage.dtype).removeprefix("torch.")
         category = storage.category_at(tick)
-        records.append(HolderRecord(phase, storage.nbytes, storage.shape, dtype, category, storage.module))
+        operator = "" if storage.is_weight else storage.operator
+        records.append(HolderRecord(phase, storage.nbytes, storage.shape, dtype, category, storage.module, operator))
     return records

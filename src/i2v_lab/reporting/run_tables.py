@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pandas as pd
 
 from i2v_lab.errors import RecordError
-from i2v_lab.profiling.records import GraphRecord, HolderRecord, ModuleRecord, PhaseRecord, peak_phase
+from i2v_lab.profiling.records import (
+    GraphRecord,
+    HolderRecord,
+    ModuleRecord,
+    OperatorRecord,
+    PhaseRecord,
+    peak_phase,
+)
 from i2v_lab.runs.store import Run
 
-P = TypeVar("P", HolderRecord, ModuleRecord, GraphRecord)
+P = TypeVar("P", HolderRecord, ModuleRecord, OperatorRecord, GraphRecord)
 
 PHASE_COLUMNS = {
     "phase": "str",
@@ -71,7 +78,7 @@ def phase_table(run: Run) -> pd.DataFrame:
         }
         for (phase, parent), records in together.items()
     ]
-    return _frame(rows, PHASE_COLUMNS)
+    return typed_frame(rows, PHASE_COLUMNS)
 
 
 def holders_table(run: Run, phase: str | None = None, top: int = 10) -> pd.DataFrame:
@@ -95,7 +102,7 @@ def holders_table(run: Run, phase: str | None = None, top: int = 10) -> pd.DataF
     if top < 1:
         raise RecordError(f"top={top} is not positive; use a number such as 10", top=top)
     holders = sorted(records_at_peak(run, HolderRecord, phase), key=lambda record: record.nbytes, reverse=True)
-    return _frame(
+    return typed_frame(
         [{name: getattr(record, name) for name in HOLDER_COLUMNS} for record in holders[:top]], HOLDER_COLUMNS
     )
 
@@ -127,7 +134,7 @@ def modules_table(run: Run, phase: str | None = None, depth: int = 2) -> pd.Data
         {"module": module, "category": category, "nbytes": nbytes}
         for (module, category), nbytes in sorted(totals.items(), key=lambda item: (-item[1], item[0]))
     ]
-    return _frame(rows, MODULE_COLUMNS)
+    return typed_frame(rows, MODULE_COLUMNS)
 
 
 def difference_table(run: Run, other: Run) -> pd.DataFrame:
@@ -156,7 +163,7 @@ def difference_table(run: Run, other: Run) -> pd.DataFrame:
                 "difference_s": None if seconds is None or other_seconds is None else other_seconds - seconds,
             }
         )
-    return _frame(rows, DIFFERENCE_COLUMNS)
+    return typed_frame(rows, DIFFERENCE_COLUMNS)
 
 
 def records_at_peak(run: Run, kind: type[P], phase: str | None = None) -> list[P]:
@@ -219,6 +226,7 @@ def _most(values: Iterable[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
+def typed_frame(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> pd.DataFrame:
+    """Rows as a table whose columns have these types, whether there are rows or not."""
     series = {name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in columns.items()}
     return pd.DataFrame(series)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -24,10 +24,14 @@ from i2v_lab.profiling.decoded import decoded_phase
 from i2v_lab.profiling.named_phases import NO_NAMES, NamedPhases
 from i2v_lab.profiling.phase_html import phases_html
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.profiling.records import PhaseRecord, Record
 from i2v_lab.runs.execute import metered
 from i2v_lab.runs.provenance import installed_version, run_metadata, runner_packages
 from i2v_lab.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def profile_call(
@@ -149,6 +153,10 @@ class ProfiledCall:
     def peak(self) -> PhaseRecord:
         """The phase with the highest peak."""
         return self.profiler.peak
+
+    def to_frame(self) -> pd.DataFrame:
+        """The phases that have ended as a table: one row a phase, one column a field of its record."""
+        return record_frame(PhaseRecord, self.phases)
 
     def _run(self, pipeline: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> None:
         start_s = time.perf_counter()

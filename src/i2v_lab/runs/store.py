@@ -14,15 +14,17 @@ import reprlib
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from i2v_lab.display import HtmlFields
 from i2v_lab.errors import OutputError, RecordError
 from i2v_lab.files import write_text
 from i2v_lab.profiling.phase_html import phases_html
-from i2v_lab.profiling.record_json import HINTS, KINDS, record_to_json
+from i2v_lab.profiling.record_frames import record_frame
+from i2v_lab.profiling.record_json import KINDS, record_to_json
 from i2v_lab.profiling.records import PhaseRecord, Record
 from i2v_lab.runs.record_files import file_content, json_fault, read_record, strict_json
 from i2v_lab.stopping import on_stop
@@ -41,7 +43,6 @@ PART = f"{METADATA}.part"
 RUNNING, COMPLETE, FAILED = "running", "complete", "failed"
 FORECAST = "forecast"  # in the place of a device
 WRITER = "`i2v-lab generate --profile DIR`"
-DTYPES: dict[Any, str] = {int: "int64", int | None: "Int64", float: "float64", bool: "bool", str: "str"}
 METADATA_TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "runner", "pipeline", "device", "device_name", "driver_version"), str),
     **dict.fromkeys(("error", "started_at", "git_commit", "host", "platform", "processor", "profiler", "code"), str),
@@ -185,8 +186,8 @@ class RunWriter:
         return OutputError(f"run '{self.folder}' cannot be written ({reason}); give another folder", folder=self.folder)
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(HtmlFields):
     """A run directory, read and verified.
 
     Attributes:
@@ -233,19 +234,13 @@ class Run:
         Raises:
             RecordError: There is no such kind.
         """
-        import pandas as pd
-
         if kind not in KINDS:
             raise RecordError(f"kind={kind!r} is not a known record; use one of: {', '.join(KINDS)}", kind=kind)
-        rows = self.of(KINDS[kind])
-        hints = HINTS[KINDS[kind]]
-        columns = {
-            field.name: pd.Series(
-                [getattr(row, field.name) for row in rows], dtype=DTYPES.get(hints[field.name], "object")
-            )
-            for field in fields(KINDS[kind])
-        }
-        return pd.DataFrame(columns)
+        return record_frame(KINDS[kind], self.of(KINDS[kind]))
+
+    def to_frame(self) -> pd.DataFrame:
+        """The phases as a table: :meth:`frame` of ``phase``."""
+        return self.frame("phase")
 
 
 def read_run(folder: str | Path) -> Run:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
+from i2v_lab.capacity.cards import FITS, context_bytes, fitting_bytes, gpu_table, judge
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -122,8 +122,8 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
         observations: Of :func:`policy_specs`.
 
     Returns:
-        One row for each size and policy: ``size, policy``; ``needed_bytes``, reserved memory plus the CUDA context;
-        ``seconds``, as in :func:`policies_table`, of the whole run;
+        One row for each size and policy: ``size, policy``; ``needed_bytes``, reserved memory with its margin and the
+        CUDA context; ``seconds``, as in :func:`policies_table`, of the whole run;
         ``cards``, how many GPUs it fits, ``of`` those in ``data/gpus.csv``; ``smallest_card`` and its ``memory_bytes``.
     """
     cards = gpu_table().sort_values("memory_bytes", kind="stable")
@@ -140,7 +140,7 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
             {
                 "size": f"{request.width}x{request.height}",
                 "policy": policy_name(each.spec),
-                "needed_bytes": forecast.peak_reserved_bytes + context,
+                "needed_bytes": fitting_bytes(forecast),
                 "seconds": seconds_of(each.run) if has_clock(each.run) else None,
                 "cards": len(fitting),
                 "of": len(cards),

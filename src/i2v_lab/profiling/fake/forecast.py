@@ -49,7 +49,9 @@ class ForecastMeter(LiveStorageMeter):
 
     def on_operator(self, func: Any, args: Any, result: Any, tensors: list[torch.Tensor]) -> None:
         """Count the tensors that an operator takes and returns, its kernel's workspaces, and what it costs."""
-        self.observe(tensors)
+        returned = {id(leaf) for leaf in tree_leaves(result)}
+        self.observe(tensor for tensor in tensors if id(tensor) not in returned)
+        self.observe((tensor for tensor in tensors if id(tensor) in returned), operator=func)
         self.costs.operator(func, args, result, tensors)
         if self._workspaces is not None:
             for library, nbytes in self._workspaces.persistent(func, args, self._capability).items():
@@ -60,10 +62,10 @@ class ForecastMeter(LiveStorageMeter):
             if nbytes:
                 self.add_transient_workspace(nbytes, "cuDNN workspace")
 
-    def observe(self, tensors: Iterable[torch.Tensor], *, weights: bool = False) -> None:
+    def observe(self, tensors: Iterable[torch.Tensor], *, weights: bool = False, operator: Any = None) -> None:
         """As of a real run; the weights of a component that was built are also what loading it costs."""
         if not weights:
-            super().observe(tensors)
+            super().observe(tensors, operator=operator)
             return
         tensors = list(tensors)
         super().observe(tensors, weights=True)

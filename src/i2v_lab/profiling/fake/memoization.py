@@ -38,6 +38,7 @@ class _Call:
         result: Structure of what it returned.
         events: What it allocated and freed, see :class:`~i2v_lab.profiling.fake.block_trace.BlockTrace`.
         kept: Indices of the allocations that hold its result.
+        operators: What returned each new tensor of it.
         costs: Of its operators.
     """
 
@@ -46,6 +47,7 @@ class _Call:
     result: Any
     events: tuple[Event, ...]
     kept: tuple[int, ...]
+    operators: tuple[str, ...]
     costs: Counted
 
 
@@ -115,7 +117,10 @@ class ModuleMemo:
                 peak_bytes = self._allocator.replay(call.events, call.kept)
             self._meter.raise_peak(peak_bytes)
             self._costs.replay(call.costs)
-            return _unflatten(call.result, inputs, [])
+            allocated: list[torch.Tensor] = []
+            value = _unflatten(call.result, inputs, allocated)
+            self._meter.name_operators(allocated, call.operators)
+            return value
         tracing = self._allocator.trace() if self._allocator is not None else nullcontext(BlockTrace())
         before = self._costs.counted()
         with self._meter.local_peak() as peak, tracing as trace:
@@ -127,7 +132,9 @@ class ModuleMemo:
         if are_new(new, inputs) and left_bytes == self._meter.counted_bytes(new) and trace.is_closed:
             kept = tuple(trace.indices[block] for block in map(self._meter.block, new) if block is not None)
             costs, events = self._costs.since(before), tuple(trace.events)
-            self._calls[key] = _Call(start_bytes, peak.bytes - start_bytes, structure, events, kept, costs)
+            operators = tuple(self._meter.operators(new))
+            above = peak.bytes - start_bytes
+            self._calls[key] = _Call(start_bytes, above, structure, events, kept, operators, costs)
         return result
 
     def _layout(self, module: torch.nn.Module) -> Hashable:

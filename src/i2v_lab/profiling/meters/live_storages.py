@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
@@ -47,6 +47,12 @@ class LocalPeak:
     """
 
     bytes: int
+
+
+@cache
+def operator_name(operator: Any) -> str:
+    """The name of what a dispatch mode sees, such as ``aten.mm``; ``aten.add.Scalar`` where it is no default."""
+    return str(operator).removesuffix(".default")
 
 
 class _FlexAttention(threading.local):
@@ -150,7 +156,8 @@ class LiveStorageMeter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if self._is_over:
             return result
-        self.observe(leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        self.observe(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        self.observe((leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)), operator=func)
         return result
 
     # --- MemoryMeter ---
@@ -174,17 +181,18 @@ class LiveStorageMeter(TorchDispatchMode):
         if self._allocator is not None:
             self._allocator.reset_peak()
 
-    def observe(self, tensors: Iterable[torch.Tensor], *, weights: bool = False) -> None:
+    def observe(self, tensors: Iterable[torch.Tensor], *, weights: bool = False, operator: Any = None) -> None:
         """Count these tensors' storages, where they are not counted yet.
 
         Args:
             tensors: Any tensors; those on the meta device have no memory and are skipped.
             weights: Whether they are parameters or buffers.
+            operator: What returned them.
         """
         with self.lock:
-            self._observe(tensors, weights)
+            self._observe(tensors, weights, operator)
 
-    def _observe(self, tensors: Iterable[torch.Tensor], weights: bool) -> None:
+    def _observe(self, tensors: Iterable[torch.Tensor], weights: bool, operator: Any) -> None:
         before_bytes = self._live_bytes
         for tensor in (inner for outer in tensors for inner in inner_tensors(outer)):
             device_type = (getattr(tensor, "fake_device", None) or tensor.device).type  # the attribute is faster
@@ -203,6 +211,7 @@ class LiveStorageMeter(TorchDispatchMode):
             module = self._module()  # first: it registers modules not seen before, with their weights
             is_weight = weights or (self.paths is not None and key in self.paths.weights)
             record = StorageRecord(nbytes, tuple(tensor.shape), tensor.dtype, module, is_weight, self._advance())
+            record.operator = "" if operator is None else operator_name(operator)
             self.storages.append(record)
             self._live[key] = (record, weakref.ref(storage, partial(self._on_freed, key)), self._allocate(nbytes))
         self._update_peak(before_bytes)
@@ -288,6 +297,18 @@ class LiveStorageMeter(TorchDispatchMode):
         """Allocated bytes of the storages of ``tensors``, each counted once."""
         keys = {storage_key(inner) for tensor in tensors for inner in inner_tensors(tensor)}
         return sum(self._live[key][2].nbytes for key in keys if key in self._live)
+
+    def operators(self, tensors: Iterable[torch.Tensor]) -> list[str]:
+        """What returned each of these tensors' storages first; empty where that is not known."""
+        found = (self._live.get(storage_key(tensor)) for tensor in tensors)
+        return [known[0].operator if known is not None else "" for known in found]
+
+    def name_operators(self, tensors: Iterable[torch.Tensor], names: Iterable[str]) -> None:
+        """Say what returned each of these tensors' storages: of a memoized call, whose operators do not run."""
+        for tensor, name in zip(tensors, names, strict=True):
+            known = self._live.get(storage_key(tensor))
+            if known is not None:
+                known[0].operator = name
 
     # --- Storages saved by autograd graphs ---
 

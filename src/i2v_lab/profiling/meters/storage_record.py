@@ -25,6 +25,7 @@ class StorageRecord:
         freed_at: First tick at which it was freed; ``None`` while it is allocated.
         saved: Intervals ``[from, to)`` in which an autograd graph saved it; ``to`` is ``None`` while it does.
         is_workspace: Whether a library allocated it internally; then it is no tensor and ``module`` names the library.
+        operator: What returned it first, such as ``aten.mm``; empty if it was there before any operator touched it.
     """
 
     nbytes: int
@@ -36,6 +37,7 @@ class StorageRecord:
     freed_at: int | None = None
     saved: list[list[int | None]] = field(default_factory=list)
     is_workspace: bool = False
+    operator: str = ""
 
     def mark_weight(self, tensor: torch.Tensor, module: str) -> None:
         """Reclassify a storage that was loaded first and became a parameter or buffer of a module afterwards."""

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
-from i2v_lab.units import GIB, MIB
+from i2v_lab.units import GIB, KIB, MIB
 
 # Okabe and Ito's palette, distinguishable with every common kind of colour blindness.
 ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
@@ -136,10 +136,11 @@ def byte_scale(largest_bytes: float) -> tuple[int, str]:
     """The divisor and the unit of an axis of bytes.
 
     Example:
-        >>> byte_scale(3 * 2**30)
-        (1073741824, 'GiB')
+        >>> byte_scale(3 * 2**30), byte_scale(100)
+        ((1073741824, 'GiB'), (1, 'B'))
     """
-    return (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
+    scales = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
+    return next((scale for scale in scales if largest_bytes >= scale[0]), (1, "B"))
 
 
 def phase_label(phase: str) -> str:

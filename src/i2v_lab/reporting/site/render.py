@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,28 @@ from nbconvert.filters import markdown2html
 
 from i2v_lab.display import printable
 from i2v_lab.files import write_text
+from i2v_lab.reporting.figures.chart import MIME as CHART
 from i2v_lab.reporting.results import MIME
+from i2v_lab.reporting.site.charts import (
+    behind_chart,
+    chart_scripts,
+    chart_style,
+    data_block,
+    is_chart,
+    place_of,
+    with_charts,
+)
+from i2v_lab.reporting.site.contents import Found, searchable, searchable_text, with_anchors
+from i2v_lab.reporting.site.downloads import command, downloads
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.story import Page, headline, read_page
+from i2v_lab.reporting.site.terms import link_terms
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PAPERMILL_ERROR = "papermill-error-cell-tag"  # on cells that papermill adds; the page reports the error itself
+FIT = "fit.html"  # the answer page, if it is there
+TERMS_PLACE = "<!-- terms -->"
 NO_PROVENANCE: Mapping[str, str] = {}
 
 
@@ -49,6 +65,73 @@ def render_site(
         PosixPath('build/site/index.html')
     """
     pages = [read_page(notebook, notebook in failed) for notebook in executed]
+    answer = folder / FIT
+    environment = site_environment(provenance)
+    environment.globals.update(pages=pages, fit=FIT if answer.is_file() else None)
+    exporter: Any = HTMLExporter(
+        template_name="article", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
+    )
+    page_template = environment.get_template("page.html.j2")
+    entries: list[Found] = []
+    for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
+        cells, behind = notebook_body(exporter, notebook, page, pages, folder.parent)
+        body, sections = with_anchors(cells)
+        entries += searchable(plain_markdown(page.title), page.href, body)
+        html = page_template.render(
+            page=page,
+            body=Markup(with_charts(explain_terms(body, environment), behind)),  # noqa: S704 - what our own notebooks show
+            sections=sections,
+            **chart_parts(environment, bool(behind)),
+            previous=pages[index - 1] if index else None,
+            following=pages[index + 1] if index + 1 < len(pages) else None,
+        )
+        write_text(folder / page.href, html)
+    if answer.is_file():
+        entries += searchable_text(answer.read_text(encoding="utf-8"), FIT)
+    index_template = environment.get_template("site_index.html.j2")
+    shown = {"headline": headline(pages), "stems": {page.stem[:2]: page for page in pages}}
+    entries += searchable_text(index_template.render(**shown, entries=[]), "index.html")
+    whole = index_template.render(**shown, entries=[asdict(entry) for entry in entries])
+    head, main, rest = whole.partition("<main")
+    return write_text(folder / "index.html", head + main + explain_terms(rest, environment))
+
+
+def chart_parts(environment: jinja2.Environment, shown: bool) -> dict[str, Any]:
+    """What a page with charts has besides: their style, their scripts, and a policy that allows these.
+
+    Args:
+        environment: The site's.
+        shown: Whether the page has charts; the scripts take 0.9 MB.
+    """
+    if not shown:
+        return {"chart_style": "", "chart_scripts": ()}
+    own = (str(environment.globals["theme_script"]), str(environment.globals["script"]))
+    scripts = chart_scripts()
+    return {
+        "chart_style": Markup(chart_style()),  # noqa: S704 - our own
+        "chart_scripts": [Markup(script) for script in scripts],  # noqa: S704 - Vega's and our own
+        "policy": content_security_policy(*own, *scripts),
+    }
+
+
+def explain_terms(body: str, environment: jinja2.Environment) -> str:
+    """Link units and phases where they first appear, and put their definitions in the place for them.
+
+    Args:
+        body: HTML with :data:`TERMS_PLACE` in it.
+        environment: The site's.
+    """
+    linked, terms = link_terms(body)
+    definitions = environment.get_template("terms.html.j2").render(terms=terms) if terms else ""
+    return linked.replace(TERMS_PLACE, definitions, 1)
+
+
+def site_environment(provenance: Mapping[str, str] = NO_PROVENANCE) -> jinja2.Environment:
+    """The templates of the site, with what every page has: style, scripts, policy and provenance.
+
+    Args:
+        provenance: Facts about this build for the footer, by name.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -59,69 +142,74 @@ def render_site(
     )
     environment.filters["inline"] = inline_markdown
     environment.filters["plain"] = plain_markdown
-    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    environment.filters["data"] = data_block
+    theme, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("theme.js", "page.js"))
     environment.globals.update(
         css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        theme_script=Markup(theme),  # noqa: S704 - our own
         script=Markup(script),  # noqa: S704 - our own
-        policy=content_security_policy(script),
+        policy=content_security_policy(theme, script),
+        terms_place=Markup(TERMS_PLACE),  # noqa: S704 - our own
         provenance=dict(provenance),
-        pages=pages,
+        pages=[],
+        fit=None,
     )
-    exporter: Any = HTMLExporter(
-        template_name="article", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
-    )
-    page_template = environment.get_template("page.html.j2")
-    for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
-        body = notebook_body(exporter, notebook, page, pages)
-        html = page_template.render(
-            page=page,
-            body=Markup(body),  # noqa: S704 - what our own notebooks show
-            previous=pages[index - 1] if index else None,
-            following=pages[index + 1] if index + 1 < len(pages) else None,
-        )
-        write_text(folder / page.href, html)
-    index_html = environment.get_template("site_index.html.j2").render(
-        headline=headline(pages), stems={page.stem[:2]: page for page in pages}
-    )
-    return write_text(folder / "index.html", index_html)
+    return environment
 
 
-def content_security_policy(script: str) -> str:
-    """The policy of a page: this one script, what the page itself holds, and nothing from any network.
+def content_security_policy(*scripts: str) -> str:
+    """The policy of a page: these scripts, what the page itself holds, and nothing from any network.
 
-    Styles are inline: figures and bars have ``style`` attributes.
+    Styles are inline: figures and bars have ``style`` attributes. JSON in a ``script`` element is no script.
 
     Args:
-        script: The text of the page's ``script`` element, every character of it.
+        *scripts: The text of each of the page's ``script`` elements, every character of it.
 
     Example:
         >>> content_security_policy("").partition(";")[0]
         "default-src 'none'"
     """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    sources = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
+        f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data:; media-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page]) -> str:
-    """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages."""
+def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page], out: Path) -> tuple[str, list[str]]:
+    """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages.
+
+    Args:
+        exporter: Of nbconvert, with the site's template.
+        notebook: The executed file.
+        page: Its page.
+        pages: All of them; links to their notebooks lead to them.
+        out: The build folder; the files of figures and tables that are there can be downloaded.
+
+    Returns:
+        The HTML, and for each chart in it what goes to its place: :func:`~i2v_lab.reporting.site.charts.with_charts`.
+    """
     node = nbformat.read(notebook, as_version=4)
     node.cells = [cell for cell in node.cells if PAPERMILL_ERROR not in cell.metadata.get("tags", [])]
-    _prepare_outputs(node.cells, page.title)
+    behind = _prepare_outputs(node.cells, page.title, out)
     first = next((cell for cell in node.cells if cell.cell_type == "markdown" and "# " in cell.source), None)
     if first is not None:
         first.metadata["with_verdict"] = True
-    body, _ = exporter.from_notebook_node(node, resources={"page": page})
+    body, _ = exporter.from_notebook_node(node, resources={"page": page, "command": command(node, notebook.stem)})
     stems = "|".join(re.escape(other.stem) for other in pages)
-    return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
+    return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body), behind
 
 
-def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
-    """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style."""
+def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> list[str]:
+    """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style.
+
+    Returns:
+        What is behind each chart.
+    """
     heading, count, figures = plain_markdown(title), 0, 0
     errors = []
+    behind: list[str] = []
     for cell in cells:
         if cell.cell_type == "markdown":
             found = re.findall(r"^#{1,4} +(.+)$", cell.source, re.MULTILINE)
@@ -140,6 +228,10 @@ def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
                 count += 1
             label = heading if count < 2 else f"{heading} ({count})"
             output.metadata["label"] = label
+            output.metadata["downloads"] = downloads(output.metadata, out)
+            if is_chart(data):
+                output.metadata["chart"] = place_of(len(behind))
+                behind.append(behind_chart(data[CHART]))
             if "image/svg+xml" in data:
                 figures += 1
                 data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)
@@ -148,6 +240,7 @@ def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
                 data["text/html"] = re.sub(r'<table border="1"', "<table", html)
     if errors:
         errors[-1]["anchor"] = True  # the one that ended the notebook, if it failed
+    return behind
 
 
 def inline_markdown(text: str) -> Markup:
