@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli.output import plain_console
+from i2v_lab.cli import options
+from i2v_lab.cli.output import log, plain_console, print_json
+from i2v_lab.errors import OutputError
 from i2v_lab.files import check_folder
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ The phases of a run, and the modules and tensors that hold its peak:
 Two runs phase by phase, with their live bytes over time as a figure:
 
     i2v-lab show runs/escaped runs/no_grad --timeline figures
+
+A run as JSON, for a script:
+
+    i2v-lab show runs/escaped --json
 """
 
 
@@ -36,6 +42,7 @@ def show(
     timeline: Annotated[
         Path | None, typer.Option(help="Folder for timeline.svg and timeline.png: live bytes over time.")
     ] = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the phases of a recorded run and what was live at its peak, or the difference to a second run."""
     from i2v_lab.profiling.records import PhaseRecord, peak_phase
@@ -52,7 +59,17 @@ def show(
         from i2v_lab.reporting.figures.runs import timeline_figure
         from i2v_lab.reporting.figures.style import save_figure
 
-        save_figure(timeline_figure(first, read_run(other) if other else None), timeline, "timeline")
+        try:
+            files = save_figure(timeline_figure(first, read_run(other) if other else None), timeline, "timeline")
+        except OSError as error:
+            raise OutputError(
+                f"timeline='{timeline}' cannot be written ({error.strerror}); choose another folder", folder=timeline
+            ) from error
+        for file in files:
+            log(f"wrote {file}")
+    if as_json:
+        print_json(_values(first, top) if other is None else [_values(each, top) for each in (first, read_run(other))])
+        return
     if other is None:
         peak = peak_phase(first.of(PhaseRecord))
         console.print(_described(first), soft_wrap=True)
@@ -73,6 +90,28 @@ def show(
         console.print(headline(each))
     console.print(difference_headline(first, second))
     console.print(rich_table(run_tables.difference_table(first, second), "Phase by phase"))
+
+
+def _values(run: Run, top: int) -> dict[str, Any]:
+    """A run as JSON values: its phases, and what was live at its peak."""
+    from dataclasses import asdict
+
+    from i2v_lab.profiling.records import HolderRecord, PhaseRecord, peak_phase
+    from i2v_lab.reporting import run_tables
+
+    peak = peak_phase(run.of(PhaseRecord))
+    holders = sorted(run_tables.records_at_peak(run, HolderRecord), key=lambda holder: -holder.nbytes)
+    names = ("model", "device", "device_name", "started_at", "seed", "versions", "error")
+    return {
+        "run": str(run.folder),
+        "status": run.status,
+        **{name: run.metadata.get(name) for name in names},
+        "peak_bytes": peak.peak_bytes if peak else None,
+        "peak_phase": peak.phase if peak else None,
+        "phases": [asdict(phase) for phase in run.of(PhaseRecord)],
+        "modules": run_tables.modules_table(run).head(top).to_dict("records"),
+        "holders": [asdict(holder) for holder in holders[:top]],
+    }
 
 
 def _described(run: Run) -> str:

@@ -10,11 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from i2v_lab.display import printable
-from i2v_lab.reporting.console import PlainConsole
+from i2v_lab.reporting.console import PlainConsole, TerminalTable
 from i2v_lab.units import format_seconds
 
 
@@ -103,7 +102,7 @@ class RunReport:
 
 def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
     """Print the outcome of every notebook as a table, and the path of the site below the build folder."""
-    table = Table("notebook", "outcome", "time", header_style="bold")
+    table = TerminalTable("notebook", "outcome", "time", header_style="bold")
     table.columns[-1].justify = "right"
     for outcome in outcomes:
         style = "bold red" if outcome.error else ""
