@@ -77,6 +77,7 @@ endurance: setup
 
 figures: setup
 	$(BIN)/python docs/draw_figures.py
+	$(BIN)/python docs/write_summary.py
 
 pictures: setup
 	$(BIN)/python docs/draw_jupyterlab.py

@@ -3,7 +3,7 @@
     python benchmarks/latency.py
 
 Each is the least of a few repetitions, so that a busy machine disturbs little. Ends with status 1 if one takes too
-long. What happens in JupyterLab is timed in a real Chromium and left out where there is none.
+long. What happens in pages and in JupyterLab is timed in a real Chromium and left out where there is none.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from chromium import drag_slider, find_chromium, launch_chromium, run_all_cells
 from endurance import change_controls
 from lab_server import lab_server
+from made_notebooks import make_notebooks
 from playwright.sync_api import sync_playwright
 from rich.console import Console
 from rich.table import Table
 from small_notebooks import SMALL
 
 from i2v_lab.paths import CACHE_VARIABLE
+from i2v_lab.reporting.site.render import render_site
 
 REPETITIONS = 3
 PATIENCE_MS = 120_000
@@ -53,6 +55,9 @@ CHOICE_TO_CODE = """(card) => new Promise((resolve) => {
     ? resolve(true) : requestAnimationFrame(look);
   look();
 })"""
+
+PAINTED = """() => new Promise((resolve) => new PerformanceObserver((list) => resolve(list.getEntries()[0].startTime))
+  .observe({type: "paint", buffered: true}))"""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,26 @@ def in_jupyterlab(executable: str) -> Iterator[Timed]:
         browser.close()
 
 
+def first_paint(executable: str) -> Timed:
+    """Of the slowest page of the site that `make reproduce` left, or of pages made for the tests."""
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        site = Path("build/site")
+        if not (site / "index.html").exists():
+            site = render_site(make_notebooks(Path(folder) / "notebooks"), [], Path(folder) / "site").parent
+        browser = launch_chromium(playwright, executable)
+        seconds = {}
+        for path in sorted(site.glob("*.html")):
+            seconds[path.name] = []
+            for _ in range(REPETITIONS):
+                page = browser.new_page()
+                page.goto(path.absolute().as_uri())
+                seconds[path.name].append(page.evaluate(PAINTED) / 1000)
+                page.close()
+        browser.close()
+        slowest = max(seconds, key=lambda name: min(seconds[name]))
+        return Timed(f"first paint of {slowest}, the slowest page", seconds[slowest], 1.0)
+
+
 def main() -> None:
     console = Console(width=120)
     console.print("How quickly commands and views answer: about a minute")
@@ -135,9 +160,9 @@ def main() -> None:
         timed = [imports(), cached_forecasts(), known_answers()]
         executable = find_chromium()
         if executable is None:
-            console.print("There is no Chromium: JupyterLab is left out")
+            console.print("There is no Chromium: pages and JupyterLab are left out")
         else:
-            timed += in_jupyterlab(executable)
+            timed += [first_paint(executable), *in_jupyterlab(executable)]
     for each in timed:
         least, late = min(each.seconds), min(each.seconds) > each.most_s
         table.add_row(each.what, f"{least:.3f}", f"{max(each.seconds):.3f}", f"{each.most_s}", "too slow" * late)

@@ -183,7 +183,7 @@ def _remove_abandoned(parts: Iterable[Path]) -> None:
         named = re.search(r"\.(\d+)(-\d+)?(@(\w+))?\.part", part.name)
         if named is not None and named[4] in (None, _host()) and not _is_running(int(named[1])):
             with suppress(OSError):
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def _is_running(process: int) -> bool:
@@ -194,11 +194,33 @@ def _is_running(process: int) -> bool:
 
 
 @contextmanager
+def private_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder that only this user can read, removed at the end of the scope, or if the command is stopped by a signal.
+
+    One that a killed process of this machine left there is removed first.
+
+    Args:
+        parent: Where; made if it does not exist.
+        name: For what, such as ``keys``.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(parent.glob(f".{name}.*.part"))
+    for folder in _part_paths(parent.absolute() / name):
+        with suppress(FileExistsError):  # another thread's
+            folder.mkdir(mode=0o700)
+            break
+    with on_stop(partial(shutil.rmtree, folder, ignore_errors=True)):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def scratch_folder() -> Iterator[Path]:
     """An empty folder, removed at the end of the scope, or if the command is stopped by a signal."""
-    folder = tempfile.TemporaryDirectory(prefix="i2v-lab-", ignore_cleanup_errors=True)
-    with on_stop(partial(shutil.rmtree, folder.name, ignore_errors=True)), folder as name:
-        yield Path(name)
+    with private_folder(Path(tempfile.gettempdir()), "i2v-lab") as folder:
+        yield folder
 
 
 def check_file(path: Path, option: str, example: str, *, make_folder: bool = True) -> None:

@@ -31,6 +31,11 @@ def notebooks_dir() -> Path:
     return _packaged("notebooks")
 
 
+def glossary_file() -> Path:
+    """Return the glossary of the documentation, whose words the site's pages use: in both places too."""
+    return _packaged("docs") / "glossary.md"
+
+
 def _packaged(name: str) -> Path:
     installed = package_dir() / name
     return installed if installed.is_dir() else package_dir().parents[1] / name

@@ -16,7 +16,13 @@ from i2v_lab.reproduce.provenance import site_provenance
 pytestmark = pytest.mark.xdist_group("reproduced")
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-SIZES = {"desktop": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
+SIZES = {
+    "desktop": {"width": 1280, "height": 800},
+    "phone": {"width": 390, "height": 844},
+    "tablet": {"width": 768, "height": 1024},
+    "wide": {"width": 1600, "height": 1000},
+}
+MIB = 2**20
 
 # What is drawn: nothing of it may be empty.
 EMPTY = """() => {
@@ -61,6 +67,28 @@ LOW_CONTRAST = """() => {
   }
   return low;
 }"""
+
+# Tables whose last column cannot be brought into sight by scrolling their own box, or whose first one leaves it then.
+LOST_COLUMNS = """() => [...document.querySelectorAll("main table")].filter((table) => {
+  if (table.closest("details:not([open])")) return false;
+  const box = table.closest("[role=region][tabindex='0'][aria-label]");
+  if (!box) return true;
+  box.scrollLeft = 1e6;
+  const lost = [...table.rows].some((row) => {
+    const [inside, last] = [box.getBoundingClientRect(), row.cells[row.cells.length - 1].getBoundingClientRect()];
+    return last.right > inside.right + 1 || last.width < 1 || inside.right > innerWidth + 1;
+  });
+  const first = table.rows[table.rows.length - 1].querySelector(".key") ?? table.rows[0].cells[0];
+  const gone = first.getBoundingClientRect().left < box.getBoundingClientRect().left - 1;
+  box.scrollLeft = 0;
+  return lost || gone;
+}).map((table) => table.outerHTML.slice(0, 100))"""
+
+# The height in pixels of the smallest letters of the figures that Matplotlib drew.
+SMALLEST_TEXT = """() => [...document.querySelectorAll(".drawn svg")].map((svg) => Math.min(
+  ...[...svg.querySelectorAll("g[transform*=scale]")].map((part) => part.getScreenCTM())
+    .map((seen) => Math.hypot(seen.a, seen.b) * 100)
+))"""
 
 PASTE = """() => {
   const area = document.createElement("textarea");
@@ -135,8 +163,12 @@ def test_every_page_is_drawn_whole_and_stays_on_this_machine(site, page):
                 assert video.evaluate("video => video.videoWidth") > 0
             wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
             assert wide[0] <= wide[1] == size["width"], path.name
+            assert page.evaluate(LOST_COLUMNS) == [], (path.name, name)
+            assert all(height >= 9 for height in page.evaluate(SMALLEST_TEXT)), (path.name, name)
             page.screenshot(path=_screenshots(site) / f"{path.stem}-{name}.png", full_page=True)
         assert problems == [], path.name
+        assert path.stat().st_size < 3 * MIB, path.name
+    assert sum(path.stat().st_size for path in site.iterdir()) < 15 * MIB
 
 
 def test_every_link_leads_somewhere_and_back(site, page):
@@ -150,6 +182,9 @@ def test_every_link_leads_somewhere_and_back(site, page):
     for name, hrefs in links.items():
         for href in hrefs:
             if href.startswith(("https:", "http:")):
+                continue
+            if href.startswith("../"):  # a file to download, beside the site
+                assert (site / href).is_file(), f"{name}: {href}"
                 continue
             target, _, anchor = href.partition("#")
             assert (target or name) in ids, f"{name}: {href}"
@@ -174,7 +209,9 @@ def test_every_page_can_be_read_by_everybody(site, page):
         unnamed = "img:not([alt]), img[alt=''], svg:not([role=img][aria-label]), video:not([aria-label])"
         assert page.locator(unnamed).count() == 0, path.name
         page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
-        assert page.evaluate(LOW_CONTRAST) == [], path.name
+        for scheme in ("dark", "light"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate(LOW_CONTRAST) == [], (path.name, scheme)
         for word in ("Made", "Machine", "Versions", "Commit"):
             assert page.locator("footer dt", has_text=word).count() == 1
 
@@ -220,14 +257,99 @@ def test_a_table_is_copied_as_tab_separated_text(made_site, context, clipboard):
     )
 
 
-def test_a_figure_fits_a_phone_and_is_enlarged_within_its_own_box(made_site, page):
+def test_a_figure_is_enlarged_by_a_click_or_a_key_and_put_back(made_site, page):
     page.set_viewport_size(SIZES["phone"])
     page.goto((made_site / "02_peak_localization.html").as_uri())
-    figure = page.locator("figure.drawn").first
-    assert figure.locator("svg").bounding_box()["width"] <= 390
-    figure.click()
-    assert figure.locator("svg").bounding_box()["width"] > 600
+    whole = page.locator("main").inner_html()
+    svg, button = page.locator("#figure-1"), page.get_by_role("button", name="Enlarge").first
+    narrow = svg.bounding_box()["width"]
+    svg.click(position={"x": 40, "y": 40})
+    assert page.locator("dialog:modal #figure-1").count() == 1
+    assert svg.bounding_box()["width"] > 1.5 * narrow
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.keyboard.press("Escape")
+    page.locator("dialog").wait_for(state="detached")
+    assert page.locator("main").inner_html().replace(' style=""', "") == whole
+    button.press("Enter")
+    page.get_by_role("button", name="Close").press("Enter")
+    page.locator("dialog").wait_for(state="detached")
+    assert button.evaluate("button => document.activeElement === button")
+
+
+def test_the_theme_is_the_systems_until_it_is_chosen_and_then_remembered(made_site, context):
+    page = context.new_page()
+    background = "getComputedStyle(document.body).backgroundColor"
+    seen = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.goto((made_site / "index.html").as_uri())
+        seen[scheme] = page.evaluate(background)
+    assert seen["light"] == "rgb(255, 255, 255)" != seen["dark"]
+    page.evaluate("document.addEventListener('themechange', (event) => { window.told = event.detail; })")
+    page.get_by_role("button", name="Light theme").click()
+    assert page.evaluate("window.told") == "light"
+    page.goto((made_site / "01_tiling_dead_end.html").as_uri())
+    assert page.locator("html").get_attribute("data-theme") == "light"
+    assert page.evaluate(background) == seen["light"]
+    page.get_by_role("button", name="Dark theme").click()
+    assert page.evaluate(background) == seen["dark"]
+
+
+def test_without_storage_the_theme_is_chosen_for_the_page(made_site, context):
+    context.add_init_script("Object.defineProperty(window, 'localStorage', {get() { throw new Error('no'); }})")
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((made_site / "index.html").as_uri())
+    page.get_by_role("button", name="Dark theme").click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    assert problems == []
+
+
+def test_the_search_leads_from_any_page_to_a_section_by_keys_alone(made_site, page):
+    page.goto((made_site / "04_flat_across_resolution.html").as_uri())
+    page.keyboard.press("/")
+    page.keyboard.type("GAP decode_video")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/index.html?q=*")
+    links = page.locator("#found a")
+    assert links.first.inner_text() == "The peak is in decode_video: The gap"
+    assert page.locator("#found mark").all_inner_texts()[0].lower() in ("gap", "decode_video")
+    page.keyboard.press("ArrowDown")
+    assert links.first.evaluate("link => document.activeElement === link")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/02_peak_localization.html#the-gap")
+    page.goto((made_site / "index.html").as_uri())
+    field = page.get_by_role("searchbox")
+    field.fill("no such word")
+    assert page.get_by_role("status").inner_text() == "Nothing found"
+    field.fill("<b>x</b> \\ [")
+    assert page.locator("#found a").count() == 0
+    field.press("Escape")
+    assert not page.locator("#found").is_visible()
+
+
+def test_contents_stand_beside_the_text_or_fold_above_it(made_site, page):
+    page.goto((made_site / "02_peak_localization.html").as_uri())
+    contents = page.get_by_role("navigation", name="Contents", exact=True)
+    assert contents.get_by_role("link").all_inner_texts() == ["Boundaries", "The gap", "Boundaries"]
+    box, main = contents.bounding_box(), page.locator("main").bounding_box()
+    assert box["x"] + box["width"] <= main["x"]
+    page.evaluate("scrollTo(0, 600)")
+    assert contents.get_by_role("link").first.bounding_box()["y"] >= 0
+    page.set_viewport_size(SIZES["phone"])
+    assert contents.get_by_role("link").count() == 0
+    contents.get_by_text("Contents").click()
+    contents.get_by_role("link").nth(2).click()
+    assert page.url.endswith("#boundaries-2")
+    assert contents.get_by_role("link").count() == 0
+
+
+def test_a_term_leads_to_its_definition_which_unfolds(made_site, page):
+    page.goto((made_site / "02_peak_localization.html").as_uri())
+    definition = page.locator("#term-GiB")
+    assert not definition.is_visible()
+    page.locator("a.term", has_text="GiB").click()
+    assert definition.is_visible()
 
 
 def test_every_page_prints_without_code_and_within_the_paper(site, page):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import urllib.parse
-from pathlib import Path
 
 import psutil
 import pytest
@@ -60,10 +59,28 @@ def test_a_configuration_without_a_token_leaves_a_server_with_one_for_this_machi
 
 
 @pytest.mark.parametrize(
-    "option", ["--ip=0.0.0.0", "--ip", "--ServerApp.ip=*", "--ServerApp.allow_origin=*", "--sock=a"]
+    ("options", "what"),
+    [
+        (["--ip=0.0.0.0"], "ssh -L"),
+        (["--ip", "0.0.0.0"], "ssh -L"),
+        (["--ServerApp.ip=*"], "ssh -L"),
+        (["--ServerApp.allow_origin=*"], "ssh -L"),
+        (["--sock=a"], "ssh -L"),
+        (["--notebook-dir=a"], "copies of the notebooks"),
+        (["--ServerApp.root_dir", "a"], "copies of the notebooks"),
+        (["--LabApp.default_url=/tree"], "set already by i2v-lab lab"),
+        (["--LabApp.extension_manager=pypi"], "set already by i2v-lab lab"),
+        (["--ServerApp.tornado_settings={}"], "set already by i2v-lab lab"),
+        (["my.ipynb"], "is a file or a folder"),
+        (["--allow-root", "my.ipynb"], "is a file or a folder"),
+        (["--port=1", "folder"], "is a file or a folder"),
+    ],
 )
-def test_an_option_that_opens_the_server_is_refused(option):
-    with pytest.raises(InvalidRequest) as refused:
-        check_options(["--no-browser", "--port", "8899", option, "0.0.0.0"])
-    assert refused.value.fields == {"option": option}
-    check_options(["--no-browser", "--port", "8899", "--allow-root", str(Path("ip"))])
+def test_an_option_that_is_set_already_is_refused_in_one_line(options, what):
+    with pytest.raises(InvalidRequest, match=what) as refused:
+        check_options(["--no-browser", "--port", "8899", *options])
+    assert refused.value.fields == {
+        "option": next(each for each in options if each not in ("--allow-root", "--port=1"))
+    }
+    assert "\n" not in str(refused.value)
+    check_options(["--no-browser", "--port", "8899", "--allow-root", "--log-level", "ip", "--notebook-version=1"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from i2v_lab.capacity import fit as fit_module
-from i2v_lab.capacity.cards import USABLE, gpu_memory_bytes, gpu_table
+from i2v_lab.capacity.cards import USABLE, gpu_memory_bytes, gpu_table, judge
 from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.profiling.records import Forecast, PhaseRecord
@@ -95,6 +95,17 @@ def test_what_is_no_size_and_no_card_is_refused(typed):
     with pytest.raises(InvalidRequest) as caught:
         gpu_memory_bytes(typed)
     assert list(caught.value.fields) == ["gpu"]
+
+
+# --- What "fits" means ---
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "verdict"), [(1030 * 2**20 + 50, "fits"), (1030 * 2**20 + 49, "tight"), (900 * 2**20 + 49, "no")]
+)
+def test_a_card_fits_with_a_margin_above_the_reserved_bytes(memory_bytes, verdict):
+    phase = PhaseRecord("a", None, 0, 900 * 2**20, 0, 1000 * 2**20, 900 * 2**20, 0, 0, 0, True)
+    assert judge(Forecast((phase,), 50, 0), "a card", memory_bytes).verdict == verdict
 
 
 # --- Where nothing fits ---

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from i2v_lab.cli import generate, lab, measure
 from i2v_lab.cli.app import app
 from i2v_lab.cli.progress import ProgressReport
 from i2v_lab.errors import I2VLabError, InvalidImage, InvalidRequest, OutputError, UnknownModel
-from i2v_lab.paths import notebooks_dir
+from i2v_lab.paths import CACHE_VARIABLE, notebooks_dir
 from i2v_lab.runs.store import read_run
 
 SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
@@ -216,19 +218,47 @@ def test_paths_are_printed_verbatim_and_never_as_markup(capsys):
 # --- lab ---
 
 
-def test_lab_serves_the_notebooks_of_a_checkout_or_copies_of_installed_ones(tmp_path, monkeypatch, capsys):
-    assert lab.editable_notebooks(tmp_path) == notebooks_dir()
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(lab, "checkout_dir", lambda: None)
-    copy = lab.editable_notebooks(tmp_path)
-    assert capsys.readouterr().err.count("\n") == 1
-    assert copy == tmp_path / lab.COPY
+@pytest.mark.parametrize("installed", [False, True])
+def test_lab_serves_copies_which_follow_their_notebooks_until_they_are_changed(
+    tmp_path, monkeypatch, capsys, installed
+):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    source, folder = tmp_path / "notebooks", tmp_path / "here"
+    shutil.copytree(notebooks_dir(), source, ignore=shutil.ignore_patterns(".*"))
+    monkeypatch.setattr(lab, "notebooks_dir", lambda: source)
+    monkeypatch.setattr(lab, "checkout_dir", lambda: None if installed else folder)
+    copy = lab.editable_notebooks(folder)
+    assert copy == folder / (lab.COPY if installed else lab.CHECKOUT_COPY)
+    assert capsys.readouterr().err.splitlines() == [
+        f"i2v-lab: JupyterLab opens copies of the notebooks, in {copy}; changes are saved there"
+    ]
     assert {path.name for path in copy.iterdir()} == {path.name for path in notebooks_dir().glob("[!.]*")}
     (copy / lab.START).write_text("mine")
     (copy / "05_leak.ipynb").unlink()
-    lab.editable_notebooks(tmp_path)
+    for name in (lab.START, "05_leak.ipynb", "06_will_it_fit.ipynb"):
+        (source / name).write_text(f"newer {name}")
+    lab.editable_notebooks(folder)
     assert (copy / lab.START).read_text() == "mine"
-    assert (copy / "05_leak.ipynb").read_bytes() == (notebooks_dir() / "05_leak.ipynb").read_bytes()
+    assert (copy / "05_leak.ipynb").read_text() == "newer 05_leak.ipynb"
+    assert (copy / "06_will_it_fit.ipynb").read_text() == "newer 06_will_it_fit.ipynb"
+    assert f"i2v-lab: {lab.START}: changed by you" in capsys.readouterr().err
+    next((tmp_path / "cache" / "jupyter").glob("copied-*.json")).write_text("{")  # damaged: all count as changed
+    (copy / "05_leak.ipynb").write_text("mine too")
+    lab.editable_notebooks(folder)
+    assert (copy / "05_leak.ipynb").read_text() == "mine too"
+
+
+def test_lab_starts_as_root_and_without_a_browser_over_ssh(monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert lab.complete_options(["--port=1"], {}) == ["--allow-root", "--port=1"]
+    assert capsys.readouterr().err.startswith("i2v-lab: running as root")
+    for option in ("--allow-root", "--ServerApp.allow_root=True"):
+        assert lab.complete_options([option], {}) == [option]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert lab.complete_options([], {}) == []
+    assert lab.complete_options(["--port=1"], {"SSH_CONNECTION": "x"}) == ["--no-browser", "--port=1"]
+    assert lab.complete_options(["--no-browser"], {"SSH_CONNECTION": "x"}) == ["--no-browser"]
+    assert capsys.readouterr().err == ""
 
 
 def test_lab_without_notebooks_or_a_writable_folder_is_refused(tmp_path, monkeypatch):

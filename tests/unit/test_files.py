@@ -20,7 +20,16 @@ from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
 from i2v_lab.errors import I2VLabError, InvalidRequest, OutputError
-from i2v_lab.files import check_file, check_folder, partial_file, read_json, write_atomically, write_json, write_text
+from i2v_lab.files import (
+    check_file,
+    check_folder,
+    partial_file,
+    private_folder,
+    read_json,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from i2v_lab.locks import exclusive, lock_beside
 from i2v_lab.pipeline.contract.media import write_video
 from i2v_lab.request import I2VRequest
@@ -263,3 +272,19 @@ def test_what_a_killed_process_left_of_a_file_is_removed_by_the_next_that_writes
     assert (tmp_path / "video.mp4").read_bytes() == b"whole"
     left = {path.name for path in tmp_path.iterdir()} - {"video.mp4"}
     assert left == kept  # of one that runs, of another file, and of another machine
+
+
+def test_a_private_folder_goes_with_its_scope_and_that_of_a_killed_process_with_the_next(tmp_path):
+    """Keys and scratch files of a command: readable by its user alone, and not left for ever by SIGKILL."""
+    code = (
+        "import os, pathlib, signal; from i2v_lab.files import private_folder\n"
+        f"with private_folder(pathlib.Path({str(tmp_path)!r}), 'keys') as folder:\n"
+        "    (folder / 'key').write_text('secret'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "key").read_text() == "secret"
+    with private_folder(tmp_path, "keys") as first, private_folder(tmp_path, "keys") as second:
+        assert set(tmp_path.iterdir()) == {first, second}
+        assert first.stat().st_mode & 0o777 == 0o700
+    assert list(tmp_path.iterdir()) == []

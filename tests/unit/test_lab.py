@@ -126,7 +126,8 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     exploration.ask(exploration.question, wait=True)
     answer = exploration.answer
     whole = i2v_lab.forecast_request(_request(), TINY)
-    assert answer.needed_bytes == whole.peak_reserved_bytes + whole.context_bytes
+    reserved = whole.peak_reserved_bytes
+    assert answer.needed_bytes == reserved + reserved * 3 // 100 + whole.context_bytes
     assert answer.fit.verdict == "fits"
     assert answer.sentence.startswith("It fits: T4 has 14.56 GiB, this needs")
     assert "not known" in answer.duration  # tensor cores of a T4 have no bfloat16
@@ -316,6 +317,8 @@ def test_a_view_that_is_closed_while_it_works_ends_its_work_and_can_be_shown_aga
     generate.job.wait()
     assert generate.job.state is State.DONE
     assert len(generate._video_box.children) == 1
+    assert "Made with random weights" in generate._result_box.value
+    assert "--checkpoint" in generate._result_box.value
     generate.start()
     generate.job.wait()
     generate.close()
@@ -443,6 +446,24 @@ def test_a_request_that_will_not_fit_this_machine_gets_a_warning_before_it_runs(
     assert "Warning. It does not fit as it is: this GPU has 1.0 MiB" in generate.html()
 
 
+def test_a_seed_that_is_refused_stays_in_its_field_and_starts_nothing(tiny, tmp_path):
+    generate = Generate(tmp_path, _request(seed=3), TINY, "cpu")
+    seed = generate.controls["seed"]
+    for value, field in ((-5, -5), (12.7, 12.7), (2.0**60, 2.0**60), (-(2.0**60), -(2.0**60))):
+        seed.value = value
+        assert seed.value == field
+        assert "seed=" in generate._note.value
+        assert generate._start.disabled
+        generate.start()
+        assert generate.job.state is State.IDLE
+        assert generate.request.seed == 3
+    seed.value = 7
+    assert (generate.request.seed, type(generate.request.seed)) == (7, int)
+    assert "seed=" not in generate._note.value
+    assert not generate._start.disabled
+    generate.close()
+
+
 # --- Pictures and comparisons ---
 
 
@@ -475,6 +496,25 @@ def test_a_timeline_needs_storages_that_were_tracked():
     svg = pictures.timeline(_run("one", *moments), _run("two", *moments[:2]))
     assert "dashed: all of two" in svg
     ElementTree.fromstring(svg)
+
+
+@pytest.mark.parametrize(
+    ("top", "labels"),
+    [
+        (1, ["0", "0.5", "1 B"]),
+        (100, ["0", "50", "100 B"]),
+        (1500, ["0", "0.732", "1.46 KiB"]),
+        (1023 * MIB + MIB // 2, ["0", "512", "1024 MiB"]),
+        (3000 * 2**30, ["0", "1500", "3000 GiB"]),
+    ],
+)
+def test_an_axis_of_any_range_reads_without_an_exponent(top, labels):
+    curve = pictures.Curve("allocated", "#000000", [0, top], filled=True)
+    svg = pictures.over_time([0.0, 1.0], [curve], [], "words")
+    texts = [part.text for part in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[:3] == labels
+    moments = [TimelineRecord("decode_video", 0.0, top, 0, 0, 0)]
+    assert labels[2] in pictures.timeline(_run("one", *moments))
 
 
 def test_two_runs_are_compared_by_name(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 from i2v_lab.capacity.cards import context_bytes
 from i2v_lab.errors import InvalidRequest
-from i2v_lab.profiling.records import PhaseRecord
+from i2v_lab.memory_settings import MemorySettings
+from i2v_lab.profiling.records import CostRecord, Forecast, PhaseRecord
 from i2v_lab.runs.provenance import run_metadata
 from i2v_lab.runs.recorded import recorded_runs
 from i2v_lab.runs.sources import Observation, Source, observe
@@ -16,7 +19,7 @@ from i2v_lab.runs.store import RunWriter
 from i2v_lab.studies import card_map
 from i2v_lab.studies.frontier import frontier_table, placements_table
 from i2v_lab.studies.pipelines import third_party_specs
-from i2v_lab.studies.placed import best_placements, rates_of
+from i2v_lab.studies.placed import best_placements, fastest_settings, rates_of, settings_forecasts
 
 GIB = 2**30
 CARD = "H100 80GB"
@@ -56,8 +59,8 @@ def test_every_card_with_the_least_memory_has_a_placement_and_none_reads_as_too_
     assert table["predicted_seconds"].isna().to_list() == [True, True, False, False]
     assert (table["resident_verdict"] == "fits").to_list()[2:] == [True, True]
     reserved = seen[0].run.of(PhaseRecord)
-    needed = max(phase.peak_reserved_bytes for phase in reserved) + context_bytes()
-    assert set(table["resident_needed_bytes"]) == {needed}
+    most_reserved = max(phase.peak_reserved_bytes for phase in reserved)
+    assert set(table["resident_needed_bytes"]) == {most_reserved + most_reserved * 3 // 100 + context_bytes()}
     larger = table.assign(width=128, name="resident")
     assert card_map.largest_by_card(pd.concat([table, larger])).equals(larger)
 
@@ -133,8 +136,33 @@ def test_beside_the_curve_are_third_parties_and_the_runs_of_that_card_alone(seen
 def test_a_model_with_memory_settings_has_the_fastest_that_fits(still):
     model = "ltx-2.3-tiny-diffusers"
     request = make_request(model, image=str(still), width=128, height=64, frames=9, fps=120)  # as of test_third_party
+    offloaded = replace(request, settings=MemorySettings(offload="model"))
+    untiled = replace(request, settings=MemorySettings(vae_tile={"no_such_argument": 1}, vae_tiling=True))
+    tried = settings_forecasts([request, offloaded, untiled], model)
+    assert list(tried) == [request, offloaded]
     (resident,) = best_placements(request, model, [(CARD, 2**60)])
-    both = best_placements(request, model, [(CARD, resident.needed_bytes), ("L4", resident.needed_bytes - 1)])
-    assert [each.placement for each in both] == ["resident", "offload-model"]
-    assert both[1].needed_bytes < resident.needed_bytes
-    assert both[1].predicted_seconds > resident.predicted_seconds
+    less = fastest_settings(tried, "L4", resident.needed_bytes - 1)
+    assert [each.placement for each in (resident, less)] == ["resident", "offload-model"]
+    assert less.needed_bytes < resident.needed_bytes
+    assert less.predicted_seconds > resident.predicted_seconds
+    assert [each.request for each in (resident, less)] == [request, offloaded]
+    assert [each.host_bytes for each in (resident, less)] == [0, tried[request].phases[0].start_bytes]
+    assert less.host_bytes > 0
+
+
+def test_of_the_settings_that_fit_a_card_the_fastest_on_that_card_is_taken(still):
+    slow, quick = (
+        make_request("ltx-2.3-tiny-diffusers", image=str(still), settings=MemorySettings(**values))
+        for values in ({}, {"vae_tiling": True})
+    )
+    forecasts = {}
+    for request, nbytes in ((slow, 2 * GIB), (quick, GIB)):
+        row = ("pointwise", "bfloat16", nbytes // GIB, 0, GIB)
+        phase = PhaseRecord("decode_video", None, 0, GIB, 0, nbytes, GIB, 0, 0.0, 0.1, True)
+        forecasts[request] = Forecast((CostRecord("decode_video", 1, (row,)), phase), 0, 0.0)
+    for gpu in (CARD, "T4", "24GiB"):  # the last two have no rates: by those of the reference
+        found = fastest_settings(forecasts, gpu, 4 * GIB)
+        assert (found.request, found.needed_bytes) == (quick, GIB + GIB * 3 // 100)
+        assert (found.predicted_seconds is None) == (gpu != CARD)
+    nothing = fastest_settings(forecasts, CARD, GIB)
+    assert (nothing.placement, nothing.request, nothing.needed_bytes) == ("none", None, GIB + GIB * 3 // 100)

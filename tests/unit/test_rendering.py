@@ -74,6 +74,12 @@ def test_a_figure_keeps_its_style_and_its_references_to_itself():
     )
 
 
+def test_a_figures_ink_is_the_pages_and_its_data_keep_their_colours():
+    svg = inline_svg('<svg><path style="fill: #ffffff; stroke: #000000"/><path style="fill: #d55e00"/></svg>', "f", "A")
+    assert 'style="fill: var(--page); stroke: currentColor"' in svg
+    assert 'style="fill: #d55e00"' in svg
+
+
 def test_every_notebook_has_its_title_claim_badge_and_finding_on_the_index(pages):
     rows = re.findall(r"<li>(.*?)</li>", pages["index"], re.DOTALL)
     verdicts = ["shown", "refuted", "confirmed", "confirmed", "refined", "failed", "no data"]

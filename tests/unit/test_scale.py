@@ -242,6 +242,33 @@ def test_the_summary_groups_runs_by_the_card_that_made_them(capsys):
 # --- On workers ---
 
 
+def test_workers_are_encrypted_unless_the_file_asks_for_none_or_there_is_nothing_to_encrypt_with(monkeypatch, capsys):
+    """Keys of the user's own come first; without the package, workers of other machines are refused."""
+    dask = pytest.importorskip("dask")
+    pytest.importorskip("distributed")
+    pytest.importorskip("cryptography")
+    from i2v_lab.scale.cluster import _security
+
+    assert "BEGIN" in _security(None, loopback=True).tls_worker_key
+    assert "BEGIN" in _security("tls://", loopback=False).tls_worker_key
+    own = {
+        f"distributed.comm.tls.{role}.{part}": f"/{part}"
+        for role in ("scheduler", "worker")
+        for part in ("cert", "key")
+    }
+    with dask.config.set({**own, "distributed.comm.tls.ca-file": "/ca"}):
+        assert _security("tcp://", loopback=False).tls_worker_key == "/key"
+    assert capsys.readouterr().err == ""
+    assert _security("tcp://", loopback=False) is None
+    assert "protocol=tcp://" in capsys.readouterr().err
+    monkeypatch.setattr(asked.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(WorkersUnavailable) as refused:
+        _security(None, loopback=False)
+    assert refused.value.fields == {"package": "cryptography"}
+    assert _security(None, loopback=True) is None
+    assert "without encryption" in capsys.readouterr().err
+
+
 def _environment(path: str) -> tuple[int, str, str]:
     with Path(path).open("a") as file:
         file.write("x")
@@ -270,7 +297,7 @@ def test_tasks_are_done_once_and_a_worker_that_dies_three_times_fails_one_alone(
     pytest.importorskip("distributed")
     from i2v_lab.scale.dispatch import Task, WorkerDied, dispatch
 
-    addresses = set()
+    addresses, before = set(), set(psutil.Process().children(recursive=True))
     tasks = [Task(f"t{number}", _environment, (str(tmp_path / f"t{number}"),)) for number in range(8)]
     tasks += [Task("fails", _fail), Task("dies", _die, (str(tmp_path / "d"), 9))]
     tasks += [Task("recovers", _die, (str(tmp_path / "r"), 2))]
@@ -293,8 +320,8 @@ def test_tasks_are_done_once_and_a_worker_that_dies_three_times_fails_one_alone(
     assert (tmp_path / "d").read_text() == "xxx"
     assert (ended["recovers"].value, (tmp_path / "r").read_text()) == (2, "xxx")
     assert addresses == {"127.0.0.1"}
-    left = [each for each in psutil.Process().children(recursive=True) if "resource_tracker" not in str(each.cmdline())]
-    assert left == []
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert [each for each in left if "resource_tracker" not in str(each.cmdline())] == []
 
 
 def test_a_plan_on_workers_records_what_it_records_without(tmp_path, capfd):
@@ -370,7 +397,7 @@ def test_jobs_of_slurm_do_the_tasks_encrypted_and_are_submitted_again_if_they_ar
             os.killpg(int(job), signal.SIGKILL)
             lost = True
     assert len(values) == 6
-    assert all(" tls://127.0.0.1:" in value and f"{out}/.keys-" in value for value in values)
+    assert all(" tls://127.0.0.1:" in value and f"{out}/.keys." in value for value in values)
     assert list(out.iterdir()) == []
     jobs = (commands / "jobs").read_text().split()
     assert len(jobs) > 1

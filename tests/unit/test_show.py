@@ -186,6 +186,12 @@ def test_the_difference_is_the_second_run_less_the_first():
     assert difference_headline(first, other) == (
         "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 7.50 s instead of 8.00 s"
     )
+    theirs = replace(other, metadata={"device_name": "NVIDIA H100"})
+    assert difference_headline(replace(first, metadata={"device": "cpu"}), theirs).endswith(
+        "; no comparison of times: one is of cpu, the other of NVIDIA H100"
+    )
+    forecast = replace(first, metadata={"device": "forecast"})
+    assert "no comparison of times: a forecast without" in difference_headline(forecast, forecast)
     assert difference_table(_run(), _run()).empty
     assert difference_headline(first, _run()) == ("no comparison: a run in which no phase has ended has no peak")
 

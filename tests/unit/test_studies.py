@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from ltx_core.model.video_vae.tiling import SpatialTilingConfig, TemporalTilingConfig, TilingConfig
 from ltx_core.model.video_vae.video_vae import VideoDecoder
 
+from i2v_lab.capacity.device_profile import device_profile
+from i2v_lab.capacity.time_model import predicted_seconds
 from i2v_lab.errors import InvalidRequest, UnknownModel
 from i2v_lab.pipeline.ltx2.tiles import SIZES, tile_grid
 from i2v_lab.profiling.records import (
+    CostRecord,
+    Forecast,
     GenerationRecord,
     GraphRecord,
     OutOfMemoryRecord,
@@ -25,12 +29,21 @@ from i2v_lab.profiling.records import (
     TimelineRecord,
 )
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.runs.sources import Observation, Source, runs_frame
+from i2v_lab.runs.sources import Observation, Source, as_run, phases_frame, runs_frame
 from i2v_lab.runs.spec import Consumer, RunSpec
 from i2v_lab.runs.store import Run
 from i2v_lab.studies import card_map, leak, localization, no_grad, resolution, tiling
 from i2v_lab.studies.first_look import first_look_verdict
-from i2v_lab.studies.published import beside_published, published_runs, to_size, to_tiling, varied
+from i2v_lab.studies.published import (
+    beside_published,
+    citation,
+    published,
+    published_runs,
+    to_size,
+    to_tiling,
+    varied,
+)
+from i2v_lab.studies.times import time_heading, timed
 
 GIB = 2**30
 REQUEST = I2VRequest(image="still.png", width=1024, height=768, frames=97)
@@ -125,6 +138,8 @@ def test_tilings_stand_beside_the_published_ones():
     assert first["voxel_ratio"] == pytest.approx(1088 * 832 * 122 / (1024 * 768 * 97))
     assert first["published_bytes"] == round(83.51 * GIB)
     assert table.iloc[4]["published_outcome"] == "out of memory"
+    assert table["published_note"].to_list() == ["", "", "", "", "another process held a part of the card", ""]
+    assert table["decode_seconds"].to_list() == [1.0] * 6
     assert table[table["tiling"] == "512 px, 64 frames, overlap 64, 24"]["published_bytes"].isna().all()
 
 
@@ -185,7 +200,19 @@ def test_the_gap_the_floor_and_the_boundaries():
     gap = localization.gap_table(found).set_index("decode_scope")
     assert gap["gap_bytes"].to_dict() == {"escaped": 80 * GIB, "no_grad": 0}
     assert gap["published_whole_bytes"].to_dict() == {"escaped": round(83.51 * GIB), "no_grad": round(29.51 * GIB)}
+    assert gap[["inside_seconds", "whole_seconds"]].loc["escaped"].to_list() == [1.0, 2.0]
     assert localization.floor_table(found)["phase"].to_list() == ["encode_prompt", "decode_video"]
+    assert localization.floor_table(found)["seconds"].to_list() == [1.0, 1.0]
+    by_phase = no_grad.peaks_by_phase(found)
+    assert by_phase.columns.to_list() == [
+        "phase",
+        "escaped_bytes",
+        "no_grad_bytes",
+        "escaped_seconds",
+        "no_grad_seconds",
+    ]
+    assert by_phase["phase"].to_list() == ["encode_prompt", "decode_video"]
+    assert by_phase["no_grad_seconds"].to_list() == [1.0, 1.0]
     boundaries = localization.boundaries_table(found)
     assert boundaries["published_so_far_bytes"].to_list()[1] == round(83.51 * GIB)
     assert boundaries["published_so_far_bytes"].isna().to_list() == [True, False, True, True]
@@ -233,6 +260,9 @@ def test_the_verdict_on_flatness_looks_at_the_decoder_too(small, large, verdict)
     assert results["verdict"] == verdict
     assert results["pixel_growth"] == 4
     assert resolution.flatness_table(found)["published_seconds"].to_list() == [135.2, 348]
+    differences = resolution.published_difference_table(found)
+    left = [round(theirs * GIB) - round(ours[0] * GIB) for theirs, ours in ((29.51, small), (33.55, large))]
+    assert differences["difference_bytes"].to_list() == left
     deciding = resolution.deciding_table(found)
     assert deciding[deciding["decides"]]["phase"].to_list() == ["denoise_stage_2"] * 2
 
@@ -254,7 +284,12 @@ def test_the_verdict_on_the_leak_is_of_the_growth(consumed, left_open, verdict):
         for each, growth in zip(specs, growths, strict=True)
     ]
     assert leak.leak_verdict(found)["verdict"] == verdict
-    assert leak.leak_table(found)["growth_bytes"].to_list()[:2] == [(5 + growths[0]) * GIB, growths[0] * GIB]
+    table = leak.leak_table(found)
+    assert table["growth_bytes"].to_list()[:2] == [(5 + growths[0]) * GIB, growths[0] * GIB]
+    assert (table["peak_bytes"][0], table["seconds"][0]) == (GIB, 1.0)
+    rows = leak.growth_table(table).to_dict("records")
+    assert [row["last_bytes"] for row in rows] == [(5 + 2 * growth) * GIB for growth in growths]
+    assert {(row["generations"], row["first_peak_bytes"], row["seconds"]) for row in rows} == {(2, GIB, 1.0)}
 
 
 def test_a_run_that_ended_early_for_want_of_memory_counts_with_what_it_left():
@@ -319,6 +354,31 @@ def test_where_there_is_no_record_the_verdict_says_so_and_names_it():
     assert localization.gap_table(fixes[:2]).empty
 
 
+# --- Times ---
+
+
+def test_a_forecast_has_the_seconds_of_a_named_card_and_a_run_its_own():
+    row = ("pointwise", "bfloat16", 1000, 0, 2 * GIB)
+    phase = PhaseRecord("decode_video", None, 0, GIB, 0, GIB, GIB, 0, 0.0, 0.1, True)
+    forecast, spec = Forecast((CostRecord("decode_video", 1, (row,)), phase), 0, 0.1), RunSpec(request=REQUEST)
+    plain = [Observation(spec, Source.FORECAST, as_run(spec, forecast))]
+    assert runs_frame(plain)["seconds"].isna().all()
+    assert time_heading(plain) == "time"
+    for gpu, words in (
+        ("H200", "time, predicted for H200"),
+        ("RTX 4090", "time, predicted for RTX 4090 by published rates"),
+    ):
+        on_card = timed(plain, gpu)
+        seconds = predicted_seconds(forecast, device_profile(gpu))
+        assert runs_frame(on_card)["seconds"][0] == phases_frame(on_card)["seconds"][0] == pytest.approx(seconds)
+        assert time_heading(on_card) == words
+        assert time_heading(on_card, device=False) == "time, predicted"
+    measured = [seen(spec, decode_video=1), unseen(spec)]
+    assert timed(measured) == measured
+    assert time_heading(measured) == "time, measured on a card"
+    assert time_heading(measured, device=False) == "time, measured"
+
+
 # --- Published figures and parameters ---
 
 
@@ -331,6 +391,15 @@ def test_published_runs_are_each_there_once_and_join_only_what_they_are_about():
     guarded = RunSpec(request=REQUEST, consumer=Consumer.GUARDED)
     table = beside_published(runs_frame([seen(each, decode_video=1) for each in (same, other, tiny, guarded)]))
     assert table["published_bytes"].isna().to_list() == [False, True, True, True]
+
+
+def test_the_published_study_is_cited_by_author_title_and_address():
+    study = published()
+    assert study["url"].startswith("https://dev.to/")
+    assert citation() == (
+        f"{study['author']}, [My high-res image-to-video kept OOMing - turns out I was decoding outside no_grad]"
+        f"({study['url']}), DEV Community. Its set-up: {study['setup']}."
+    )
 
 
 def test_what_is_varied_is_given_or_the_models_own():

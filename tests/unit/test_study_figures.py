@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -17,6 +20,7 @@ from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
 from i2v_lab.reporting.figures import placements as placement_figures
 from i2v_lab.reporting.figures import studies as study_figures
+from i2v_lab.reporting.figures import style
 from i2v_lab.reporting.figures import techniques as memory_figures
 from i2v_lab.reporting.figures.runs import timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
@@ -40,6 +44,7 @@ def _phases(last: float) -> pd.DataFrame:
 
 def _tilings(last: float) -> pd.DataFrame:
     row = {"tiling": "768 px", "status": "complete", "published_bytes": 80 * GIB, "published_outcome": "out of memory"}
+    row |= {"published_note": "another process beside it"}
     return pd.DataFrame(
         [
             {**row, "decode_scope": "escaped", "decode_peak_bytes": round(last * GIB)},
@@ -117,12 +122,12 @@ def _graph(last: float) -> pd.DataFrame:
 
 def _steps(last: float) -> pd.DataFrame:
     rows = [
-        ("as upstream does it", 100, "denoise_stage_2", "", None, None, None, None),
-        ("tokens by chunks", 90, "encode_prompt", "denoise_stage_2", 100, 80, 13.9, 13.2),
-        ("decoder by bands", last, "decode_video", "decode_video", 90, last, None, None),
+        ("as upstream does it", 100, "denoise_stage_2", "", None, None),
+        ("tokens by chunks", 90, "encode_prompt", "denoise_stage_2", 100, 80),
+        ("decoder by bands", last, "decode_video", "decode_video", 90, last),
     ]
     columns = ["label", "peak_bytes", "peak_phase", "target_phase", "before_bytes", "after_bytes"]
-    table = pd.DataFrame(rows, columns=[*columns, "before_seconds", "after_seconds"])
+    table = pd.DataFrame(rows, columns=columns)
     sizes = ["peak_bytes", "before_bytes", "after_bytes"]
     return table.assign(**{name: (table[name].astype("Float64") * GIB).astype("Int64") for name in sizes})
 
@@ -172,13 +177,20 @@ def test_figures_name_what_they_show_with_its_unit():
     words = _texts(FIGURES["tiling"](100.0))
     assert "100.00 GiB, outside no_grad" in words
     assert "a card" in words
+    legend = FIGURES["tiling"](100.0).legends[0]
+    assert legend.get_texts()[0].get_text() == "published, out of memory at that size\nanother process beside it"
     assert "decode video, 8.00" in _texts(FIGURES["flatness"](8.0))
     assert "2 others" in _texts(FIGURES["modules"](100.0))
     words = _texts(FIGURES["waterfall"](40.0))
     assert "published study" in words
     assert " 110.00 GiB" in words
-    assert "denoise stage 2: 100.00 GiB to 80.00 GiB, 13.9 s to 13.2 s" in words
-    assert "decode video: " not in words, "what holds the peak is not told twice, and no time is known"
+    assert "denoise stage 2: 100.00 GiB to 80.00 GiB" in words
+    assert "decode video: " not in words, "what holds the peak is not told twice"
+    ours, theirs = (
+        FIGURES["waterfall"](40.0).get_axes()[0],
+        memory_figures.waterfall_figure(_steps(40.0)).get_axes()[0],
+    )
+    assert len(ours.patches) == len(theirs.patches) == 5, "another set-up is no step: it has a mark, and no bar"
     assert " 23.50" in _texts(FIGURES["policies"](3.0))
     words = _texts(FIGURES["cards"](100.0))
     for cell in ("100 s", "12 of 56 blocks", "4 s", "resident", "no placement", "needs 3.00 GiB", "time not known"):
@@ -189,6 +201,42 @@ def test_figures_name_what_they_show_with_its_unit():
     assert "\nresident\n" in f"\n{words}\n"  # of what was measured beside the curve
     failed = _tilings(100.0).assign(status="failed")
     assert "outside no_grad, out of memory" in _texts(study_figures.tiling_figure(failed))
+
+
+def test_one_colour_has_one_meaning_in_every_figure():
+    palettes = [
+        *(style.COLOURS.values()),
+        *(style.PHASE_COLOURS.values()),
+        *(style.VERDICT_COLOURS.values()),
+        *(colour for name, (_, colour) in style.CATEGORIES.items() if name != "saved_bytes"),
+    ]
+    assert len(set(palettes)) == len(palettes)
+    assert style.CATEGORIES["saved_bytes"][1] == style.COLOURS["escaped"], "both are the retained graph"
+    assert set(palettes) <= set(style.MEANINGS)
+    assert len(set(style.MEANINGS.values())) == len(style.MEANINGS)
+    for phase, colour in style.PHASE_COLOURS.items():
+        assert style.MEANINGS[colour] == phase
+    neutral = {"#000000", "#ffffff", "#999999", "#dddddd", "#333333", "#555555", "#666666"}
+    for name in ("waterfall", "policies", "boundaries", "tiling", "flatness", "leak", "accuracy"):
+        figure = FIGURES[name](100.0)
+        for axes in figure.get_axes():
+            drawn = {to_hex(patch.get_facecolor()) for patch in axes.patches}
+            drawn |= {to_hex(line.get_color()) for line in axes.lines}
+            assert drawn <= neutral | {colour.lower() for colour in style.MEANINGS}, name
+
+
+def test_no_label_is_struck_through_by_a_line_or_the_grid():
+    for name in ("waterfall", "policies", "boundaries", "tiling", "flatness", "leak"):
+        for axes in FIGURES[name](100.0).get_axes():
+            labels = [text for text in axes.texts if text.get_transform() != axes.get_yaxis_transform()]
+            assert labels
+            for text in labels:
+                ground = text.get_bbox_patch()
+                assert ground is not None, (name, text.get_text())
+                assert to_hex(ground.get_facecolor()) == "#ffffff"
+                assert text.get_zorder() > max(line.get_zorder() for line in [*axes.lines, *axes.patches])
+            legend = axes.get_legend()
+            assert legend is None or legend.get_frame().get_alpha() == 1
 
 
 def _tiles() -> Figure:
@@ -227,6 +275,27 @@ def test_cells_leave_a_file_for_everything_they_show(tmp_path):
     }
     (tmp_path / "video.mp4").write_bytes(b"video")
     assert cells.video("shown", tmp_path / "video.mp4") == tmp_path / "videos" / "09_test_shown.mp4"
+
+
+def test_an_output_carries_its_svg_its_png_and_the_name_of_its_files(tmp_path):
+    """An executed notebook is shown where SVG is not, and a page finds the files behind what it shows."""
+    cells, formatter = Cells(tmp_path, "09_test"), DisplayFormatter()
+    request = I2VRequest(image="x", width=1024, height=768, frames=97)
+    layouts = tile_layouts(tiling_specs(request, "ltx-2.3-22b", [Tiling()]))
+    shown = {
+        "errors": cells.figure("errors", study_figures.accuracy_figure, _errors(3)),
+        "tiles": cells.layouts("tiles", study_figures.tile_figure, layouts),
+    }
+    for name, figure in shown.items():
+        data, metadata = formatter.format(figure)
+        path = tmp_path / "figures" / f"09_test_{name}"
+        assert data["image/svg+xml"] == path.with_suffix(".svg").read_text()
+        assert base64.b64decode(data["image/png"]) == path.with_suffix(".png").read_bytes()
+        assert metadata == {"i2v-lab": {"name": path.name}}
+    table = cells.table("peaks", _errors(3), {"phase": "phase", "error": "error"})
+    data, metadata = formatter.format(table)
+    assert metadata == {"i2v-lab": {"name": "09_test_peaks"}}
+    assert "<td>+0.03 %</td>" in data["text/html"]
 
 
 def test_cells_say_where_there_is_nothing(tmp_path):

@@ -64,6 +64,7 @@ class FitSearch:
         model: An architecture's name.
         on_forecast: Called with every request that is tried, its forecast and its verdict.
         tightly: Accept the verdict ``tight`` as well as ``fits``.
+        otherwise: Whether a request whose own forecast does not fit does so in another way.
 
     Example:
         >>> search = FitSearch(24 * 2**30)
@@ -78,6 +79,7 @@ class FitSearch:
         on_forecast: OnForecast = lambda *_: None,
         *,
         tightly: bool = False,
+        otherwise: Callable[[I2VRequest], bool] = lambda _: False,
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model
@@ -85,6 +87,7 @@ class FitSearch:
         self._sizes = self._runner.size_rule(load_architecture(model))
         self._on_forecast = on_forecast
         self._accepted = (FITS, TIGHT) if tightly else (FITS,)
+        self._otherwise = otherwise
 
     def largest_size(
         self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
@@ -133,7 +136,7 @@ class FitSearch:
         forecast = forecast_request(request, self._model)
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)
-        return forecast, verdict in self._accepted
+        return forecast, verdict in self._accepted or self._otherwise(request)
 
 
 def lighter(request: I2VRequest, model: str) -> list[I2VRequest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -220,13 +220,18 @@ def solved(request: I2VRequest, model: str, memory_bytes: int, asked: Asked, dev
 
 
 def use_expandable_segments() -> None:
-    """Have torch's allocator grow its segments, unless the environment configures it.
+    """Have torch's allocator grow its segments, in this process; before torch is loaded."""
+    os.environ.update(with_expandable_segments(os.environ))
 
-    With it 2048x1536 fits 3.25 GiB where 3.5 are needed without (docs/log/memory-policies.md). It must come before
-    torch is loaded; torch has it on Linux.
+
+def with_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which torch's allocator grows its segments, unless it configures the allocator already.
+
+    With it 2048x1536 fits 3.25 GiB where 3.5 are needed without (docs/log/memory-policies.md). torch has it on Linux.
     """
-    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if sys.platform != "linux" or any(name in environment for name in ALLOCATOR_VARIABLES):
+        return dict(environment)
+    return {**environment, ALLOCATOR_VARIABLES[0]: "expandable_segments:True"}
 
 
 def explained(resolution: Resolution) -> list[str]:

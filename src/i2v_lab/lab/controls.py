@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
@@ -24,6 +25,7 @@ OFFERED = (
     MemorySettings(offload=Offload.SEQUENTIAL),
     MemorySettings(offload=Offload.SEQUENTIAL, vae_tiling=True),
 )
+MOST_EXACT = 2**53 - 1  # among the numbers of a browser
 SMALLER_SIZES = 6  # at the default aspect ratio, up to the default size
 
 
@@ -127,7 +129,8 @@ class RequestForm:
     Attributes:
         widgets: As given.
         model: As edited.
-        request: As edited.
+        request: As edited; what was refused is not in it.
+        problem: Why the last change was refused; empty otherwise.
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class RequestForm:
         self._fields = [field.name for field in fields(I2VRequest) if field.name in widgets]
         self._on_change = on_change
         self._updating = False
+        self.problem = ""
         self.show(model, request)
         for widget in widgets.values():
             widget.observe(self._changed, "value")
@@ -173,10 +177,32 @@ class RequestForm:
         if self._updating:
             return
         model = self.widgets["model"].value
+        self.problem = ""
         if model != self.model:
             self.show(model, request_for_model(self.request, model))
         else:
-            width, height = to_size(self.widgets["size"].value)
-            edited = {name: self.widgets[name].value for name in self._fields}
-            self.request = replace(self.request, width=width, height=height, **edited)
+            try:
+                self.request = self._edited()
+            except InvalidRequest as error:
+                self.problem = str(error)
         self._on_change()
+
+    def _edited(self) -> I2VRequest:
+        width, height = to_size(self.widgets["size"].value)
+        edited = {name: self.widgets[name].value for name in self._fields}
+        if "seed" in edited:
+            edited["seed"] = _exact(edited["seed"])
+        return replace(self.request, width=width, height=height, **edited)
+
+
+def _exact(seed: float) -> float:
+    """A seed as a browser sends it, as the whole number that it is; any other stays, and is refused by the request.
+
+    Raises:
+        InvalidRequest: It is so large that the browser may have rounded it.
+    """
+    if abs(seed) > MOST_EXACT:
+        raise InvalidRequest(
+            f"seed={seed:.0f} is above 2**53-1, beyond which a browser rounds numbers; use that or less", seed=seed
+        )
+    return int(seed) if float(seed).is_integer() else seed

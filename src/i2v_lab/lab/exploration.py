@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from i2v_lab.capacity.cards import FITS, NO, TIGHT, Fit, gpu_memory_bytes, judge, judge_all
+from i2v_lab.capacity.cards import FITS, NO, TIGHT, Fit, fitting_bytes, gpu_memory_bytes, judge, judge_all
 from i2v_lab.capacity.time_model import time_in_words
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.background_forecast import LatestForecast
@@ -126,7 +126,7 @@ class Answer:
     Attributes:
         question: The question.
         run: The forecast as a run, with modules aggregated and the timeline downsampled.
-        needed_bytes: Device memory of the process: peak reserved memory plus the CUDA context.
+        needed_bytes: Device memory of the process: peak reserved memory, its margin and the CUDA context.
         context_bytes: The CUDA context alone.
         fit: The verdict for the question's GPU.
         smallest: The smallest GPU in ``data/gpus.csv`` that it fits; ``None`` if there is none.
@@ -289,8 +289,7 @@ def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
     card = question.gpu.removeprefix("this ")
     runs = question.device == "cuda" and fit.verdict != NO
     duration = as_sentence(time_in_words(forecast, card)) if runs else ""
-    needed_bytes = forecast.peak_reserved_bytes + context
-    return Answer(question, run, needed_bytes, context, fit, next(iter(fits), None), duration, placed)
+    return Answer(question, run, fitting_bytes(forecast), context, fit, next(iter(fits), None), duration, placed)
 
 
 def _placed(question: Question, memory_bytes: int) -> Placed | None:

@@ -79,6 +79,8 @@ class Explorer(View):
 
     def _status(self) -> str:
         exploration = self.exploration
+        if self._widget is not None and self._form.problem:
+            return sentence(self._form.problem, "problem")
         if exploration.working:
             return sentence("Forecasting in the background; this takes about ten seconds.", "working")
         if exploration.problem:

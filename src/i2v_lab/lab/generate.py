@@ -20,7 +20,8 @@ from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.stills import DROP_ZONE, add_still, list_stills, preview
 from i2v_lab.lab.view import View, close_widgets, page, sentence
 from i2v_lab.memory_settings import NO_SETTINGS
-from i2v_lab.pipeline.contract.architectures import architecture_names
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.reporting.figures.style import VERDICT_COLOURS
 from i2v_lab.reporting.headlines import headline
 from i2v_lab.reporting.run_tables import phase_table
@@ -135,7 +136,18 @@ class Generate(View):
         phases = phase_table(run)
         table = html_table(readable(phases, PHASES)) if len(phases) else ""
         words = as_sentence(headline(run)) if job.state is State.DONE else ""
-        return self._video_html() + sentence(words) + table
+        random = sentence(self._random_weights(), "random") if job.video is not None else ""
+        return self._video_html() + random + sentence(words) + table
+
+    def _random_weights(self) -> str:
+        """What a video of this view is, as it loads no files of weights."""
+        architecture = load_architecture(self.job.model)
+        runner = runner_of(architecture)
+        takes = architecture.pipeline or not runner.settings  # those that are put together of two pipelines take none
+        options = runner.weight_options if takes else ()
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        real = f"; with real weights: i2v-lab generate --model {self.job.model}, with {given}" if given else ""
+        return f"Made with random weights, so that it shows noise; memory and time are those of real ones{real}."
 
     def _video_html(self) -> str:
         video = self.job.video
@@ -156,7 +168,7 @@ class Generate(View):
             "model": choose(widgets.Dropdown, "model", architecture_names()),
             "size": choose(widgets.Dropdown, "size", ["1x1"]),
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
-            "seed": widgets.BoundedIntText(description="seed", min=0, max=2**53),
+            "seed": widgets.FloatText(description="seed"),  # others round or clamp what is typed, without a word
             "memory": choose(widgets.Dropdown, "memory", [""]),
             "settings": choose(widgets.Dropdown, "diffusers", [("", NO_SETTINGS)]),
             "decode_scope": choose(
@@ -165,8 +177,6 @@ class Generate(View):
         }
         for name in ("prompt", "seed"):
             controls[name].style.description_width = "70px"
-        upload = widgets.FileUpload(description="Choose a file")
-        upload.observe(self._uploaded, "value")
         self._dropped = widgets.Textarea()
         self._dropped.add_class("i2v-dropped")
         self._dropped.layout.display = "none"
@@ -181,7 +191,7 @@ class Generate(View):
         self._shown: Path | None = None
         self._note = widgets.HTML()
         self._form = RequestForm(controls, self.model, self.request, self._edited)
-        drop = widgets.VBox([widgets.HTML(page(DROP_ZONE)), self._dropped, upload, self._note])
+        drop = widgets.VBox([widgets.HTML(page(DROP_ZONE)), self._dropped, self._note])
         form = two_columns([self._still_box, widgets.VBox([drop, *controls.values()])])
         buttons = widgets.HBox([self._start, self._stop])
         whole = widgets.VBox(
@@ -208,6 +218,7 @@ class Generate(View):
         return dict(self._form.widgets)
 
     def _edited(self) -> None:
+        self._notify(self._form.problem)
         self.model, self.request = self._form.model, self._form.request
         self._ask()
 
@@ -217,10 +228,10 @@ class Generate(View):
             self._still_box.value = page(preview(self.request.image))
         self.exploration.ask(self._question())
 
-    def _uploaded(self, change: Any) -> None:
-        for file in change["new"]:
-            self.add_still(file["name"], bytes(file["content"]))
-        change["owner"].value = ()  # which would keep its bytes
+    @property
+    def _refused(self) -> str:
+        """Why what the controls show is no request; empty where it is one."""
+        return self._form.problem if self._widget is not None else ""
 
     def _drop(self, change: Any) -> None:
         if change["new"]:
@@ -246,7 +257,10 @@ class Generate(View):
             self._note.value = page(sentence(words, "note"))
 
     def start(self) -> None:
-        """Start generating the current request; returns immediately."""
+        """Start generating the current request; returns immediately. What is refused is said in the view."""
+        if self._refused:
+            self._notify(self._refused)
+            return
         try:
             self.job.start(self.request, self.model)
         except I2VLabError as error:
@@ -259,7 +273,7 @@ class Generate(View):
                 return
             running = self.job.state is State.RUNNING
             self._verdict_box.value = page(self._verdict())
-            self._start.disabled, self._stop.disabled = running, not running
+            self._start.disabled, self._stop.disabled = running or bool(self._refused), not running
             self._progress_box.value = page(self._progress())
             self._result_box.value = page(self._result())
             self._show_video()

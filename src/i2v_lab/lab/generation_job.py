@@ -77,6 +77,7 @@ class GenerationJob:
         notes: What was done to its inputs and its result, such as a prompt that was cut, a line each.
         message: How it ended, in one line.
         folder: Its run directory.
+        model: Its architecture's name; empty before the first.
 
     Example:
         >>> job = GenerationJob(Path("runs"))
@@ -102,6 +103,7 @@ class GenerationJob:
         self.notes: list[str] = []
         self.message = ""
         self.folder: Path | None = None
+        self.model = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._kept: dict[str, KeptWeights | None] = {}  # by the runner
@@ -138,7 +140,7 @@ class GenerationJob:
         spec.runner_spec.require_package(spec.architecture)
         load_still(request.image)
         self.wait()
-        self.folder = self._next_folder(request)
+        self.folder, self.model = self._next_folder(request), model
         self.state, self.progress, self.notes, self.message = State.RUNNING, [], [], ""
         self._stop.clear()
         self._thread = threading.Thread(

@@ -7,7 +7,7 @@ from typing import Any
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.reporting.figures import live as pictures
-from i2v_lab.reporting.figures.style import BLUE, GREY, ORANGE, SKY
+from i2v_lab.reporting.figures.style import ALLOCATED, LIMIT, OTHERS, RESERVED
 from i2v_lab.units import format_bytes
 
 SHOWN = 240  # samples
@@ -70,10 +70,10 @@ class VramMonitor(View):
         if not samples:
             return sentence(self.monitor.source) + sentence("Press Start monitor, or start a generation.")
         curves = [
-            pictures.Curve("allocated", BLUE, [s.allocated_bytes for s in samples], filled=True),
-            pictures.Curve("reserved", SKY, [s.reserved_bytes for s in samples]),
-            pictures.Curve("other processes", GREY, [s.others_bytes for s in samples]),
-            pictures.Curve("budget", ORANGE, [s.budget_bytes for s in samples]),
+            pictures.Curve("allocated", ALLOCATED, [s.allocated_bytes for s in samples], filled=True),
+            pictures.Curve("reserved", RESERVED, [s.reserved_bytes for s in samples]),
+            pictures.Curve("other processes", OTHERS, [s.others_bytes for s in samples]),
+            pictures.Curve("budget", LIMIT, [s.budget_bytes for s in samples]),
         ]
         times = [sample.time_s for sample in samples]
         picture = pictures.over_time(times, curves, list(self.monitor.marks), "Memory in use over the last seconds")

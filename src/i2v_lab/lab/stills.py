@@ -16,21 +16,63 @@ from i2v_lab.paths import data_dir, find_still
 
 PREVIEW_PX = 320
 LONGEST_NAME = 50  # characters of a stored still's name, each up to 4 of the 255 bytes that a file system takes
-# ipywidgets' FileUpload does not accept drops. A dropped file reaches the kernel as JSON through a hidden text area.
-DROP_ZONE = """<div class="i2v-drop" tabindex="0"
+UPLOAD_MIB = 6  # as base64 it stays below the 10 MiB at which Jupyter servers close the connection
+# A file reaches the kernel as JSON through a hidden text area: ipywidgets' FileUpload accepts no drops, and sends files
+# of any size. A larger picture is scaled down here first, with its pixels over white, as the pipeline's loader does.
+_SEND = """
+  const input = this, file = this.files[0], view = this.closest('.i2v-generate'), most = MIB * 1048576;
+  const say = (words) => { view.querySelector('.i2v-upload').textContent = words; };
+  const send = (blob) => {
+    const reader = new FileReader();
+    reader.onload = () => {
+      const area = view.querySelector('.i2v-dropped textarea');
+      area.value = JSON.stringify({name: file.name, data: reader.result.split(',')[1] || ''});
+      for (const kind of ['input', 'change']) area.dispatchEvent(new Event(kind, {bubbles: true}));
+      say('');
+    };
+    reader.onerror = () => say(`'${file.name}' cannot be read; choose another file`);
+    reader.readAsDataURL(blob);
+  };
+  const smaller = async () => {
+    const picture = await createImageBitmap(file), canvas = document.createElement('canvas');
+    const longest = Math.max(picture.width, picture.height), made = (kind) => new Promise(
+      (done) => canvas.toBlob(done, kind, 0.95));
+    for (let side = Math.min(longest, 4096); side >= 512; side *= 0.7) {
+      canvas.width = Math.max(1, Math.round(picture.width * side / longest));
+      canvas.height = Math.max(1, Math.round(picture.height * side / longest));
+      const pen = canvas.getContext('2d');
+      pen.fillStyle = 'white';
+      pen.fillRect(0, 0, canvas.width, canvas.height);
+      pen.imageSmoothingQuality = 'high';
+      pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+      for (const kind of ['image/png', 'image/jpeg']) {
+        const blob = await made(kind);
+        if (blob && blob.size <= most) return blob;
+      }
+    }
+    return null;
+  };
+  const refuse = () => say(`'${file.name}' has ${(file.size / 1048576).toFixed(1)} MiB and is no picture that this ` +
+    `browser can scale down; use one of at most MIB MiB`);
+  if (file && file.size <= most) send(file);
+  else if (file) {
+    say(`Scaling '${file.name}' down to at most MIB MiB.`);
+    smaller().then((blob) => blob ? send(blob) : refuse(), refuse);
+  }
+  setTimeout(() => { input.value = ''; });
+""".replace("MIB", str(UPLOAD_MIB))
+DROP_ZONE = f"""<div class="i2v-drop" tabindex="0"
   ondragover="event.preventDefault(); this.classList.add('over')" ondragleave="this.classList.remove('over')"
   ondrop="
     event.preventDefault(); event.stopPropagation(); this.classList.remove('over');
-    const file = event.dataTransfer.files[0];
-    const area = this.closest('.i2v-generate').querySelector('.i2v-dropped textarea');
-    if (file) {
-      const reader = new FileReader();
-      reader.onload = () => {
-        area.value = JSON.stringify({name: file.name, data: reader.result.split(',')[1] || ''});
-        for (const kind of ['input', 'change']) area.dispatchEvent(new Event(kind, {bubbles: true}));
-      };
-      reader.readAsDataURL(file);
-    }">Drop a still here</div>"""
+    const input = this.querySelector('input');
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event('change'));
+  ">Drop a still here, or
+  <button type="button" class="jupyter-button widget-button" style="width:auto"
+    onclick="this.nextElementSibling.click()">Choose a file</button>
+  <input type="file" accept="image/*" aria-label="a still" hidden onchange="{escaped(_SEND)}">
+  <br><small>above {UPLOAD_MIB} MiB it is scaled down</small></div><p class="i2v-upload" role="status"></p>"""
 
 
 def list_stills(runs_dir: Path, chosen: str) -> list[tuple[str, str]]:

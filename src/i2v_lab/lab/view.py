@@ -22,6 +22,15 @@ STYLE = """<style>
 .i2v-view .i2v-drop.over { background: rgba(0, 114, 178, .15); }
 .i2v-view .bar { display: inline-block; width: 160px; height: 9px; background: rgba(128, 128, 128, .25); }
 .i2v-view .bar > span { display: block; height: 9px; background: #0072B2; }
+.i2v-widgets.jupyter-widgets-disconnected > * { opacity: .5; pointer-events: none; }
+.i2v-widgets.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before { content: none; }
+.i2v-widgets.jupyter-widgets-disconnected::before {
+  content: "The kernel of this view was restarted or has ended: run the cell again.";
+  font: 600 var(--jp-ui-font-size1, 13px) var(--jp-ui-font-family, sans-serif);
+  color: var(--jp-ui-font-color1, inherit);
+  position: sticky; top: 0; z-index: 2; padding: .5em .8em; border-left: 4px solid #D55E00;
+  background: var(--jp-layout-color2, Canvas);
+}
 </style>"""
 
 
@@ -61,6 +70,7 @@ class View(ABC):
                     view.close()
             self._kept = frozenset(vars(self))
             self._widget = self._build()
+            self._widget.add_class("i2v-widgets")
             View._opened.add(self)
         return self._widget
 

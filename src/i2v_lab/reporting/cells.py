@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
-from IPython.display import SVG, Markdown
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from i2v_lab.capacity.clock import run_on_clock
@@ -22,6 +24,37 @@ from i2v_lab.reporting.tables import readable, save_table
 from i2v_lab.runs.store import Run
 
 NOTHING = "*There is no record to show here.*"
+METADATA = "i2v-lab"  # of an output: {"name": of its files below the build folder, without suffix}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure as an output of a cell: SVG, and PNG for what shows no SVG, such as a page of GitHub or a mail.
+
+    Attributes:
+        name: Of its files, without suffix.
+        svg: The text of the one.
+        png: The bytes of the other.
+    """
+
+    name: str
+    svg: str
+    png: bytes
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        png = base64.b64encode(self.png).decode()
+        data = {"image/svg+xml": self.svg, "image/png": png, "text/plain": f"<figure {self.name}>"}
+        return data, {METADATA: {"name": self.name}}
+
+
+class ShownTable(pd.DataFrame):
+    """A table of text as an output of a cell, with the name of its file."""
+
+    _metadata: ClassVar[list[str]] = ["file_name"]
+    file_name: str
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        return {"text/html": self.to_html(), "text/plain": repr(self)}, {METADATA: {"name": self.file_name}}
 
 
 class Cells:
@@ -56,12 +89,16 @@ class Cells:
             table: Tidy, with whole bytes.
             columns: Heading by column's name, as in :func:`~i2v_lab.reporting.tables.readable`.
         """
-        save_table(table, self.out / "tables", f"{self.notebook}_{name}")
-        return readable(table, columns) if len(table) else Markdown(NOTHING)
+        path = save_table(table, self.out / "tables", f"{self.notebook}_{name}")
+        if not len(table):
+            return Markdown(NOTHING)
+        shown = ShownTable(readable(table, columns))
+        shown.file_name = path.stem
+        return shown
 
     def figure(
         self, name: str, draw: Callable[..., Figure], table: pd.DataFrame, *more: Any, **options: Any
-    ) -> SVG | Markdown:
+    ) -> Drawing | Markdown:
         """Write and show a figure, and its table as CSV.
 
         Args:
@@ -76,7 +113,7 @@ class Cells:
         save_table(table, self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, draw(table, *more, **options))
 
-    def timeline(self, name: str, run: Run | None, other: Run | None = None) -> SVG | Markdown:
+    def timeline(self, name: str, run: Run | None, other: Run | None = None) -> Drawing | Markdown:
         """Live bytes by category over a run, or a forecast by predicted time; a second's total is a line over it."""
         if run is None or not has_timeline(run) or (other is not None and not has_timeline(other)):
             return Markdown(f"*{NO_TIMELINE}*")
@@ -89,13 +126,13 @@ class Cells:
         target = self.out / "videos" / f"{self.notebook}_{name}.mp4"
         return write_atomically(target, lambda part: shutil.copyfile(path, part))
 
-    def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> SVG:
+    def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> Drawing:
         """Write and show a figure of tile layouts, which has no table."""
         return self._shown(name, draw(layouts))
 
-    def _shown(self, name: str, figure: Figure) -> SVG:
-        svg, _ = save_figure(figure, self.out / "figures", f"{self.notebook}_{name}")
-        return SVG(filename=str(svg))
+    def _shown(self, name: str, figure: Figure) -> Drawing:
+        svg, png = save_figure(figure, self.out / "figures", f"{self.notebook}_{name}")
+        return Drawing(svg.stem, svg.read_text(encoding="utf-8"), png.read_bytes())
 
 
 def markdown_text(text: str) -> str:

@@ -41,6 +41,7 @@ class Recorded(Protocol):
 Compared = str | Path | Run | Recorded
 
 BARS = "With a caching allocator, bars end at the reserved bytes; the table has the allocated bytes."
+TIMES = "Times are of one run each, and vary from run to run: a difference of them is no finding."
 COLUMNS = {
     "phase": "phase",
     "peak_bytes": "peak",
@@ -136,7 +137,7 @@ class Comparison:
                     for words, run in (("First (upper bars, areas)", self.first), ("Second (lower bars)", self.second))
                 ),
                 live.phase_bars(self.first, other=self.second),
-                f"<p><small>{BARS}</small></p>",
+                f"<p><small>{BARS} {TIMES}</small></p>",
                 live.timeline(self.first, self.second),
                 html_table(table),
             ]

@@ -49,9 +49,22 @@ def difference_headline(run: Run, other: Run) -> str:
     ratio = f" ({format_percent(change / first.peak_bytes, signed=True)})" if first.peak_bytes else ""
     return (
         f"peak {format_bytes(second.peak_bytes)} instead of {format_bytes(first.peak_bytes)}: "
-        f"{format_bytes(change, signed=True)}{ratio}; "
-        f"{format_seconds(_total_seconds(other))} instead of {format_seconds(_total_seconds(run))}"
+        f"{format_bytes(change, signed=True)}{ratio}; {_difference_in_time(run, other)}"
     )
+
+
+def _difference_in_time(run: Run, other: Run) -> str:
+    """Seconds of both, which say nothing of each other where one ran on another device, or did not run."""
+    if any(each.is_forecast and not each.metadata.get("clock") for each in (run, other)):
+        return "no comparison of times: a forecast without the clock of a card has none"
+    names = ("clock", "device_name", "device")
+    devices = [
+        next((str(each.metadata[name]) for name in names if each.metadata.get(name)), "a device that is not recorded")
+        for each in (run, other)
+    ]
+    if devices[0] != devices[1]:
+        return f"no comparison of times: one is of {devices[0]}, the other of {devices[1]}"
+    return f"{format_seconds(_total_seconds(other))} instead of {format_seconds(_total_seconds(run))}"
 
 
 def _saved_for_backward(run: Run, peak: PhaseRecord) -> str:

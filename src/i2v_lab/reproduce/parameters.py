@@ -108,6 +108,12 @@ def declared_parameters(notebook: Path) -> dict[str, Parameter]:
     return found
 
 
+def checks_parameters(notebook: Path) -> bool:
+    """Whether a cell of a notebook calls :func:`~i2v_lab.studies.parameters.check_parameters`."""
+    cells = json.loads(notebook.read_bytes())["cells"]
+    return any("check_parameters(" in "".join(cell["source"]) for cell in cells if cell.get("cell_type") == "code")
+
+
 def _literal(value: ast.expr) -> Any:
     try:
         return ast.literal_eval(value)
@@ -149,7 +155,8 @@ def plan_parameters(
         The values by name, for each of ``notebooks``.
 
     Raises:
-        InvalidRequest: No notebook declares a parameter, a named notebook does not, or a value has another type.
+        InvalidRequest: No notebook declares a parameter, a named notebook does not, a value has another type, or it
+            breaks a rule of :func:`~i2v_lab.studies.parameters.check_parameters`, where a notebook's cells call that.
     """
     declared = {path.stem: declared_parameters(path) for path in dict.fromkeys([*known, *notebooks])}
     stems = [path.stem for path in notebooks]
@@ -174,6 +181,12 @@ def plan_parameters(
                 json.dumps(value, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError as error:
                 raise InvalidRequest(f"{name}={value!r} is not UTF-8; write it in UTF-8", **{name: value}) from error
+    for notebook in notebooks:
+        if checks_parameters(notebook):
+            from i2v_lab.studies.parameters import check_parameters
+
+            defaults = {name: parameter.default for name, parameter in declared[notebook.stem].items()}
+            check_parameters(defaults | plans[notebook.stem])
     return [plans[stem] for stem in stems]
 
 

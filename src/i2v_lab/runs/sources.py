@@ -165,6 +165,11 @@ def as_run(spec: RunSpec, forecast: Forecast) -> Run:
     return Run(Path(spec.name), metadata, forecast.records, COMPLETE)
 
 
+def has_clock(run: Run) -> bool:
+    """Whether a run's seconds are those of a card or a CPU, rather than of computing a forecast."""
+    return not run.is_forecast or bool(run.metadata.get("clock"))
+
+
 def device_of(observations: Sequence[Observation]) -> str:
     """What the runs ran on, in words; ``none`` if there are none."""
     names = {
@@ -186,7 +191,7 @@ def phases_frame(observations: Sequence[Observation]) -> pd.DataFrame:
         variant, quantization, decode_scope, tile_px, tile_overlap_px, tile_frames, tile_overlap_frames, consumer,
         generation, phase, start_bytes, peak_bytes, end_bytes, peak_reserved_bytes, peak_so_far_bytes,
         saved_for_backward_bytes, seconds, completed``. Without tiling the tile columns are missing values; a forecast
-        has no seconds. Specs without a run have no rows.
+        has no seconds, unless it has the clock of a card. Specs without a run have no rows.
     """
     rows = [row for each in observations if each.run for row in _phase_rows(each, each.run)]
     columns = ["name", "source", "device", "model", *REQUEST_COLUMNS, *TILE_COLUMNS, "consumer", "generation", "phase"]
@@ -200,8 +205,8 @@ def runs_frame(observations: Sequence[Observation]) -> pd.DataFrame:
     Returns:
         One row for each spec that has a run: the columns of :func:`phases_frame` up to ``consumer``, then
         ``peak_bytes, peak_phase, saved_for_backward_bytes, seconds, recorded_seconds, status``. ``seconds`` is missing
-        for a forecast; ``recorded_seconds`` is that of the same spec among the recorded runs, where there is one.
-        ``peak_bytes`` of a run that failed is the most it reached.
+        for a forecast without the clock of a card; ``recorded_seconds`` is that of the same spec among the recorded
+        runs, where there is one. ``peak_bytes`` of a run that failed is the most it reached.
     """
     rows = []
     for each in observations:
@@ -216,7 +221,7 @@ def runs_frame(observations: Sequence[Observation]) -> pd.DataFrame:
                 "peak_bytes": None if top is None else int(top["peak_bytes"]),
                 "peak_phase": "" if top is None else str(top["phase"]),
                 "saved_for_backward_bytes": phases["saved_for_backward_bytes"].max() if len(phases) else None,
-                "seconds": None if each.source is Source.FORECAST else seconds_of(each.run),
+                "seconds": seconds_of(each.run) if has_clock(each.run) else None,
                 "recorded_seconds": seconds_of(recorded) if recorded and recorded.status == COMPLETE else None,
                 "status": each.run.status,
             }
@@ -257,7 +262,7 @@ def _phase_rows(observation: Observation, run: Run) -> list[dict[str, Any]]:
     rows = []
     for generation, phase in by_generation(run.of(PhaseRecord)):
         figures = {name: getattr(phase, name) for name in PHASE_COLUMNS}
-        if observation.source is Source.FORECAST:
+        if not has_clock(run):
             figures["seconds"] = None
         rows.append({**asked, "generation": generation, "phase": phase.phase, **figures})
     return rows

@@ -10,9 +10,7 @@ import importlib.util
 import logging
 import os
 import shlex
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import WorkersUnavailable
-from i2v_lab.files import scratch_folder
+from i2v_lab.files import private_folder, scratch_folder
 from i2v_lab.locks import say
 from i2v_lab.scale.workers import REMEDY, Workers
 from i2v_lab.stopping import on_stop
@@ -80,7 +78,8 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
         from distributed.utils import LoopRunner
 
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # lost workers are reported run by run
-        shared = scopes.enter_context(_certificates(workers, folder))
+        # Where the nodes of a cluster find the keys of this command.
+        shared = folder if workers.local else scopes.enter_context(private_folder(folder, "keys"))
         runner, clusters = LoopRunner(), list[Any]()
         runner.start()
         scopes.callback(runner.stop)
@@ -168,18 +167,6 @@ def _local(workers: Workers, scratch: Path, loop: Any) -> Any:
         silence_logs=logging.CRITICAL,
         name="i2v-lab",
     )
-
-
-@contextmanager
-def _certificates(workers: Workers, folder: Path) -> Iterator[Path]:
-    """A folder that only this user can read, where the nodes of a cluster find the keys of this run."""
-    if workers.local:
-        yield folder
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = tempfile.TemporaryDirectory(prefix=".keys-", dir=folder.absolute(), ignore_cleanup_errors=True)
-    with on_stop(partial(shutil.rmtree, keys.name, ignore_errors=True)), keys as name:
-        yield Path(name)
 
 
 def _slurm(workers: Workers, shared: Path, loop: Any) -> Any:

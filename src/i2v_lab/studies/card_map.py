@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from i2v_lab.capacity.cards import context_bytes, gpu_memory_bytes, gpu_table, judge
+from i2v_lab.capacity.cards import context_bytes, fitting_bytes, gpu_memory_bytes, gpu_table, judge
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import forecast_specs
@@ -42,7 +42,7 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
 
     Returns:
         ``gpu, memory_bytes, width, height, frames``; ``resident_needed_bytes`` and ``resident_verdict`` with everything
-        resident: the allocator's reserved memory plus the CUDA context, and the verdict as in
+        resident: reserved memory, its margin and the CUDA context, and the verdict as in
         :class:`~i2v_lab.capacity.cards.Fit`; then the fields of :class:`~i2v_lab.studies.placed.Placed`, and ``rates``:
         ``measured`` or ``published``, empty where the seconds are not known. GPUs are in ascending order of memory.
     """
@@ -66,7 +66,7 @@ def card_table(observations: Sequence[Observation], gpus: Sequence[str] = ()) ->
                     "width": request.width,
                     "height": request.height,
                     "frames": request.frames,
-                    "resident_needed_bytes": resident.peak_reserved_bytes + context,
+                    "resident_needed_bytes": fitting_bytes(resident),
                     "resident_verdict": judge(resident, gpu, memory_bytes).verdict,
                     **vars(placed),
                     "rates": rates_of(gpu),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from i2v_lab.events import Phase
+from i2v_lab.events import Event, Phase, PhaseStarted
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import VIDEO
 from i2v_lab.runs.measure import measure, run_folder
@@ -18,6 +19,7 @@ from i2v_lab.studies.verdicts import CONFIRMED, REFINED, REFUTED, conclude, no_d
 from i2v_lab.units import format_bytes
 
 LEFT_SHARE = 0.05  # of the peak: what may stay allocated between phases
+STAIRS = ((Phase.ENCODE_PROMPT, 24), (Phase.DENOISE_STAGE_1, 64), (Phase.DECODE_VIDEO, 40))  # and the MiB held
 BETWEEN_STAGES = (Phase.UPSAMPLE_LATENT.value, Phase.DENOISE_STAGE_2.value)  # the transformer may be loaded already
 
 
@@ -73,3 +75,21 @@ def first_look_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
         largest_between_bytes=between,
         largest_elsewhere_bytes=elsewhere,
     )
+
+
+def staircase(monitor: Callable[[Event], None], device: str = "auto", seconds: float = 0.5) -> None:
+    """Allocate and free tensors in three phases, for a monitor to show.
+
+    Args:
+        monitor: A sink, such as :class:`~i2v_lab.lab.monitor.VramMonitor`, that is sampling.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seconds: For which each phase holds its tensors.
+    """
+    import torch
+
+    place = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    for phase, size in STAIRS:
+        monitor(PhaseStarted(phase))
+        held = [torch.zeros(2**20, dtype=torch.uint8, device=place) for _ in range(size)]
+        time.sleep(seconds)
+        del held

@@ -34,11 +34,16 @@ def leak_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
     Returns:
         One row for each run and generation: ``decode_scope, consumer, generation, allocated_bytes, growth_bytes``
-        (over the previous generation; the first counts from zero).
+        (over the previous generation; the first counts from zero), ``peak_bytes`` up to its decoding, which includes
+        what previous generations left allocated, and ``seconds``, as in
+        :func:`~i2v_lab.runs.sources.phases_frame`.
     """
     rows = []
     for each in observations:
         before = 0
+        phases = phases_frame([each])
+        by_generation = phases[phases["phase"] != AFTER_RETURN].groupby("generation")["peak_bytes"].max()
+        seconds = phases.groupby("generation")["seconds"].sum(min_count=1)
         for record in each.run.of(GenerationRecord) if each.run else []:
             rows.append(
                 {
@@ -47,22 +52,41 @@ def leak_table(observations: Sequence[Observation]) -> pd.DataFrame:
                     "generation": record.generation,
                     "allocated_bytes": record.allocated_bytes,
                     "growth_bytes": record.allocated_bytes - before,
+                    "peak_bytes": by_generation.get(record.generation),
+                    "seconds": seconds.get(record.generation),
                 }
             )
             before = record.allocated_bytes
-    return pd.DataFrame(rows, columns=["decode_scope", "consumer", "generation", "allocated_bytes", "growth_bytes"])
+    columns = ["decode_scope", "consumer", "generation", "allocated_bytes", "growth_bytes", "peak_bytes", "seconds"]
+    return pd.DataFrame(rows, columns=columns).astype({"peak_bytes": "Int64", "seconds": "Float64"})
 
 
-def leak_peaks(observations: Sequence[Observation]) -> pd.DataFrame:
-    """The peak of each generation up to its decoding; it includes what previous generations left allocated.
+def growth_table(generations: pd.DataFrame) -> pd.DataFrame:
+    """The first and the last generation of each run.
+
+    Args:
+        generations: Of :func:`leak_table`.
 
     Returns:
-        ``decode_scope, consumer, generation, peak_bytes``.
+        One row for each run: ``decode_scope, consumer, generations`` (those that ended), ``first_bytes`` and
+        ``last_bytes``, allocated after the first and after the last, ``growth_bytes`` of the last,
+        ``first_peak_bytes`` and ``last_peak_bytes`` up to decoding, and ``seconds``, the median of a generation.
     """
-    table = phases_frame(observations)
-    before = table[table["phase"] != AFTER_RETURN]
-    keys = ["decode_scope", "consumer", "generation"]
-    return before.groupby(keys, sort=False)["peak_bytes"].max().reset_index()
+    rows = [
+        {
+            "decode_scope": scope,
+            "consumer": consumer,
+            "generations": len(part),
+            "first_bytes": part["allocated_bytes"].iloc[0],
+            "last_bytes": part["allocated_bytes"].iloc[-1],
+            "growth_bytes": part["growth_bytes"].iloc[-1],
+            "first_peak_bytes": part["peak_bytes"].iloc[0],
+            "last_peak_bytes": part["peak_bytes"].iloc[-1],
+            "seconds": part["seconds"].median(),
+        }
+        for (scope, consumer), part in generations.groupby(["decode_scope", "consumer"], sort=False)
+    ]
+    return pd.DataFrame(rows)
 
 
 def _last_growth(observation: Observation) -> int:

@@ -61,8 +61,8 @@ def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
     Returns:
         One row for each run: ``decode_scope, inside_bytes`` (until the return, or until latents are decoded),
-        ``whole_bytes, gap_bytes, floor_phase`` (with the highest peak until then), ``published_inside_bytes,
-        published_whole_bytes``.
+        ``whole_bytes, gap_bytes, floor_phase`` (with the highest peak until then), ``inside_seconds, whole_seconds``,
+        ``published_inside_bytes, published_whole_bytes``.
     """
     table = boundaries_table(observations)
     late = late_phases(table)
@@ -72,7 +72,8 @@ def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
     fixed = round(study["before_after"][1]["peak_gib"] * GIB)
     rows = []
     for scope, phases in table.groupby("decode_scope", sort=False):
-        inside = phases[~phases["phase"].isin(late)].to_dict("records")
+        until = phases[~phases["phase"].isin(late)]
+        inside = until.to_dict("records")
         top = max(inside, key=lambda phase: phase["peak_bytes"])
         theirs = (ends[""], ends[AFTER_RETURN]) if scope == "escaped" else (fixed, fixed)
         rows.append(
@@ -82,11 +83,14 @@ def gap_table(observations: Sequence[Observation]) -> pd.DataFrame:
                 "whole_bytes": int(phases["peak_bytes"].max()),
                 "gap_bytes": int(phases["peak_bytes"].max()) - int(top["peak_bytes"]),
                 "floor_phase": top["phase"],
+                "inside_seconds": until["seconds"].sum(min_count=1),
+                "whole_seconds": phases["seconds"].sum(min_count=1),
                 "published_inside_bytes": theirs[0] if same else None,
                 "published_whole_bytes": theirs[1] if same else None,
             }
         )
     columns = ["decode_scope", "inside_bytes", "whole_bytes", "gap_bytes", "floor_phase"]
+    columns += ["inside_seconds", "whole_seconds"]
     theirs_columns = ["published_inside_bytes", "published_whole_bytes"]
     return pd.DataFrame(rows, columns=[*columns, *theirs_columns]).astype(dict.fromkeys(theirs_columns, "Int64"))
 
@@ -95,10 +99,10 @@ def floor_table(observations: Sequence[Observation]) -> pd.DataFrame:
     """The phases of the run inside ``no_grad``, the highest peak first: what limits the run after the fix.
 
     Returns:
-        ``phase, peak_bytes``, and ``share`` of the highest peak.
+        ``phase, peak_bytes, seconds``, and ``share`` of the highest peak.
     """
     table = phases_frame([each for each in observations if each.spec.request.decode_scope is SCOPES[1]])
-    table = table.sort_values("peak_bytes", ascending=False, kind="stable")[["phase", "peak_bytes"]]
+    table = table.sort_values("peak_bytes", ascending=False, kind="stable")[["phase", "peak_bytes", "seconds"]]
     return table.assign(share=table["peak_bytes"] / table["peak_bytes"].max()).reset_index(drop=True)
 
 

@@ -41,19 +41,20 @@ def fix_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
 
 def peaks_by_phase(observations: Sequence[Observation]) -> pd.DataFrame:
-    """Peaks of every phase, one column for each run.
+    """Peaks and seconds of every phase, a column of either for each run.
 
     Returns:
-        ``phase``, and one column for each run: ``escaped_bytes``, ``no_grad_bytes``, and ``guarded_bytes`` if that
-        was asked for; missing values where there is no run.
+        ``phase``; for each run a peak, ``escaped_bytes``, ``no_grad_bytes``, and ``guarded_bytes`` if that was asked
+        for; and ``escaped_seconds`` and so on. Missing values where there is no run.
     """
     table = phases_frame(observations)
-    mode = table["decode_scope"].where(table["consumer"] == "plain", table["consumer"])
-    table = table.assign(mode=mode + "_bytes")
-    wide = table.pivot_table(index="phase", columns="mode", values="peak_bytes", aggfunc="max", sort=False)
-    columns = ["escaped_bytes", "no_grad_bytes", "guarded_bytes"][: len(observations)]
-    wide = wide.reindex(columns=columns).astype("Int64")
-    return wide.reset_index().rename_axis(columns=None)
+    table["mode"] = table["decode_scope"].where(table["consumer"] == "plain", table["consumer"])
+    modes = ["escaped", "no_grad", "guarded"][: len(observations)]
+    grouped, order = table.groupby(["phase", "mode"]), table["phase"].unique()
+    peaks = grouped["peak_bytes"].max().unstack().reindex(index=order, columns=modes).astype("Int64")
+    seconds = grouped["seconds"].sum(min_count=1).unstack().reindex(index=order, columns=modes).astype("Float64")
+    both = peaks.add_suffix("_bytes").join(seconds.add_suffix("_seconds"))
+    return both.rename_axis(index="phase", columns=None).reset_index()
 
 
 def graph_table(observations: Sequence[Observation]) -> pd.DataFrame:

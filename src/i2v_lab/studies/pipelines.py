@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from i2v_lab.capacity.cards import FITS, context_bytes, gpu_table, judge
+from i2v_lab.capacity.cards import FITS, context_bytes, fitting_bytes, gpu_table, judge
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.events import Phase
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -18,12 +18,13 @@ from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast, OutOfMemoryRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.phases import peak_reserved_bytes, phase_peaks, run_peak
+from i2v_lab.runs.phases import peak_reserved_bytes, phase_peaks, phase_seconds, run_peak
 from i2v_lab.runs.recorded import RecordedRuns, card_of, seconds_of, spec_of
-from i2v_lab.runs.sources import Observation, Source, observe
+from i2v_lab.runs.sources import Observation, Source, has_clock, observe
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.studies.published import to_size
 from i2v_lab.studies.techniques import with_policy
+from i2v_lab.studies.times import GPU, timed
 
 # The models of diffusers that are compared with ours: LTX-2.3 as diffusers runs it.
 COMPARED_MODELS = {"ltx-2.3-22b": "ltx-2.3-22b-diffusers", "ltx-2.3-tiny": "ltx-2.3-tiny-diffusers"}
@@ -66,12 +67,14 @@ def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
         observations: Of :func:`policy_specs`.
 
     Returns:
-        One row for each size, policy and phase: ``size, policy, phase, peak_bytes``, and of the recorded run, where
-        there is one, ``recorded_bytes`` and the ``error`` of the peak against it.
+        One row for each size, policy and phase: ``size, policy, phase, peak_bytes, seconds`` (missing for a forecast
+        without the clock of a card), and of the recorded run, where there is one, ``recorded_bytes`` and the ``error``
+        of the peak against it.
     """
     rows = []
     for each in observations:
         request, measured = each.spec.request, phase_peaks(each.recorded)
+        seconds = phase_seconds(each.run) if each.run and has_clock(each.run) else {}
         for phase, peak_bytes in phase_peaks(each.run).items():
             recorded_bytes = measured.get(phase)
             rows.append(
@@ -80,27 +83,36 @@ def policies_table(observations: Sequence[Observation]) -> pd.DataFrame:
                     "policy": policy_name(each.spec),
                     "phase": phase,
                     "peak_bytes": peak_bytes,
+                    "seconds": seconds.get(phase),
                     "recorded_bytes": recorded_bytes,
                     "error": None if recorded_bytes is None else peak_bytes / recorded_bytes - 1,
                 }
             )
-    columns = ["size", "policy", "phase", "peak_bytes", "recorded_bytes", "error"]
-    return pd.DataFrame(rows, columns=columns).astype({"recorded_bytes": "Int64", "error": "Float64"})
+    columns = ["size", "policy", "phase", "peak_bytes", "seconds", "recorded_bytes", "error"]
+    return pd.DataFrame(rows, columns=columns).astype(
+        {"seconds": "Float64", "recorded_bytes": "Int64", "error": "Float64"}
+    )
 
 
 def phases_by_policy(policies: pd.DataFrame, size: str) -> pd.DataFrame:
-    """:func:`policies_table` at one size, one column for each policy.
+    """:func:`policies_table` at one size, a column of peaks and one of seconds for each policy.
 
     Args:
         policies: Of :func:`policies_table`.
         size: Such as ``1024x768``.
 
     Returns:
-        One row for each phase: ``phase``, then for each policy its peak as ``<policy>_bytes``.
+        One row for each phase: ``phase``, then for each policy its peak as ``<policy>_bytes``, and its seconds as
+        ``<policy>_seconds`` where they are known.
     """
     part = policies[policies["size"] == size]
-    wide = part.pivot(index="phase", columns="policy", values="peak_bytes").reindex(part["phase"].unique())
-    return wide.reindex(columns=part["policy"].unique()).add_suffix("_bytes").reset_index()
+    phases, names = part["phase"].unique(), part["policy"].unique()
+
+    def by_policy(values: str) -> pd.DataFrame:
+        return part.pivot(index="phase", columns="policy", values=values).reindex(index=phases, columns=names)
+
+    seconds = by_policy("seconds").dropna(axis="columns", how="all").add_suffix("_seconds")
+    return by_policy("peak_bytes").add_suffix("_bytes").join(seconds).reset_index()
 
 
 def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
@@ -110,7 +122,8 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
         observations: Of :func:`policy_specs`.
 
     Returns:
-        One row for each size and policy: ``size, policy``; ``needed_bytes``, reserved memory plus the CUDA context;
+        One row for each size and policy: ``size, policy``; ``needed_bytes``, reserved memory with its margin and the
+        CUDA context; ``seconds``, as in :func:`policies_table`, of the whole run;
         ``cards``, how many GPUs it fits, ``of`` those in ``data/gpus.csv``; ``smallest_card`` and its ``memory_bytes``.
     """
     cards = gpu_table().sort_values("memory_bytes", kind="stable")
@@ -127,15 +140,16 @@ def cards_table(observations: Sequence[Observation]) -> pd.DataFrame:
             {
                 "size": f"{request.width}x{request.height}",
                 "policy": policy_name(each.spec),
-                "needed_bytes": forecast.peak_reserved_bytes + context,
+                "needed_bytes": fitting_bytes(forecast),
+                "seconds": seconds_of(each.run) if has_clock(each.run) else None,
                 "cards": len(fitting),
                 "of": len(cards),
                 "smallest_card": "none" if smallest is None else str(smallest["gpu"]),
                 "memory_bytes": None if smallest is None else int(smallest["memory_bytes"]),
             }
         )
-    columns = ["size", "policy", "needed_bytes", "cards", "of", "smallest_card", "memory_bytes"]
-    return pd.DataFrame(rows, columns=columns).astype({"memory_bytes": "Int64"})
+    columns = ["size", "policy", "needed_bytes", "seconds", "cards", "of", "smallest_card", "memory_bytes"]
+    return pd.DataFrame(rows, columns=columns).astype({"seconds": "Float64", "memory_bytes": "Int64"})
 
 
 def capped_table(observations: Sequence[Observation], recorded: RecordedRuns) -> pd.DataFrame:
@@ -188,10 +202,7 @@ def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequenc
     Raises:
         InvalidRequest: A name is not in :data:`THIRD_PARTY`.
     """
-    for name in names:
-        if name not in THIRD_PARTY:
-            known = " or ".join(map(repr, THIRD_PARTY))
-            raise InvalidRequest(f"pipeline={name!r} is not a third-party pipeline; use {known}", pipeline=name)
+    check_third_party(names)
     if model not in COMPARED_MODELS:
         return {}
     width, height = to_size(size)
@@ -209,8 +220,20 @@ def third_party_specs(request: I2VRequest, model: str, size: str, names: Sequenc
     return {name: spec for name, spec in specs.items() if not names or name in names}
 
 
+def check_third_party(names: Sequence[str]) -> None:
+    """Refuse names that are not in :data:`THIRD_PARTY`.
+
+    Raises:
+        InvalidRequest: With the name and the known ones.
+    """
+    for name in names:
+        if name not in THIRD_PARTY:
+            known = " or ".join(map(repr, THIRD_PARTY))
+            raise InvalidRequest(f"pipeline={name!r} is not a third-party pipeline; use {known}", pipeline=name)
+
+
 def observe_third_party(
-    policies: Sequence[Observation], size: str, names: Sequence[str], runs_dir: Path
+    policies: Sequence[Observation], size: str, names: Sequence[str], runs_dir: Path, gpu: str = GPU
 ) -> dict[str, Observation]:
     """Forecasts of third-party pipelines for the same request, with their recorded runs on the GPU of our own ones.
 
@@ -219,12 +242,13 @@ def observe_third_party(
         size: Such as ``1024x768``.
         names: As in :func:`third_party_specs`.
         runs_dir: As in :func:`~i2v_lab.runs.sources.observe`.
+        gpu: As in :func:`~i2v_lab.studies.times.timed`.
     """
     first = policies[0].spec
     specs = third_party_specs(first.request, first.model, size, names)
     card = next((card_of(each.recorded) for each in policies if each.recorded), None)
     found = observe(list(specs.values()), Source.FORECAST, runs_dir, card=card)
-    return dict(zip(specs, found, strict=True))
+    return dict(zip(specs, timed(found, gpu), strict=True))
 
 
 def pipelines_table(
@@ -239,7 +263,8 @@ def pipelines_table(
 
     Returns:
         One row for each: ``pipeline``; ``model, quantization, tiling`` of the spec; ``peak_bytes, peak_phase,
-        denoise_bytes`` (stage 2), ``decode_bytes``; of the recorded run ``measured_bytes, measured_reserved_bytes,
+        denoise_bytes`` (stage 2), ``decode_bytes``, ``seconds`` as in :func:`policies_table`; of the recorded run
+        ``measured_bytes, measured_reserved_bytes,
         measured_seconds``, and the ``error`` of the forecast; missing without a recorded run.
     """
     width, height = to_size(size)
@@ -251,7 +276,13 @@ def pipelines_table(
     rows = [_pipeline_row(name, each) for name, each in [*ours.items(), *third_party.items()]]
     whole = dict.fromkeys(["peak_bytes", "denoise_bytes", "decode_bytes", "measured_bytes"], "Int64")
     return pd.DataFrame(rows).astype(
-        {**whole, "measured_reserved_bytes": "Int64", "measured_seconds": "Float64", "error": "Float64"}
+        {
+            **whole,
+            "measured_reserved_bytes": "Int64",
+            "seconds": "Float64",
+            "measured_seconds": "Float64",
+            "error": "Float64",
+        }
     )
 
 
@@ -267,6 +298,7 @@ def _pipeline_row(name: str, observation: Observation) -> dict[str, Any]:
         "peak_phase": peak.phase if peak else "",
         "denoise_bytes": peaks.get(Phase.DENOISE_STAGE_2),
         "decode_bytes": peaks.get(Phase.DECODE_VIDEO),
+        "seconds": seconds_of(observation.run) if observation.run and has_clock(observation.run) else None,
         "measured_bytes": measured_peak.peak_bytes if measured_peak else None,
         "measured_reserved_bytes": peak_reserved_bytes(measured),
         "measured_seconds": seconds_of(measured) if measured_peak and measured else None,

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
-from i2v_lab.capacity.device_profile import device_profile, has_profile
+from i2v_lab.capacity.cards import fitting_bytes
+from i2v_lab.capacity.device_profile import REFERENCE, device_profile, has_profile
 from i2v_lab.capacity.fit import lighter
 from i2v_lab.capacity.placement import Budgets, Resolution, needed_bytes
 from i2v_lab.capacity.time_model import seconds_on
-from i2v_lab.errors import DeviceUnavailable, ForecastError
+from i2v_lab.errors import DeviceUnavailable, ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.registry import runner_of
+from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.placement import STREAMED_COMPONENTS
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import FAILS_ON_A_CARD
-from i2v_lab.runs.forecast import forecast_request
+from i2v_lab.runs.forecast import cached_forecast, forecast_spec
+from i2v_lab.runs.provenance import usable_cores
 from i2v_lab.runs.spec import RunSpec
+from i2v_lab.runs.workers import end_on_interrupt, worker_context
 
 NONE, RESIDENT, PARTIAL, WHOLE = "none", "resident", "partial", "nothing streamed"
 UNSTREAMED = (RESIDENT, "lean", WHOLE)
@@ -44,6 +48,8 @@ class Placed:
         predicted_seconds: Of the first generation of a process on that GPU; ``None`` where no rates of it are known or
             nothing fits.
         warm_seconds: Likewise of a later one, which finds streamed blocks in page-locked memory.
+        host_bytes: Of the weights that wait in host memory; ``None`` where nothing fits or it is not known.
+        request: With that placement or those settings; ``None`` where nothing fits.
     """
 
     placement: str
@@ -55,6 +61,8 @@ class Placed:
     needed_bytes: int
     predicted_seconds: float | None
     warm_seconds: float | None = None
+    host_bytes: int | None = None
+    request: I2VRequest | None = None
 
 
 def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
@@ -67,8 +75,8 @@ def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
 def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str, int]]) -> list[Placed]:
     """The fastest placement of a request on each GPU.
 
-    For LTX-2 they are solved (:class:`~i2v_lab.capacity.placement.Budgets`). For other models each GPU has the first of
-    the memory settings, in descending order of speed, whose reserved memory fits.
+    For LTX-2 they are solved (:class:`~i2v_lab.capacity.placement.Budgets`). For other models each GPU has, of the
+    memory settings that fit it (:func:`~i2v_lab.capacity.cards.fitting_bytes`), those that are predicted to be fastest.
 
     Args:
         request: What to generate; its memory policy and placement are replaced.
@@ -79,42 +87,96 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
         first = Budgets(request, model)
         cards = {gpu: first.on(gpu) for gpu, _ in budgets}
         return [_solved(cards[gpu].resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
-    found: dict[int, Placed] = {}
-    for name, forecast in _settings(request, model):
-        for index, budget in enumerate(budgets):
-            before = found.get(index)
-            if before is None or before.placement == NONE:
-                tried = _as_it_is(name, forecast, *budget)
-                if before is None or tried.placement != NONE or tried.needed_bytes < before.needed_bytes:
-                    found[index] = tried
-        if all(placed.placement != NONE for placed in found.values()):
-            break
-    return [found[index] for index in range(len(budgets))]
+    tried = settings_forecasts([request], model)
+    if any(fitting_bytes(each) > nbytes for each in tried.values() for _, nbytes in budgets) or not tried:
+        tried |= settings_forecasts(lighter(request, model), model)
+    return [fastest_settings(tried, gpu, nbytes) for gpu, nbytes in budgets]
 
 
-def _as_it_is(name: str, forecast: Forecast, gpu: str, memory_bytes: int) -> Placed:
-    need_bytes, peak = forecast.peak_reserved_bytes + forecast.context_bytes, forecast.peak
-    fits = need_bytes <= memory_bytes
-    seconds = seconds_on(forecast, gpu) if fits else None
+def settings_forecasts(requests: Sequence[I2VRequest], model: str) -> dict[I2VRequest, Forecast]:
+    """The forecasts of a model under memory settings, on all cores, without those that it does not have.
+
+    Args:
+        requests: Each with its settings. Those that its autoencoder lacks, and those that fail on a card, are left out.
+        model: An architecture's name.
+    """
+    architecture, specs = load_architecture(model), []
+    for request in requests:
+        try:
+            check_request(architecture, request)
+        except InvalidRequest:  # an autoencoder that does not tile
+            continue
+        specs.append(RunSpec(request=request, model=model))
+    found = forecasts_that_run(specs)
+    return {spec.request: each for spec, each in zip(specs, found, strict=True) if each is not None}
+
+
+def forecasts_that_run(specs: Sequence[RunSpec]) -> list[Forecast | None]:
+    """The forecasts of many runs, on all cores; ``None`` for what fails on a card."""
+    todo = [spec for spec in specs if cached_forecast(spec) is None]
+    if len(todo) > 1:
+        with ProcessPoolExecutor(min(usable_cores(), len(todo)), worker_context(), end_on_interrupt) as pool:
+            list(pool.map(_runs, todo))
+    return [forecast_spec(spec) if _runs(spec) else None for spec in specs]
+
+
+def _runs(spec: RunSpec) -> bool:
+    try:
+        forecast_spec(spec)
+    except ForecastError as error:
+        if error.fields.get("cause") != FAILS_ON_A_CARD:
+            raise
+        return False
+    except InvalidRequest:  # settings that its components do not have
+        if spec.request.settings.is_default:
+            raise
+        return False
+    return True
+
+
+def fastest_settings(tried: Mapping[I2VRequest, Forecast], gpu: str, memory_bytes: int) -> Placed:
+    """Of the memory settings that fit a GPU, those that are predicted to be fastest.
+
+    Args:
+        tried: Of :func:`settings_forecasts`; of equally fast ones the first is taken.
+        gpu: Whose rates count; those of :data:`~i2v_lab.capacity.device_profile.REFERENCE` where it has none.
+        memory_bytes: That the process may take.
+    """
+    fit = [request for request, each in tried.items() if fitting_bytes(each) <= memory_bytes]
+    if not fit:
+        return Placed(NONE, NONE, None, None, None, "", min(fitting_bytes(each) for each in tried.values()), None)
+    card = device_profile(gpu if has_profile(gpu) else REFERENCE).name
+    request = min(fit, key=lambda each: seconds_on(tried[each], card) or 0.0)
+    forecast, name = tried[request], request.settings.name or RESIDENT
     return Placed(
-        name if fits else NONE,
-        name if fits else NONE,
+        name,
+        name,
         None,
         None,
-        peak.peak_bytes if fits else None,
-        peak.phase if fits else "",
-        need_bytes,
-        seconds,
+        forecast.peak.peak_bytes,
+        forecast.peak.phase,
+        fitting_bytes(forecast),
+        seconds_on(forecast, gpu),
+        seconds_on(forecast, gpu, warm=True),
+        waiting_bytes(request, tried),
+        request,
     )
 
 
-def _settings(request: I2VRequest, model: str) -> Iterator[tuple[str, Forecast]]:
-    for each in (request, *lighter(request, model)):
-        try:
-            yield each.settings.name or RESIDENT, forecast_request(each, model)
-        except ForecastError as error:  # memory settings that fail on a card
-            if error.fields.get("cause") != FAILS_ON_A_CARD:
-                raise
+def waiting_bytes(request: I2VRequest, tried: Mapping[I2VRequest, Forecast]) -> int | None:
+    """Bytes of the weights that wait on the CPU: all of them, as they are on the device where nothing is offloaded.
+
+    Args:
+        request: With its settings.
+        tried: Forecasts of the same under other settings.
+
+    Returns:
+        ``None`` where no forecast tells.
+    """
+    if not request.settings.offloads:
+        return 0
+    whole = [each for one, each in tried.items() if not one.settings.offloads]
+    return whole[0].phases[0].start_bytes if whole else None
 
 
 def _solved(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) -> Placed:
@@ -139,6 +201,8 @@ def _solved(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) 
         needed_bytes(peak.peak_bytes, found.forecast.context_bytes),
         found.seconds if has_profile(gpu) else None,
         seconds_on(found.forecast, gpu, warm=True),
+        found.forecast.page_locked_bytes + found.forecast.pageable_bytes,
+        request,
     )
 
 

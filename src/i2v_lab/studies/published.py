@@ -28,23 +28,36 @@ def published() -> dict[str, Any]:
     return dict(json.loads((data_dir() / "published" / "no_grad_study.json").read_text(encoding="utf-8")))
 
 
+def citation() -> str:
+    """The published study in Markdown: author, title with a link to it, and its set-up.
+
+    Example:
+        >>> citation().startswith("shinji shimizu, [My high-res image-to-video kept OOMing")
+        True
+    """
+    study = published()
+    title, _, place = study["source"].rpartition(", ")
+    return f"{study['author']}, [{title.strip(chr(34))}]({study['url']}), {place}. Its set-up: {study['setup']}."
+
+
 def published_runs() -> pd.DataFrame:
     """Every run of the published study, at its own tiling.
 
     Returns:
         ``model, width, height, frames, decode_scope, tile_px, tile_frames, consumer, published_bytes,
-        published_seconds, published_outcome``; for a run that ended ``out of memory`` the bytes are the most it
-        had requested.
+        published_seconds, published_outcome, published_note``; for a run that ended ``out of memory`` the bytes are
+        the most it had requested, and the note says what else was on the card.
     """
     study = published()
     default = {"tile_px": Tiling().tile_px, "tile_frames": Tiling().tile_frames}
     complete = pd.DataFrame([*study["before_after"], *study["resolutions"]]).assign(published_outcome="complete")
     failed = pd.DataFrame(study["out_of_memory"]).assign(published_outcome="out of memory")
-    table = pd.concat([complete, failed], ignore_index=True).fillna(default).assign(model=study["model"])
+    table = pd.concat([complete, failed], ignore_index=True).fillna({**default, "note": ""})
     table["published_bytes"] = (table["peak_gib"] * GIB).round().astype("Int64")
     table["published_seconds"] = table["seconds"].astype("Float64")
-    table = table.astype({"tile_px": "Int64", "tile_frames": "Int64"}).assign(consumer="plain")
-    columns = [*KEYS, "published_bytes", "published_seconds", "published_outcome"]
+    table = table.astype({"tile_px": "Int64", "tile_frames": "Int64"})
+    table = table.assign(model=study["model"], consumer="plain").rename(columns={"note": "published_note"})
+    columns = [*KEYS, "published_bytes", "published_seconds", "published_outcome", "published_note"]
     return table[columns].drop_duplicates(KEYS).reset_index(drop=True)
 
 
@@ -55,14 +68,15 @@ def beside_published(runs: pd.DataFrame) -> pd.DataFrame:
         runs: Of :func:`~i2v_lab.runs.sources.runs_frame`.
 
     Returns:
-        ``runs`` with ``published_bytes, published_seconds, published_outcome``; missing, or empty, where the study has
-        no such run.
+        ``runs`` with ``published_bytes, published_seconds, published_outcome, published_note``; missing, or empty,
+        where the study has no such run. The study does not say by how much its tiles overlap: any overlap is joined.
     """
     plain = (runs["variant"] == "distilled") & (runs["quantization"] == "fp8-cast")
     joined = runs.merge(published_runs(), on=KEYS, how="left")
     for name in ("published_bytes", "published_seconds"):
         joined[name] = joined[name].where(plain.to_numpy())
-    joined["published_outcome"] = joined["published_outcome"].where(plain.to_numpy()).fillna("").astype("str")
+    for name in ("published_outcome", "published_note"):
+        joined[name] = joined[name].where(plain.to_numpy()).fillna("").astype("str")
     return joined
 
 

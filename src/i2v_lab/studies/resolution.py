@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from i2v_lab.events import Phase
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.sources import Observation, phases_frame, runs_frame
 from i2v_lab.runs.spec import RunSpec
@@ -46,6 +47,22 @@ def flatness_table(observations: Sequence[Observation]) -> pd.DataFrame:
     table["size"] = [f"{width}x{height}" for width, height in zip(table["width"], table["height"], strict=True)]
     table["decode_peak_bytes"] = table["name"].map(decode).astype("Int64")
     return table
+
+
+def published_difference_table(observations: Sequence[Observation]) -> pd.DataFrame:
+    """The published peaks beside this run's, and by how much they exceed the second denoising stage of it.
+
+    Returns:
+        One row for each published size: ``size, published_bytes, peak_bytes, peak_phase, stage_2_bytes, seconds`` and
+        ``difference_bytes``, the published peak less that of the second stage.
+    """
+    phases = phases_frame(observations)
+    stage = phases[phases["phase"] == Phase.DENOISE_STAGE_2.value].set_index("name")["peak_bytes"]
+    table = flatness_table(observations)
+    table["stage_2_bytes"] = table["name"].map(stage).astype("Int64")
+    table["difference_bytes"] = table["published_bytes"] - table["stage_2_bytes"]
+    columns = ["size", "published_bytes", "peak_bytes", "peak_phase", "stage_2_bytes", "difference_bytes", "seconds"]
+    return table[table["published_bytes"].notna()][columns].reset_index(drop=True)
 
 
 def deciding_table(observations: Sequence[Observation]) -> pd.DataFrame:

@@ -12,8 +12,9 @@ from i2v_lab.memory_policy import LABELS, MemoryPolicy, Technique, to_techniques
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.request import DecodeScope, I2VRequest
-from i2v_lab.runs.phases import phase_peaks, phase_seconds, run_peak
-from i2v_lab.runs.sources import Observation, Source, runs_frame
+from i2v_lab.runs.phases import phase_peaks, run_peak
+from i2v_lab.runs.recorded import seconds_of
+from i2v_lab.runs.sources import Observation, has_clock, runs_frame
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.studies.published import beside_published
 from i2v_lab.studies.verdicts import CONFIRMED, NO_DATA, REFINED, REFUTED, conclude, no_data
@@ -27,11 +28,10 @@ STEP_COLUMNS = {
     "label": "str",
     "peak_bytes": "Int64",
     "peak_phase": "str",
+    "seconds": "Float64",
     "target_phase": "str",
     "before_bytes": "Int64",
     "after_bytes": "Int64",
-    "before_seconds": "Float64",
-    "after_seconds": "Float64",
 }
 
 
@@ -71,27 +71,26 @@ def steps_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
     Returns:
         One row for each step, the first without techniques: ``step, technique, label``; the run's
-        ``peak_bytes`` and ``peak_phase``; the technique's target phase ``target_phase``, with its peak ``before_bytes``
-        and ``after_bytes``, and ``before_seconds, after_seconds``, measured, or for a forecast those of the recorded
-        runs. Values of a step without a run are missing.
+        ``peak_bytes``, ``peak_phase`` and ``seconds``, which a forecast without the clock of a card has not; the
+        technique's target phase ``target_phase``, with its peak ``before_bytes`` and ``after_bytes``. Values of a step
+        without a run are missing.
     """
-    timed = [each.recorded if each.source is Source.FORECAST else each.run for each in observations]
     peaks = [phase_peaks(each.run) for each in observations]
-    seconds = [phase_seconds(run) for run in timed]
     rows: list[list[Any]] = []
     sets = [each.spec.technique_set for each in observations]
     for step, own_set in enumerate(sets):
         technique = next(iter(own_set - sets[step - 1]), None) if step else None
         label, own = (BASELINE, "") if technique is None else LABELS.get(technique, (technique.value, ""))
-        peak = run_peak(observations[step].run)
+        run = observations[step].run
+        peak = run_peak(run)
         before = max(step - 1, 0)
         rows.append(
             [
                 *(step, technique or "", label),
                 *((peak.peak_bytes, peak.phase) if peak else (None, "")),
+                seconds_of(run) if run and has_clock(run) else None,
                 str(own),
                 *(peaks[before].get(own), peaks[step].get(own)),
-                *(seconds[before].get(own), seconds[step].get(own)),
             ]
         )
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS)).astype(STEP_COLUMNS)
@@ -116,12 +115,13 @@ def techniques_verdict(observations: Sequence[Observation]) -> dict[str, Any]:
     ratio = int(last["peak_bytes"]) / int(first["peak_bytes"])
     verdict = REFUTED if ratio >= 1 else CONFIRMED if ratio <= EIGHTH else REFINED
     published_bytes = beside_published(runs_frame(observations[:1]))["published_bytes"].iloc[0]
-    published = f"{format_bytes(int(published_bytes))} as published, " if pd.notna(published_bytes) else ""
     finding = (
-        f"{observations[0].spec.name}: {published}{format_bytes(int(first['peak_bytes']))} with every component "
+        f"{observations[0].spec.name}: {format_bytes(int(first['peak_bytes']))} with every component "
         f"resident (in {first['peak_phase']}), {format_bytes(int(last['peak_bytes']))} (in {last['peak_phase']}) with "
         f"{len(steps) - 1} techniques and the same model, {1 / ratio:.1f} times less."
     )
+    if pd.notna(published_bytes):
+        finding += f" The published study's set-up is another: {format_bytes(int(published_bytes))} as published."
     return conclude(
         observations,
         verdict,

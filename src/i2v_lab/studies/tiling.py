@@ -11,7 +11,7 @@ import pandas as pd
 from i2v_lab.pipeline.ltx2.tiles import TileGrid, tile_grid
 from i2v_lab.profiling.records import TimelineRecord
 from i2v_lab.request import DecodeScope, I2VRequest, Tiling
-from i2v_lab.runs.sources import Observation, Source, runs_frame
+from i2v_lab.runs.sources import Observation, has_clock, runs_frame
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE
 from i2v_lab.studies.published import beside_published
@@ -46,8 +46,8 @@ def tiling_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
     Returns:
         The columns of :func:`~i2v_lab.studies.published.beside_published`, then ``tiling, tiles, voxel_ratio`` (voxels
-        decoded over voxels of the video), ``decode_peak_bytes`` and ``decode_seconds`` (measured, or for a forecast
-        those of the recorded run).
+        decoded over voxels of the video), ``decode_peak_bytes`` and ``decode_seconds`` (missing for a forecast without
+        the clock of a card).
     """
     found = [each for each in observations if each.run is not None]
     table = beside_published(runs_frame(observations))
@@ -78,13 +78,8 @@ def _decode(observation: Observation, column: str) -> Any:
 
 
 def _decode_seconds(observation: Observation) -> Any:
-    """Seconds of decoding in this run, or for a forecast in the recorded one."""
-    if observation.source is not Source.FORECAST:
-        return _decode(observation, "seconds")
-    recorded = observation.recorded
-    if recorded is None or recorded.status != COMPLETE:
-        return None
-    return _decode(Observation(observation.spec, Source.RECORDED, recorded), "seconds")
+    assert observation.run is not None
+    return _decode(observation, "seconds") if has_clock(observation.run) else None
 
 
 def hidden_demand(observations: Sequence[Observation], memory_bytes: int) -> pd.DataFrame:
@@ -99,7 +94,8 @@ def hidden_demand(observations: Sequence[Observation], memory_bytes: int) -> pd.
 
     Returns:
         One row for each tiling: ``tiling, demanded_bytes, reached_bytes`` (the highest reading before the first that
-        exceeds ``memory_bytes``), ``hidden_bytes``, their difference, and ``fails``.
+        exceeds ``memory_bytes``), ``hidden_bytes``, their difference, ``fails``, and ``seconds`` of decoding the whole
+        video.
     """
     rows = []
     for each in observations:
@@ -120,9 +116,11 @@ def hidden_demand(observations: Sequence[Observation], memory_bytes: int) -> pd.
                 "reached_bytes": reached if fails else int(demanded),
                 "hidden_bytes": int(demanded) - reached if fails else 0,
                 "fails": fails,
+                "seconds": _decode_seconds(each),
             }
         )
-    return pd.DataFrame(rows, columns=["tiling", "demanded_bytes", "reached_bytes", "hidden_bytes", "fails"])
+    columns = ["tiling", "demanded_bytes", "reached_bytes", "hidden_bytes", "fails", "seconds"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def tiling_verdict(observations: Sequence[Observation]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from i2v_lab.display import escaped
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord, TimelineRecord, peak_phase
 from i2v_lab.reporting.figures.runs import NO_TIMELINE
-from i2v_lab.reporting.figures.style import BLUE, CATEGORIES, byte_scale
+from i2v_lab.reporting.figures.style import ALLOCATED, CATEGORIES, byte_scale
 from i2v_lab.runs.store import Run
 from i2v_lab.units import MIB, format_bytes
 
@@ -120,7 +120,7 @@ def _segments(run: Run, context_bytes: int) -> dict[str, list[Segment]]:
         row = [(label, colour, round(live[phase, name] * scale)) for name, (label, colour) in CATEGORIES.items()]
         if not tracked:
             saved = min(peak.saved_for_backward_bytes or 0, peak.peak_bytes)
-            row = [(*CATEGORIES["saved_bytes"], saved), ("allocated", BLUE, peak.peak_bytes - saved)]
+            row = [(*CATEGORIES["saved_bytes"], saved), ("allocated", ALLOCATED, peak.peak_bytes - saved)]
         if peak.peak_reserved_bytes is not None:
             row.append((*RESERVED, max(0, peak.peak_reserved_bytes - peak.peak_bytes)))
         row.append((*CONTEXT, context_bytes))
@@ -283,12 +283,17 @@ class _Plot:
             _text(
                 self.left - 5,
                 self.bottom - share * self.height,
-                f"{self.top * share / scale:.3g}" + (f" {unit}" if share == 1 else ""),
+                _number(self.top * share / scale) + (f" {unit}" if share == 1 else ""),
                 "end",
                 10.5,
             )
             for share in shares
         ]
+
+
+def _number(value: float) -> str:
+    """Three significant digits, and never an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _svg(parts: Sequence[str], height: float, words: str) -> str:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from i2v_lab.reporting.figures.style import (
-    BLUE,
     COLOURS,
     GREY,
+    LABEL,
     MARKERS,
+    ON_GRID,
     PHASE_COLOURS,
     PUBLISHED,
     STYLE,
@@ -66,14 +66,14 @@ def _two_lines(name: str) -> str:
 
 
 def _tile(left: float, top: float, width: float, height: float) -> Rectangle:
-    return Rectangle((left, top), width, height, facecolor=BLUE, alpha=0.28, edgecolor=BLUE, linewidth=0.8)
+    return Rectangle((left, top), width, height, facecolor=GREY, alpha=0.28, edgecolor=GREY, linewidth=0.8)
 
 
 def tiling_figure(table: pd.DataFrame, line_bytes: int | None = None, line_label: str = "") -> Figure:
     """The decoder's peak by tiling, inside and outside ``no_grad``.
 
     Args:
-        table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome``.
+        table: ``tiling, decode_scope, decode_peak_bytes, status, published_bytes, published_outcome, published_note``.
         line_bytes: Memory of a card, drawn as a line; none by default.
         line_label: The card.
     """
@@ -91,31 +91,37 @@ def tiling_figure(table: pd.DataFrame, line_bytes: int | None = None, line_label
                 failed = row["status"] != "complete"
                 axes.barh(place, value, height=0.36, color=COLOURS[scope], alpha=0.45 if failed else 1)
                 words = f" {format_bytes(int(row['decode_peak_bytes']))}, {WORDS[scope]}"
-                axes.text(value, place, words + (", out of memory" if failed else ""), va="center", fontsize=8.5)
+                axes.text(
+                    value, place, words + (", out of memory" if failed else ""), va="center", fontsize=8.5, **LABEL
+                )
                 theirs = row["published_bytes"]
                 if scope == "escaped" and not pd.isna(theirs):
                     style = PUBLISHED | ({"marker": "x"} if row["published_outcome"] != "complete" else {})
                     axes.plot(theirs / scale, place, **style)
         if line_bytes is not None and 0.2 * largest < line_bytes / scale < 1.4 * largest:
             axes.axvline(line_bytes / scale, color="#000000", linewidth=1, linestyle="--")
-            axes.text(line_bytes / scale, -0.62, f" {line_label}", fontsize=8.5, va="bottom")
+            axes.text(line_bytes / scale, -0.62, f" {line_label}", fontsize=8.5, va="bottom", **LABEL)
         axes.set_yticks(range(len(names)), [_two_lines(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.75)
         axes.set_xlim(0, largest * 1.42)
         axes.set_xlabel(f"peak while the video is decoded ({unit})")
-        _published_legend(axes, table, failed=True)
+        _published_legend(figure, table, failed=True)
     return figure
 
 
-def _published_legend(axes: Axes, table: pd.DataFrame, failed: bool = False, place: str = "lower right") -> None:
+def _published_legend(figure: Figure, table: pd.DataFrame, failed: bool = False) -> None:
     known = table[table["published_bytes"].notna()]
     handles: list[Any] = []
     if (known["published_outcome"] == "complete").any():
         handles.append(Line2D([], [], **PUBLISHED, label="published, whole run"))
-    if failed and (known["published_outcome"] == "out of memory").any():
-        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label="published, out of memory at that size"))
+    ended = known[known["published_outcome"] == "out of memory"]
+    if failed and len(ended):
+        words = "\n".join(
+            ["published, out of memory at that size", *dict.fromkeys(filter(None, ended["published_note"]))]
+        )
+        handles.append(Line2D([], [], **(PUBLISHED | {"marker": "x"}), label=words))
     if handles:
-        axes.legend(handles=handles, frameon=False, fontsize=8.5, loc=cast(Any, place))
+        figure.legend(handles=handles, frameon=False, fontsize=8.5, loc="outside upper left", ncols=2)
 
 
 def boundaries_figure(phases: pd.DataFrame) -> Figure:
@@ -147,6 +153,7 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
                 va="center",
                 color=colour,
                 fontweight="bold",
+                **LABEL,
             )
         if "published_so_far_bytes" in phases:
             known = phases[phases["published_so_far_bytes"].notna()]
@@ -154,7 +161,7 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
                 places = [names.index(phase) for phase in known["phase"]]
                 axes.plot(places, known["published_so_far_bytes"].astype(float) / scale, **PUBLISHED)
                 handle = Line2D([], [], **PUBLISHED, label="published, outside no_grad")
-                axes.legend(handles=[handle], frameon=False, fontsize=9, loc="upper left")
+                axes.legend(handles=[handle], **ON_GRID, fontsize=9, loc="upper left")
         axes.set_xticks(range(len(names)), [phase_label(name) for name in names])
         axes.set_xlim(-0.3, len(names) + 0.5)
         axes.set_ylim(0, top / scale * 1.15)
@@ -182,7 +189,7 @@ def modules_figure(table: pd.DataFrame, top: int = 10) -> Figure:
         for place, row in enumerate(rows):
             axes.barh(place, row["saved_bytes"] / scale, color=COLOURS["escaped"], height=0.7)
             words = f" {format_bytes(int(row['saved_bytes']))}, {100 * row['share']:.0f} %"
-            axes.text(row["saved_bytes"] / scale, place, words, va="center", fontsize=8.5)
+            axes.text(row["saved_bytes"] / scale, place, words, va="center", fontsize=8.5, **LABEL)
         axes.set_yticks(range(len(rows)), [row["module"] or "outside any module" for row in rows], fontsize=8.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, max(row["saved_bytes"] for row in rows) / scale * 1.25)
@@ -212,7 +219,7 @@ def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: 
             colour = PHASE_COLOURS.get(str(name), GREY)
             axes.plot(part[over], values, color=colour, linewidth=1.8, marker="o", markersize=4)
             decides = part["decides"].to_numpy(bool)
-            axes.plot(part[over][decides], values[decides], "o", markersize=10, mfc="none", mec=colour, mew=2)
+            axes.plot(part[over][decides], values[decides], "o", color=colour, markersize=10, mfc="none", mew=2)
             ends.append((float(values.iloc[-1]), str(name)))
         ceiling = float(phases["peak_bytes"].max()) / scale
         right = float(phases[over].max())
@@ -227,12 +234,13 @@ def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: 
                 fontsize=9,
                 va="center",
                 fontweight="bold",
+                **LABEL,
             )
         known = runs[runs["published_bytes"].notna()]
         if len(known):
             axes.plot(known[over], known["published_bytes"].astype(float) / scale, **PUBLISHED)
             ceiling = max(ceiling, float(known["published_bytes"].max()) / scale)
-            _published_legend(axes, runs, place="upper left")
+            _published_legend(figure, runs)
         left = float(phases[over].min())
         axes.set_xlim(left - 0.05 * (right - left), right + 0.42 * (right - left) if right > left else right + 1)
         ticks = sorted(set(phases[over]))
@@ -280,11 +288,12 @@ def leak_figure(table: pd.DataFrame) -> Figure:
                     color=COLOURS[scope],
                     fontsize=9,
                     fontweight="bold",
+                    **LABEL,
                 )
             axes.set_title(f"each stream {WORDS[consumer]}", fontsize=10, loc="left")
             axes.set_xticks(sorted(set(part["generation"])))
             axes.set_xlabel("generation")
-            axes.set_ylim(-0.04 * top, top * 1.25)
+            axes.set_ylim(-0.04 * top, top * 1.6)
         panels[0].set_ylabel(f"still allocated ({unit})")
     return figure
 
@@ -310,7 +319,7 @@ def accuracy_figure(table: pd.DataFrame) -> Figure:
         axes.set_xlim(-4, 4)
         axes.minorticks_off()
         axes.axvline(0, color="#000000", linewidth=0.8)
-        axes.axvspan(-1, 1, color=BLUE, alpha=0.07, linewidth=0)
+        axes.axvspan(-1, 1, color=GREY, alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("error of the forecast peak, relative to the measured one (%; shaded: within 1 %)")

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
-from i2v_lab.units import GIB, MIB
+from i2v_lab.units import GIB, KIB, MIB
 
 # Okabe and Ito's palette, distinguishable with every common kind of colour blindness.
 ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
@@ -23,24 +23,65 @@ ORANGE, BLUE, SKY, GREEN, YELLOW, PINK, GREY = (
     "#CC79A7",
     "#777777",
 )
-# Fields of a timeline's records: label and colour, light to dark, so that the order also shows in greyscale.
+# More, of Tol's palettes.
+INDIGO, WINE, PETROL, BROWN, OLIVE, FOREST, TEAL, MAGENTA, LEMON, VIOLET, LILAC, ASH = (
+    "#332288",
+    "#882255",
+    "#00677F",
+    "#7F5A00",
+    "#999933",
+    "#117733",
+    "#44AA99",
+    "#EE3377",
+    "#F0E442",
+    "#8C6BB1",
+    "#C9B8E0",
+    "#999999",
+)
+MEANINGS = {
+    ORANGE: "the retained graph: saved for backward, decoded outside no_grad",
+    BLUE: "decoded inside no_grad; this package's placements",
+    TEAL: "decoded outside no_grad, through guard_stream",
+    SKY: "activations",
+    INDIGO: "weights",
+    ASH: "what is none of these: other storages, other processes",
+    WINE: "encode_prompt",
+    PETROL: "encode_image",
+    YELLOW: "denoise_stage_1",
+    PINK: "upsample_latent",
+    BROWN: "denoise_stage_2",
+    OLIVE: "decode_audio",
+    FOREST: "decode_video",
+    GREEN: "fits",
+    LEMON: "tight",
+    MAGENTA: "the limit: the budget, and what exceeds it",
+    VIOLET: "allocated, of any kind",
+    LILAC: "reserved by the allocator",
+    GREY: "no meaning: a place or a shape says what it is",
+}
+"""What each colour says, in every figure; hatches tell memory policies apart, and shapes third-party pipelines."""
+ALLOCATED, RESERVED, OTHERS, LIMIT = VIOLET, LILAC, ASH, MAGENTA
+# Fields of a timeline's records: label and colour.
 CATEGORIES = {
     "saved_bytes": ("saved for backward", ORANGE),
     "activation_bytes": ("activations", SKY),
-    "weight_bytes": ("weights", BLUE),
-    "other_bytes": ("other", "#999999"),
+    "weight_bytes": ("weights", INDIGO),
+    "other_bytes": ("other", ASH),
 }
-VERDICT_COLOURS = {"fits": GREEN, "tight": YELLOW, "no": ORANGE}
-COLOURS = {"escaped": ORANGE, "no_grad": BLUE, "escaped, guarded": GREEN}
+VERDICT_COLOURS = {"fits": GREEN, "tight": LEMON, "no": MAGENTA}
+COLOURS = {"escaped": ORANGE, "no_grad": BLUE, "escaped, guarded": TEAL}
 PHASE_COLOURS = {
-    "encode_prompt": BLUE,
-    "encode_image": GREY,
+    "encode_prompt": WINE,
+    "encode_image": PETROL,
     "denoise_stage_1": YELLOW,
     "upsample_latent": PINK,
-    "denoise_stage_2": ORANGE,
-    "decode_audio": SKY,
-    "decode_video": GREEN,
+    "denoise_stage_2": BROWN,
+    "decode_audio": OLIVE,
+    "decode_video": FOREST,
 }
+# On top of lines and of the grid, so that neither strikes a label through.
+LABEL: Any = {"zorder": 5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.0}}
+ON_GRID: Any = {"facecolor": "white", "edgecolor": "none", "framealpha": 1.0}  # of a legend
 PUBLISHED: Any = {"marker": "D", "color": "#000000", "markersize": 6, "linestyle": "none", "markerfacecolor": "none"}
 # A ring and a square that fits into it: both are visible where two lines coincide.
 MARKERS: dict[str, Any] = {
@@ -95,10 +136,11 @@ def byte_scale(largest_bytes: float) -> tuple[int, str]:
     """The divisor and the unit of an axis of bytes.
 
     Example:
-        >>> byte_scale(3 * 2**30)
-        (1073741824, 'GiB')
+        >>> byte_scale(3 * 2**30), byte_scale(100)
+        ((1073741824, 'GiB'), (1, 'B'))
     """
-    return (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
+    scales = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
+    return next((scale for scale in scales if largest_bytes >= scale[0]), (1, "B"))
 
 
 def phase_label(phase: str) -> str:

@@ -13,58 +13,62 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from i2v_lab.reporting.figures.style import (
-    BLUE,
-    GREEN,
     GREY,
-    ORANGE,
+    LABEL,
     PHASE_COLOURS,
-    PINK,
-    SKY,
+    PUBLISHED,
     STYLE,
-    YELLOW,
     byte_scale,
     phase_label,
 )
-from i2v_lab.units import format_bytes, format_seconds
+from i2v_lab.units import format_bytes
 
-# In the order of the policies, or of diffusers' memory settings; distinguishable in black and white too.
-MARKS = ((ORANGE, ""), (BLUE, "//"), (GREEN, ".."), (PINK, "xx"), (YELLOW, "--"), (SKY, "\\\\"))
+# Hatches, in the order of the policies, or of diffusers' memory settings: a colour would say something else elsewhere.
+HATCHES = ("", "//", "..", "xx", "--", "\\\\")
+
+
+HATCHED: Any = {"facecolor": GREY, "edgecolor": "white", "linewidth": 0}
 
 
 def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) -> Figure:
     """The run's peak after each technique, in the colour of the phase with the peak.
 
     At the right, in grey, the peak of the phase that the technique is for before and after it, where another phase has
-    the run's peak, and that phase's time, where it is known.
+    the run's peak.
 
     Args:
         steps: The columns of :func:`~i2v_lab.studies.techniques.steps_table`, in the order of the steps.
-        published_bytes: The published study's peak, the first bar; left out by default.
+        published_bytes: The published study's peak, a mark above the first bar: its set-up differs by more than a
+            technique, so that it is no step. Left out by default.
     """
     rows: list[dict[Any, Any]] = steps[steps["peak_bytes"].notna()].to_dict("records")
-    if published_bytes is not None:
-        rows.insert(
-            0, {"label": "published study", "peak_bytes": published_bytes, "peak_phase": "", "target_phase": ""}
-        )
-    largest = float(max(row["peak_bytes"] for row in rows))
+    largest = float(max([published_bytes or 0, *(row["peak_bytes"] for row in rows)]))
+    top = 0 if published_bytes is None else -1
     scale, unit = byte_scale(largest)
     with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(8.6, 0.4 * len(rows) + 1.3), layout="constrained")
+        figure = Figure(figsize=(8.6, 0.4 * (len(rows) - top) + 1.3), layout="constrained")
         axes = figure.add_subplot()
         before = rows[0]["peak_bytes"] / scale
         for place, row in enumerate(rows):
             value = row["peak_bytes"] / scale
             colour = PHASE_COLOURS.get(row["peak_phase"], GREY)
-            style: Any = {"color": colour} if row["peak_phase"] else {"facecolor": "none", "edgecolor": "#000000"}
-            axes.barh(place, value, height=0.66, **style)
+            axes.barh(place, value, height=0.66, color=colour)
             if before > value:  # saved by this step
                 axes.barh(place, before - value, left=value, height=0.66, color=colour, alpha=0.22)
             if place:
                 axes.plot([before, before], [place - 1 + 0.33, place - 0.33], color="#999999", linewidth=0.8)
             _label(axes, place, row, max(value, before))
             before = value
-        axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
-        axes.set_ylim(len(rows) - 0.5, -0.6)
+        names = [row["label"] for row in rows]
+        if published_bytes is not None:
+            axes.plot(published_bytes / scale, top, **PUBLISHED)
+            axes.text(
+                published_bytes / scale, top, f"   {format_bytes(published_bytes)}", va="center", fontsize=9, **LABEL
+            )
+            axes.axhline(top + 0.5, color="#999999", linewidth=0.8, linestyle=":")
+            names.insert(0, "published study, in another set-up")
+        axes.set_yticks(range(top, len(rows)), names, fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, top - 0.6)
         axes.set_xlim(0, largest / scale * 1.24)
         axes.set_xlabel(f"peak of the whole run ({unit})")
         handles = [
@@ -76,20 +80,15 @@ def waterfall_figure(steps: pd.DataFrame, published_bytes: int | None = None) ->
 
 
 def _label(axes: Axes, place: int, row: dict[Any, Any], right: float) -> None:
-    axes.text(right, place, f" {format_bytes(int(row['peak_bytes']))}", va="center", fontsize=9, fontweight="bold")
-    changes = []
-    if row["target_phase"] != row["peak_phase"] and not _absent(row, "before_bytes", "after_bytes"):
-        changes.append(f"{format_bytes(int(row['before_bytes']))} to {format_bytes(int(row['after_bytes']))}")
-    if not _absent(row, "before_seconds", "after_seconds"):
-        changes.append(f"{format_seconds(row['before_seconds'])} to {format_seconds(row['after_seconds'])}")
-    if row["target_phase"] and changes:
-        words = f"{row['target_phase'].replace('_', ' ')}: {', '.join(changes)}"
+    axes.text(
+        right, place, f" {format_bytes(int(row['peak_bytes']))}", va="center", fontsize=9, fontweight="bold", **LABEL
+    )
+    known = not pd.isna(row["before_bytes"]) and not pd.isna(row["after_bytes"])
+    if row["target_phase"] and row["target_phase"] != row["peak_phase"] and known:
+        change = f"{format_bytes(int(row['before_bytes']))} to {format_bytes(int(row['after_bytes']))}"
+        words = f"{row['target_phase'].replace('_', ' ')}: {change}"
         beside = axes.get_yaxis_transform()
         axes.text(1.01, place, words, transform=beside, va="center", fontsize=7.5, color="#555555")
-
-
-def _absent(row: dict[Any, Any], *names: str) -> bool:
-    return any(pd.isna(row.get(name)) for name in names)
 
 
 def policies_figure(table: pd.DataFrame) -> Figure:
@@ -110,10 +109,9 @@ def policies_figure(table: pd.DataFrame) -> Figure:
             for row in table[table["size"] == size].to_dict("records"):
                 number = policies.index(row["policy"])
                 place = phases.index(row["phase"]) + (number - (len(policies) - 1) / 2) * height
-                value, colour = row["peak_bytes"] / scale, MARKS[number % len(MARKS)][0]
-                hatch = MARKS[number % len(MARKS)][1]
-                axes.barh(place, value, height=0.9 * height, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-                axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5)
+                value = row["peak_bytes"] / scale
+                axes.barh(place, value, height=0.9 * height, hatch=HATCHES[number % len(HATCHES)], **HATCHED)
+                axes.text(value, place, f" {value:.2f}", va="center", fontsize=7.5, **LABEL)
                 if not pd.isna(row["recorded_bytes"]):
                     axes.plot(row["recorded_bytes"] / scale, place, "|", color="#000000", markersize=7)
             axes.set_title(size, fontsize=10, loc="left")
@@ -124,8 +122,8 @@ def policies_figure(table: pd.DataFrame) -> Figure:
         )
         panels[0].set_ylim(len(phases) - 0.5, -0.5)
         handles: list[Any] = [
-            Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=policy)
-            for policy, (colour, hatch) in zip(policies, itertools.cycle(MARKS), strict=False)
+            Patch(hatch=hatch, label=policy, **HATCHED)
+            for policy, hatch in zip(policies, itertools.cycle(HATCHES), strict=False)
         ]
         if table["recorded_bytes"].notna().any():
             handles.append(Line2D([], [], color="#000000", marker="|", linestyle="none", label="measured"))

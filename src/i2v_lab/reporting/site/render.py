@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,17 @@ from nbconvert.filters import markdown2html
 from i2v_lab.display import printable
 from i2v_lab.files import write_text
 from i2v_lab.reporting.results import MIME
+from i2v_lab.reporting.site.contents import Found, searchable, searchable_text, with_anchors
+from i2v_lab.reporting.site.downloads import command, downloads
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.story import Page, headline, read_page
+from i2v_lab.reporting.site.terms import link_terms
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PAPERMILL_ERROR = "papermill-error-cell-tag"  # on cells that papermill adds; the page reports the error itself
+FIT = "fit.html"  # the answer page, if it is there
+TERMS_PLACE = "<!-- terms -->"
 NO_PROVENANCE: Mapping[str, str] = {}
 
 
@@ -49,6 +56,53 @@ def render_site(
         PosixPath('build/site/index.html')
     """
     pages = [read_page(notebook, notebook in failed) for notebook in executed]
+    answer = folder / FIT
+    environment = site_environment(provenance)
+    environment.globals.update(pages=pages, fit=FIT if answer.is_file() else None)
+    exporter: Any = HTMLExporter(
+        template_name="article", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
+    )
+    page_template = environment.get_template("page.html.j2")
+    entries: list[Found] = []
+    for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
+        body, sections = with_anchors(notebook_body(exporter, notebook, page, pages, folder.parent))
+        entries += searchable(plain_markdown(page.title), page.href, body)
+        html = page_template.render(
+            page=page,
+            body=Markup(explain_terms(body, environment)),  # noqa: S704 - what our own notebooks show
+            sections=sections,
+            previous=pages[index - 1] if index else None,
+            following=pages[index + 1] if index + 1 < len(pages) else None,
+        )
+        write_text(folder / page.href, html)
+    if answer.is_file():
+        entries += searchable_text(answer.read_text(encoding="utf-8"), FIT)
+    index_template = environment.get_template("site_index.html.j2")
+    shown = {"headline": headline(pages), "stems": {page.stem[:2]: page for page in pages}}
+    entries += searchable_text(index_template.render(**shown, entries=[]), "index.html")
+    whole = index_template.render(**shown, entries=[asdict(entry) for entry in entries])
+    head, main, rest = whole.partition("<main")
+    return write_text(folder / "index.html", head + main + explain_terms(rest, environment))
+
+
+def explain_terms(body: str, environment: jinja2.Environment) -> str:
+    """Link units and phases where they first appear, and put their definitions in the place for them.
+
+    Args:
+        body: HTML with :data:`TERMS_PLACE` in it.
+        environment: The site's.
+    """
+    linked, terms = link_terms(body)
+    definitions = environment.get_template("terms.html.j2").render(terms=terms) if terms else ""
+    return linked.replace(TERMS_PLACE, definitions, 1)
+
+
+def site_environment(provenance: Mapping[str, str] = NO_PROVENANCE) -> jinja2.Environment:
+    """The templates of the site, with what every page has: style, scripts, policy and provenance.
+
+    Args:
+        provenance: Facts about this build for the footer, by name.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -59,66 +113,73 @@ def render_site(
     )
     environment.filters["inline"] = inline_markdown
     environment.filters["plain"] = plain_markdown
-    script = (TEMPLATES / "page.js").read_text(encoding="utf-8")
+    environment.filters["data"] = data_block
+    theme, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("theme.js", "page.js"))
     environment.globals.update(
         css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
+        theme_script=Markup(theme),  # noqa: S704 - our own
         script=Markup(script),  # noqa: S704 - our own
-        policy=content_security_policy(script),
+        policy=content_security_policy(theme, script),
+        terms_place=Markup(TERMS_PLACE),  # noqa: S704 - our own
         provenance=dict(provenance),
-        pages=pages,
+        pages=[],
+        fit=None,
     )
-    exporter: Any = HTMLExporter(
-        template_name="article", extra_template_basedirs=[str(TEMPLATES)], exclude_anchor_links=True
-    )
-    page_template = environment.get_template("page.html.j2")
-    for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
-        body = notebook_body(exporter, notebook, page, pages)
-        html = page_template.render(
-            page=page,
-            body=Markup(body),  # noqa: S704 - what our own notebooks show
-            previous=pages[index - 1] if index else None,
-            following=pages[index + 1] if index + 1 < len(pages) else None,
-        )
-        write_text(folder / page.href, html)
-    index_html = environment.get_template("site_index.html.j2").render(
-        headline=headline(pages), stems={page.stem[:2]: page for page in pages}
-    )
-    return write_text(folder / "index.html", index_html)
+    return environment
 
 
-def content_security_policy(script: str) -> str:
-    """The policy of a page: this one script, what the page itself holds, and nothing from any network.
+def content_security_policy(*scripts: str) -> str:
+    """The policy of a page: these scripts, what the page itself holds, and nothing from any network.
 
-    Styles are inline: figures and bars have ``style`` attributes.
+    Styles are inline: figures and bars have ``style`` attributes. JSON in a ``script`` element is no script.
 
     Args:
-        script: The text of the page's ``script`` element, every character of it.
+        *scripts: The text of each of the page's ``script`` elements, every character of it.
 
     Example:
         >>> content_security_policy("").partition(";")[0]
         "default-src 'none'"
     """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    sources = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
+        f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data:; media-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page]) -> str:
-    """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages."""
+def data_block(value: Any) -> Markup:
+    r"""A value as JSON for a ``script`` element, in which nothing ends the element.
+
+    Example:
+        >>> data_block({"a": "</script>"})
+        Markup('{"a": "\\u003c/script>"}')
+    """
+    return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))  # noqa: S704 - has no markup
+
+
+def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page], out: Path) -> str:
+    """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages.
+
+    Args:
+        exporter: Of nbconvert, with the site's template.
+        notebook: The executed file.
+        page: Its page.
+        pages: All of them; links to their notebooks lead to them.
+        out: The build folder; the files of figures and tables that are there can be downloaded.
+    """
     node = nbformat.read(notebook, as_version=4)
     node.cells = [cell for cell in node.cells if PAPERMILL_ERROR not in cell.metadata.get("tags", [])]
-    _prepare_outputs(node.cells, page.title)
+    _prepare_outputs(node.cells, page.title, out)
     first = next((cell for cell in node.cells if cell.cell_type == "markdown" and "# " in cell.source), None)
     if first is not None:
         first.metadata["with_verdict"] = True
-    body, _ = exporter.from_notebook_node(node, resources={"page": page})
+    body, _ = exporter.from_notebook_node(node, resources={"page": page, "command": command(node, notebook.stem)})
     stems = "|".join(re.escape(other.stem) for other in pages)
     return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
 
 
-def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
+def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> None:
     """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style."""
     heading, count, figures = plain_markdown(title), 0, 0
     errors = []
@@ -140,6 +201,7 @@ def _prepare_outputs(cells: Sequence[Any], title: str) -> None:
                 count += 1
             label = heading if count < 2 else f"{heading} ({count})"
             output.metadata["label"] = label
+            output.metadata["downloads"] = downloads(output.metadata, out)
             if "image/svg+xml" in data:
                 figures += 1
                 data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,13 @@ class Bars:
         label: Which runs.
         pair: One bar for each scope.
         card_percent: Where the card's memory is on the scale; ``None`` if the pair has its own scale.
+        note: What is to be said beside the bars; empty if there is nothing.
     """
 
     label: str
     pair: Sequence[Bar]
     card_percent: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class Headline:
         card: The published study's GPU, as in ``data/gpus.csv``.
         card_size: Its memory as CUDA reports it, formatted.
         groups: The pair of this run, if there is one, and the published pair.
+        study: The published study, its title.
+        study_url: Where it is published.
         own_scale: The card's memory as a multiple of this run's larger peak, where the pair has its own scale; empty
             otherwise.
     """
@@ -177,6 +181,8 @@ class Headline:
     card: str
     card_size: str
     groups: Sequence[Bars]
+    study: str
+    study_url: str
     own_scale: str
 
 
@@ -196,6 +202,7 @@ def headline(pages: Sequence[Page]) -> Headline:
     on_card = max(own_bytes.values(), default=card_bytes) > card_bytes / 20  # shorter bars are invisible on its scale
     whole_bytes = 1.02 * max([card_bytes, *published_bytes.values(), *(own_bytes.values() if on_card else ())])
     groups = [_bars(f"Published study: {published['run']}, {size}", published_bytes, whole_bytes, card_bytes)]
+    groups[0] = replace(groups[0], note=f"The longer bar ends below the card's line: that run {published['beside']}.")
     if own_bytes:
         scale_bytes = whole_bytes if on_card else 1.02 * max(own_bytes.values())
         groups.insert(0, _bars("This run", own_bytes, scale_bytes, card_bytes if on_card else None))
@@ -211,6 +218,8 @@ def headline(pages: Sequence[Page]) -> Headline:
         card=published["gpu"],
         card_size=format_bytes(card_bytes),
         groups=groups,
+        study=f"{published['author']}, {published['source']}",
+        study_url=published["url"],
         own_scale="" if on_card else f"{card_bytes / max(own_bytes.values()):,.0f}",
     )
 
