@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,11 +10,19 @@ import typer
 
 from i2v_lab.cli import options
 from i2v_lab.cli.output import log, plain_console, print_json
-from i2v_lab.errors import OutputError
-from i2v_lab.files import check_folder
+from i2v_lab.errors import InvalidRequest, OutputError
+from i2v_lab.files import check_file, check_folder
 
 if TYPE_CHECKING:
     from i2v_lab.runs.store import Run
+
+
+class Export(StrEnum):
+    """Viewers that a run can be written for."""
+
+    PERFETTO = "perfetto"
+    MEMORY_VIZ = "memory_viz"
+
 
 EXAMPLES = """
 **Examples**
@@ -26,6 +35,10 @@ The phases of a run, and the modules and tensors that hold its peak:
 Two runs phase by phase, with their live bytes over time as a figure:
 
     i2v-lab show runs/escaped runs/no_grad --timeline figures
+
+A run for Perfetto, whose viewer opens the file:
+
+    i2v-lab show runs/escaped --export perfetto --out trace.json
 
 A run as JSON, for a script:
 
@@ -42,6 +55,11 @@ def show(
     timeline: Annotated[
         Path | None, typer.Option(help="Folder for timeline.svg and timeline.png: live bytes over time.")
     ] = None,
+    export: Annotated[
+        Export | None,
+        typer.Option(help="Write the run for a viewer: https://ui.perfetto.dev, or https://pytorch.org/memory_viz."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of --export, .json for perfetto, else .pickle.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show the phases of a recorded run and what was live at its peak, or the difference to a second run."""
@@ -53,8 +71,19 @@ def show(
 
     if timeline is not None:
         check_folder(timeline, "timeline")
+    if (export is None) != (out is None):
+        raise InvalidRequest(
+            f"export={export} and out={out} belong together; give a viewer and a file", export=export, out=out
+        )
+    if out is not None:
+        check_file(out, "out", "run.json")
+        if other is not None:
+            raise InvalidRequest(f"export={export} is of one run; leave out the second", export=export, other=other)
     console = plain_console()
     first = read_run(run)
+    if export is not None and out is not None:
+        _export(first, export, out)
+        return
     if timeline is not None:
         from i2v_lab.reporting.figures.runs import timeline_figure
         from i2v_lab.reporting.figures.style import save_figure
@@ -90,6 +119,15 @@ def show(
         console.print(headline(each))
     console.print(difference_headline(first, second))
     console.print(rich_table(run_tables.difference_table(first, second), "Phase by phase"))
+
+
+def _export(run: Run, export: Export, out: Path) -> None:
+    from i2v_lab.reporting.traces import EXPORTS
+
+    try:
+        log(f"wrote {EXPORTS[export.value](run, out)}")
+    except OSError as error:
+        raise OutputError(f"out='{out}' cannot be written ({error.strerror}); name another file", path=out) from error
 
 
 def _values(run: Run, top: int) -> dict[str, Any]:

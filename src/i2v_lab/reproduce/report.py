@@ -62,6 +62,12 @@ class RunReport:
         self._all = self._bars.add_task("all", total=len(names), unit="notebooks")
         self._tasks: dict[str, TaskID] = {}
 
+    def estimated(self, stale: int) -> None:
+        """Say beforehand how long so many notebooks take, if there are any to execute."""
+        if stale:
+            words = "half a minute each where their forecasts are cached, two to five minutes where not"
+            self._print(f"{stale} to execute: about {words}")
+
     def started(self, name: str, why: str | None) -> None:
         """Report that a notebook starts; ``why`` is the reason why its last run is stale, if there was one."""
         self._line(name, f"started, since {why}" if why else "started")
@@ -81,7 +87,9 @@ class RunReport:
         self._line(name, f"{outcome}{took}")
 
     def _line(self, name: str, text: str) -> None:
-        line = f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}"
+        self._print(f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}")
+
+    def _print(self, line: str) -> None:
         if self._plain:
             sys.stderr.write(
                 f"{printable(line, lines=False)}\n"
