@@ -29,6 +29,7 @@ OFFERED = (
     MemorySettings(offload=Offload.SEQUENTIAL, vae_tiling=True),
 )
 MOST_EXACT = 2**53 - 1  # among the numbers of a browser
+WIDTH = "340px"  # of a control
 BUDGETS = [AUTO, *(f"{gib}GiB" for gib in (4, 6, 8, 10, 12, 16, 24, 32, 48, 80))]
 SEARCHED = "auto: the fastest that fits"
 SMALLER_SIZES = 6  # at the default aspect ratio, up to the default size
@@ -38,6 +39,7 @@ def choose(kind: Any, description: str, options: Any) -> Any:
     """A labelled selection widget; a slider reports a value when it is released, not while it is dragged."""
     extra = {} if kind.__name__ != "SelectionSlider" else {"continuous_update": False}
     control = kind(description=description, options=options, **extra)
+    control.layout.width = WIDTH
     control.style.description_width = "70px"
     return control
 
@@ -49,7 +51,8 @@ def budget_field() -> Any:
     field = widgets.Combobox(
         description="budget",
         options=BUDGETS,
-        placeholder="all of the memory, or such as 12GiB",
+        placeholder="all of it, or such as 12GiB",
+        layout=widgets.Layout(width=WIDTH),
         continuous_update=False,
         tooltip="the most that the process may take, CUDA context included; auto: what this machine's card has free",
     )

@@ -119,7 +119,9 @@ class Explorer(View):
         if answer is None:
             return ""
         colour = VERDICT_COLOURS[answer.fit.verdict]
-        line = pictures.Line(answer.fit.memory_bytes, f"{answer.fit.gpu}, {format_bytes(answer.fit.memory_bytes)}")
+        whole = answer.room_bytes == answer.question.gpu_bytes
+        label = f"{answer.fit.gpu if whole else 'budget'}, {format_bytes(answer.room_bytes)}"
+        line = pictures.Line(answer.room_bytes, label)
         holders = modules_table(answer.run).head(6)
         body = "".join(
             [

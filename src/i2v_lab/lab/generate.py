@@ -15,6 +15,7 @@ from i2v_lab.display import escaped
 from i2v_lab.errors import I2VLabError
 from i2v_lab.lab.answer import Answer, Remedy
 from i2v_lab.lab.controls import (
+    WIDTH,
     RequestForm,
     choose,
     memory_controls,
@@ -189,14 +190,14 @@ class Generate(View):
     def _build(self) -> Any:
         import ipywidgets as widgets
 
-        wide = widgets.Layout(width="300px", height="4.5em")
+        wide = widgets.Layout(width=WIDTH, height="4.5em")
         controls: dict[str, Any] = {
             "image": choose(widgets.Dropdown, "still", list_stills(self.runs_dir, self.request.image)),
             "prompt": widgets.Textarea(description="prompt", continuous_update=False, layout=wide),
             "model": choose(widgets.Dropdown, "model", list(dict.fromkeys([*runnable_models(), self.model]))),
             "size": choose(widgets.Dropdown, "size", ["1x1"]),
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
-            "seed": widgets.FloatText(description="seed"),  # others round or clamp what is typed, without a word
+            "seed": widgets.FloatText(description="seed", layout=widgets.Layout(width=WIDTH)),  # others clamp or round
             **memory_controls(),
             "decode_scope": choose(
                 widgets.Dropdown, "decoded", [(WORDS[s], s) for s in (DecodeScope.NO_GRAD, DecodeScope.ESCAPED)]
