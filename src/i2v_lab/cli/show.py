@@ -88,10 +88,9 @@ def show(
         return
     if timeline is not None:
         from i2v_lab.reporting.figures.runs import timeline_figure
-        from i2v_lab.reporting.figures.style import save_figure
 
         try:
-            files = save_figure(timeline_figure(first, read_run(other) if other else None), timeline, "timeline")
+            files = timeline_figure(first, read_run(other) if other else None).save(timeline, "timeline")
         except OSError as error:
             raise OutputError(
                 f"timeline='{timeline}' cannot be written ({error.strerror}); choose another folder", folder=timeline

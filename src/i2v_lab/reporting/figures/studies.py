@@ -27,6 +27,7 @@ from i2v_lab.reporting.figures.style import (
 from i2v_lab.reporting.tables import WORDS
 from i2v_lab.units import format_bytes
 
+TILES_ACROSS = 3  # layouts beside each other, where there are so many
 TileLayout = tuple[str, tuple[int, int, int], Any]
 
 
@@ -38,10 +39,13 @@ def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
             intervals in pixels and frames.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 * len(layouts), 3.4), layout="constrained")
-        grid = figure.subplots(2, len(layouts), squeeze=False, height_ratios=[3, 1])
-        for column, (name, (width, height, frames), tiles) in enumerate(layouts):
-            plane, time = grid[0][column], grid[1][column]
+        across = min(len(layouts), TILES_ACROSS)
+        down = -(-len(layouts) // across)
+        figure = Figure(figsize=(2.6 * across, 3.4 * down), layout="constrained")
+        grid = figure.subplots(2 * down, across, squeeze=False, height_ratios=[3, 1] * down)
+        for place, (name, (width, height, frames), tiles) in enumerate(layouts):
+            row, column = 2 * (place // across), place % across
+            plane, time = grid[row][column], grid[row + 1][column]
             rows, columns, groups = tiles.rows, tiles.columns, tiles.groups
             for top, bottom in rows:
                 for left, right in columns:
@@ -58,6 +62,8 @@ def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
                 axes.tick_params(labelsize=8)
             time.set_xlabel("frame", fontsize=8)
             plane.set_xlabel("pixel", fontsize=8)
+        for axes in grid.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2)[len(layouts) :].flat:
+            axes.set_visible(False)
     return figure
 
 
@@ -167,33 +173,6 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
         axes.set_ylim(0, top / scale * 1.15)
         axes.set_ylabel(f"peak so far ({unit})")
         axes.set_xlabel("after phase")
-    return figure
-
-
-def modules_figure(table: pd.DataFrame, top: int = 10) -> Figure:
-    """Bytes saved for backward by module, the largest at the top.
-
-    Args:
-        table: ``module, saved_bytes, share``.
-        top: Bars; the other modules share one more.
-    """
-    rows: list[dict[Any, Any]] = table.head(top).to_dict("records")
-    rest = table.iloc[top:]
-    if len(rest):
-        others = {"saved_bytes": rest["saved_bytes"].sum(), "share": rest["share"].sum()}
-        rows.append({"module": f"{len(rest)} others", **others})
-    scale, unit = byte_scale(float(table["saved_bytes"].max()))
-    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(7.6, 0.34 * len(rows) + 0.9), layout="constrained")
-        axes = figure.add_subplot()
-        for place, row in enumerate(rows):
-            axes.barh(place, row["saved_bytes"] / scale, color=COLOURS["escaped"], height=0.7)
-            words = f" {format_bytes(int(row['saved_bytes']))}, {100 * row['share']:.0f} %"
-            axes.text(row["saved_bytes"] / scale, place, words, va="center", fontsize=8.5, **LABEL)
-        axes.set_yticks(range(len(rows)), [row["module"] or "outside any module" for row in rows], fontsize=8.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, max(row["saved_bytes"] for row in rows) / scale * 1.25)
-        axes.set_xlabel(f"saved for backward ({unit})")
     return figure
 
 
