@@ -220,10 +220,14 @@ VIEWS = """from i2v_lab import Compare, Explorer, Generate, I2VRequest, VramMoni
 from i2v_lab.paths import data_dir
 
 still = I2VRequest(image="stills/lighthouse.png", width=64, height=64, frames=9)
-display(Explorer(still, "ltx-2.3-tiny", "L4", "0.5GiB"))
+explorer = Explorer(still, "ltx-2.3-tiny", "L4", "0.5GiB")
+display(explorer)
 display(Generate("made", still, "ltx-2.3-tiny", "cpu"))
 display(VramMonitor("cpu"))
 Compare([data_dir() / "measured"], "nvidia-h200/1024x768x97_1", "nvidia-h200/1024x768x97_escaped_1")"""
+BUSY = """import time
+while explorer.exploration.question.gpu != "H200":
+    time.sleep(0.05)"""
 WIDTHS = (1280, 1600)
 # What overflows its view or is hidden, and text whose contrast with what is behind it is below 4.5 (WCAG AA); disabled
 # controls, and bars and areas of a chart, are exempt.
@@ -263,15 +267,21 @@ LOOK = """() => {
 
 
 def test_the_views_are_legible_in_both_themes_and_at_both_widths(server, page):
-    cell = nbformat.v4.new_code_cell(VIEWS)
+    cells = [nbformat.v4.new_code_cell(text) for text in (VIEWS, BUSY)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "i2v-lab", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), server.notebooks / "views.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), server.notebooks / "views.ipynb")
     page.set_viewport_size({"width": 1280, "height": 1000})
     run_all_cells(page, server, "views.ipynb")
     explorer = page.locator(".i2v-explorer")
     explorer.locator(".answer:not(.older)").wait_for()
     page.locator(".i2v-generate .verdict").wait_for()
     page.locator(".jp-OutputArea svg[aria-label*='Peak of each phase']").last.wait_for()
+    # A view is there, and answers, while the cells behind it run.
+    card = explorer.locator(".widget-dropdown", has_text="GPU").locator("select")
+    assert page.get_by_text("i2v-lab | Busy").count() == 1
+    card.select_option("H200")
+    explorer.locator(".answer:not(.older) .verdict", has_text="H200").wait_for()
+    page.get_by_text("i2v-lab | Idle").wait_for()
     page.get_by_role("button", name="Start monitor").last.click()
     for theme in ("JupyterLab Light", "JupyterLab Dark"):
         page.get_by_role("menuitem", name="Settings", exact=True).click()
