@@ -11,15 +11,20 @@ import av
 import nbformat
 import numpy as np
 import pandas as pd
+from IPython.core.formatters import DisplayFormatter
 from IPython.display import SVG, Video
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from i2v_lab.reporting.cells import METADATA
+from i2v_lab.profiling.records import ModuleRecord, TimelineRecord
+from i2v_lab.reporting.cells import METADATA, Cells
+from i2v_lab.reporting.figures.placements import card_map_figure, frontier_figure
+from i2v_lab.reporting.figures.runs import modules_figure
 from i2v_lab.reporting.figures.studies import boundaries_figure
 from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.results import MIME
+from i2v_lab.runs.store import Run
 
 GIB = 2**30
 FAILED = "05_leak"
@@ -33,8 +38,12 @@ PEAKS = {
 }
 
 
-def make_notebooks(folder: Path, **results_of_03: Any) -> list[Path]:
+def make_notebooks(folder: Path, *, charts: bool = False, **results_of_03: Any) -> list[Path]:
     """Write them; ``results_of_03`` replace some of the results of ``03_no_grad_fix``.
+
+    Args:
+        folder: For the notebooks; below it are the files of their figures.
+        charts: Whether ``07_what_holds_the_peak`` is among them: what a pointer can ask, and 0.9 MB of scripts.
 
     Returns:
         Their paths, in order; ``FAILED`` is the stem of the one that failed.
@@ -92,6 +101,8 @@ def make_notebooks(folder: Path, **results_of_03: Any) -> list[Path]:
             {"verdict": "no data", "finding": "There is no run of that size.", "source": "recorded", "model": None},
         ),
     }
+    if charts:
+        bodies["07_what_holds_the_peak"] = ("What holds the peak", _charts(folder.parent), {"verdict": "shown"})
     for stem, (title, cells, results) in bodies.items():
         claim = (
             f"# {title}\n\n**Claim.** What `{stem}` claims is said here in a sentence. A second one says more of it."
@@ -174,3 +185,48 @@ def _error() -> NotebookNode:
     trace = ["\x1b[0;31mValueError\x1b[0m Traceback", f"\x1b[0;32m----> 1\x1b[0m raise ValueError('{long}')"]
     error = new_output("error", ename="ValueError", evalue="height=500 is not a multiple of 64", traceback=trace)
     return new_code_cell("raise ValueError", outputs=[error])
+
+
+def _charts(out: Path) -> list[NotebookNode]:
+    """Every kind of chart, as :class:`Cells` shows and saves them."""
+    cells = Cells(out, "07_what_holds_the_peak")
+    sizes = [30 * GIB, *([GIB] * 11)]
+    modules = pd.DataFrame({"module": [f"video_decoder.part_{n}" for n in range(12)], "saved_bytes": sizes})
+    keys = {"width": 1024, "height": 768, "needed_bytes": 3 * GIB, "peak_bytes": 2 * GIB, "peak_phase": "decode_video"}
+    cards = pd.DataFrame(
+        [
+            {"gpu": gpu, "memory_bytes": gib * GIB, "frames": frames, "placement": "partial", **keys}
+            | {"name": "12 of 56 blocks resident", "predicted_seconds": 10.0 * frames / gib, "rates": "published"}
+            for gpu, gib in (("RTX 3060 12GB", 12), ("RTX 4090", 24), ("RTX PRO 6000 Blackwell", 96))
+            for frames in (25, 49, 97, 193)
+        ]
+    )
+    points = pd.DataFrame(
+        [("placement", "streamed", 4, 20.0), ("placement", "resident", 24, 10.0), ("pipeline", "diffusers", 40, 31.0)],
+        columns=["kind", "name", "gib", "seconds"],
+    )
+    frontier = points.assign(size="1024x768", peak_bytes=points["gib"] * GIB, warm_seconds=points["seconds"] / 2)
+    runs = (made_run("escaped", 30), made_run("no_grad", 4))
+    charts = {
+        "Over time": cells.timeline("timeline", *runs),
+        "By module": cells.figure("graph", modules_figure, modules.assign(share=modules["saved_bytes"] / sum(sizes))),
+        "Each card": cells.figure("map", card_map_figure, cards),
+        "Time against memory": cells.figure("frontier", frontier_figure, frontier),
+    }
+    shown = []
+    for heading, chart in charts.items():
+        data, metadata = DisplayFormatter().format(chart)
+        output = new_output("display_data", data=data, metadata=metadata)
+        shown += [new_markdown_cell(f"## {heading}"), new_code_cell("cells.figure(...)", outputs=[output])]
+    return shown
+
+
+def made_run(name: str, highest_gib: int) -> Run:
+    """A run of ten moments in two phases of a second each, with its highest in the middle of ``decode_video``."""
+    moments = [
+        TimelineRecord(phase, second + tenths / 10, GIB, (highest_gib - 1) * GIB * (second == 1 and tenths == 4), 0, 0)
+        for second, phase in enumerate(("encode_prompt", "decode_video"))
+        for tenths in (0, 2, 4, 6, 8)
+    ]
+    held = ModuleRecord("decode_video", "video_decoder.up_blocks", "saved", (highest_gib - 1) * GIB)
+    return Run(Path(name), {"device": "cpu"}, (*moments, held), "complete")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from made_notebooks import FAILED, make_notebooks
-from playwright.sync_api import Browser, BrowserContext, Page
+from playwright.sync_api import Browser, BrowserContext, Locator, Page
 
 from i2v_lab.reporting.site.render import render_site
 from i2v_lab.reproduce.provenance import site_provenance
@@ -107,7 +108,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def made_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    notebooks = make_notebooks(folder / "notebooks")
+    notebooks = make_notebooks(folder / "notebooks", charts=True)
     return render_site(
         notebooks, [path for path in notebooks if path.stem == FAILED], folder / "site", site_provenance()
     ).parent
@@ -367,3 +368,128 @@ def test_every_page_prints_without_code_and_within_the_paper(site, page):
         assert not any(part.is_visible() for part in page.locator("details.code, button, main nav").all())
         tall = "[...document.querySelectorAll('figure')].map(part => part.getBoundingClientRect().height)"
         assert all(height < 962 for height in page.evaluate(tall))
+
+
+# --- Charts ---
+
+TEXT_PIXELS = """(figure) => {
+  const svg = figure.querySelector("svg");
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  const sizes = [...svg.querySelectorAll("text")].filter((part) => part.textContent).map((part) => part.getAttribute("font-size"));
+  return scale * Math.min(...sizes.map(parseFloat));
+}"""  # noqa: E501
+CHARTS = "07_what_holds_the_peak.html"
+
+
+def _draw_charts(page: Page, site: Path) -> list[Locator]:
+    """The charts of the page, each drawn for a pointer; nothing is said on the console and nothing is asked for."""
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url[:100]))
+    page.goto((site / CHARTS).as_uri())
+    said.clear()  # of the page itself
+    charts = page.locator("figure.chart").all()
+    assert len(charts) == 4
+    for number, chart in enumerate(charts):
+        chart.scroll_into_view_if_needed()
+        page.wait_for_function("figure => figure.dataset.live", arg=chart.element_handle())
+        assert chart.evaluate(TEXT_PIXELS) >= 9
+        chart.screenshot(path=_screenshots(site) / f"chart-{number}-{page.viewport_size['width']}.png")
+    assert said == []
+    return charts
+
+
+def _told(page: Page, chart: Locator, across: float, down: float) -> dict[str, str]:
+    """What the tooltip says where a pointer is over a chart's plot, by name."""
+    box = chart.locator(".live svg .root > g > path.background").first.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + across * box["width"] - 3, box["y"] + down * box["height"])
+    page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"])
+    page.locator("#vg-tooltip-element.visible").wait_for()
+    rows = page.locator("#vg-tooltip-element tr").all()
+    return {row.locator(".key").inner_text(): row.locator(".value").inner_text() for row in rows}
+
+
+def test_a_pointer_over_a_chart_is_told_exact_bytes_phase_and_module(made_site, page):
+    timeline, modules, cards, _ = _draw_charts(page, made_site)
+    policy = page.locator("meta[http-equiv]").get_attribute("content")
+    assert "unsafe-eval" not in policy
+    assert "script-src 'sha256-" in policy
+    timeline.scroll_into_view_if_needed()
+    assert _told(page, timeline, 1.5 / 1.8, 0.5) == {
+        "phase": "decode_video",
+        "time": "1.40 s",
+        "saved for backward": "29.00 GiB (31,138,512,896 bytes)",
+        "activations": "0.00 GiB (0 bytes)",
+        "weights": "1.00 GiB (1,073,741,824 bytes)",
+        "other": "0.00 GiB (0 bytes)",
+        "all": "30.00 GiB (32,212,254,720 bytes)",
+        "most at the phase's peak": "video_decoder.up_blocks",
+        "that module": "29.00 GiB (31,138,512,896 bytes)",
+    }
+    modules.scroll_into_view_if_needed()
+    told = _told(page, modules, 0.2, 0.02)
+    assert (told["module"], told["bytes"]) == ("video_decoder.part_0", "30.00 GiB (32,212,254,720 bytes)")
+    cards.scroll_into_view_if_needed()
+    told = _told(page, cards, 0.1, 0.1)
+    assert (told["GPU"], told["predicted time"]) == ("RTX 3060 12GB, 12.00 GiB", "21 s")
+    assert told["peak"] == "2.00 GiB (2,147,483,648 bytes)"
+
+
+def test_a_chart_is_zoomed_reset_and_its_series_hidden(made_site, page):
+    timeline = _draw_charts(page, made_site)[0]
+    timeline.scroll_into_view_if_needed()
+    ticks = timeline.locator(".live .role-axis-label").first
+
+    def shown() -> list[str | None]:
+        return ticks.locator("text").evaluate_all("texts => texts.map(text => text.textContent)")
+
+    whole = shown()
+    assert whole[0] == "0.0"
+    timeline.get_by_role("button", name="Zoom in").press("Enter")
+    page.wait_for_function(
+        "([part, text]) => !part.textContent.startsWith(text)", arg=[ticks.element_handle(), whole[0]]
+    )
+    timeline.get_by_role("button", name="Reset").click()
+    page.wait_for_timeout(300)
+    assert shown() == whole
+    area = timeline.locator(".live .mark-area path").first
+    before = area.get_attribute("d")
+    timeline.locator(".live .role-legend-label text", has_text="weights").click()
+    page.wait_for_function("([part, path]) => part.getAttribute('d') !== path", arg=[area.element_handle(), before])
+    assert area.bounding_box() is not None
+
+
+def test_a_chart_reads_on_a_phone_in_the_dark_on_paper_and_without_scripts(made_site, browser):
+    inks = {}
+    for scheme in ("light", "dark"):
+        context = browser.new_context(viewport=SIZES["phone"], color_scheme=scheme)
+        page = context.new_page()
+        charts = _draw_charts(page, made_site)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        text = charts[0].locator(".live svg text").first
+        inks[scheme] = text.evaluate("part => getComputedStyle(part).fill")
+        assert inks[scheme] == page.evaluate("getComputedStyle(document.body).color")
+        table = charts[0].locator("details.behind")
+        table.locator("summary").press("Enter")
+        rows = table.locator("tr").evaluate_all("rows => rows.map(row => [...row.cells].map(cell => cell.textContent))")
+        kept = made_site.parent / "figures" / "07_what_holds_the_peak_timeline.csv"
+        assert rows == list(csv.reader(kept.read_text(encoding="utf-8").splitlines()))
+        assert table.locator("th:not([scope])").count() == 0
+        context.close()
+    assert inks["light"] != inks["dark"]
+    context = browser.new_context(viewport=SIZES["phone"], java_script_enabled=False)
+    page = context.new_page()
+    page.goto((made_site / CHARTS).as_uri())
+    for chart in page.locator("figure.chart").all():
+        assert chart.locator("svg[role=img][aria-label]").bounding_box()["width"] > 350
+    page.emulate_media(media="print")
+    assert page.locator("figure.chart svg").first.is_visible()
+    context.close()
+
+
+def test_pages_and_the_site_stay_small(site):
+    sizes = {path.name: path.stat().st_size for path in site.iterdir()}
+    assert max(sizes.values()) < 3 * 2**20
+    assert sum(sizes.values()) < 15 * 2**20

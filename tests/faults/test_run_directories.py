@@ -244,7 +244,7 @@ def _compare(folder: Path, whole: Path) -> None:
 
 def _draw(folder: Path, whole: Path) -> None:
     run = read_run(folder)
-    timeline_figure(run, read_run(whole)).draw_without_rendering()
+    timeline_figure(run, read_run(whole))
 
 
 def _recorded(folder: Path, whole: Path) -> None:

@@ -15,18 +15,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from i2v_lab.errors import RecordError
-from i2v_lab.profiling.records import PhaseRecord, TimelineRecord
 from i2v_lab.reporting.cells import NOTHING, Cells, absent, sentence
-from i2v_lab.reporting.figures import placements as placement_figures
 from i2v_lab.reporting.figures import studies as study_figures
 from i2v_lab.reporting.figures import style
 from i2v_lab.reporting.figures import techniques as memory_figures
-from i2v_lab.reporting.figures.runs import timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable
 from i2v_lab.request import I2VRequest, Tiling
-from i2v_lab.runs.store import Run
 from i2v_lab.studies.tiling import tile_layouts, tiling_specs
 
 GIB = 2**30
@@ -78,46 +73,8 @@ def _leak(last: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cards(last: float) -> pd.DataFrame:
-    known = "12 of 56 blocks resident"
-    placements = [
-        ("partial", known, last),
-        ("resident",) * 2 + (4.0,),
-        ("none",) * 2 + (None,),
-        ("lean",) * 2 + (None,),
-    ]
-    rows = [
-        {"gpu": f"card {i}", "memory_bytes": 32 * GIB, "width": 64 * (i + 1), "height": 64, "frames": 9}
-        | {"placement": placement, "name": name, "needed_bytes": 3 * GIB}
-        | {"predicted_seconds": seconds, "rates": "measured" if i else "published"}
-        for i, (placement, name, seconds) in enumerate(placements)
-    ]
-    return pd.DataFrame(rows).astype({"predicted_seconds": "Float64"})
-
-
-def _frontier(last: float) -> pd.DataFrame:
-    rows = [
-        ("placement", "4 of 56 blocks resident", 4, 11.0),
-        ("placement", "resident", 24, 10.0),
-        ("placement", "none", None, None),
-        ("pipeline", "ltx-pipelines", 25, 12.0),
-        ("pipeline", "diffusers", 40, last),
-        ("measured", "diffusers", 40, 90.0),
-        ("measured", "resident", 24, 10.5),
-    ]
-    table = pd.DataFrame(rows, columns=["kind", "name", "gib", "seconds"]).assign(size="1024x768")
-    table = table.assign(peak_bytes=(table["gib"].astype("Float64") * GIB).astype("Int64"), warm_seconds=last / 10)
-    return table.astype({"seconds": "Float64"})
-
-
 def _errors(last: float) -> pd.DataFrame:
     return pd.DataFrame({"phase": ["encode_prompt", "decode_video"], "error": [0.0001, last / 1e4]})
-
-
-def _graph(last: float) -> pd.DataFrame:
-    sizes = [last * GIB, *([GIB] * 11)]
-    modules = [f"video_decoder.part_{i}" for i in range(12)]
-    return pd.DataFrame({"module": modules, "saved_bytes": sizes, "share": np.array(sizes) / sum(sizes)})
 
 
 def _steps(last: float) -> pd.DataFrame:
@@ -148,10 +105,7 @@ FIGURES = {
     "tiling": lambda last: study_figures.tiling_figure(_tilings(last), 95 * GIB, "a card"),
     "flatness": lambda last: study_figures.flatness_figure(_flat(last), _flat(last), "megapixels", "megapixels"),
     "leak": lambda last: study_figures.leak_figure(_leak(last)),
-    "cards": lambda last: placement_figures.card_map_figure(_cards(last)),
-    "frontier": lambda last: placement_figures.frontier_figure(_frontier(last)),
     "accuracy": lambda last: study_figures.accuracy_figure(_errors(last)),
-    "modules": lambda last: study_figures.modules_figure(_graph(last)),
 }
 
 
@@ -180,7 +134,6 @@ def test_figures_name_what_they_show_with_its_unit():
     legend = FIGURES["tiling"](100.0).legends[0]
     assert legend.get_texts()[0].get_text() == "published, out of memory at that size\nanother process beside it"
     assert "decode video, 8.00" in _texts(FIGURES["flatness"](8.0))
-    assert "2 others" in _texts(FIGURES["modules"](100.0))
     words = _texts(FIGURES["waterfall"](40.0))
     assert "published study" in words
     assert " 110.00 GiB" in words
@@ -192,13 +145,6 @@ def test_figures_name_what_they_show_with_its_unit():
     )
     assert len(ours.patches) == len(theirs.patches) == 5, "another set-up is no step: it has a mark, and no bar"
     assert " 23.50" in _texts(FIGURES["policies"](3.0))
-    words = _texts(FIGURES["cards"](100.0))
-    for cell in ("100 s", "12 of 56 blocks", "4 s", "resident", "no placement", "needs 3.00 GiB", "time not known"):
-        assert f"\n{cell}\n" in f"\n{words}\n"
-    assert "card 0, 32.00 GiB\ncard 1, 32.00 GiB, rates measured" in words
-    words = _texts(FIGURES["frontier"](100.0))
-    assert "peak of allocated memory (GiB)" in words
-    assert "\nresident\n" in f"\n{words}\n"  # of what was measured beside the curve
     failed = _tilings(100.0).assign(status="failed")
     assert "outside no_grad, out of memory" in _texts(study_figures.tiling_figure(failed))
 
@@ -306,30 +252,6 @@ def test_cells_say_where_there_is_nothing(tmp_path):
     assert absent([]).data == ""
     assert absent(["a", "b"]).data == "*`data/measured` has no record of a, b.*"
     assert sentence({"verdict": "refined", "finding": "So it is."}).data == "**Refined.** So it is."
-
-
-def test_a_forecasts_timeline_has_the_clock_of_a_card_or_none(tmp_path):
-    phase = PhaseRecord("decode_video", None, 0, GIB, 0, None, GIB, 0, 0.0, 1.0, True)
-    moments = [TimelineRecord("decode_video", t, GIB, 0, 0, 0) for t in (0.0, 7.0, 7.5)]
-    for number, (metadata, label) in enumerate(
-        [
-            ({"device": "forecast"}, "progress of the run (this forecast has no clock)"),
-            ({"device": "forecast", "clock": "RTX 4090"}, "predicted time on RTX 4090 (s)"),
-            ({"device": "cpu"}, "time (s)"),
-        ]
-    ):
-        run = Run(Path("run"), metadata, (phase, *moments), "complete")
-        cells = Cells(tmp_path / str(number), "09_test")
-        cells.timeline("timeline", run)
-        axes = timeline_figure(run).get_axes()[0]
-        assert axes.get_xlabel() == label
-        assert axes.get_xlim() == (0, 2 if "no clock" in label else 7.5)
-
-
-def test_a_run_without_a_timeline_is_refused_by_name():
-    with pytest.raises(RecordError) as refused:
-        timeline_figure(Run(Path("runs/cuda"), {"device": "cuda"}, (), "complete"))
-    assert refused.value.fields == {"run": "runs/cuda"}
 
 
 def test_readable_knows_units_shares_and_what_is_not_known():

@@ -41,7 +41,14 @@ def accuracy(
     """Compare forecasts with every run that was measured on a GPU."""
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
-    from i2v_lab.studies.accuracy import accuracy_table, halves_table, measured_table, other_versions, summary_table
+    from i2v_lab.studies.accuracy import (
+        accuracy_table,
+        halves_table,
+        measured_table,
+        other_versions,
+        summary_table,
+        whole_runs,
+    )
 
     if csv is not None:
         check_file(csv, "csv", "accuracy.csv")
@@ -61,7 +68,7 @@ def accuracy(
     worst = table.reindex(table["error"].abs().sort_values(ascending=False).index).head(10)
     columns = ["run", "phase", "peak_bytes", "forecast_bytes", "error"]
     console.print(rich_table(worst[columns], "The ten largest errors"))
-    console.print(rich_table(summary_table(table), f"{table['run'].nunique()} runs, by phase"))
+    console.print(rich_table(summary_table(table), f"{len(whole_runs(table))} runs, by phase"))
     console.print(rich_table(halves_table(table), "A correction by phase, fitted to half of the specs"))
     for package, found in other_versions(measured).items():
         say(f"some runs had {package} {' or '.join(found)}; these forecasts are of the version installed here")

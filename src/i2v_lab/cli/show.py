@@ -50,9 +50,8 @@ def show(
     first = read_run(run)
     if timeline is not None:
         from i2v_lab.reporting.figures.runs import timeline_figure
-        from i2v_lab.reporting.figures.style import save_figure
 
-        save_figure(timeline_figure(first, read_run(other) if other else None), timeline, "timeline")
+        timeline_figure(first, read_run(other) if other else None).save(timeline, "timeline")
     if other is None:
         peak = peak_phase(first.of(PhaseRecord))
         console.print(_described(first), soft_wrap=True)

@@ -18,7 +18,10 @@ from matplotlib.figure import Figure
 from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
-from i2v_lab.reporting.figures.runs import NO_TIMELINE, has_timeline, timeline_figure
+from i2v_lab.profiling.records import TimelineRecord
+from i2v_lab.reporting.figures.chart import Chart
+from i2v_lab.reporting.figures.live import NO_TIMELINE
+from i2v_lab.reporting.figures.runs import timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
 from i2v_lab.reporting.tables import readable, save_table
 from i2v_lab.runs.store import Run
@@ -35,16 +38,20 @@ class Drawing:
         name: Of its files, without suffix.
         svg: The text of the one.
         png: The bytes of the other.
+        chart: What both were drawn from, which JupyterLab and the site draw to answer a pointer; ``None`` of a figure
+            of matplotlib's.
     """
 
     name: str
     svg: str
     png: bytes
+    chart: Chart | None = None
 
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        drawn, how = self.chart.interactive() if self.chart else ({}, {})
         png = base64.b64encode(self.png).decode()
         data = {"image/svg+xml": self.svg, "image/png": png, "text/plain": f"<figure {self.name}>"}
-        return data, {METADATA: {"name": self.name}}
+        return {**drawn, **data}, {**how, METADATA: {"name": self.name}}
 
 
 class ShownTable(pd.DataFrame):
@@ -97,7 +104,7 @@ class Cells:
         return shown
 
     def figure(
-        self, name: str, draw: Callable[..., Figure], table: pd.DataFrame, *more: Any, **options: Any
+        self, name: str, draw: Callable[..., Figure | Chart], table: pd.DataFrame, *more: Any, **options: Any
     ) -> Drawing | Markdown:
         """Write and show a figure, and its table as CSV.
 
@@ -115,11 +122,12 @@ class Cells:
 
     def timeline(self, name: str, run: Run | None, other: Run | None = None) -> Drawing | Markdown:
         """Live bytes by category over a run, or a forecast by predicted time; a second's total is a line over it."""
-        if run is None or not has_timeline(run) or (other is not None and not has_timeline(other)):
+        if run is None or not all(each.of(TimelineRecord) for each in (run, other) if each is not None):
             return Markdown(f"*{NO_TIMELINE}*")
         run, other = run_on_clock(run), other and run_on_clock(other)
-        save_table(run.frame("timeline"), self.out / "figures", f"{self.notebook}_{name}")
-        return self._shown(name, timeline_figure(run, other))
+        chart = timeline_figure(run, other)
+        save_table(chart.table, self.out / "figures", f"{self.notebook}_{name}")
+        return self._shown(name, chart)
 
     def video(self, name: str, path: Path) -> Path:
         """Copy a video to ``out_dir`` and return its path there."""
@@ -130,9 +138,11 @@ class Cells:
         """Write and show a figure of tile layouts, which has no table."""
         return self._shown(name, draw(layouts))
 
-    def _shown(self, name: str, figure: Figure) -> Drawing:
-        svg, png = save_figure(figure, self.out / "figures", f"{self.notebook}_{name}")
-        return Drawing(svg.stem, svg.read_text(encoding="utf-8"), png.read_bytes())
+    def _shown(self, name: str, figure: Figure | Chart) -> Drawing:
+        folder, stem = self.out / "figures", f"{self.notebook}_{name}"
+        chart = figure if isinstance(figure, Chart) else None
+        svg, png = figure.save(folder, stem) if isinstance(figure, Chart) else save_figure(figure, folder, stem)
+        return Drawing(svg.stem, svg.read_text(encoding="utf-8"), png.read_bytes(), chart)
 
 
 def markdown_text(text: str) -> str:

@@ -1,1 +1,1 @@
-"""Figures: matplotlib's for files, SVG text for JupyterLab's views; one palette for both."""
+"""Figures: of Vega-Lite and of matplotlib for files and pages, SVG text for JupyterLab's views; one palette for all."""

@@ -1,6 +1,6 @@
 """Figures for JupyterLab's views as SVG text, redrawn while a control is moved or a run is watched.
 
-Figures that are saved are matplotlib's (:mod:`~i2v_lab.reporting.figures.runs`); palette and labels are shared. Three
+Figures that are saved are others (:mod:`~i2v_lab.reporting.figures.runs`); palette and labels are shared. Three
 measurements on two CPU cores, with matplotlib 3.10's SVG backend, one reused figure and fixed margins, decide for text:
 
 - The explorer redraws two figures for each answer: 67 ms with matplotlib (118 to 258 ms at worst), 13 ms here. A
@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 from i2v_lab.display import escaped
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord, TimelineRecord, peak_phase
-from i2v_lab.reporting.figures.runs import NO_TIMELINE
 from i2v_lab.reporting.figures.style import ALLOCATED, CATEGORIES, byte_scale
 from i2v_lab.runs.store import Run
 from i2v_lab.units import MIB, format_bytes
 
 Segment = tuple[str, str, int]  # label, colour, bytes
 
+NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs on a CPU."
 WIDTH = 720
 LEFT, RIGHT = 128, 88  # of the bars: for names and for values
 ROW = 22

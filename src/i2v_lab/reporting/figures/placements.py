@@ -1,188 +1,213 @@
-"""Figures of placements: the fastest one on each GPU, and time against memory."""
+"""Charts of placements: the fastest one on each GPU, and time against memory."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import matplotlib as mpl
-import numpy as np
+import altair as alt
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
-from i2v_lab.reporting.figures.style import BLUE, GREEN, GREY, ORANGE, PINK, SKY, STYLE, YELLOW
+from i2v_lab.reporting.figures.chart import INK, TABLE, WIDTH, Chart, described, exact_bytes
+from i2v_lab.reporting.figures.style import BLUE, GREY
 from i2v_lab.units import GIB, format_bytes
 
-COLOUR_MAP = "cividis_r"  # light is fast; of the same order with every kind of colour blindness
-NOT_KNOWN = "#eeeeee"  # a cell without predicted seconds
-TICKS_GIB = (2, 4, 8, 16, 32, 64, 128, 256)
-TICKS_S = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
-MARKS = (("s", ORANGE), ("^", GREEN), ("D", PINK), ("v", YELLOW), ("P", SKY), ("X", GREY))  # of third parties
-CURVE, HOLLOW = "this package, fastest placement within each budget", "hollow: measured"
-WARM = "the same, in a warm generation"
-CLOSE = 1.6  # of the slowest placement: what a panel of the curve alone shows
+NOT_KNOWN = "#bbbbbb"  # a cell without predicted seconds
+SHAPES = ("square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")  # of third parties
+PALE_BLUE = "rgba(0, 114, 178, 0.45)"
+CURVE, WARM = "fastest placement within each budget", "the same, in a warm generation"
+MEASURED = "measured"
+NAMES, CELL = 150, 125  # pixels of GPUs' names and of a request, at least
+DARK = 0.55  # of the logarithmic scale of colours
+GAP = alt.Scale(paddingInner=0.03)
+SECONDS = "format(datum.seconds, datum.seconds < 10 ? '.1f' : ',.0f') + ' s'"
 
 
-def card_map_figure(table: pd.DataFrame) -> Figure:
+def card_map_figure(table: pd.DataFrame) -> Chart:
     """The fastest placement of each request on each GPU: predicted seconds, and what stays on the device.
 
     Args:
         table: Of :func:`~i2v_lab.studies.card_map.card_table`; GPUs in the order of the rows.
     """
-    gpus = list(dict.fromkeys(table["gpu"]))
-    keys = set(zip(table["width"], table["height"], table["frames"], strict=True))
-    requests = sorted(keys, key=lambda key: (key[0] * key[1], key))
-    seconds = table["predicted_seconds"].dropna().astype(float)
-    scale = LogNorm(seconds.min(), 1.01 * seconds.max()) if len(seconds) else None
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(3.4 + 1.3 * len(requests), 1.3 + 0.38 * len(gpus)), layout="constrained")
-        axes = figure.add_subplot()
-        for row in table.to_dict("records"):
-            x, y = requests.index((row["width"], row["height"], row["frames"])), gpus.index(row["gpu"])
-            known = scale is not None and not pd.isna(row["predicted_seconds"])
-            face = mpl.colormaps[COLOUR_MAP](scale(float(row["predicted_seconds"]))) if known and scale else NOT_KNOWN
-            axes.add_patch(Rectangle((x - 0.49, y - 0.47), 0.98, 0.94, facecolor=face, linewidth=0))
-            style: Any = {"ha": "center", "va": "center", "color": _ink(face)}
-            axes.text(x, y - 0.18, _time(row), fontsize=9, fontweight="bold" if known else "normal", **style)
-            axes.text(x, y + 0.23, _kept(row), fontsize=7.5, **style)
-        first = table.drop_duplicates("gpu").set_index("gpu")
-        axes.set_yticks(range(len(gpus)), [_card(gpu, first.loc[gpu]) for gpu in gpus], fontsize=8.5)
-        axes.set_xticks(range(len(requests)), [f"{w}x{h}\n{count} frames" for w, h, count in requests], fontsize=8.5)
-        axes.set(xlim=(-0.52, len(requests) - 0.48), ylim=(len(gpus) - 0.5, -0.5))
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        words = "In bold: predicted seconds, light where few. Below: what stays on the GPU."
-        if (first["rates"] == "published").any():
-            words += "\nFrom published rates, not measured, where a GPU is not marked."
-        figure.supxlabel(words, fontsize=8.5)
-    return figure
+    requests = table.assign(voxels=table["width"] * table["height"])
+    requests = requests.sort_values(["voxels", "width", "height", "frames"], kind="stable")
+    columns = list(dict.fromkeys(_request(row) for row in requests.to_dict("records")))
+    rows: list[dict[Any, Any]] = table.to_dict("records")
+    cells = pd.DataFrame([_cell(row) for row in rows])
+    known = cells["seconds"].dropna().astype(float)
+    least, most = (float(known.min()), 1.01 * float(known.max())) if len(known) else (1.0, 2.0)
+    scale = alt.Scale(type="log", scheme="cividis", reverse=True, domain=[least, most])
+    legend = alt.Legend(title="predicted seconds", direction="horizontal", gradientLength=220, tickCount=4)
+    # White where the colour's luminance is below the one at which black has as much contrast.
+    dark = f"isValid(datum.seconds) && log(datum.seconds / {least!r}) > {DARK} * log({most / least!r})"
+    ink = alt.condition(dark, alt.value("#ffffff"), alt.value("#000000"))
+    # Of two lines, the size and the frames.
+    axis = _bare(orient="top", labelAngle=0, labelPadding=20, labelExpr="split(datum.label, ', ')")
+    y = alt.Y("card:N", sort=list(dict.fromkeys(cells["card"])), title=None, scale=GAP, axis=_bare())
+    x = alt.X("request:N", sort=columns, title=None, scale=GAP, axis=axis)
+    base = alt.Chart()
+    tooltip = [
+        alt.Tooltip("card:N", title="GPU"),
+        alt.Tooltip("request:N", title="request"),
+        alt.Tooltip("name:N", title="placement"),
+        alt.Tooltip("time:N", title="predicted time"),
+        alt.Tooltip("peak:N", title="peak"),
+        alt.Tooltip("phase:N", title="in phase"),
+        alt.Tooltip("needed:N", title="needed with context"),
+        alt.Tooltip("rates:N", title="rates"),
+    ]
+    told = base.transform_calculate(
+        peak=_or_unknown("peak_bytes", exact_bytes("peak_bytes")), needed=exact_bytes("needed_bytes")
+    )
+    filled = [
+        told.transform_filter("isValid(datum.seconds)")
+        .mark_rect(aria=False)
+        .encode(x=x, y=y, color=alt.Color("seconds:Q", scale=scale, legend=legend), tooltip=tooltip),
+        told.transform_filter("!isValid(datum.seconds)")
+        .mark_rect(aria=False)
+        .encode(x=x, y=y, color=alt.value(NOT_KNOWN), tooltip=tooltip),
+    ]
+    upper = base.mark_text(dy=-6, fontSize=12, aria=False).encode(x=x, y=y, text="time:N", color=ink)
+    lower = base.mark_text(dy=8, fontSize=10, aria=False).encode(x=x, y=y, text="kept:N", color=ink)
+    words = "Predicted seconds, and what stays on the GPU"
+    title = alt.TitleParams(words, anchor="start", fontWeight="normal", fontSize=13, color=INK, subtitleColor=INK)
+    if (table["rates"] == "published").any():
+        title.subtitle = "From published rates, not measured, where a GPU is not marked."
+    layers = alt.layer(*filled, upper, lower, data=alt.NamedData(name="cells"), title=title)
+    chart = layers.properties(width=WIDTH, height=32 * cells["card"].nunique())
+    label = f"Fastest placement of each request on each GPU. {words}"
+    return described(chart, {TABLE: table, "cells": cells}, label, least_width=NAMES + CELL * len(columns))
 
 
-def _card(gpu: str, row: Any) -> str:
-    return f"{gpu}, {format_bytes(int(row['memory_bytes']))}{', rates measured' if row['rates'] == 'measured' else ''}"
+def _bare(**options: Any) -> alt.Axis:
+    return alt.Axis(ticks=False, domain=False, **options)
 
 
-def _ink(face: Any) -> str:
-    """Black or white, whichever has more contrast."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(face)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]  # as WCAG 2.1 defines it
-    return "#000000" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+def _request(row: dict[Any, Any]) -> str:
+    return f"{row['width']}x{row['height']}, {row['frames']} frames"
 
 
-def _time(row: dict[Any, Any]) -> str:
-    if row["placement"] == "none":
-        return "no placement"
-    if pd.isna(row["predicted_seconds"]):
-        return "time not known"
-    return f"{row['predicted_seconds']:,.0f} s"
+def _cell(row: dict[Any, Any]) -> dict[str, Any]:
+    """What a cell says of a pair of a request and a GPU."""
+    none, seconds = row["placement"] == "none", row["predicted_seconds"]
+    unknown = pd.isna(seconds)
+    rates = ", rates measured" if row["rates"] == "measured" else ""
+    return {
+        "card": f"{row['gpu']}, {format_bytes(int(row['memory_bytes']))}{rates}",
+        "request": _request(row),
+        "seconds": None if none or unknown else float(seconds),
+        "time": "no placement" if none else "time not known" if unknown else f"{seconds:,.0f} s",
+        "name": row["name"],
+        "kept": f"needs {format_bytes(int(row['needed_bytes']))}"
+        if none
+        else str(row["name"]).replace(" resident", ""),
+        "peak_bytes": row.get("peak_bytes"),
+        "phase": str(row.get("peak_phase") or "").replace("_", " "),
+        "needed_bytes": row["needed_bytes"],
+        "rates": row["rates"],
+    }
 
 
-def _kept(row: dict[Any, Any]) -> str:
-    if row["placement"] == "none":
-        return f"needs {format_bytes(int(row['needed_bytes']))}"
-    return str(row["name"]).replace(" resident", "")
+def _or_unknown(field: str, words: str) -> str:
+    return f"isValid(datum['{field}']) ? {words} : 'not known'"
 
 
-def frontier_figure(table: pd.DataFrame) -> Figure:
+def frontier_figure(table: pd.DataFrame) -> Chart:
     """Seconds against peak memory: the fastest placements, a line, beside third-party pipelines and measured runs.
 
-    Above, the placements and what is nearly as fast, from 0; below, everything, on logarithmic scales.
+    Both scales are logarithmic. Each size has a line style; a click in a legend hides a series or a size.
 
     Args:
-        table: Of :func:`~i2v_lab.studies.frontier.frontier_table`; one column of panels for each size.
+        table: Of :func:`~i2v_lab.studies.frontier.frontier_table`.
     """
     known = table[table["seconds"].notna() & table["peak_bytes"].notna()]
     sizes = list(dict.fromkeys(known["size"]))
     pipelines = list(dict.fromkeys(known[known["kind"] == "pipeline"]["name"]))
-    marks = {name: MARKS[index % len(MARKS)] for index, name in enumerate(pipelines)}
-    with mpl.rc_context(STYLE | {"axes.grid.axis": "both"}):
-        figure = Figure(figsize=(max(5.2, 4.3 * len(sizes)), 7.4), layout="constrained")
-        panels = figure.subplots(2, max(1, len(sizes)), squeeze=False)
-        handles: dict[str, Any] = {}
-        for column, size in enumerate(sizes):
-            part = known[known["size"] == size]
-            curve = part[part["kind"] == "placement"]
-            base = curve if len(curve) else part[part["kind"] == "measured"]
-            top = CLOSE * float((base if len(base) else part)["seconds"].max())
-            near, whole = panels[0][column], panels[1][column]
-            for axes, rows in ((near, part[part["seconds"] <= top]), (whole, part)):
-                handles |= _points(axes, rows, marks)
-                _logarithmic_memory(axes, part)
-            near.set_ylim(0, top)
-            _name_measured(near, part[part["seconds"] <= top], marks, top)
-            near.set_title(size, fontsize=10, loc="left")
-            whole.set_yscale("log")
-            least = float(part[["seconds", "warm_seconds"]].min(axis=None))
-            low, high = 0.75 * least, 1.4 * float(part["seconds"].max())
-            ticks = [tick for tick in TICKS_S if low <= tick <= high]
-            whole.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-            whole.set_ylim(low, high)
-            whole.minorticks_off()
-            whole.set_xlabel("peak of allocated memory (GiB)")
-        for axes, words in zip(panels[:, 0], ("seconds", "seconds, logarithmic"), strict=True):
-            axes.set_ylabel(words)
-        legend: Any = {"loc": "outside upper left", "ncols": 2, "frameon": False, "fontsize": 9}
-        order = [name for name in (CURVE, WARM, *pipelines, HOLLOW) if name in handles]
-        if order:
-            figure.legend(handles=[handles[name] for name in order], labels=order, **legend)
-    return figure
+    curve = known["kind"] == "placement"
+    named = known["name"].where(known["name"].isin(pipelines), CURVE)
+    points = known.assign(series=named, of=known["kind"].map({MEASURED: MEASURED}).fillna("predicted"))
+    warm = points[curve & known["warm_seconds"].notna()]
+    warm = warm.assign(seconds=warm["warm_seconds"], series=WARM)
+    points = pd.concat([points, warm], ignore_index=True)
+    columns = ["size", "kind", "series", "of", "name", "peak_bytes", "peak_phase", "seconds", "gpu", "rates"]
+    points = points[[name for name in columns if name in points]]
+    return described(
+        _frontier(points, sizes, pipelines),
+        {TABLE: table, "points": points},
+        "Seconds against peak memory",
+        zooms={"x": "gib", "y": "seconds"},
+    )
 
 
-def _points(axes: Axes, rows: pd.DataFrame, marks: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """Draw one panel, predicted points filled and measured ones hollow; returns what its legend needs, by label."""
-    handles: dict[str, Any] = {}
-    for (kind, name), points in rows.assign(of=rows["name"].where(rows["name"].isin(marks), "")).groupby(
-        ["kind", "of"]
-    ):
-        marker, colour = marks.get(str(name), ("o", BLUE))
-        style: Any = {"color": colour, "marker": marker, "markersize": 7, "linestyle": ""}
-        if kind == "measured":
-            style |= {"markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.5, "zorder": 4}
-        elif kind == "placement":
-            style |= {"markersize": 3.5, "linestyle": "-", "zorder": 3}
-        x, y = points["peak_bytes"].astype(float) / GIB, points["seconds"].astype(float)
-        (line,) = axes.plot(x, y, **style)
-        if kind == "placement":
-            handles[CURVE] = line
-            (handles[WARM],) = axes.plot(x, points["warm_seconds"].astype(float), color=BLUE, linestyle=":")
-        elif name:
-            handles[str(name)] = Line2D([], [], color=colour, marker=marker, markersize=7, linestyle="")
-        if kind == "measured":
-            hollow: Any = {"marker": "o", "markerfacecolor": "none", "markersize": 9, "linestyle": ""}
-            handles[HOLLOW] = Line2D([], [], color="#000000", **hollow)
-    return handles
+def _frontier(points: pd.DataFrame, sizes: list[str], pipelines: list[str]) -> Any:
+    series = [CURVE] * (CURVE in set(points["series"])) + [WARM] * (WARM in set(points["series"])) + pipelines
+    shapes = ["circle"] * (len(series) - len(pipelines)) + [SHAPES[n % len(SHAPES)] for n in range(len(pipelines))]
+    colours = [{CURVE: BLUE, WARM: PALE_BLUE}.get(name, GREY) for name in series]
+    x = alt.X(
+        "gib:Q",
+        title="peak allocated (GiB); hollow: measured",
+        scale=alt.Scale(type="log", base=2, nice=False, padding=12),
+        axis=alt.Axis(format="~g", tickCount=8),
+    )
+    y = alt.Y(
+        "seconds:Q",
+        title="seconds",
+        scale=alt.Scale(type="log", nice=False, padding=12),
+        axis=alt.Axis(format=",~g", tickCount=6),
+    )
+    legend = alt.Legend(columns=3, symbolStrokeWidth=2)
+    colour = alt.Color(
+        "series:N", title=None, sort=series, scale=alt.Scale(domain=series, range=colours), legend=legend
+    )
+    shape = alt.Shape("series:N", title=None, sort=series, scale=alt.Scale(domain=series, range=shapes), legend=legend)
+    styles = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
+    dash = alt.StrokeDash(
+        "size:N",
+        title="size",
+        sort=sizes,
+        legend=alt.Legend(symbolType="stroke", orient="bottom"),
+        scale=alt.Scale(domain=sizes, range=[styles[place % len(styles)] for place in range(len(sizes))]),
+    )
+    shown = _shown("shown", "series", series)
+    shown_sizes = _shown("sizes", "size", sizes)
+    zoom = alt.selection_interval(name="zoom", bind="scales", zoom="wheel![event.ctrlKey || event.metaKey]")
+    base = (
+        alt.Chart()
+        .transform_filter(shown)
+        .transform_filter(shown_sizes)
+        .transform_calculate(gib=f"datum.peak_bytes / {GIB}", words=exact_bytes("peak_bytes"), time=SECONDS)
+    )
+    lines = base.transform_filter("datum.kind == 'placement'").mark_line(clip=True, aria=False)
+    tooltip = [
+        alt.Tooltip(f"{field}:N", title=title)
+        for field, title in {
+            "series": "series",
+            "name": "name",
+            "size": "size",
+            "words": "peak",
+            "peak_phase": "in phase",
+            "time": "time",
+            "of": "time is",
+            "gpu": "on",
+        }.items()
+        if field in points or field in ("words", "time")
+    ]
+    drawn: dict[str, Any] = {"clip": True, "opacity": 1, "aria": False}
+    predicted = base.transform_filter(f"datum.of != '{MEASURED}'").mark_point(filled=True, size=70, **drawn)
+    measured = base.transform_filter(f"datum.of == '{MEASURED}'").mark_point(size=80, strokeWidth=1.6, **drawn)
+    channels: dict[str, Any] = {"x": x, "y": y, "color": colour, "shape": shape, "tooltip": tooltip}
+    return alt.layer(
+        lines.encode(x=x, y=y, color=colour, strokeDash=dash).add_params(shown_sizes),
+        predicted.encode(**channels).add_params(shown, zoom),
+        measured.encode(**channels),
+        data=alt.NamedData(name="points"),
+        width=WIDTH,
+        height=420,
+    )
 
 
-def _name_measured(axes: Axes, rows: pd.DataFrame, marks: dict[str, tuple[str, str]], top: float) -> None:
-    """Label measured placements, towards the middle of a panel that ends at ``top``, so that none overlap."""
-    named = rows[(rows["kind"] == "measured") & ~rows["name"].isin(marks)].sort_values("seconds")
-    peaks = named["peak_bytes"].astype(float) / GIB
-    middle = float(np.sqrt(np.prod(axes.get_xlim())))
-    for side, part in (("left", named[peaks < middle]), ("right", named[peaks >= middle])):
-        place = 0.0
-        for row in part.to_dict("records"):
-            place = max(float(row["seconds"]), place + 0.055 * top)
-            axes.annotate(
-                str(row["name"]),
-                (row["peak_bytes"] / GIB, place),
-                xytext=(9 if side == "left" else -9, 0),
-                textcoords="offset points",
-                fontsize=8,
-                ha=cast(Any, side),
-                va="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-            )
-
-
-def _logarithmic_memory(axes: Axes, part: pd.DataFrame) -> None:
-    low, high = 0.75 * float(part["peak_bytes"].min()) / GIB, 1.45 * float(part["peak_bytes"].max()) / GIB
-    axes.set_xscale("log")
-    ticks = [tick for tick in TICKS_GIB if low <= tick <= high]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(low, high)
+def _shown(name: str, field: str, values: list[str]) -> alt.Parameter:
+    """A click on a legend's entry hides it, another shows it again."""
+    value = [{field: each} for each in values]
+    return alt.selection_point(
+        name=name, fields=[field], bind="legend", toggle="true", clear=False, empty=False, value=value
+    )

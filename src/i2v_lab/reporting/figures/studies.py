@@ -170,33 +170,6 @@ def boundaries_figure(phases: pd.DataFrame) -> Figure:
     return figure
 
 
-def modules_figure(table: pd.DataFrame, top: int = 10) -> Figure:
-    """Bytes saved for backward by module, the largest at the top.
-
-    Args:
-        table: ``module, saved_bytes, share``.
-        top: Bars; the other modules share one more.
-    """
-    rows: list[dict[Any, Any]] = table.head(top).to_dict("records")
-    rest = table.iloc[top:]
-    if len(rest):
-        others = {"saved_bytes": rest["saved_bytes"].sum(), "share": rest["share"].sum()}
-        rows.append({"module": f"{len(rest)} others", **others})
-    scale, unit = byte_scale(float(table["saved_bytes"].max()))
-    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(7.6, 0.34 * len(rows) + 0.9), layout="constrained")
-        axes = figure.add_subplot()
-        for place, row in enumerate(rows):
-            axes.barh(place, row["saved_bytes"] / scale, color=COLOURS["escaped"], height=0.7)
-            words = f" {format_bytes(int(row['saved_bytes']))}, {100 * row['share']:.0f} %"
-            axes.text(row["saved_bytes"] / scale, place, words, va="center", fontsize=8.5, **LABEL)
-        axes.set_yticks(range(len(rows)), [row["module"] or "outside any module" for row in rows], fontsize=8.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, max(row["saved_bytes"] for row in rows) / scale * 1.25)
-        axes.set_xlabel(f"saved for backward ({unit})")
-    return figure
-
-
 def flatness_figure(phases: pd.DataFrame, runs: pd.DataFrame, over: str, label: str) -> Figure:
     """Peak of each phase over one quantity; a ring marks the phase with the highest.
 

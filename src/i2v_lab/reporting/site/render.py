@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,17 @@ from nbconvert.filters import markdown2html
 
 from i2v_lab.display import printable
 from i2v_lab.files import write_text
+from i2v_lab.reporting.figures.chart import MIME as CHART
 from i2v_lab.reporting.results import MIME
+from i2v_lab.reporting.site.charts import (
+    behind_chart,
+    chart_scripts,
+    chart_style,
+    data_block,
+    is_chart,
+    place_of,
+    with_charts,
+)
 from i2v_lab.reporting.site.contents import Found, searchable, searchable_text, with_anchors
 from i2v_lab.reporting.site.downloads import command, downloads
 from i2v_lab.reporting.site.inline_svg import inline_svg
@@ -65,12 +74,14 @@ def render_site(
     page_template = environment.get_template("page.html.j2")
     entries: list[Found] = []
     for index, (page, notebook) in enumerate(zip(pages, executed, strict=True)):
-        body, sections = with_anchors(notebook_body(exporter, notebook, page, pages, folder.parent))
+        cells, behind = notebook_body(exporter, notebook, page, pages, folder.parent)
+        body, sections = with_anchors(cells)
         entries += searchable(plain_markdown(page.title), page.href, body)
         html = page_template.render(
             page=page,
-            body=Markup(explain_terms(body, environment)),  # noqa: S704 - what our own notebooks show
+            body=Markup(with_charts(explain_terms(body, environment), behind)),  # noqa: S704 - what our own notebooks show
             sections=sections,
+            **chart_parts(environment, bool(behind)),
             previous=pages[index - 1] if index else None,
             following=pages[index + 1] if index + 1 < len(pages) else None,
         )
@@ -83,6 +94,24 @@ def render_site(
     whole = index_template.render(**shown, entries=[asdict(entry) for entry in entries])
     head, main, rest = whole.partition("<main")
     return write_text(folder / "index.html", head + main + explain_terms(rest, environment))
+
+
+def chart_parts(environment: jinja2.Environment, shown: bool) -> dict[str, Any]:
+    """What a page with charts has besides: their style, their scripts, and a policy that allows these.
+
+    Args:
+        environment: The site's.
+        shown: Whether the page has charts; the scripts take 0.9 MB.
+    """
+    if not shown:
+        return {"chart_style": "", "chart_scripts": ()}
+    own = (str(environment.globals["theme_script"]), str(environment.globals["script"]))
+    scripts = chart_scripts()
+    return {
+        "chart_style": Markup(chart_style()),  # noqa: S704 - our own
+        "chart_scripts": [Markup(script) for script in scripts],  # noqa: S704 - Vega's and our own
+        "policy": content_security_policy(*own, *scripts),
+    }
 
 
 def explain_terms(body: str, environment: jinja2.Environment) -> str:
@@ -148,17 +177,7 @@ def content_security_policy(*scripts: str) -> str:
     )
 
 
-def data_block(value: Any) -> Markup:
-    r"""A value as JSON for a ``script`` element, in which nothing ends the element.
-
-    Example:
-        >>> data_block({"a": "</script>"})
-        Markup('{"a": "\\u003c/script>"}')
-    """
-    return Markup(json.dumps(value, ensure_ascii=False).replace("<", "\\u003c"))  # noqa: S704 - has no markup
-
-
-def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page], out: Path) -> str:
+def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Page], out: Path) -> tuple[str, list[str]]:
     """A notebook's cells as HTML: code folded, figures inline and labelled, links to other notebooks as pages.
 
     Args:
@@ -167,22 +186,30 @@ def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Pag
         page: Its page.
         pages: All of them; links to their notebooks lead to them.
         out: The build folder; the files of figures and tables that are there can be downloaded.
+
+    Returns:
+        The HTML, and for each chart in it what goes to its place: :func:`~i2v_lab.reporting.site.charts.with_charts`.
     """
     node = nbformat.read(notebook, as_version=4)
     node.cells = [cell for cell in node.cells if PAPERMILL_ERROR not in cell.metadata.get("tags", [])]
-    _prepare_outputs(node.cells, page.title, out)
+    behind = _prepare_outputs(node.cells, page.title, out)
     first = next((cell for cell in node.cells if cell.cell_type == "markdown" and "# " in cell.source), None)
     if first is not None:
         first.metadata["with_verdict"] = True
     body, _ = exporter.from_notebook_node(node, resources={"page": page, "command": command(node, notebook.stem)})
     stems = "|".join(re.escape(other.stem) for other in pages)
-    return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body)
+    return re.sub(rf'href="(?:\./)?({stems})\.ipynb(#[^"]*)?"', r'href="\1.html\2"', body), behind
 
 
-def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> None:
-    """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style."""
+def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> list[str]:
+    """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style.
+
+    Returns:
+        What is behind each chart.
+    """
     heading, count, figures = plain_markdown(title), 0, 0
     errors = []
+    behind: list[str] = []
     for cell in cells:
         if cell.cell_type == "markdown":
             found = re.findall(r"^#{1,4} +(.+)$", cell.source, re.MULTILINE)
@@ -202,14 +229,32 @@ def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> None:
             label = heading if count < 2 else f"{heading} ({count})"
             output.metadata["label"] = label
             output.metadata["downloads"] = downloads(output.metadata, out)
+            if is_chart(data):
+                output.metadata["chart"] = place_of(len(behind))
+                behind.append(behind_chart(data[CHART]))
             if "image/svg+xml" in data:
                 figures += 1
                 data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)
             if "text/html" in data:
                 html = re.sub(r"<style scoped>.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
-                data["text/html"] = re.sub(r'<table border="1"', "<table", html)
+                data["text/html"] = with_scopes(re.sub(r'<table border="1"', "<table", html))
     if errors:
         errors[-1]["anchor"] = True  # the one that ended the notebook, if it failed
+    return behind
+
+
+def with_scopes(html: str) -> str:
+    """Tables whose headings say what they head: above ``tbody`` a column, in it a row.
+
+    Example:
+        >>> with_scopes("<thead><th>peak</th></thead><tbody><th>decode_video</th>")
+        '<thead><th scope="col">peak</th></thead><tbody><th scope="row">decode_video</th>'
+    """
+    parts = re.split(r"(?=<thead>|<tbody>)", html)
+    return "".join(
+        re.sub(r"<th(?=[ >])(?![^>]*\sscope=)", f'<th scope="{"row" if part.startswith("<tbody>") else "col"}"', part)
+        for part in parts
+    )
 
 
 def inline_markdown(text: str) -> Markup:

@@ -80,12 +80,13 @@
         if (!cell) return;
         if (number.test(words(cell)) || words(cell).length <= 14) cell.classList.add("short");
         if (x === 0) cell.classList.add("key");
+        if (x === 0 && words(cell).length > 20) cell.classList.add("long");
         if (cell.colSpan === 1 && rows.slice(head).some((other) => other[x] && !number.test(words(other[x])))) cell.classList.add("words");
       });
     }
   }
 
-  for (const table of document.querySelectorAll("main table")) {
+  for (const table of document.querySelectorAll("main table:not(.data)")) {  // those behind charts are long, and all numbers
     align(table);
     addButton(table);
   }
