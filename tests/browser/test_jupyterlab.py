@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 from chromium import drag_slider, run_all_cells
@@ -96,6 +97,13 @@ def _turned_photo() -> bytes:
     return buffer.getvalue()
 
 
+def _large_picture() -> bytes:
+    """Noise, which no compression makes small: 7.3 MiB."""
+    noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer := io.BytesIO(), "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def _kept(page: Page, name: str, at: Locator | None = None) -> None:
     """A picture to be looked at."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -172,8 +180,14 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     _kept(page, "generate", generate)
     page.locator(".jp-OutputArea svg[aria-label*='Peak of each phase']").wait_for()  # Compare's
     _kept(page, "compare", page.locator(".jp-OutputArea svg[aria-label*='Peak of each phase']"))
+    # Above what a connection takes, a picture is scaled down, and anything else refused; the next one works.
+    zone, files = generate.locator(".i2v-drop"), generate.locator(".i2v-drop input[type=file]")
+    files.set_input_files({"name": "noise.png", "mimeType": "image/png", "buffer": _large_picture()})
+    generate.get_by_text("noise.png is selected.").wait_for()
+    assert generate.locator("img.still[alt=noise]").count() == 1
+    files.set_input_files({"name": "video.mov", "mimeType": "video/quicktime", "buffer": bytes(7 * 2**20)})
+    generate.get_by_text("'video.mov' has 7.0 MiB and is no picture").wait_for()
     content = base64.b64encode(_turned_photo()).decode()
-    zone = generate.locator(".i2v-drop")
     zone.dispatch_event("drop", {"dataTransfer": page.evaluate_handle(FILE, content)})
     generate.get_by_text("my tower.avif is selected.").wait_for()
     still = generate.locator("img.still[alt=my_tower]")
@@ -185,6 +199,15 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     frames.press("ArrowLeft")
     frames.press("ArrowLeft")
     start, stop = (generate.get_by_title(name, exact=True) for name in ("Generate", "Stop"))
+    seed = generate.locator("input[type=number]")
+    seed.fill("-5")
+    seed.press("Tab")
+    generate.get_by_text("seed=-5 is not between 0").wait_for()
+    assert seed.input_value() == "-5"
+    assert start.is_disabled()
+    seed.fill("3")
+    seed.press("Tab")
+    generate.get_by_text("seed=-5").wait_for(state="detached")
     assert start.is_enabled()
     assert stop.is_disabled()
     start.click()
@@ -197,6 +220,7 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     assert video.evaluate("part => [part.videoWidth, part.videoHeight]") == [128, 64]
     assert generate.locator("table", has_text="allocated at end").locator("tbody tr").count() == 7
     assert generate.locator(".verdict").inner_text().startswith("It fits: this machine has")
+    generate.get_by_text("Made with random weights").wait_for()
     _kept(page, "generated", generate.locator(".verdict"))
     start.click()
     generate.locator("td", has_text="denoise stage 1").wait_for()
@@ -308,3 +332,4 @@ def test_the_views_are_legible_in_both_themes_and_at_both_widths(server, page):
     page.locator(".i2v-explorer.jupyter-widgets-disconnected").wait_for()
     said = explorer.evaluate("view => getComputedStyle(view, '::before').content")
     assert "run the cell again" in said
+    page.get_by_text("i2v-lab | Idle").wait_for()  # a server that is ended while a kernel restarts waits for it
