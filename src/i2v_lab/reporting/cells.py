@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.display import printable
 from i2v_lab.files import write_atomically
-from i2v_lab.profiling.records import TimelineRecord
+from i2v_lab.profiling.records import PhaseRecord, TimelineRecord, peak_phase
 from i2v_lab.reporting.figures.chart import Chart
 from i2v_lab.reporting.figures.live import NO_TIMELINE
-from i2v_lab.reporting.figures.runs import timeline_figure
+from i2v_lab.reporting.figures.runs import holders_figure, timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
+from i2v_lab.reporting.run_tables import modules_table
 from i2v_lab.reporting.tables import readable, save_table
 from i2v_lab.runs.store import Run
 
@@ -133,6 +134,13 @@ class Cells:
         chart = timeline_figure(run, other)
         save_table(chart.table, self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, chart)
+
+    def holders(self, name: str, run: Run | None) -> Drawing | Markdown:
+        """What each module holds at a run's peak, by category; a sentence where live storages were not tracked."""
+        peak = peak_phase(run.of(PhaseRecord)) if run else None
+        if run is None or peak is None:
+            return Markdown(NOTHING)
+        return self.figure(name, holders_figure, modules_table(run, peak.phase), peak.phase)
 
     def video(self, name: str, path: Path) -> Path:
         """Copy a video to ``out_dir`` and return its path there."""

@@ -237,11 +237,11 @@ def holders_figure(table: pd.DataFrame, phase: str = "") -> Chart:
         table: Of :func:`~i2v_lab.reporting.run_tables.modules_table`.
         phase: Its name.
     """
-    where = f"at the peak of {phase_label(phase).replace(chr(10), ' ')}" if phase else "at the peak"
-    return _module_bars(table.assign(phase=phase), table, f"live {where}", f"What is live {where}, by module")
+    where = f"at the peak of {short_name(phase).replace('_', ' ')}" if phase else "at the peak"
+    return _module_bars(table, table, f"live {where}", f"What is live {where}, by module", phase)
 
 
-def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str) -> Chart:
+def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str, phase: str = "") -> Chart:
     totals = rows.groupby("module", sort=False)["nbytes"].sum().sort_values(ascending=False, kind="stable")
     others = f"{len(totals) - TOP} others"
     names = {module: module or "outside any module" for module in totals.index[:TOP]}
@@ -249,6 +249,7 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
     bars = bars.groupby(["module", "category"], sort=False)["nbytes"].sum().reset_index()
     bars = bars.assign(
         series=bars["category"].map(lambda category: CATEGORIES[f"{category}_bytes"][0]),
+        phase=phase,
         share=bars["nbytes"] / max(1, int(totals.sum())),
         all_bytes=bars.groupby("module")["nbytes"].transform("sum"),
     )
@@ -287,6 +288,7 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
             order=alt.Order("series:N", sort="descending"),
             tooltip=[
                 alt.Tooltip("module:N"),
+                *([alt.Tooltip("phase:N")] if phase else []),
                 alt.Tooltip("series:N", title="category"),
                 alt.Tooltip("words:N", title="bytes"),
                 alt.Tooltip("part:N", title="of all"),
