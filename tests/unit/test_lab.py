@@ -491,6 +491,15 @@ def test_bars_are_as_long_as_what_they_stand_for_and_end_at_the_cards_line():
     assert saved / rest == pytest.approx(3, rel=0.01)
 
 
+def test_the_value_of_a_bar_is_not_struck_through_by_the_cards_line():
+    for size in (350, 390, 410, 430, 600):
+        run = _run("one", _phase("decode_video", 400 * MIB), _phase("encode_prompt", 250 * MIB))
+        svg = pictures.phase_bars(run, line=pictures.Line(size * MIB, "a card"))
+        line = float(re.search(r'<line x1="([\d.]+)"', svg)[1])
+        for x, value in re.findall(r'<text x="([\d.]+)"[^>]*>([\d.]+ MiB)</text>', svg):
+            assert not float(x) - 2 < line < float(x) + 6 * len(value)
+
+
 def test_a_timeline_needs_storages_that_were_tracked():
     assert "No timeline" in pictures.timeline(_run("one", _phase("decode_video", 400)))
     moments = [TimelineRecord("decode_video", t / 10, 100 * t, 0, 50, 0) for t in range(4)]

@@ -31,6 +31,7 @@ NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs o
 WIDTH = 720
 LEFT, RIGHT = 128, 88  # of the bars: for names and for values
 ROW = 22
+LETTER = 6.8  # of a value, on average
 RESERVED, CONTEXT = ("reserved, not allocated", "#CCCCCC"), ("CUDA context", "#777777")
 FONT = 'font-family="system-ui,sans-serif" font-size="12" fill="currentColor"'
 HALO = ' style="paint-order:stroke;stroke:var(--jp-layout-color0,Canvas);stroke-width:3px"'  # where a line crosses
@@ -72,6 +73,7 @@ def phase_bars(run: Run, context_bytes: int = 0, line: Line | None = None, other
         return _sentence("No phase has ended, so there is no peak to show.")
     longest = max(sum(nbytes for _, _, nbytes in row) for each in rows for row in each.values())
     scale = (WIDTH - LEFT - RIGHT) / (max(longest, line.nbytes if line else 0) * 1.02 or 1)
+    line_x = LEFT + line.nbytes * scale if line else 0.0
     top = 26 if line else 6
     row_height, bar_height = (ROW, ROW - 6) if other is None else (2 * ROW - 10, ROW - 9)
     parts: list[str] = []
@@ -89,10 +91,14 @@ def phase_bars(run: Run, context_bytes: int = 0, line: Line | None = None, other
                 parts.append(_rect(x, bar_y, nbytes * scale, bar_height, colour, title, opacity))
                 x += nbytes * scale
             total = sum(nbytes for _, _, nbytes in each[phase])
-            values.append(_text(x + 5, bar_y + bar_height / 2, format_bytes(total), more=HALO))
+            value = format_bytes(total)
+            beside = x + 5
+            if line is not None and beside - 4 < line_x < beside + LETTER * len(value) + 4:
+                beside = line_x + 5  # beyond the line, which would strike it through
+            values.append(_text(beside, bar_y + bar_height / 2, value, more=HALO))
     bottom = top + len(phases) * row_height
     if line is not None:
-        x = LEFT + line.nbytes * scale
+        x = line_x
         parts.append(_vertical(x, 18, bottom, 'stroke-width="1.5" stroke-dasharray="5 3" class="card"'))
         parts.append(_text(x, 9, line.label, "end" if x > WIDTH / 2 else "start"))
     legend = {label: colour for each in rows for row in each.values() for label, colour, _ in row}
