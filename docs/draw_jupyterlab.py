@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from lab_server import LabServer, lab_server
 from playwright.sync_api import Page, sync_playwright
 
-from i2v_lab.lab.exploration import Question
+from i2v_lab.lab.question import Question
 from i2v_lab.runs.forecast import forecast_specs
 from i2v_lab.studies.published import study_request
 

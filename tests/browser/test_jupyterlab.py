@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import psutil
 import pytest
 from chromium import drag_slider, run_all_cells
@@ -211,3 +212,89 @@ def test_a_dropped_still_becomes_a_video_and_stop_stops(server, page, folder):
     assert {path.suffix for path in runs[1].iterdir()} == {".json", ".jsonl"}
     page.get_by_role("button", name="Look for new runs").click()
     page.locator("option", has_text=runs[0].name).first.wait_for(state="attached")
+
+
+# --- The four views, in both themes and at both widths ---
+
+VIEWS = """from i2v_lab import Compare, Explorer, Generate, I2VRequest, VramMonitor
+from i2v_lab.paths import data_dir
+
+still = I2VRequest(image="stills/lighthouse.png", width=64, height=64, frames=9)
+display(Explorer(still, "ltx-2.3-tiny", "L4", "0.5GiB"))
+display(Generate("made", still, "ltx-2.3-tiny", "cpu"))
+display(VramMonitor("cpu"))
+Compare([data_dir() / "measured"], "nvidia-h200/1024x768x97_1", "nvidia-h200/1024x768x97_escaped_1")"""
+WIDTHS = (1280, 1600)
+# What overflows its view or is hidden, and text whose contrast with what is behind it is below 4.5 (WCAG AA); disabled
+# controls, and bars and areas of a chart, are exempt.
+LOOK = """() => {
+  const channel = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const parse = (text) => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  const behind = (part) => {
+    for (let at = part; at; at = at.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(at).backgroundColor);
+      if (a > 0.99) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const view of document.querySelectorAll(".jp-OutputArea-output .i2v-widgets")) {
+    const area = view.closest(".jp-OutputArea-output").getBoundingClientRect();
+    for (const part of view.querySelectorAll("*")) {
+      const box = part.getBoundingClientRect();
+      if (!box.width || !box.height || part.closest("[hidden], .noUi-target, video, option")) continue;
+      const name = `${part.tagName} ${part.className.baseVal ?? part.className} ${part.textContent.slice(0, 40)}`;
+      if (box.right > area.right + 1 || box.left < area.left - 1) found.push(`overflows: ${name}`);
+      if (part.closest(":disabled")) continue;
+      const own = [...part.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+      const style = getComputedStyle(part);
+      if (own && !part.closest("title, style, .jupyter-button.mod-primary")) {
+        const colour = part.closest("svg") ? style.fill : style.color;
+        const [a, b] = [light(parse(colour)), light(behind(part))].sort((x, y) => y - x);
+        if ((a + 0.05) / (b + 0.05) < 4.5) found.push(`contrast ${((a + .05) / (b + .05)).toFixed(1)}: ${name}`);
+      }
+      if (own && part.scrollWidth > part.clientWidth + 1 && style.overflow !== "visible" && part.clientWidth)
+        found.push(`cut off: ${name}`);
+    }
+  }
+  return [document.querySelectorAll(".jp-OutputArea-output .i2v-widgets").length, found];
+}"""
+
+
+def test_the_views_are_legible_in_both_themes_and_at_both_widths(server, page):
+    cell = nbformat.v4.new_code_cell(VIEWS)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "i2v-lab", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), server.notebooks / "views.ipynb")
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    run_all_cells(page, server, "views.ipynb")
+    explorer = page.locator(".i2v-explorer")
+    explorer.locator(".answer:not(.older)").wait_for()
+    page.locator(".i2v-generate .verdict").wait_for()
+    page.locator(".jp-OutputArea svg[aria-label*='Peak of each phase']").last.wait_for()
+    page.get_by_role("button", name="Start monitor").last.click()
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        page.get_by_role("menuitem", name="Settings", exact=True).click()
+        page.locator(".lm-Menu-item", has_text="Theme").first.hover()
+        page.locator(".lm-Menu-item", has_text=theme).first.click()
+        page.locator(f"body[data-jp-theme-name='{theme}']").wait_for(state="attached")
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": 1000})
+            page.wait_for_timeout(300)
+            views, found = page.evaluate(LOOK)
+            for number, view in enumerate(page.locator(".jp-OutputArea-output > .i2v-widgets").all()):
+                _kept(page, f"view-{number}-{theme.split()[1].lower()}-{width}", view)
+            assert views >= 4
+            assert found == []
+    page.get_by_role("button", name="Stop monitor").last.click()
+    # A button under the verdict sets what fits, and the view says what that takes.
+    explorer.get_by_role("button", name="Set the budget to").click()
+    explorer.locator(".answer:not(.older) .verdict", has_text="It fits: the budget is").wait_for()
+    assert "predicted to take" in explorer.locator(".answer").inner_text().lower()
+    # A restarted kernel.
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.locator("li[data-command='kernelmenu:restart']").click()
+    page.locator(".jp-Dialog button.jp-mod-warn").click()
+    page.locator(".i2v-explorer.jupyter-widgets-disconnected").wait_for()
+    said = explorer.evaluate("view => getComputedStyle(view, '::before').content")
+    assert "run the cell again" in said

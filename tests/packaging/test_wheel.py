@@ -76,6 +76,9 @@ def test_the_wheel_contains_the_package_its_data_and_its_notebooks_and_nothing_e
         assert expected
         assert expected <= set(names)
     assert "i2v_lab/py.typed" in names
+    assert {name for name in names if name.startswith("i2v_lab/docs/")} == {"i2v_lab/docs/glossary.md"}
+    terms = "from i2v_lab.reporting.site.terms import explained_terms; print(*explained_terms())"
+    assert "decode_video" in installed.python("-c", terms).split()
     version = installed.python("-c", "import i2v_lab; print(i2v_lab.__file__, i2v_lab.__version__)").split()
     assert version[0] == str(installed.site / "i2v_lab" / "__init__.py")
     assert installed.wheel.name.startswith(f"i2v_lab-{version[1]}-")

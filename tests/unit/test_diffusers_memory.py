@@ -362,6 +362,8 @@ def test_fit_goes_past_settings_that_fail_on_a_card():
         "fit",
         "--gpu",
         "0.72GiB",
+        "--offload",
+        "model",
         "--model",
         "framepack-i2v-tiny",
         "--width",

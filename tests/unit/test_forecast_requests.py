@@ -386,17 +386,22 @@ def test_commands_refuse_bad_options_in_one_line(arguments, message):
 
 
 def test_fit_says_what_fits_and_what_does_not(simple_law):
-    answer = json.loads(_run("fit", "--gpu", "0.01GiB", "--frames", "17", "--json"))
+    answer = json.loads(_run("fit", "--memory", "resident", "--gpu", "0.01GiB", "--frames", "17", "--json"))
     assert (answer["sought"], answer["request"]["width"], answer["request"]["height"]) == ("size", 832, 640)
-    text = _run("fit", "--gpu", "0.01 GiB", "--width", "640", "--height", "448")
+    text = _run("fit", "--memory", "resident", "--gpu", "0.01 GiB", "--width", "640", "--height", "448")
     assert text.startswith("640x448, 33 frames, tiles of 768 px x 80 frames fits 0.01 GiB (10.2 MiB): ")
-    result = CliRunner().invoke(app, ["fit", "--gpu", "0.00001GiB", "--frames", "17"])
+    result = CliRunner().invoke(app, ["fit", "--memory", "resident", "--gpu", "0.00001GiB", "--frames", "17"])
     assert result.exit_code == 1
     assert result.stdout.startswith("nothing fits 0.00001GiB (10.5 KiB): the ")
 
 
 def test_accuracy_says_so_where_nothing_was_measured(tmp_path):
-    assert _run("accuracy", str(tmp_path)).startswith("no runs measured on a GPU here; record one with")
+    for words in ([], ["--time"], ["--json"]):
+        result = CliRunner().invoke(app, ["accuracy", str(tmp_path), *words])
+        assert type(result.exception) is RecordError
+        assert result.exception.exit_status == 2
+        assert result.stdout == ""
+    assert type(CliRunner().invoke(app, ["accuracy", "--model", "nothing"]).exception) is UnknownModel
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------

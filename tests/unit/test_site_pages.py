@@ -95,6 +95,13 @@ def test_figures_and_tables_offer_the_files_that_are_there(pages, folder):
         assert all((folder / link).is_file() for link in links)
 
 
+def test_headings_of_tables_say_what_they_head(pages):
+    table = re.search(r"<table.*?</table>", pages["01_tiling_dead_end"], re.DOTALL)[0]
+    head, body = table.split("<tbody>")
+    assert re.findall(r"<th\b[^>]*>", head) == ['<th scope="col">'] * 4
+    assert re.findall(r"<th\b[^>]*>", body) == ['<th scope="row">'] * 2
+
+
 def test_the_command_under_a_figure_runs_the_page_again_with_its_parameters(pages):
     found = re.findall(r'class="again">.*?<code>(.*?)</code>', pages["02_peak_localization"])
     assert len(found) == 2

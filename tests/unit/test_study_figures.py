@@ -203,6 +203,10 @@ def test_no_line_of_text_begins_above_or_left_of_its_figure(draw, tmp_path):
 def test_tiles_are_drawn_one_rectangle_each():
     figure = _tiles()
     assert [len(axes.patches) for axes in figure.get_axes()] == [1, 4, 1, 2]
+    request = I2VRequest(image="x", width=1024, height=768, frames=97)
+    tilings = [None, Tiling(), Tiling(512, 64, 64, 24), Tiling(384, 64, 32, 8)]
+    four = study_figures.tile_figure(tile_layouts(tiling_specs(request, "ltx-2.3-22b", tilings)))
+    assert [axes.get_visible() for axes in four.get_axes()] == [True] * 7 + [False] * 2 + [True] + [False] * 2
 
 
 # --- Cells ---

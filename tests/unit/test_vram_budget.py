@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from i2v_lab.cli.app import app
 from i2v_lab.cli.placed import ALLOCATOR_VARIABLES, budget_bytes, use_expandable_segments
 from i2v_lab.errors import DeviceUnavailable, InvalidRequest, VramCapExceeded
+from i2v_lab.request import I2VRequest
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import RunSpec, make_request
 from i2v_lab.runs.store import read_run
@@ -52,7 +53,7 @@ REFUSED = {
     "nothing to explain": (["generate", "--explain"], {"explain": True}),
     "nor for a forecast": (["forecast", "--explain"], {"explain": True}),
     "nor for a plan": (["measure", "--plan", "data/plans/policies.yaml", "--out", "-", "--explain"], {"explain": True}),
-    "nor for a search": (["fit", "--gpu", "24", "--explain"], {"explain": True}),
+    "nor for a search": (["fit", "--gpu", "24", "--memory", "lean", "--explain"], {"explain": True}),
     "no card named": (["fit"], {"gpu": None, "vram_budget": None}),
     "two cards": (["fit", "--gpu", "24", "--vram-budget", "12"], {"gpu": "24", "vram_budget": "12"}),
     "two sizes": (["forecast", "--vram-cap-gib", "8", "--vram-budget", "12"], {"vram_cap_gib": 8, "vram_budget": "12"}),
@@ -75,6 +76,28 @@ def test_a_model_that_cannot_be_placed_is_refused(command, still):
     result = run(command, *image, "--model", "ltxv-tiny", "--vram-budget", "4GiB")
     assert isinstance(result.exception, InvalidRequest)
     assert result.exception.fields == {"model": "ltxv-tiny"}
+
+
+def test_fit_names_the_fastest_placement_on_a_card_or_what_is_needed_and_ends_with_1():
+    """A card that nothing resident fits is not turned away; one that nothing fits gets the smallest budget there is."""
+    shape = TINY[:-2]
+    refused = run("fit", "--gpu", "0.5GiB", *shape, "--json")
+    assert refused.exit_code == 1
+    nothing = json.loads(refused.stdout)
+    assert (nothing["request"], nothing["sizes"][0]["command"]) == (None, None)
+    needed_bytes = nothing["needed_bytes"]
+    assert run("fit", "--gpu", f"{(needed_bytes - 1) / 2**30:.9f}GiB", *shape).exit_code == 1
+    found = run("fit", "--gpu", f"{needed_bytes / 2**30 + 1e-9:.9f}GiB", *shape, "--json")
+    assert found.exit_code == 0
+    (row,) = json.loads(found.stdout)["sizes"]
+    request = I2VRequest.from_json(json.loads(found.stdout)["request"])
+    assert request.placed.policy != "resident"  # resident needs more
+    assert (row["width"], row["frames"], row["needed_bytes"]) == (64, 9, needed_bytes)
+    assert row["host_bytes"] > 0
+    assert "--vram-budget" in row["command"]
+    named = json.loads(run("fit", "--gpu", "RTX 4090", *shape, "--json").stdout)
+    assert named["predicted_seconds"] == named["sizes"][0]["predicted_seconds"] > 0
+    assert named["predicted_measured"] is False
 
 
 def test_a_generation_stays_within_its_budget_and_says_why(still, tmp_path, tiny):

@@ -24,8 +24,8 @@ TOLERANCE = 0.13  # between a nominal memory and what CUDA reports
 MOST_PLAIN_GIB, MOST_GIB = 1024, 2**20  # a larger number alone is the name of a card, such as 4090
 BUDGET = "the budget of "  # begins the name of what is no card
 FITS, TIGHT, NO = "fits", "tight", "no"
-RESERVED_MARGIN_PERCENT = 3
-"""Of the forecast's reserved bytes. No run of ``data/accuracy.csv`` reserved more than 2.6 % above its forecast."""
+RESERVED_MARGIN_PERCENT = 6
+"""Of the forecast's reserved bytes. No run of ``data/accuracy.csv`` reserved more than 5.7 % above its forecast."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def fitting_bytes(forecast: Forecast) -> int:
         >>> from i2v_lab.profiling.records import Forecast, PhaseRecord
         >>> phase = PhaseRecord("decode_video", None, 0, 900, 0, 1000, 900, 0, 0.0, 0.1, True)
         >>> fitting_bytes(Forecast((phase,), context_bytes=50, seconds=0.1))
-        1080
+        1110
     """
     reserved_bytes = forecast.peak_reserved_bytes
     return reserved_bytes + reserved_bytes * RESERVED_MARGIN_PERCENT // 100 + forecast.context_bytes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli import options, placed
+from i2v_lab.cli import best, options, placed
 from i2v_lab.cli.forecast_report import measured_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import ForecastError, InvalidRequest
@@ -16,6 +16,7 @@ from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import NO_SETTINGS, Offload
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
+from i2v_lab.units import format_bytes
 
 if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
@@ -23,19 +24,25 @@ if TYPE_CHECKING:
 EXAMPLES = """
 **Examples**
 
-The largest 4:3 video of 97 frames, then the most frames at 1024x768, then the fastest tiling for both:
+Every size of LTX-2.3 up to the largest 4:3 one, the most frames at 1024x768, and one video alone:
 
-    i2v-lab fit --gpu "RTX 5090" --frames 97
-    i2v-lab fit --gpu "RTX 5090" --width 1024 --height 768
-    i2v-lab fit --gpu "RTX 5090" --width 1024 --height 768 --frames 97
+    i2v-lab fit --gpu "RTX 3060 12GB"
+    i2v-lab fit --gpu "RTX 3060 12GB" --width 1024 --height 768
+    i2v-lab fit --gpu "RTX 4050 Laptop 6GB" --width 3840 --height 2176 --frames 97
 
-The most frames of a model of diffusers (`i2v-lab models` lists them):
+A model of diffusers (`i2v-lab models` lists them), under whichever settings are fastest:
 
+    i2v-lab fit --gpu "RTX 3060 12GB" --model wan-2.2-i2v-a14b --width 832 --height 480 --frames 81
+
+The largest under a memory policy, or under memory settings, of one's own:
+
+    i2v-lab fit --gpu "RTX 5090" --frames 97 --memory lean
     i2v-lab fit --gpu "RTX 4090" --model cogvideox-5b-i2v --width 720 --height 480 --offload model
 """
 
 
 def fit(
+    context: typer.Context,
     gpu: Annotated[
         str | None, typer.Option(help="A card as nvidia-smi names it, or a size such as 24GiB; or --vram-budget.")
     ] = None,
@@ -61,21 +68,15 @@ def fit(
     explain: placed.Explain = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Search for the largest video that fits a card, over whichever is not given: size, frames or tiling.
+    """What fits a card, and how long it takes: the fastest placement, or memory settings, of every size.
 
-    Without --width and --height the largest size; without --frames the most frames; with all three the fastest tiling.
-    The exit status is 1 if nothing fits; then the memory policy that does is named, or the memory that is needed.
+    Without --width and --height the model's sizes, up to the largest that fits; with them the most frames, or that
+    request alone where --frames is given too. With --memory, or with memory settings such as --offload, only what fits
+    under these. The exit status is 1 if nothing fits; then the memory that is needed at least is named.
     """
-    from i2v_lab.capacity.cards import BUDGET, context_bytes, gpu_memory_bytes
-    from i2v_lab.capacity.fit import FitSearch, Largest, lighter
-    from i2v_lab.capacity.placement import allocatable_bytes
-    from i2v_lab.capacity.placement import needed_bytes as placed_bytes
-    from i2v_lab.capacity.solver import Fixed
-    from i2v_lab.capacity.time_model import seconds_on
+    from i2v_lab.capacity.cards import BUDGET, gpu_memory_bytes
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.runs.execute import FAILS_ON_A_CARD
-    from i2v_lab.units import GIB, format_bytes
 
     if (gpu is None) == (vram_budget is None):
         raise InvalidRequest(
@@ -90,10 +91,7 @@ def fit(
     sides = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", aspect)
     if sides is None:
         raise InvalidRequest(f"aspect={aspect!r} is not two numbers; write it as 4:3", aspect=aspect)
-    solve = vram_budget is not None
-    if explain and not solve:
-        raise InvalidRequest("explain=True has nothing to explain; give --vram-budget", explain=True)
-    if solve and memory not in (MemoryPolicy.RESIDENT, MemoryPolicy.AUTO):
+    if vram_budget is not None and memory not in (MemoryPolicy.RESIDENT, MemoryPolicy.AUTO):
         raise InvalidRequest(
             f"memory={memory.value!r} and vram_budget={vram_budget!r} exclude each other; give one of them",
             memory=memory.value,
@@ -103,7 +101,8 @@ def fit(
     gpu = gpu or f"{BUDGET}{format_bytes(memory_bytes)}"
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
-    if solve and not runner_of(architecture).techniques:
+    places = bool(runner_of(architecture).techniques)
+    if vram_budget is not None and not places:
         raise placed.not_placed(model)
     settings = options.memory_settings(
         offload,
@@ -116,6 +115,10 @@ def fit(
         dtype=dtype,
         quantization=quantization,
     )
+    given = str(context.get_parameter_source("memory")).endswith("COMMANDLINE") and memory is not MemoryPolicy.AUTO
+    free = best.is_free(settings) and not given
+    if explain and not (free and places):
+        raise InvalidRequest("explain=True has nothing to explain; leave out --memory and --offload", explain=True)
     request = options.build_request(
         architecture,
         (None,) * 4,
@@ -124,41 +127,89 @@ def fit(
         fps=fps,
         variant=variant,
         quantization=quantization,
-        # A request that fits under any policy fits under the one with the smallest peak.
-        memory=MemoryPolicy.STREAMED if solve or memory is MemoryPolicy.AUTO else memory,
+        memory=memory if given else MemoryPolicy.RESIDENT,
         frames=frames,
         width=width,
         height=height,
         settings=settings,
         steps=steps,
     )
+    card, shape = best.Card(gpu, memory_bytes), (int(sides[1]), int(sides[2]))
+    sought = "size" if width is None else "frames" if frames is None else ""
+    fits = (_fastest if free else _as_asked)(request, model, card, sought, shape, explain=explain, as_json=as_json)
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _fastest(
+    request: I2VRequest,
+    model: str,
+    card: best.Card,
+    sought: str,
+    aspect: tuple[int, int],
+    *,
+    explain: bool,
+    as_json: bool,
+) -> bool:
+    """Print the fastest placement, or memory settings, of every size; return whether anything fits."""
+    from i2v_lab.capacity.solver import Fixed
+
+    found = best.find(request, model, card, sought, aspect)
+    resolution = None
+    if found.placed[-1].request is not None and found.placed[-1].request.settings.is_default and explain:
+        asked = placed.Asked(card.memory_bytes, solve=True, fixed=Fixed(), explain=True, gpu=card.name)
+        resolution = placed.solved(found.asked[-1], model, card.memory_bytes, asked)
+    if as_json:
+        answer = {
+            "gpu": card.name,
+            "memory_bytes": card.memory_bytes,
+            "model": model,
+            "sought": sought or "request",
+            **best.as_json(found, model, card),
+            "predicted_measured": measured_on(card.name),
+        }
+        if resolution is not None:
+            answer["placement"] = placed.explanation(resolution)
+        print_json(answer)
+    else:
+        best.show(found, model, card)
+    return found.fits
+
+
+def _as_asked(
+    request: I2VRequest,
+    model: str,
+    card: best.Card,
+    sought: str,
+    aspect: tuple[int, int],
+    *,
+    explain: bool,
+    as_json: bool,
+) -> bool:
+    """Print the largest that fits under a memory policy or settings; return whether anything does."""
+    from i2v_lab.capacity.cards import fitting_bytes
+    from i2v_lab.capacity.fit import FitSearch, Largest, lighter
+    from i2v_lab.capacity.time_model import seconds_on
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.runs.execute import FAILS_ON_A_CARD
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         log(f"{_described(tried)}: {format_bytes(result.peak.peak_bytes)} in {result.peak.phase}, {verdict}")
 
-    if solve:  # by the rule of placements: the allocated peak and a margin
-        context = context_bytes()
-        search = FitSearch(allocatable_bytes(memory_bytes, context) + context, model, report, tightly=True)
-    else:
-        search = FitSearch(memory_bytes, model, report)
+    search = FitSearch(card.memory_bytes, model, report)
 
-    def largest(asked: I2VRequest) -> tuple[str, Largest]:
-        if width is None:
-            return "size", search.largest_size(asked, (int(sides[1]), int(sides[2])))
-        return ("frames", search.most_frames(asked)) if frames is None else ("tiling", search.fastest_tiling(asked))
+    def largest(asked: I2VRequest) -> Largest:
+        if sought == "size":
+            return search.largest_size(asked, aspect)
+        return search.most_frames(asked) if sought else search.fastest_tiling(asked)
 
-    sought, found = largest(request)
-    resolution = None
-    if solve and found.request is not None:
-        fixed = Fixed(tiling=sought == "tiling")
-        asked = placed.Asked(memory_bytes, solve, fixed, explain, gpu)
-        resolution = placed.solved(found.request, model, memory_bytes, asked)
-        found = replace(found, request=resolution.request, forecast=resolution.forecast)
+    found = largest(request)
     # What would fit instead: the same search under what holds less.
     others: list[Largest] = []
     for other in lighter(request, model) if found.request is None else ():
         try:
-            others.append(largest(other)[1])
+            others.append(largest(other))
         except (InvalidRequest, ForecastError) as error:  # an autoencoder that does not tile; what fails on a card
             if isinstance(error, ForecastError) and error.fields.get("cause") != FAILS_ON_A_CARD:
                 raise
@@ -167,27 +218,24 @@ def fit(
         if others[-1].request is not None:
             break
     instead = next((other for other in others if other.request is not None), None)
-    least = min([found, *others], key=lambda each: each.forecast.peak.peak_bytes)
-    needed_bytes = least.forecast.peak_reserved_bytes + least.forecast.context_bytes
-    if solve:
-        needed_bytes = placed_bytes(least.forecast.peak.peak_bytes, least.forecast.context_bytes)
+    needed_bytes = min(fitting_bytes(each.forecast) for each in (found, *others))
     if as_json:
-        answer = {
-            "gpu": gpu,
-            "memory_bytes": memory_bytes,
-            "model": model,
-            "sought": sought,
-            "request": found.request.to_json() if found.request else None,
-            "at_the_bound": found.at_the_bound,
-            "peak_bytes": found.forecast.peak.peak_bytes,
-            "instead": instead.request.to_json() if instead and instead.request else None,
-            "needed_bytes": needed_bytes,
-            "predicted_seconds": seconds_on(found.forecast, gpu) if found.request else None,
-            "predicted_measured": measured_on(gpu),
-        }
-        if resolution is not None:
-            answer["placement"] = placed.explanation(resolution)
-        print_json(answer)
+        print_json(
+            {
+                "gpu": card.name,
+                "memory_bytes": card.memory_bytes,
+                "model": model,
+                "sought": sought or "tiling",
+                "request": found.request.to_json() if found.request else None,
+                "at_the_bound": found.at_the_bound,
+                "peak_bytes": found.forecast.peak.peak_bytes,
+                "instead": instead.request.to_json() if instead and instead.request else None,
+                "needed_bytes": needed_bytes,
+                "host_bytes": found.forecast.page_locked_bytes + found.forecast.pageable_bytes,
+                "predicted_seconds": seconds_on(found.forecast, card.name) if found.request else None,
+                "predicted_measured": measured_on(card.name),
+            }
+        )
     elif found.request is None:
         peak = found.forecast.peak
         remedy = (
@@ -195,11 +243,10 @@ def fit(
             if instead and instead.request
             else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
         )
-        if instead and runner_of(architecture).techniques:
-            budget = f"{memory_bytes * 100 // GIB / 100:g}GiB"
-            remedy += f"; --vram-budget {budget} in place of --gpu solves for the fastest placement"
+        if instead and runner_of(load_architecture(model)).techniques:
+            remedy += "; leave out --memory for the fastest placement"
         say(
-            f"nothing fits {gpu} ({format_bytes(memory_bytes)}): the smallest request takes "
+            f"nothing fits {card.words}: the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "
             f"{format_bytes(found.forecast.context_bytes)}; {remedy}"
         )
@@ -207,11 +254,10 @@ def fit(
         peak = found.forecast.peak
         more = "; the search ends there, more may fit" if found.at_the_bound else ""
         say(
-            f"{_described(found.request)} fits {gpu} ({format_bytes(memory_bytes)}): "
-            f"{format_bytes(peak.peak_bytes)} in {peak.phase}{_predicted(found.forecast, gpu)}{more}"
+            f"{_described(found.request)} fits {card.words}: "
+            f"{format_bytes(peak.peak_bytes)} in {peak.phase}{_predicted(found.forecast, card.name)}{more}"
         )
-    if found.request is None:
-        raise typer.Exit(1)
+    return found.request is not None
 
 
 def _predicted(result: Forecast, gpu: str) -> str:

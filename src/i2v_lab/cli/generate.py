@@ -252,11 +252,10 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
+    from i2v_lab.reporting.console import TerminalTable
     from i2v_lab.units import format_bytes, format_seconds
 
-    table = Table("phase", "time", "peak", title=None, header_style="bold")
+    table = TerminalTable("phase", "time", "peak", title=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for phase in report["phases"]:

@@ -22,6 +22,10 @@ STYLE = """<style>
 .i2v-view .i2v-drop.over { background: rgba(0, 114, 178, .15); }
 .i2v-view .bar { display: inline-block; width: 160px; height: 9px; background: rgba(128, 128, 128, .25); }
 .i2v-view .bar > span { display: block; height: 9px; background: #0072B2; }
+[data-jp-theme-light="false"] .i2v-widgets select {
+  background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath \
+fill='%23eee' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E");
+}
 .i2v-widgets.jupyter-widgets-disconnected > * { opacity: .5; pointer-events: none; }
 .i2v-widgets.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before { content: none; }
 .i2v-widgets.jupyter-widgets-disconnected::before {

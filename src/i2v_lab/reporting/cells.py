@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+from IPython.core.getipython import get_ipython
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
@@ -86,6 +88,9 @@ class Cells:
     def __init__(self, out_dir: str | Path, notebook: str) -> None:
         self.out = Path(out_dir)
         self.notebook = notebook
+        kernel = getattr(get_ipython(), "kernel", None)
+        if kernel is not None:  # on Ctrl-C papermill ends it within a cell, which it would log with a traceback
+            kernel.log.setLevel(logging.CRITICAL)
         pd.set_option("display.max_rows", None)  # otherwise pandas shows ten rows of a long table
         pd.set_option("display.max_colwidth", None)  # and 50 letters of a reason
 

@@ -72,7 +72,7 @@ class Comparison:
 
     Example:
         >>> Comparison.read(Path("runs/escaped"), Path("runs/no_grad")).headline  # doctest: +SKIP
-        'peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s'
+        'peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s, of one run each'
     """
 
     first: Run

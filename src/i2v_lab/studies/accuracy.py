@@ -170,6 +170,22 @@ def summary_table(accuracy: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def whole_runs(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The peaks of whole runs, the highest of their phases: what decides whether a card fits.
+
+    ``data/accuracy.csv`` is this table of every run in ``data/measured``.
+
+    Args:
+        accuracy: Of :func:`accuracy_table`.
+
+    Returns:
+        ``gpu, model, run, peak_bytes, forecast_bytes, peak_reserved_bytes, forecast_reserved_bytes``.
+    """
+    keys = ["gpu", "model", "run"]
+    counted = ["peak_bytes", "forecast_bytes", "peak_reserved_bytes", "forecast_reserved_bytes"]
+    return accuracy.groupby(keys, as_index=False)[counted].max()
+
+
 def halves_table(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Hold-out test of a correction: fitted to one half of the specs, evaluated on the other.
 

@@ -237,10 +237,24 @@ def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> list[str]:
                 data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)
             if "text/html" in data:
                 html = re.sub(r"<style scoped>.*?</style>\s*", "", data["text/html"], flags=re.DOTALL)
-                data["text/html"] = re.sub(r'<table border="1"', "<table", html)
+                data["text/html"] = with_scopes(re.sub(r'<table border="1"', "<table", html))
     if errors:
         errors[-1]["anchor"] = True  # the one that ended the notebook, if it failed
     return behind
+
+
+def with_scopes(html: str) -> str:
+    """Tables whose headings say what they head: above ``tbody`` a column, in it a row.
+
+    Example:
+        >>> with_scopes("<thead><th>peak</th></thead><tbody><th>decode_video</th>")
+        '<thead><th scope="col">peak</th></thead><tbody><th scope="row">decode_video</th>'
+    """
+    parts = re.split(r"(?=<thead>|<tbody>)", html)
+    return "".join(
+        re.sub(r"<th(?=[ >])(?![^>]*\sscope=)", f'<th scope="{"row" if part.startswith("<tbody>") else "col"}"', part)
+        for part in parts
+    )
 
 
 def inline_markdown(text: str) -> Markup:

@@ -1,0 +1,245 @@
+"""The fastest placement, or memory settings, of every size on one card: the answer of ``i2v-lab fit``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from i2v_lab.cli.output import log, say
+from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import MemorySettings
+from i2v_lab.request import I2VRequest
+from i2v_lab.units import GIB, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from i2v_lab.capacity.fit import FitSearch
+    from i2v_lab.profiling.records import Forecast
+    from i2v_lab.studies.placed import Placed
+
+PLACED_RULE = (
+    "allocated bytes, the CUDA context and 384 MiB for fragmentation and kernels, with expandable segments, "
+    "which --vram-budget turns on"
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, or a budget.
+
+    Attributes:
+        name: As it was given.
+        memory_bytes: That the process may take.
+    """
+
+    name: str
+    memory_bytes: int
+
+    @property
+    def words(self) -> str:
+        """Its name and memory."""
+        return f"{self.name} ({format_bytes(self.memory_bytes)})"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        asked: The requests in the order of the rows, the largest last.
+        placed: One for each.
+        at_the_bound: Whether the search ended at its bound, so that a larger one may fit.
+    """
+
+    asked: tuple[I2VRequest, ...]
+    placed: tuple[Placed, ...]
+    at_the_bound: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything does."""
+        return self.placed[-1].request is not None
+
+
+def is_free(settings: MemorySettings) -> bool:
+    """Whether the memory settings leave open what waits on the CPU and whether the autoencoder tiles.
+
+    Example:
+        >>> is_free(MemorySettings(quantization="gguf-q4_k")), is_free(MemorySettings(vae_tiling=True))
+        (True, False)
+    """
+    return replace(settings, quantization=MemorySettings().quantization, dtypes=()).is_default
+
+
+def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int]) -> Found:
+    """The fastest placement on a card of the sizes that are asked for.
+
+    Args:
+        request: With the size and the frames that are given, and the model's own for the others.
+        model: An architecture's name.
+        card: The card.
+        sought: ``size``, ``frames``, or empty for the request as it is.
+        aspect: Width to height of the sizes that are searched.
+    """
+    from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.studies.answer import sizes_of
+    from i2v_lab.studies.placed import best_placements
+
+    asked, at_the_bound = [request], False
+    if sought:
+        search, lightest = _search(request, model, card)
+        found = search.most_frames(lightest) if sought == "frames" else search.largest_size(lightest, aspect)
+        at_the_bound, last = found.at_the_bound, found.request
+        if last is not None:
+            largest = replace(request, width=last.width, height=last.height, frames=last.frames)
+            smaller = [size for size in sizes_of(model) if size[0] * size[1] < last.width * last.height]
+            asked = [replace(largest, width=width, height=height) for width, height in smaller if sought == "size"]
+            asked.append(largest)
+        else:  # what is needed at least is that of the smallest
+            rule = runner_of(load_architecture(model)).size_rule(load_architecture(model))
+            width, height = next(iter(rule.sizes(aspect, MAX_HEIGHT)))
+            if sought == "size":
+                asked = [replace(request, width=width, height=height)]
+            else:
+                asked = [replace(request, frames=rule.frame_counts(MAX_FRAMES)[0])]
+    placed = [best_placements(each, model, [(card.name, card.memory_bytes)])[0] for each in asked]
+    return Found(tuple(asked), tuple(placed), at_the_bound)
+
+
+def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2VRequest]:
+    """The search for the largest, and the request under what takes the least."""
+    from i2v_lab.capacity.cards import context_bytes
+    from i2v_lab.capacity.fit import FitSearch, lighter
+    from i2v_lab.capacity.placement import Budgets, Resolution, allocatable_bytes
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.studies.placed import settings_forecasts
+
+    def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
+        peak = f"{format_bytes(result.peak.peak_bytes)} in {result.peak.phase}"
+        log(f"i2v-lab: {tried.width}x{tried.height}, {tried.frames} frames, with the least memory: {peak}, {verdict}")
+
+    if runner_of(load_architecture(model)).techniques:
+
+        def placed(tried: I2VRequest) -> bool:  # with smaller chunks and tiles
+            resolved = Budgets(tried, model).resolve(card.memory_bytes, explain=False)
+            return isinstance(resolved, Resolution)
+
+        context = context_bytes()
+        room_bytes = allocatable_bytes(card.memory_bytes, context) + context
+        search = FitSearch(room_bytes, model, report, tightly=True, otherwise=placed)
+        return search, replace(request, memory=MemoryPolicy.STREAMED)
+    least = request
+    for other in reversed(lighter(request, model)):
+        if settings_forecasts([other], model):
+            least = other
+            break
+    return FitSearch(card.memory_bytes, model, report), least
+
+
+def command(request: I2VRequest, model: str, card: Card) -> str:
+    """The command that generates with a placement, or with memory settings.
+
+    Args:
+        request: With them.
+        model: An architecture's name.
+        card: For whose memory a placement is solved.
+    """
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+
+    memory = request.settings.options
+    if runner_of(load_architecture(model)).techniques:
+        memory = f"--vram-budget {card.memory_bytes * 100 // GIB / 100:g}GiB"
+    shape = f"--width {request.width} --height {request.height} --frames {request.frames}"
+    return f"i2v-lab generate --device cuda --model {model} {shape} {memory}".rstrip()
+
+
+def as_json(found: Found, model: str, card: Card) -> dict[str, Any]:
+    """What was found as JSON values.
+
+    Args:
+        found: Of :func:`find`.
+        model: An architecture's name.
+        card: The card.
+    """
+    rows = [_row(asked, placed, model, card) for asked, placed in zip(found.asked, found.placed, strict=True)]
+    last = found.placed[-1]
+    return {
+        "request": last.request.to_json() if last.request else None,
+        "at_the_bound": found.at_the_bound,
+        "peak_bytes": last.peak_bytes,
+        "needed_bytes": last.needed_bytes,
+        "host_bytes": last.host_bytes,
+        "predicted_seconds": last.predicted_seconds,
+        "instead": None,
+        "sizes": rows,
+    }
+
+
+def _row(asked: I2VRequest, placed: Placed, model: str, card: Card) -> dict[str, Any]:
+    return {
+        "width": asked.width,
+        "height": asked.height,
+        "frames": asked.frames,
+        "placement": placed.name,
+        "needed_bytes": placed.needed_bytes,
+        "peak_bytes": placed.peak_bytes,
+        "peak_phase": placed.peak_phase or None,
+        "host_bytes": placed.host_bytes,
+        "predicted_seconds": placed.predicted_seconds,
+        "warm_seconds": placed.warm_seconds,
+        "command": command(placed.request, model, card) if placed.request else None,
+    }
+
+
+def show(found: Found, model: str, card: Card) -> None:
+    """Print what was found: a row for each size, what "fits" means, and the command for the last.
+
+    Args:
+        found: Of :func:`find`.
+        model: An architecture's name.
+        card: The card.
+    """
+    from rich.table import Table
+
+    from i2v_lab.capacity.cards import RESERVED_MARGIN_PERCENT, is_size
+    from i2v_lab.capacity.device_profile import device_profile, has_profile
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.reporting.console import wide_console
+
+    last = found.placed[-1]
+    if last.request is None:
+        asked = found.asked[-1]
+        say(
+            f"nothing fits {card.words}: {asked.width}x{asked.height} with {asked.frames} frames takes "
+            f"{format_bytes(last.needed_bytes)} at least, the CUDA context and margins included; use a larger card, or "
+            "ask for less"
+        )
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("size", "frames", "fastest that fits", "needs", "most in", "host memory", "predicted"):
+        table.add_column(name, overflow="fold")
+    for asked, placed in zip(found.asked, found.placed, strict=True):
+        host = "" if placed.host_bytes is None else format_bytes(placed.host_bytes)
+        seconds = (
+            "not known" if placed.predicted_seconds is None else format_seconds(placed.predicted_seconds, rough=True)
+        )
+        cells = [placed.name, format_bytes(placed.needed_bytes), placed.peak_phase, host, seconds]
+        table.add_row(f"{asked.width}x{asked.height}", str(asked.frames), *cells)
+    console = wide_console()
+    console.print(f"{model} on {card.words}: the fastest that fits", soft_wrap=True)
+    console.print(table)
+    rates = "a size of memory has none; name a card" if is_size(card.name) else "the card has no published rates here"
+    if has_profile(card.name):
+        device = device_profile(card.name)
+        rates = f"the first generation of a process on {device.name}, {device.caveat or 'by measured rates'}"
+    margin = f"reserved bytes, {RESERVED_MARGIN_PERCENT} % above, and the CUDA context"
+    placed_here = bool(runner_of(load_architecture(model)).techniques)
+    console.print(f"needs: {PLACED_RULE if placed_here else margin}", soft_wrap=True)
+    console.print(f"host memory: of the weights that wait there; predicted: {rates}", soft_wrap=True)
+    if found.at_the_bound:
+        console.print("the search ends there, more may fit", soft_wrap=True)
+    console.print(f"run it: {command(last.request, model, card)}", soft_wrap=True)

@@ -1,0 +1,237 @@
+"""What fits which card, and how long it takes: every model at a few sizes, on every card, for one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from i2v_lab.capacity.cards import fitting_bytes, gpu_table
+from i2v_lab.capacity.device_profile import NOT_MEASURED, REFERENCE, has_profile
+from i2v_lab.capacity.time_model import seconds_on
+from i2v_lab.errors import InvalidRequest, RunnerUnavailable
+from i2v_lab.memory_settings import MemorySettings, Offload
+from i2v_lab.paths import data_dir
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
+from i2v_lab.pipeline.registry import check_request, runner_of
+from i2v_lab.profiling.records import Forecast
+from i2v_lab.request import I2VRequest
+from i2v_lab.runs.spec import DEFAULT_STILL, RunSpec, make_request
+from i2v_lab.studies.placed import (
+    RESIDENT,
+    Placed,
+    base_specs,
+    best_placements,
+    forecasts_that_run,
+    rates_of,
+    waiting_bytes,
+)
+from i2v_lab.units import GIB
+
+COMMON = (832, 480)
+"""A size that most models were published with; each model has the one nearest to it beside its own."""
+ALIKE = 0.1  # of the pixels: no second size where the model's own is as near
+ROOMY_BYTES = 11 * GIB // 2  # of the smallest cards; what takes more is tried with less
+BUDGETS_GIB = (*range(3, 17), 20, 24, 28, 32, 40, 48, 64, 80)
+# The memory settings that matter, from the fastest: nothing waits, components do, layers do; then each module.
+SETTINGS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"offload": Offload.MODEL},
+    {"offload": Offload.GROUP_LEAF, "offload_stream": True},
+)
+LEAST: Mapping[str, Any] = {"offload": Offload.SEQUENTIAL}
+DECODE = "decode_video"
+
+
+def sizes_of(model: str) -> list[tuple[int, int]]:
+    """The sizes that a model is shown at: those of its studies, or its own and the one nearest to :data:`COMMON`.
+
+    Example:
+        >>> sizes_of("wan-2.2-ti2v-5b")
+        [(832, 480), (1280, 704)]
+        >>> sizes_of("wan-2.2-i2v-a14b")
+        [(832, 480)]
+    """
+    return sorted({(each.width, each.height) for each in requests_of(model)}, key=lambda size: size[0] * size[1])
+
+
+def requests_of(model: str) -> list[I2VRequest]:
+    """The requests that a model is shown with.
+
+    Args:
+        model: An architecture's name.
+
+    Returns:
+        Those of ``answer`` in ``data/studies.json``, else at its own size, and at the one nearest to :data:`COMMON`.
+    """
+    own = make_request(model, image=DEFAULT_STILL)
+    known = json.loads((data_dir() / "studies.json").read_text(encoding="utf-8")).get(model, {})
+    if "answer" in known:
+        shapes = [map(int, each.split("x")) for each in known["answer"]]
+        return [replace(own, width=width, height=height, frames=frames) for width, height, frames in shapes]
+    architecture = load_architecture(model)
+    multiple = runner_of(architecture).size_rule(architecture).pixel_multiple
+    width, height = (round(side / multiple) * multiple for side in COMMON)
+    if abs(width * height / (own.width * own.height) - 1) <= ALIKE:
+        return [own]
+    common = replace(own, width=width, height=height)
+    try:
+        check_request(architecture, common)
+    except InvalidRequest:  # a model of one size
+        return [own]
+    return [own, common]
+
+
+def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, Any]:
+    """The best placement of every request on every card, as JSON values.
+
+    Args:
+        models: Names of architectures; every one of full size whose package is installed, if empty.
+        gpus: Names in ``data/gpus.csv``; all of them if empty.
+
+    Returns:
+        ``cards``: of each ``name, memory_bytes, rates`` (``measured``, ``published`` or empty). ``models``: names.
+        ``unavailable``: of those whose package is missing, why. ``reference``: the card whose seconds are given for a
+        size of memory. ``points``: of each ``model, width, height, frames``; ``ways``, each with ``name, needed_bytes,
+        peak_bytes, peak_phase, host_bytes, options, seconds`` by card; and ``best``: for each card the index of the
+        fastest way that fits it, or ``None``, with ``least_bytes``, what is needed at least.
+    """
+    table = gpu_table().sort_values("memory_bytes", kind="stable")
+    cards = {
+        str(gpu): int(size)
+        for gpu, size in zip(table["gpu"], table["memory_bytes"], strict=True)
+        if not gpus or gpu in gpus
+    }
+    names = list(models) or [each for each in architecture_names() if "tiny" not in each]
+    unavailable, asked = {}, []
+    for model in names:
+        architecture = load_architecture(model)
+        try:
+            runner_of(architecture).require_package(architecture)
+        except RunnerUnavailable as error:
+            unavailable[model] = str(error)
+            continue
+        asked += [RunSpec(request=request, model=model) for request in requests_of(model)]
+    placed = [spec for spec in asked if spec.runner_spec.techniques]
+    forecasts_that_run([base for spec in placed for base in base_specs(spec.request, spec.model)])
+    tried = _tried([spec for spec in asked if not spec.runner_spec.techniques])
+    points = [
+        _placed_point(spec, cards) if spec.runner_spec.techniques else _point(tried[spec], spec, cards)
+        for spec in asked
+    ]
+    return {
+        "cards": [{"name": gpu, "memory_bytes": size, "rates": rates_of(gpu)} for gpu, size in cards.items()],
+        "models": [each for each in names if each not in unavailable],
+        "unavailable": unavailable,
+        "reference": REFERENCE,
+        "caveat": NOT_MEASURED,
+        "points": points,
+    }
+
+
+def _tried(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
+    """The forecasts of every request under the memory settings that matter to it."""
+    found: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {} for spec in specs}
+    _add(found, dict.fromkeys(specs, SETTINGS))
+    # Tiles, which take the longest to forecast, only where decoding is what takes the most.
+    tiles = {spec: [each for each, one in tried.items() if one.peak.phase == DECODE] for spec, tried in found.items()}
+    _add(found, {spec: [_tiled(each.settings) for each in decoding] for spec, decoding in tiles.items()})
+    roomy = [spec for spec, tried in found.items() if _least_bytes(tried) > ROOMY_BYTES]
+    _add(found, {spec: [{**LEAST, "vae_tiling": bool(tiles[spec])}] for spec in roomy})
+    return found
+
+
+def _tiled(settings: MemorySettings) -> Mapping[str, Any]:
+    return {**settings.to_json(), "vae_tiling": True}
+
+
+def _least_bytes(tried: Mapping[I2VRequest, Forecast]) -> int:
+    return min((fitting_bytes(each) for each in tried.values()), default=2 * ROOMY_BYTES)
+
+
+def _add(
+    found: dict[RunSpec, dict[I2VRequest, Forecast]], wanted: Mapping[RunSpec, Iterable[Mapping[str, Any]]]
+) -> None:
+    todo = []
+    for spec, settings in wanted.items():
+        for each in settings:
+            request = _with(spec, each)
+            if request is not None and request not in found[spec]:
+                todo.append((spec, request))
+    forecasts = forecasts_that_run([replace(spec, request=request) for spec, request in todo])
+    for (spec, request), forecast in zip(todo, forecasts, strict=True):
+        if forecast is not None:
+            found[spec][request] = forecast
+
+
+def _with(spec: RunSpec, settings: Mapping[str, Any]) -> I2VRequest | None:
+    """The request with memory settings; ``None`` where the model does not take them."""
+    if settings and not spec.runner_spec.settings:
+        return None
+    request = replace(spec.request, settings=MemorySettings(**settings))
+    try:
+        check_request(spec.architecture, request)
+    except InvalidRequest:
+        return None
+    return request
+
+
+def _point(tried: Mapping[I2VRequest, Forecast], spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
+    ways: list[dict[str, Any]] = []
+    needs: list[int] = []
+    for request, forecast in tried.items():
+        seconds = {gpu: seconds_on(forecast, gpu) for gpu in {**cards, REFERENCE: 0}}
+        needs.append(fitting_bytes(forecast))
+        ways.append(
+            {
+                "name": request.settings.name or RESIDENT,
+                "needed_bytes": needs[-1],
+                "peak_bytes": forecast.peak.peak_bytes,
+                "peak_phase": forecast.peak.phase,
+                "host_bytes": waiting_bytes(request, tried),
+                "options": request.settings.options,
+                "seconds": {gpu: round(each, 1) for gpu, each in seconds.items() if each is not None},
+            }
+        )
+    best = {}
+    for gpu, memory_bytes in cards.items():
+        fit = [index for index, need in enumerate(needs) if need <= memory_bytes]
+        by = gpu if has_profile(gpu) else REFERENCE
+        best[gpu] = min(fit, key=lambda index: ways[index]["seconds"][by], default=None)
+    return {**_shape(spec), "ways": ways, "best": best, "least_bytes": min(needs)}
+
+
+def _placed_point(spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
+    budgets = [*cards.items(), *((REFERENCE, gib * GIB) for gib in BUDGETS_GIB)]
+    found = best_placements(spec.request, spec.model, budgets)
+    ways: dict[I2VRequest, dict[str, Any]] = {}
+    for (gpu, _), placed in zip(budgets, found, strict=True):
+        if placed.request is not None:
+            way = ways.setdefault(placed.request, _way(placed))
+            if placed.predicted_seconds is not None:
+                way["seconds"][gpu] = round(placed.predicted_seconds, 1)
+    order = list(ways)
+    best = {
+        gpu: None if placed.request is None else order.index(placed.request)
+        for gpu, placed in zip(cards, found, strict=False)
+    }
+    least_bytes = min(placed.needed_bytes for placed in found)
+    return {**_shape(spec), "ways": list(ways.values()), "best": best, "least_bytes": least_bytes}
+
+
+def _way(placed: Placed) -> dict[str, Any]:
+    return {
+        "name": placed.name,
+        "needed_bytes": placed.needed_bytes,
+        "peak_bytes": placed.peak_bytes,
+        "peak_phase": placed.peak_phase,
+        "host_bytes": placed.host_bytes,
+        "options": "",
+        "seconds": {},
+    }
+
+
+def _shape(spec: RunSpec) -> dict[str, Any]:
+    request = spec.request
+    return {"model": spec.model, "width": request.width, "height": request.height, "frames": request.frames}
