@@ -19,7 +19,8 @@ import i2v_lab
 
 TOP = Path(__file__).parents[2]
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-DIRECT = [Requirement(each) for each in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
+DECLARED = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+DIRECT = [Requirement(words) for each in DECLARED for words in each if not words.startswith("i2v-lab[")]
 LOCKS = ("setup", "lowest", "highest")
 
 

@@ -242,6 +242,9 @@ def test_an_output_carries_its_svg_its_png_and_the_name_of_its_files(tmp_path):
         assert data["image/svg+xml"] == path.with_suffix(".svg").read_text()
         assert base64.b64decode(data["image/png"]) == path.with_suffix(".png").read_bytes()
         assert metadata == {"i2v-lab": {"name": path.name}}
+    tiles = pd.read_csv(tmp_path / "figures" / "09_test_tiles.csv")
+    assert len(tiles) == len(layouts[0][2].groups) * len(layouts[0][2].rows) * len(layouts[0][2].columns)
+    assert (tiles["bottom"].max(), tiles["right"].max(), tiles["end"].max()) == (768, 1024, 97)
     table = cells.table("peaks", _errors(3), {"phase": "phase", "error": "error"})
     data, metadata = formatter.format(table)
     assert metadata == {"i2v-lab": {"name": "09_test_peaks"}}

@@ -15,6 +15,7 @@ from i2v_lab.cli import options
 from i2v_lab.cli.options import as_text
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, ReproduceError
+from i2v_lab.extras import require_module
 
 EXAMPLES = """
 **Examples**
@@ -132,6 +133,7 @@ def reproduce(
     from i2v_lab.reproduce.run import reproduce as run
     from i2v_lab.scale.workers import chosen_workers
 
+    require_module("papermill")
     if out is None:
         out = build_folder(parameter or [], parameters_file or [])
         if out != BUILD:

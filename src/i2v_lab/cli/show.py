@@ -11,6 +11,7 @@ import typer
 from i2v_lab.cli import options
 from i2v_lab.cli.output import log, plain_console, print_json
 from i2v_lab.errors import InvalidRequest, OutputError
+from i2v_lab.extras import require_module
 from i2v_lab.files import check_file, check_folder
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def show(
 
     if timeline is not None:
         check_folder(timeline, "timeline")
+        require_module("matplotlib")
     if (export is None) != (out is None):
         raise InvalidRequest(
             f"export={export} and out={out} belong together; give a viewer and a file", export=export, out=out

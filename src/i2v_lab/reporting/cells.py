@@ -158,7 +158,15 @@ class Cells:
         return write_atomically(target, lambda part: shutil.copyfile(path, part))
 
     def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> Drawing:
-        """Write and show a figure of tile layouts, which has no table."""
+        """Write and show a figure of tile layouts, and the bounds of the tiles as CSV."""
+        tiles = [
+            {"tiling": tiling, "top": top, "bottom": bottom, "left": left, "right": right, "first": first, "end": end}
+            for tiling, _, grid in layouts
+            for first, end in grid.groups
+            for top, bottom in grid.rows
+            for left, right in grid.columns
+        ]
+        save_table(pd.DataFrame(tiles), self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, draw(layouts))
 
     def _shown(self, name: str, figure: Figure | Chart) -> Drawing:
