@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import re
 import shutil
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 
 from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.display import printable
-from i2v_lab.files import write_atomically
+from i2v_lab.files import write_atomically, write_text
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord, peak_phase
 from i2v_lab.reporting.figures.chart import Chart
 from i2v_lab.reporting.figures.live import NO_TIMELINE
@@ -108,6 +109,15 @@ class Cells:
         shown = ShownTable(readable(table, columns))
         shown.file_name = path.stem
         return shown
+
+    def data(self, name: str, values: Mapping[str, Any]) -> Path:
+        """Write JSON values beside the tables, and return the file's path.
+
+        Args:
+            name: Of the file, after the notebook's.
+            values: By name.
+        """
+        return write_text(self.out / "tables" / f"{self.notebook}_{name}.json", f"{json.dumps(values)}\n")
 
     def figure(
         self, name: str, draw: Callable[..., Figure | Chart], table: pd.DataFrame, *more: Any, **options: Any

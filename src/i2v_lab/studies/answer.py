@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pandas as pd
+
 from i2v_lab.capacity.cards import fitting_bytes, gpu_table
 from i2v_lab.capacity.device_profile import NOT_MEASURED, REFERENCE, has_profile
 from i2v_lab.capacity.time_model import seconds_on
@@ -17,7 +19,8 @@ from i2v_lab.pipeline.contract.architectures import architecture_names, load_arc
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.spec import DEFAULT_STILL, RunSpec, make_request
+from i2v_lab.runs.sources import Observation, Source
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, RunSpec, make_request
 from i2v_lab.studies.placed import (
     RESIDENT,
     Placed,
@@ -83,6 +86,23 @@ def requests_of(model: str) -> list[I2VRequest]:
     return [own, common]
 
 
+def answer_of(observations: Sequence[Observation], gpus: Sequence[str] = ()) -> dict[str, Any]:
+    """The best placements for the answer page, beside the study of a model.
+
+    Args:
+        observations: Of :func:`~i2v_lab.studies.card_map.map_specs`. Of the model of full size every other model is
+            there too; of another model only what was observed, and of recorded runs nothing.
+        gpus: Names in ``data/gpus.csv``; all of them if empty.
+
+    Returns:
+        As :func:`answer`.
+    """
+    if observations[0].spec.model == FULL_SIZE_MODEL and observations[0].source is not Source.RECORDED:
+        return answer(gpus=gpus)
+    seen = [each.spec for each in observations if each.run is not None and each.source is not Source.RECORDED]
+    return _answer(list(dict.fromkeys(seen)), gpus, {})
+
+
 def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, Any]:
     """The best placement of every request on every card, as JSON values.
 
@@ -93,16 +113,11 @@ def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, An
     Returns:
         ``cards``: of each ``name, memory_bytes, rates`` (``measured``, ``published`` or empty). ``models``: names.
         ``unavailable``: of those whose package is missing, why. ``reference``: the card whose seconds are given for a
-        size of memory. ``points``: of each ``model, width, height, frames``; ``ways``, each with ``name, needed_bytes,
-        peak_bytes, peak_phase, host_bytes, options, seconds`` by card; and ``best``: for each card the index of the
-        fastest way that fits it, or ``None``, with ``least_bytes``, what is needed at least.
+        size of memory; ``caveat`` of published rates. ``points``: of each ``model, width, height, frames``; ``placed``:
+        whether its placements are solved; ``ways``, each with ``name, needed_bytes, peak_bytes, peak_phase,
+        host_bytes, options, seconds`` by card; ``best``: for each card the index of the fastest way that fits it, or
+        ``None``; and ``least_bytes``, what is needed at least.
     """
-    table = gpu_table().sort_values("memory_bytes", kind="stable")
-    cards = {
-        str(gpu): int(size)
-        for gpu, size in zip(table["gpu"], table["memory_bytes"], strict=True)
-        if not gpus or gpu in gpus
-    }
     names = list(models) or [each for each in architecture_names() if "tiny" not in each]
     unavailable, asked = {}, []
     for model in names:
@@ -113,6 +128,43 @@ def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, An
             unavailable[model] = str(error)
             continue
         asked += [RunSpec(request=request, model=model) for request in requests_of(model)]
+    return _answer(asked, gpus, unavailable)
+
+
+def smallest_cards(answer: Mapping[str, Any]) -> pd.DataFrame:
+    """The smallest card that runs each request of the answer page.
+
+    Args:
+        answer: Of :func:`answer`.
+
+    Returns:
+        ``model, size, frames, gpu, memory_bytes, name, needed_bytes, host_bytes, predicted_seconds, rates``; the cells
+        of the card are missing where none runs it, but for ``needed_bytes``, which is what is needed at least.
+    """
+    rows = []
+    for point in answer["points"]:
+        card = next((each for each in answer["cards"] if point["best"][each["name"]] is not None), None)
+        way = None if card is None else point["ways"][point["best"][card["name"]]]
+        row = {"model": point["model"], "size": f"{point['width']}x{point['height']}", "frames": point["frames"]}
+        row |= {"needed_bytes": point["least_bytes"]}
+        if card is not None and way is not None:
+            row |= {"gpu": card["name"], "memory_bytes": card["memory_bytes"], "rates": card["rates"]}
+            row |= {name: way[name] for name in ("name", "needed_bytes", "host_bytes")}
+            row["predicted_seconds"] = way["seconds"].get(card["name"])
+        rows.append(row)
+    columns = ["model", "size", "frames", "gpu", "memory_bytes", "name", "needed_bytes", "host_bytes"]
+    table = pd.DataFrame(rows, columns=[*columns, "predicted_seconds", "rates"])
+    kinds = {**dict.fromkeys(["memory_bytes", "needed_bytes", "host_bytes"], "Int64"), "predicted_seconds": "Float64"}
+    return table.astype(kinds)
+
+
+def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[str, str]) -> dict[str, Any]:
+    table = gpu_table().sort_values("memory_bytes", kind="stable")
+    cards = {
+        str(gpu): int(size)
+        for gpu, size in zip(table["gpu"], table["memory_bytes"], strict=True)
+        if not gpus or gpu in gpus
+    }
     placed = [spec for spec in asked if spec.runner_spec.techniques]
     forecasts_that_run([base for spec in placed for base in base_specs(spec.request, spec.model)])
     tried = _tried([spec for spec in asked if not spec.runner_spec.techniques])
@@ -122,8 +174,8 @@ def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, An
     ]
     return {
         "cards": [{"name": gpu, "memory_bytes": size, "rates": rates_of(gpu)} for gpu, size in cards.items()],
-        "models": [each for each in names if each not in unavailable],
-        "unavailable": unavailable,
+        "models": list(dict.fromkeys(spec.model for spec in asked)),
+        "unavailable": dict(unavailable),
         "reference": REFERENCE,
         "caveat": NOT_MEASURED,
         "points": points,
@@ -234,4 +286,5 @@ def _way(placed: Placed) -> dict[str, Any]:
 
 def _shape(spec: RunSpec) -> dict[str, Any]:
     request = spec.request
-    return {"model": spec.model, "width": request.width, "height": request.height, "frames": request.frames}
+    shape = {"model": spec.model, "width": request.width, "height": request.height, "frames": request.frames}
+    return {**shape, "placed": bool(spec.runner_spec.techniques)}
