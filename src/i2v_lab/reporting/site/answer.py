@@ -8,9 +8,18 @@ from typing import Any
 
 from markupsafe import Markup
 
+from i2v_lab.capacity.cards import RESERVED_MARGIN_PERCENT
 from i2v_lab.files import write_text
 from i2v_lab.reporting.site.render import FIT, NO_PROVENANCE, TEMPLATES, content_security_policy, site_environment
 from i2v_lab.units import format_bytes, format_seconds
+
+FACTS = {
+    "fragmentation": "384 MiB",  # beside a solved placement: docs/memory-policies.md
+    "margin": f"{RESERVED_MARGIN_PERCENT} %",
+    "most_needed": "5.7 %",  # of the runs of data/accuracy.csv
+    "error": "0.2 %",  # of whole runs of LTX-2.3 there
+}
+"""Numbers in the explanations, each with its source."""
 
 
 def render_answer(answer: Mapping[str, Any], folder: Path, provenance: Mapping[str, str] = NO_PROVENANCE) -> Path:
@@ -38,6 +47,7 @@ def render_answer(answer: Mapping[str, Any], folder: Path, provenance: Mapping[s
         policy=content_security_policy(*scripts),
         fit_style=Markup((TEMPLATES / "fit.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         fit_script=Markup(own),  # noqa: S704 - our own
+        facts=FACTS,
         answer=answer,
         matrix=matrix(answer),
     )
