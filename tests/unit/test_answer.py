@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from i2v_lab.capacity.cards import fitting_bytes
-from i2v_lab.memory_settings import MemorySettings
+from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.pipeline.contract.architectures import architecture_names
 from i2v_lab.reporting.site.answer import matrix, render_answer
 from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.spec import DEFAULT_STILL, RunSpec, make_request
 from i2v_lab.studies import answer as study
+from i2v_lab.studies import placed as placed_study
 from i2v_lab.studies.placed import fastest_settings
 
 CARDS = ["RTX 4090", "T4"]
@@ -27,7 +28,8 @@ def answer():
     asked = {MODEL: [request], "ltx-2.3-tiny": [placed]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "requests_of", asked.__getitem__)
-        patch.setattr(study, "SETTINGS", study.SETTINGS[:2])  # one forecast less
+        patch.setattr(placed_study, "OFFLOADS", (Offload.NONE, Offload.MODEL))  # one forecast less
+        patch.setattr(placed_study, "DECODE_VIDEO", "none")  # nor tiles
         return study.answer(list(asked), CARDS)
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from i2v_lab.errors import VramCapExceeded
 from i2v_lab.profiling.autograd_graph import AutogradGraphProbe
@@ -349,3 +351,17 @@ def test_a_cap_below_the_weights_says_whose():
             profiler.component("net", net)
     assert (caught.value.fields["module"], caught.value.fields["phase"]) == ("net.0", "decode")
     assert caught.value.fields["cap_bytes"] == 1000
+
+
+def test_a_cap_that_is_exceeded_while_safetensors_makes_a_tensor_is_said_as_any(tmp_path):
+    """``torch.asarray``, which it makes tensors by, raises a ValueError in the place of every error."""
+    file = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(100_000)}, file)
+    profiler = PhaseProfiler("cpu", vram_cap_bytes=50_000)
+    with pytest.raises(VramCapExceeded) as refused, profiler, profiler.phase("load"), safe_open(file, "pt") as opened:
+        opened.get_tensor("weight")
+    assert refused.value.fields["asked_bytes"] == 400_000
+    (record,) = [r for r in profiler.records if isinstance(r, OutOfMemoryRecord)]
+    assert (record.phase, record.asked_bytes, record.cap_bytes) == ("load", 400_000, 50_000)
+    with PhaseProfiler("cpu", vram_cap_bytes=50_000), pytest.raises(ValueError, match="own"):
+        raise ValueError("own")

@@ -273,7 +273,7 @@ class PhaseProfiler:
     def _end(self, seconds: float, completed: bool, error: BaseException | None) -> None:
         phase = self.suspend()
         phase.seconds = seconds
-        self.write_phase(phase, completed, error)
+        self.write_phase(phase, completed, self._live.behind(error) if self._live is not None else error)
 
     # --- Phases whose name, or number of steps, is known only later ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from i2v_lab.capacity.cards import fitting_bytes, gpu_table
 from i2v_lab.capacity.device_profile import NOT_MEASURED, REFERENCE, has_profile
 from i2v_lab.capacity.time_model import seconds_on
 from i2v_lab.errors import InvalidRequest, RunnerUnavailable
-from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
@@ -28,6 +27,7 @@ from i2v_lab.studies.placed import (
     best_placements,
     forecasts_that_run,
     rates_of,
+    settings_ways,
     waiting_bytes,
 )
 from i2v_lab.units import GIB
@@ -35,16 +35,7 @@ from i2v_lab.units import GIB
 COMMON = (832, 480)
 """A size that most models were published with; each model has the one nearest to it beside its own."""
 ALIKE = 0.1  # of the pixels: no second size where the model's own is as near
-ROOMY_BYTES = 11 * GIB // 2  # of the smallest cards; what takes more is tried with less
 BUDGETS_GIB = (*range(3, 17), 20, 24, 28, 32, 40, 48, 64, 80)
-# The memory settings that matter, from the fastest: nothing waits, components do, layers do; then each module.
-SETTINGS: tuple[Mapping[str, Any], ...] = (
-    {},
-    {"offload": Offload.MODEL},
-    {"offload": Offload.GROUP_LEAF, "offload_stream": True},
-)
-LEAST: Mapping[str, Any] = {"offload": Offload.SEQUENTIAL}
-DECODE = "decode_video"
 
 
 def sizes_of(model: str) -> list[tuple[int, int]]:
@@ -167,7 +158,7 @@ def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[
     }
     placed = [spec for spec in asked if spec.runner_spec.techniques]
     forecasts_that_run([base for spec in placed for base in base_specs(spec.request, spec.model)])
-    tried = _tried([spec for spec in asked if not spec.runner_spec.techniques])
+    tried = settings_ways([spec for spec in asked if not spec.runner_spec.techniques])
     points = [
         _placed_point(spec, cards) if spec.runner_spec.techniques else _point(tried[spec], spec, cards)
         for spec in asked
@@ -180,53 +171,6 @@ def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[
         "caveat": NOT_MEASURED,
         "points": points,
     }
-
-
-def _tried(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
-    """The forecasts of every request under the memory settings that matter to it."""
-    found: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {} for spec in specs}
-    _add(found, dict.fromkeys(specs, SETTINGS))
-    # Tiles, which take the longest to forecast, only where decoding is what takes the most.
-    tiles = {spec: [each for each, one in tried.items() if one.peak.phase == DECODE] for spec, tried in found.items()}
-    _add(found, {spec: [_tiled(each.settings) for each in decoding] for spec, decoding in tiles.items()})
-    roomy = [spec for spec, tried in found.items() if _least_bytes(tried) > ROOMY_BYTES]
-    _add(found, {spec: [{**LEAST, "vae_tiling": bool(tiles[spec])}] for spec in roomy})
-    return found
-
-
-def _tiled(settings: MemorySettings) -> Mapping[str, Any]:
-    return {**settings.to_json(), "vae_tiling": True}
-
-
-def _least_bytes(tried: Mapping[I2VRequest, Forecast]) -> int:
-    return min((fitting_bytes(each) for each in tried.values()), default=2 * ROOMY_BYTES)
-
-
-def _add(
-    found: dict[RunSpec, dict[I2VRequest, Forecast]], wanted: Mapping[RunSpec, Iterable[Mapping[str, Any]]]
-) -> None:
-    todo = []
-    for spec, settings in wanted.items():
-        for each in settings:
-            request = _with(spec, each)
-            if request is not None and request not in found[spec]:
-                todo.append((spec, request))
-    forecasts = forecasts_that_run([replace(spec, request=request) for spec, request in todo])
-    for (spec, request), forecast in zip(todo, forecasts, strict=True):
-        if forecast is not None:
-            found[spec][request] = forecast
-
-
-def _with(spec: RunSpec, settings: Mapping[str, Any]) -> I2VRequest | None:
-    """The request with memory settings; ``None`` where the model does not take them."""
-    if settings and not spec.runner_spec.settings:
-        return None
-    request = replace(spec.request, settings=MemorySettings(**settings))
-    try:
-        check_request(spec.architecture, request)
-    except InvalidRequest:
-        return None
-    return request
 
 
 def _point(tried: Mapping[I2VRequest, Forecast], spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from i2v_lab.torch_compat import (
     uncompiled_flex_attention,
 )
 
+REPLACED = "could not determine the shape of object type"  # of torch.asarray, for any error of its operators
+
 
 @dataclass(frozen=True, slots=True)
 class _Allocation:
@@ -66,9 +68,8 @@ class LiveStorageMeter(TorchDispatchMode):
     """Counts the storages behind all tensors that operators touch while the mode is active.
 
     A tensor that holds others, such as a quantized one, is those that it holds. Each storage counts once, with its full
-    size, from the first operator that takes or returns a tensor on it (or from
-    :meth:`observe`) until it is freed. Views add nothing. Only weak references are held. What a kernel allocates and
-    frees internally is not seen.
+    size, from the first operator that takes or returns a tensor on it (or from :meth:`observe`) until it is freed.
+    Views add nothing. Only weak references are held. What a kernel allocates and frees internally is not seen.
 
     Args:
         cap_bytes: Raise :class:`~i2v_lab.errors.VramCapExceeded` at the operator whose results exceed this.
@@ -112,6 +113,7 @@ class LiveStorageMeter(TorchDispatchMode):
         self._clock = (0, [time.perf_counter()])  # the first tick since drop_freed, and the time of each since
         self._thread = _FlexAttention()
         self._is_over = False
+        self._refusal: VramCapExceeded | None = None
         self.lock = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -126,6 +128,14 @@ class LiveStorageMeter(TorchDispatchMode):
         self.enter_thread()  # torch takes the innermost mode of this thread away, which may be another
         super().__exit__(*exc)
         self._thread.scopes.close()
+        error: Any = exc[1] if len(exc) > 1 else None
+        if self.behind(error) is not error:
+            raise self.behind(error) from error
+
+    def behind(self, error: Any) -> Any:
+        """The refusal in whose place torch raised an error, as where safetensors makes a tensor; or the error."""
+        replaced = isinstance(error, ValueError) and REPLACED in str(error)
+        return self._refusal if replaced and self._refusal is not None else error
 
     def enter_thread(self) -> None:
         """Meter this thread too: a dispatch mode sees the operators of the thread that entered it."""
@@ -300,8 +310,7 @@ class LiveStorageMeter(TorchDispatchMode):
 
     def operators(self, tensors: Iterable[torch.Tensor]) -> list[str]:
         """What returned each of these tensors' storages first; empty where that is not known."""
-        found = (self._live.get(storage_key(tensor)) for tensor in tensors)
-        return [known[0].operator if known is not None else "" for known in found]
+        return [known[0].operator if known else "" for known in map(self._live.get, map(storage_key, tensors))]
 
     def name_operators(self, tensors: Iterable[torch.Tensor], names: Iterable[str]) -> None:
         """Say what returned each of these tensors' storages: of a memoized call, whose operators do not run."""
@@ -379,7 +388,7 @@ class LiveStorageMeter(TorchDispatchMode):
         phase = self.paths.phase if self.paths else ""
         module, asked_bytes = self._module(), self._live_bytes - before_bytes
         where = f"in {module or 'no module'}" + (f" during {phase}" if phase else "")
-        raise VramCapExceeded(
+        self._refusal = VramCapExceeded(
             f"allocating {asked_bytes} bytes {where}, with {before_bytes} allocated, exceeds "
             f"vram_cap_bytes={self._cap_bytes}; lower the resolution, the frames or the tile, or raise the cap",
             phase=phase,
@@ -388,3 +397,4 @@ class LiveStorageMeter(TorchDispatchMode):
             alive_bytes=before_bytes,
             cap_bytes=self._cap_bytes,
         )
+        raise self._refusal
