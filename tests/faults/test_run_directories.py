@@ -327,7 +327,8 @@ def test_accuracy_needs_a_folder_of_our_own_runs(tmp_path, whole):
     file.touch()
     assert type(CliRunner().invoke(app, ["accuracy", str(file)]).exception) is RecordError
     (tmp_path / "empty").mkdir()
-    assert CliRunner().invoke(app, ["accuracy", str(tmp_path / "empty")]).exit_code == 0
+    none = CliRunner().invoke(app, ["accuracy", str(tmp_path / "empty")])
+    assert (type(none.exception), none.exit_code) == (RecordError, 1), "no runs are no success"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"request": {}}', '{"rounds": [[1]], "request": 3}', "NaN", "\\xff"])
