@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from IPython.display import SVG
+from IPython.core.formatters import DisplayFormatter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 from playwright.sync_api import Browser, Page
@@ -90,8 +90,7 @@ def _hostile_run(folder: Path, name: str, peak: int) -> Run:
 def _notebook(path: Path, run: Run, folder: Path) -> Path:
     results = {"verdict": TEXT, "finding": TEXT, "source": "recorded", "device": TEXT, "model": TEXT, TEXT: TEXT}
     table = pd.DataFrame({"phase": [TEXT], "note": [TEXT]})
-    svg = Cells(folder, "hostile").timeline("run", run, run)
-    assert isinstance(svg, SVG)
+    chart, _ = DisplayFormatter().format(Cells(folder, "hostile").timeline("run", run, run))
     outputs = [
         {"text/html": run._repr_html_()},
         {"text/html": run.records[0]._repr_html_()},
@@ -99,7 +98,7 @@ def _notebook(path: Path, run: Run, folder: Path) -> Path:
         {"text/html": readable(table, {"phase": "phase", "note": "note"})._repr_html_()},
         {"text/markdown": sentence(results).data},
         {"text/markdown": absent([TEXT]).data},
-        {"image/svg+xml": svg.data},
+        chart,
         {"text/plain": TEXT},
         {MIME: results},
     ]
@@ -123,7 +122,17 @@ def test_hostile_text_is_shown_and_never_run(tiny, tmp_path, page, problems, mon
         page.goto(path.as_uri())
         page.evaluate("for (const part of document.querySelectorAll('details')) part.open = true")
         assert page.evaluate(HARM) == [None, 0, 0], path.name
-        assert page.locator("script").count() == 1
+        charts = page.locator("figure.chart")
+        assert charts.count() == (path.name != "index.html")
+        assert page.locator("script:not([type])").count() == 2 + 2 * charts.count()
+        for chart in charts.all():
+            chart.scroll_into_view_if_needed()
+            page.wait_for_function("figure => figure.dataset.live", arg=chart.element_handle())
+            chart.locator(".live svg").hover()
+            told = page.locator("#vg-tooltip-element.visible")
+            told.wait_for()
+            assert '<img src=x onerror="window.ran = true">' in told.inner_text()
+            assert page.evaluate(HARM) == [None, 0, 0], path.name
         text = page.locator("body").inner_text()
         assert "{{7*7}}" in text
         assert '<img src=x onerror="window.ran = true">' in text

@@ -25,7 +25,7 @@ from i2v_lab.reporting.figures.chart import MIME, TABLE, Chart, still
 from i2v_lab.reporting.figures.placements import card_map_figure, frontier_figure
 from i2v_lab.reporting.figures.runs import MOMENTS, holders_figure, modules_figure, timeline_figure
 from i2v_lab.reporting.figures.style import CATEGORIES
-from i2v_lab.reporting.site.charts import behind_chart
+from i2v_lab.reporting.site.charts import behind_chart, behind_figure
 from i2v_lab.runs.store import Run
 
 GIB = 2**30
@@ -196,6 +196,18 @@ def test_every_series_can_be_hidden_by_the_legend_and_time_can_be_zoomed():
     assert shown["bind"] == "legend"
     assert [each["series"] for each in shown["value"]][-1] == "all of no_grad"
     assert len(shown["value"]) == len(CATEGORIES) + 1
+
+
+def test_behind_every_other_figure_is_the_table_of_its_csv_too(tmp_path):
+    file = tmp_path / "a.csv"
+    assert behind_figure(file, "Tiles") == "", "no file, no table"
+    file.write_text('tiling,top,note\n768 px,0,"a, <b>"\n', encoding="utf-8")
+    table = ElementTree.fromstring(behind_figure(file, "Tiles"))
+    assert [[cell.text for cell in row] for row in table.iter("tr")] == [
+        ["tiling", "top", "note"],
+        ["768 px", "0", "a, <b>"],
+    ]
+    assert [cell.get("scope") for cell in table.iter("th")] == ["col", "col", "col", "row"]
 
 
 def test_a_notebook_and_its_page_get_the_description_and_the_same_table(tmp_path):

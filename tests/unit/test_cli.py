@@ -128,12 +128,24 @@ def test_json_is_one_object_with_every_phase_and_the_file_is_right(tmp_path, sti
         env=_environment(I2V_LAB_VRAM="1"),
     )
     report = json.loads(child.stdout)
-    assert list(report) == ["output", "model", "width", "height", "frames", "fps", "seed", "decode_scope", "memory"] + [
+    assert list(report) == [
+        "output",
+        "model",
+        "weights",
+        "width",
+        "height",
+        "frames",
+        "fps",
+        "seed",
+        "decode_scope",
+        "memory",
+    ] + [
         "peak_bytes",
         "peak_phase",
         "phases",
         "notes",
     ]
+    assert report["weights"] == "files"
     assert [(note["topic"], note["count"]) for note in report["notes"]] == [("prompt", 6)]
     assert sum(line == report["notes"][0]["text"] for line in child.stderr.splitlines()) == 1
     phases = [phase["phase"] for phase in report["phases"]]

@@ -491,6 +491,30 @@ def test_bars_are_as_long_as_what_they_stand_for_and_end_at_the_cards_line():
     assert saved / rest == pytest.approx(3, rel=0.01)
 
 
+def test_the_value_of_a_bar_is_not_struck_through_by_the_cards_line():
+    for size in (350, 390, 410, 430, 600):
+        run = _run("one", _phase("decode_video", 400 * MIB), _phase("encode_prompt", 250 * MIB))
+        svg = pictures.phase_bars(run, line=pictures.Line(size * MIB, "a card"))
+        line = float(re.search(r'<line x1="([\d.]+)"', svg)[1])
+        for x, value in re.findall(r'<text x="([\d.]+)"[^>]*>([\d.]+ MiB)</text>', svg):
+            assert not float(x) - 2 < line < float(x) + 6 * len(value)
+
+
+def test_a_pointer_over_a_view_is_told_exact_bytes_phase_and_module():
+    held = ModuleRecord("decode_video", "video_decoder.up_blocks", "weight", 400)
+    moments = [TimelineRecord("decode_video", t / 1000, 100 * t, 0, 5, 0) for t in range(1000)]
+    run = _run("one", _phase("decode_video", 400), held, *moments)
+    space = "{http://www.w3.org/2000/svg}"
+    hit = [part for part in ElementTree.fromstring(pictures.timeline(run)).iter(f"{space}rect") if part.get("class")]
+    assert len(hit) < pictures.WIDTH / pictures.COLUMN, "columns that a pointer can hit"
+    assert hit[-1].find(f"{space}title").text == (
+        "decode_video: 97.6 KiB (99,905 bytes); saved for backward 0 B (0 bytes); activations 5 B (5 bytes); "
+        "weights 97.6 KiB (99,900 bytes), at the peak most in video_decoder.up_blocks; other 0 B (0 bytes)"
+    )
+    titles = [part.text for part in ElementTree.fromstring(pictures.phase_bars(run)).iter(f"{space}title")]
+    assert titles == ["decode_video: weights, 400 B (400 bytes); most of it: video_decoder.up_blocks"]
+
+
 def test_a_timeline_needs_storages_that_were_tracked():
     assert "No timeline" in pictures.timeline(_run("one", _phase("decode_video", 400)))
     moments = [TimelineRecord("decode_video", t / 10, 100 * t, 0, 50, 0) for t in range(4)]

@@ -103,6 +103,9 @@ def test_time_falls_or_stays_as_the_budget_grows_and_nothing_is_forecast_for_a_b
     assert given["budget_bytes"].to_list() == [GIB // 2, 80 * GIB]
     assert given["seconds"].isna().to_list() == [True, False]
     assert len(placements_table(given, "64x64")) == 2
+    many = pd.DataFrame({"kind": "placement", "size": "64x64", "name": [f"{n // 2} blocks" for n in range(40)]})
+    assert placements_table(many, "64x64")["name"].to_list() == [f"{n} blocks" for n in (0, 3, 5, 8, 11, 14, 16, 19)]
+    assert placements_table(many, "128x64").empty
     with pytest.raises(InvalidRequest) as refused:
         frontier_table(seen, [], recorded_runs(), "RTX 9999")
     assert refused.value.fields == {"gpu": "RTX 9999"}

@@ -88,7 +88,7 @@ class Answer:
             has = f"the budget is {room} of {self.fit.gpu}"
         needs = f"this needs {format_bytes(self.needed_bytes)}"
         if self.held.chosen:
-            needs = f"{self.held.name} needs {format_bytes(self.needed_bytes)}"
+            needs = f"with {self.held.name} {needs}"
         if self.fit.verdict == FITS:
             return f"It fits: {has}, {needs}; {format_bytes(self.fit.memory_bytes - self.needed_bytes)} remain free."
         if self.fit.verdict == TIGHT:

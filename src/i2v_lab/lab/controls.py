@@ -174,7 +174,7 @@ def _label(tiling: Tiling | None) -> str:
         return "untiled"
     return (
         f"{tiling.tile_px} px by {tiling.tile_frames} frames, "
-        f"overlaps {tiling.tile_overlap_px} px, {tiling.tile_overlap_frames}"
+        f"overlap {tiling.tile_overlap_px}, {tiling.tile_overlap_frames}"
     )
 
 

@@ -57,7 +57,7 @@ class Explorer(View):
 
     Example:
         >>> from i2v_lab import Explorer
-        >>> Explorer(gpu="RTX 5090")  # as the last line of a cell  # doctest: +SKIP
+        >>> Explorer(budget="12GiB")  # as the last line of a cell  # doctest: +SKIP
     """
 
     def __init__(

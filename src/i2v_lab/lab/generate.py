@@ -25,7 +25,7 @@ from i2v_lab.lab.controls import (
     with_supported_policy,
 )
 from i2v_lab.lab.exploration import Exploration
-from i2v_lab.lab.generation_job import GenerationJob, State, random_weights
+from i2v_lab.lab.generation_job import GenerationJob, State
 from i2v_lab.lab.last_choice import Choice, check_runs_here, recall, remember
 from i2v_lab.lab.monitor import VramMonitor
 from i2v_lab.lab.question import Question
@@ -38,6 +38,7 @@ from i2v_lab.reporting.run_tables import phase_table
 from i2v_lab.reporting.tables import WORDS, as_sentence, html_table, readable
 from i2v_lab.request import DecodeScope, I2VRequest
 from i2v_lab.runs.forecast import is_quiet
+from i2v_lab.runs.random_weights import random_weights
 from i2v_lab.runs.sources import choose_model
 from i2v_lab.studies.published import study_request
 from i2v_lab.units import format_seconds

@@ -18,8 +18,6 @@ from i2v_lab.display import printable
 from i2v_lab.errors import GenerationStopped, I2VLabError
 from i2v_lab.events import ComponentBuilt, Event, Note, Phase, PhaseEnded, PhaseStarted, StepEnded
 from i2v_lab.paths import find_still
-from i2v_lab.pipeline.contract.architectures import load_architecture
-from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import VIDEO, Hooks, Mode, execute
 from i2v_lab.runs.spec import RunSpec
@@ -252,21 +250,3 @@ def _empty_cuda_cache() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def random_weights(model: str) -> str:
-    """What a video of these generations is, which load no files of weights, and how to have one of real weights.
-
-    Args:
-        model: An architecture's name.
-
-    Example:
-        >>> random_weights("ltx-2.5-tiny-diffusers")
-        'Made with random weights, so that it shows noise; memory and time are those of real ones.'
-    """
-    architecture = load_architecture(model)
-    runner = runner_of(architecture)
-    takes = architecture.pipeline or not runner.settings  # those that are put together of two pipelines take none
-    given = ", ".join(f"--{name.replace('_', '-')}" for name in runner.weight_options) if takes else ""
-    real = f"; with real weights: i2v-lab generate --model {model}, with {given}" if given else ""
-    return f"Made with random weights, so that it shows noise; memory and time are those of real ones{real}."

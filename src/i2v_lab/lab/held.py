@@ -13,13 +13,14 @@ from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
-from i2v_lab.profiling.records import Forecast
+from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import FAILS_ON_A_CARD
 from i2v_lab.runs.forecast import cached_forecast, forecast_request
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.studies.placed import RESIDENT, fastest_settings, placed_of, waiting_bytes
 
+EVERYTHING = "everything resident"
 Forecaster = Callable[[I2VRequest, str, str], Forecast]
 
 
@@ -109,11 +110,24 @@ def fastest_placement(budgets: Budgets, request: I2VRequest, memory_bytes: int, 
     if isinstance(found, Resolution):
         placed, result = placed_of(found, request, gpu), found.forecast
         needed = needed_bytes(result.peak.peak_bytes, result.context_bytes, device)
-        return Held(found.request, result, placed.name, needed, FITS, found.cap_bytes, placed.host_bytes, chosen=True)
+        name = EVERYTHING if placed.name == RESIDENT else placed.name
+        held = Held(found.request, result, name, needed, FITS, found.cap_bytes, placed.host_bytes, chosen=True)
+        return replace(held, forecast=_capped(result, found.cap_bytes))
     least = budgets.smallest()
     result = least.forecast
     host = result.page_locked_bytes + result.pageable_bytes
     return Held(least.request, result, "everything streamed", int(found.fields["needed_bytes"]), NO, 1, host, True)
+
+
+def _capped(forecast: Forecast, cap_bytes: int) -> Forecast:
+    """What the allocator reserves under a cap, at which it releases cached blocks."""
+    records = [
+        replace(each, peak_reserved_bytes=min(each.peak_reserved_bytes, cap_bytes))
+        if isinstance(each, PhaseRecord) and each.peak_reserved_bytes is not None
+        else each
+        for each in forecast.records
+    ]
+    return replace(forecast, records=tuple(records))
 
 
 def fastest_settings_within(
@@ -155,5 +169,5 @@ def fastest_settings_within(
         chosen = min(tried, key=lambda each: fitting_bytes(tried[each]))
     result, host = tried[chosen], waiting_bytes(chosen, tried)
     cap = cap_bytes(memory_bytes, result.context_bytes, device) if fits else 1
-    name = chosen.settings.options or RESIDENT
+    name = chosen.settings.options or EVERYTHING
     return Held(chosen, result, name, fitting_bytes(result), FITS if fits else NO, cap, host, chosen=True)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from i2v_lab.lab.answer import Remedy
-from i2v_lab.lab.view import close_widgets
+from i2v_lab.lab.view import answer_while_busy, close_widgets
 
 
 class RemedyButtons:
@@ -38,6 +38,7 @@ class RemedyButtons:
         for remedy in remedies:
             button = widgets.Button(description=remedy.label, icon="wrench", layout=widgets.Layout(width="auto"))
             button.on_click(partial(self._pressed, remedy))
+            answer_while_busy(button)
             buttons.append(button)
         self.box.children = buttons
         for each in old:

@@ -75,6 +75,7 @@ class View(ABC):
             self._kept = frozenset(vars(self))
             self._widget = self._build()
             self._widget.add_class("i2v-widgets")
+            answer_while_busy(self._widget)
             View._opened.add(self)
         return self._widget
 
@@ -108,6 +109,27 @@ def close_widgets(widget: Any, without: Sequence[Any] = ()) -> None:
         widget: The outermost.
         without: Widgets inside of it that stay open, with what they are made of.
     """
+    for part in _parts(widget, without):
+        part.unobserve_all()
+        part.close()
+
+
+def answer_while_busy(widget: Any) -> None:
+    """Have a widget, and all that it is made of, answer while the kernel runs a cell.
+
+    JupyterLab sends what is done with a widget to a subshell of the kernel; from ipykernel 7.4 on the kernel hands it
+    to where the widget was made instead, which is busy with the cells that follow.
+
+    Args:
+        widget: The outermost.
+    """
+    for part in _parts(widget):
+        if hasattr(part.comm, "_reply_subshell_for"):
+            part.comm._reply_subshell_for = lambda _, asked: asked
+
+
+def _parts(widget: Any, without: Sequence[Any] = ()) -> list[Any]:
+    """A widget and all that it is made of, children, layouts and styles; some widgets inside of it left out."""
     from ipywidgets import Widget
 
     todo, found = [widget], {id(each): each for each in without}
@@ -120,9 +142,7 @@ def close_widgets(widget: Any, without: Sequence[Any] = ()) -> None:
             todo += [
                 each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, Widget)
             ]
-    for part in list(found.values())[len(without) :]:
-        part.unobserve_all()
-        part.close()
+    return list(found.values())[len(without) :]
 
 
 def _running_cell() -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import re
 import shutil
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 
 from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.display import printable
-from i2v_lab.files import write_atomically
+from i2v_lab.files import write_atomically, write_text
 from i2v_lab.profiling.records import PhaseRecord, TimelineRecord, peak_phase
 from i2v_lab.reporting.figures.chart import Chart
 from i2v_lab.reporting.figures.live import NO_TIMELINE
@@ -109,6 +110,15 @@ class Cells:
         shown.file_name = path.stem
         return shown
 
+    def data(self, name: str, values: Mapping[str, Any]) -> Path:
+        """Write JSON values beside the tables, and return the file's path.
+
+        Args:
+            name: Of the file, after the notebook's.
+            values: By name.
+        """
+        return write_text(self.out / "tables" / f"{self.notebook}_{name}.json", f"{json.dumps(values)}\n")
+
     def figure(
         self, name: str, draw: Callable[..., Figure | Chart], table: pd.DataFrame, *more: Any, **options: Any
     ) -> Drawing | Markdown:
@@ -148,7 +158,15 @@ class Cells:
         return write_atomically(target, lambda part: shutil.copyfile(path, part))
 
     def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> Drawing:
-        """Write and show a figure of tile layouts, which has no table."""
+        """Write and show a figure of tile layouts, and the bounds of the tiles as CSV."""
+        tiles = [
+            {"tiling": tiling, "top": top, "bottom": bottom, "left": left, "right": right, "first": first, "end": end}
+            for tiling, _, grid in layouts
+            for first, end in grid.groups
+            for top, bottom in grid.rows
+            for left, right in grid.columns
+        ]
+        save_table(pd.DataFrame(tiles), self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, draw(layouts))
 
     def _shown(self, name: str, figure: Figure | Chart) -> Drawing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 NOTEBOOKS = notebooks_dir()
 GRACE_S = 1.3
 """Seconds that interrupted cells have to clean up before their kernels are killed."""
+ANSWER = "tables/06_will_it_fit_answer.json"
+"""Of the build folder: what the answer page is made of."""
 SITE = "index"
 """Name of the stamp of the site; no notebook has it, since its page would replace the index."""
 
@@ -245,13 +248,20 @@ def _render(out: Path, known: Sequence[Path], code: Mapping[str, str]) -> None:
     failed = [copy for copy, stamp in executed.items() if stamp.error is not None]
     inputs = {**code, "failed": ", ".join(copy.name for copy in failed)}
     inputs |= {copy.name: file_digest(copy) for copy in executed}
+    answer = out / ANSWER
+    if answer.is_file():
+        inputs[ANSWER] = file_digest(answer)
     site, rendered = out / "site", stamp_path(out, SITE)
     previous = read_stamp(rendered)
     if previous is not None and previous.why_stale(inputs, out) is None:
         return
+    from i2v_lab.reporting.site.answer import render_answer
     from i2v_lab.reporting.site.render import render_site
     from i2v_lab.reproduce.provenance import site_provenance
 
-    render_site(list(executed), failed, site, site_provenance())
+    provenance = site_provenance()
+    if answer.is_file():  # before the index, which links it
+        render_answer(json.loads(answer.read_text(encoding="utf-8")), site, provenance)
+    render_site(list(executed), failed, site, provenance)
     pages = {path.relative_to(out).as_posix(): file_digest(path) for path in site.rglob("*") if path.is_file()}
     write_stamp(rendered, Stamp(inputs, pages))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import pandas as pd
 
 from i2v_lab.capacity.cards import fitting_bytes, gpu_table
 from i2v_lab.capacity.device_profile import NOT_MEASURED, REFERENCE, has_profile
 from i2v_lab.capacity.time_model import seconds_on
 from i2v_lab.errors import InvalidRequest, RunnerUnavailable
-from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.paths import data_dir
 from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.spec import DEFAULT_STILL, RunSpec, make_request
+from i2v_lab.runs.sources import Observation, Source
+from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, RunSpec, make_request
 from i2v_lab.studies.placed import (
     RESIDENT,
     Placed,
@@ -25,6 +27,7 @@ from i2v_lab.studies.placed import (
     best_placements,
     forecasts_that_run,
     rates_of,
+    settings_ways,
     waiting_bytes,
 )
 from i2v_lab.units import GIB
@@ -32,16 +35,7 @@ from i2v_lab.units import GIB
 COMMON = (832, 480)
 """A size that most models were published with; each model has the one nearest to it beside its own."""
 ALIKE = 0.1  # of the pixels: no second size where the model's own is as near
-ROOMY_BYTES = 11 * GIB // 2  # of the smallest cards; what takes more is tried with less
 BUDGETS_GIB = (*range(3, 17), 20, 24, 28, 32, 40, 48, 64, 80)
-# The memory settings that matter, from the fastest: nothing waits, components do, layers do; then each module.
-SETTINGS: tuple[Mapping[str, Any], ...] = (
-    {},
-    {"offload": Offload.MODEL},
-    {"offload": Offload.GROUP_LEAF, "offload_stream": True},
-)
-LEAST: Mapping[str, Any] = {"offload": Offload.SEQUENTIAL}
-DECODE = "decode_video"
 
 
 def sizes_of(model: str) -> list[tuple[int, int]]:
@@ -83,6 +77,23 @@ def requests_of(model: str) -> list[I2VRequest]:
     return [own, common]
 
 
+def answer_of(observations: Sequence[Observation], gpus: Sequence[str] = ()) -> dict[str, Any]:
+    """The best placements for the answer page, beside the study of a model.
+
+    Args:
+        observations: Of :func:`~i2v_lab.studies.card_map.map_specs`. Of the model of full size every other model is
+            there too; of another model only what was observed, and of recorded runs nothing.
+        gpus: Names in ``data/gpus.csv``; all of them if empty.
+
+    Returns:
+        As :func:`answer`.
+    """
+    if observations[0].spec.model == FULL_SIZE_MODEL and observations[0].source is not Source.RECORDED:
+        return answer(gpus=gpus)
+    seen = [each.spec for each in observations if each.run is not None and each.source is not Source.RECORDED]
+    return _answer(list(dict.fromkeys(seen)), gpus, {})
+
+
 def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, Any]:
     """The best placement of every request on every card, as JSON values.
 
@@ -93,16 +104,11 @@ def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, An
     Returns:
         ``cards``: of each ``name, memory_bytes, rates`` (``measured``, ``published`` or empty). ``models``: names.
         ``unavailable``: of those whose package is missing, why. ``reference``: the card whose seconds are given for a
-        size of memory. ``points``: of each ``model, width, height, frames``; ``ways``, each with ``name, needed_bytes,
-        peak_bytes, peak_phase, host_bytes, options, seconds`` by card; and ``best``: for each card the index of the
-        fastest way that fits it, or ``None``, with ``least_bytes``, what is needed at least.
+        size of memory; ``caveat`` of published rates. ``points``: of each ``model, width, height, frames``; ``placed``:
+        whether its placements are solved; ``ways``, each with ``name, needed_bytes, peak_bytes, peak_phase,
+        host_bytes, options, seconds`` by card; ``best``: for each card the index of the fastest way that fits it, or
+        ``None``; and ``least_bytes``, what is needed at least.
     """
-    table = gpu_table().sort_values("memory_bytes", kind="stable")
-    cards = {
-        str(gpu): int(size)
-        for gpu, size in zip(table["gpu"], table["memory_bytes"], strict=True)
-        if not gpus or gpu in gpus
-    }
     names = list(models) or [each for each in architecture_names() if "tiny" not in each]
     unavailable, asked = {}, []
     for model in names:
@@ -113,68 +119,58 @@ def answer(models: Sequence[str] = (), gpus: Sequence[str] = ()) -> dict[str, An
             unavailable[model] = str(error)
             continue
         asked += [RunSpec(request=request, model=model) for request in requests_of(model)]
+    return _answer(asked, gpus, unavailable)
+
+
+def smallest_cards(answer: Mapping[str, Any]) -> pd.DataFrame:
+    """The smallest card that runs each request of the answer page.
+
+    Args:
+        answer: Of :func:`answer`.
+
+    Returns:
+        ``model, size, frames, gpu, memory_bytes, name, needed_bytes, host_bytes, predicted_seconds, rates``; the cells
+        of the card are missing where none runs it, but for ``needed_bytes``, which is what is needed at least.
+    """
+    rows = []
+    for point in answer["points"]:
+        card = next((each for each in answer["cards"] if point["best"][each["name"]] is not None), None)
+        way = None if card is None else point["ways"][point["best"][card["name"]]]
+        row = {"model": point["model"], "size": f"{point['width']}x{point['height']}", "frames": point["frames"]}
+        row |= {"needed_bytes": point["least_bytes"]}
+        if card is not None and way is not None:
+            row |= {"gpu": card["name"], "memory_bytes": card["memory_bytes"], "rates": card["rates"]}
+            row |= {name: way[name] for name in ("name", "needed_bytes", "host_bytes")}
+            row["predicted_seconds"] = way["seconds"].get(card["name"])
+        rows.append(row)
+    columns = ["model", "size", "frames", "gpu", "memory_bytes", "name", "needed_bytes", "host_bytes"]
+    table = pd.DataFrame(rows, columns=[*columns, "predicted_seconds", "rates"])
+    kinds = {**dict.fromkeys(["memory_bytes", "needed_bytes", "host_bytes"], "Int64"), "predicted_seconds": "Float64"}
+    return table.astype(kinds)
+
+
+def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[str, str]) -> dict[str, Any]:
+    table = gpu_table().sort_values("memory_bytes", kind="stable")
+    cards = {
+        str(gpu): int(size)
+        for gpu, size in zip(table["gpu"], table["memory_bytes"], strict=True)
+        if not gpus or gpu in gpus
+    }
     placed = [spec for spec in asked if spec.runner_spec.techniques]
     forecasts_that_run([base for spec in placed for base in base_specs(spec.request, spec.model)])
-    tried = _tried([spec for spec in asked if not spec.runner_spec.techniques])
+    tried = settings_ways([spec for spec in asked if not spec.runner_spec.techniques])
     points = [
         _placed_point(spec, cards) if spec.runner_spec.techniques else _point(tried[spec], spec, cards)
         for spec in asked
     ]
     return {
         "cards": [{"name": gpu, "memory_bytes": size, "rates": rates_of(gpu)} for gpu, size in cards.items()],
-        "models": [each for each in names if each not in unavailable],
-        "unavailable": unavailable,
+        "models": list(dict.fromkeys(spec.model for spec in asked)),
+        "unavailable": dict(unavailable),
         "reference": REFERENCE,
         "caveat": NOT_MEASURED,
         "points": points,
     }
-
-
-def _tried(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
-    """The forecasts of every request under the memory settings that matter to it."""
-    found: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {} for spec in specs}
-    _add(found, dict.fromkeys(specs, SETTINGS))
-    # Tiles, which take the longest to forecast, only where decoding is what takes the most.
-    tiles = {spec: [each for each, one in tried.items() if one.peak.phase == DECODE] for spec, tried in found.items()}
-    _add(found, {spec: [_tiled(each.settings) for each in decoding] for spec, decoding in tiles.items()})
-    roomy = [spec for spec, tried in found.items() if _least_bytes(tried) > ROOMY_BYTES]
-    _add(found, {spec: [{**LEAST, "vae_tiling": bool(tiles[spec])}] for spec in roomy})
-    return found
-
-
-def _tiled(settings: MemorySettings) -> Mapping[str, Any]:
-    return {**settings.to_json(), "vae_tiling": True}
-
-
-def _least_bytes(tried: Mapping[I2VRequest, Forecast]) -> int:
-    return min((fitting_bytes(each) for each in tried.values()), default=2 * ROOMY_BYTES)
-
-
-def _add(
-    found: dict[RunSpec, dict[I2VRequest, Forecast]], wanted: Mapping[RunSpec, Iterable[Mapping[str, Any]]]
-) -> None:
-    todo = []
-    for spec, settings in wanted.items():
-        for each in settings:
-            request = _with(spec, each)
-            if request is not None and request not in found[spec]:
-                todo.append((spec, request))
-    forecasts = forecasts_that_run([replace(spec, request=request) for spec, request in todo])
-    for (spec, request), forecast in zip(todo, forecasts, strict=True):
-        if forecast is not None:
-            found[spec][request] = forecast
-
-
-def _with(spec: RunSpec, settings: Mapping[str, Any]) -> I2VRequest | None:
-    """The request with memory settings; ``None`` where the model does not take them."""
-    if settings and not spec.runner_spec.settings:
-        return None
-    request = replace(spec.request, settings=MemorySettings(**settings))
-    try:
-        check_request(spec.architecture, request)
-    except InvalidRequest:
-        return None
-    return request
 
 
 def _point(tried: Mapping[I2VRequest, Forecast], spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
@@ -234,4 +230,5 @@ def _way(placed: Placed) -> dict[str, Any]:
 
 def _shape(spec: RunSpec) -> dict[str, Any]:
     request = spec.request
-    return {"model": spec.model, "width": request.width, "height": request.height, "frames": request.frames}
+    shape = {"model": spec.model, "width": request.width, "height": request.height, "frames": request.frames}
+    return {**shape, "placed": bool(spec.runner_spec.techniques)}

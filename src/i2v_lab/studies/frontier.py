@@ -23,6 +23,7 @@ from i2v_lab.studies.placed import best_placements, rates_of
 from i2v_lab.units import GIB
 
 BUDGETS = 24
+SHOWN = 8  # placements of a table; all of them are in the figure and in its CSV
 PLACEMENT, PIPELINE, MEASURED = "placement", "pipeline", "measured"
 COLUMNS = [
     *("size", "kind", "name", "budget_bytes", "placement", "resident_blocks", "blocks"),
@@ -77,8 +78,15 @@ def frontier_table(
 
 
 def placements_table(frontier: pd.DataFrame, size: str) -> pd.DataFrame:
-    """The placements of :func:`frontier_table` at one size, such as ``1024x768``."""
-    return frontier[(frontier["kind"] == PLACEMENT) & (frontier["size"] == size)]
+    """Placements of :func:`frontier_table` at one size: each once, at most :data:`SHOWN` of them over all budgets.
+
+    Args:
+        frontier: Of :func:`frontier_table`.
+        size: Such as ``1024x768``.
+    """
+    found = frontier[(frontier["kind"] == PLACEMENT) & (frontier["size"] == size)].drop_duplicates("name")
+    picked = np.unique(np.linspace(0, len(found) - 1, min(SHOWN, len(found))).round().astype(int))
+    return found.iloc[picked]
 
 
 def _curve(spec: RunSpec, gpu: str, budgets: Sequence[float]) -> list[dict[str, Any]]:

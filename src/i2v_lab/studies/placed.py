@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from i2v_lab.capacity.candidates import DECODE_VIDEO
 from i2v_lab.capacity.cards import fitting_bytes
 from i2v_lab.capacity.device_profile import REFERENCE, device_profile, has_profile
-from i2v_lab.capacity.fit import lighter
 from i2v_lab.capacity.placement import Budgets, Resolution, needed_bytes
 from i2v_lab.capacity.time_model import seconds_on
 from i2v_lab.errors import DeviceUnavailable, ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
+from i2v_lab.memory_settings import Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.placement import STREAMED_COMPONENTS
@@ -27,6 +29,7 @@ from i2v_lab.runs.workers import end_on_interrupt, worker_context
 NONE, RESIDENT, PARTIAL, WHOLE = "none", "resident", "partial", "nothing streamed"
 UNSTREAMED = (RESIDENT, "lean", WHOLE)
 PUBLISHED, MEASURED = "published", "measured"  # rates
+OFFLOADS = (Offload.NONE, Offload.MODEL, Offload.SEQUENTIAL)
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
@@ -87,10 +90,67 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
         first = Budgets(request, model)
         cards = {gpu: first.on(gpu) for gpu, _ in budgets}
         return [placed_of(cards[gpu].resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
+    spec = RunSpec(request=request, model=model)
     tried = settings_forecasts([request], model)
     if any(fitting_bytes(each) > nbytes for each in tried.values() for _, nbytes in budgets) or not tried:
-        tried |= settings_forecasts(lighter(request, model), model)
+        tried = settings_ways([spec])[spec]
     return [fastest_settings(tried, gpu, nbytes) for gpu, nbytes in budgets]
+
+
+def settings_ways(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
+    """The forecasts of many runs under the memory settings that matter to each, on all cores.
+
+    They are :data:`OFFLOADS`, and what is offloaded with tiles where decoding has the peak. Group offload
+    with a stream, a little faster than ``sequential``, is not among them: its forecast takes minutes.
+
+    Args:
+        specs: Without settings but for a quantization and dtypes, which are kept.
+
+    Returns:
+        For each run, the requests with their forecasts; those that its model lacks or that fail on a card are left out.
+    """
+    found: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {} for spec in specs}
+    _add(found, {spec: [_offloaded(spec, each) for each in OFFLOADS] for spec in specs})
+    last = {spec: {each.settings.offload for each in tried} for spec, tried in found.items()}
+    lacking = [spec for spec in specs if spec.runner_spec.settings and OFFLOADS[-1] not in last[spec]]
+    _add(found, {spec: [_offloaded(spec, Offload.GROUP_LEAF)] for spec in lacking})
+    _add(
+        found,
+        {
+            spec: [
+                replace(one, settings=replace(one.settings, vae_tiling=True))
+                for one, forecast in tried.items()
+                if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
+            ]
+            for spec, tried in found.items()
+        },
+    )
+    return found
+
+
+def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
+    if not spec.runner_spec.settings:
+        return spec.request if offload is Offload.NONE else None
+    try:
+        return replace(spec.request, settings=replace(spec.request.settings, offload=offload))
+    except InvalidRequest:  # quantized weights that this cannot move
+        return None
+
+
+def _add(
+    found: dict[RunSpec, dict[I2VRequest, Forecast]], wanted: Mapping[RunSpec, Sequence[I2VRequest | None]]
+) -> None:
+    todo = []
+    for spec, requests in wanted.items():
+        for request in requests:
+            with suppress(InvalidRequest):  # an autoencoder that does not tile
+                if request is not None:
+                    check_request(spec.architecture, request)
+                    todo.append((spec, request))
+    forecasts = forecasts_that_run([replace(spec, request=request) for spec, request in todo])
+    for (spec, request), forecast in zip(todo, forecasts, strict=True):
+        if forecast is not None:
+            found[spec][request] = forecast
 
 
 def settings_forecasts(requests: Sequence[I2VRequest], model: str) -> dict[I2VRequest, Forecast]:

@@ -13,7 +13,7 @@ from i2v_lab.profiling.records import ModuleRecord
 from i2v_lab.reporting.figures.chart import INK, POINTER, TABLE, WIDTH, Chart, described, exact_bytes
 from i2v_lab.reporting.figures.style import CATEGORIES, byte_scale, phase_label, short_name
 from i2v_lab.runs.store import Run
-from i2v_lab.units import GIB, MIB
+from i2v_lab.units import GIB, KIB, MIB
 
 MOMENTS = 80  # of one phase, at most: what a wide screen can show of it
 TOP = 10  # bars of modules; the others share one more
@@ -282,7 +282,9 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
         )
         .mark_bar(aria=False, **OUTLINE)
         .encode(
-            x=alt.X("amount:Q", title=f"{title} ({unit})", stack="zero", scale=room, axis=alt.Axis(tickCount=6)),
+            x=alt.X(
+                "amount:Q", title=f"{title} ({unit})", stack="zero", scale=room, axis=alt.Axis(tickCount=6, grid=False)
+            ),
             y=y,
             color=alt.Color("series:N", title=None, scale=alt.Scale(domain=kinds, range=[colours[k] for k in kinds])),
             order=alt.Order("series:N", sort="descending"),
@@ -310,6 +312,9 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
 
 
 def _short(field: str, share: str) -> str:
-    small = f"datum.{field} < {GIB}"
-    size = f"format(datum.{field} / ({small} ? {MIB} : {GIB}), '.2f') + ({small} ? ' MiB' : ' GiB')"
+    """A Vega expression for bytes as :func:`~i2v_lab.units.format_bytes` has them, and a share."""
+    value = f"datum.{field}"
+    size = f"format({value}, 'd') + ' B'"
+    for unit, name, digits in ((KIB, "KiB", 1), (MIB, "MiB", 1), (GIB, "GiB", 2)):
+        size = f"({value} >= {unit} ? format({value} / {unit}, '.{digits}f') + ' {name}' : {size})"
     return f"{size} + ', ' + format(datum.{share}, '.0%')"

@@ -258,12 +258,13 @@ def leak_figure(table: pd.DataFrame) -> Figure:
                 rows = part[part["decode_scope"] == scope]
                 values = rows["allocated_bytes"] / scale
                 axes.plot(rows["generation"], values, color=COLOURS[scope], linewidth=2, **MARKERS[scope])
+                ended_early = rows["generation"].iloc[-1] <= part["generation"].max() / 2
                 axes.annotate(
                     f"{WORDS[scope]}\n{format_bytes(int(rows['allocated_bytes'].iloc[-1]))}",
                     (rows["generation"].iloc[-1], values.iloc[-1]),
-                    xytext=(-6, 12 if apart or index else 44),
+                    xytext=(8 if ended_early else -6, 12 if apart or index else 44),
                     textcoords="offset points",
-                    ha="right",
+                    ha="left" if ended_early else "right",
                     color=COLOURS[scope],
                     fontsize=9,
                     fontweight="bold",
