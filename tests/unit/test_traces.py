@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from i2v_lab import PhaseProfiler, read_run
 from i2v_lab.cli.app import app
 from i2v_lab.errors import InvalidRequest
+from i2v_lab.profiling.meters.cuda import _annotated
 from i2v_lab.profiling.records import PhaseRecord, StepRecord, TimelineRecord
 from i2v_lab.reporting.traces import memory_viz_snapshot, perfetto_trace
 from i2v_lab.runs.store import RunWriter
@@ -91,3 +92,26 @@ def test_an_export_needs_a_file_and_one_run(folder, tmp_path):
     ):
         assert type(CliRunner().invoke(app, ["show", str(folder), *words]).exception) is InvalidRequest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_allocations_are_annotated_with_the_phase_and_the_module_that_run():
+    """What torch is told; on a card its snapshot has it as `user_metadata`."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    told: list[str] = []
+    with PhaseProfiler("cpu") as profiler:
+        profiler.component("net", net)
+        with _annotated(profiler.paths, told.append), profiler.phase("decode"):
+            net(torch.ones(1, 2))
+    assert [each for index, each in enumerate(told) if each != (told[index - 1] if index else None)] == [
+        "phase=decode",
+        "phase=decode module=net",
+        "phase=decode module=net.0",
+        "phase=decode module=net",
+        "phase=decode module=net.1",
+        "phase=decode module=net",
+        "phase=decode",
+        "",
+    ]
+    count = len(told)
+    net(torch.ones(1, 2))
+    assert len(told) == count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from types import FrameType
@@ -32,6 +32,7 @@ class ModulePaths:
     Attributes:
         weights: Storages of all parameters and buffers of the registered components.
         phase: The running phase, set by a profiler; for messages.
+        on_phase: Called when it changes.
         components: Names of the components that exist now; work outside any module's call is attributed to the newest,
             such as that of a decoder's methods other than ``forward``.
 
@@ -47,8 +48,20 @@ class ModulePaths:
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._pending: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
         self._here = _Overrides()
-        self.phase = ""
+        self._phase = ""
+        self.on_phase: Callable[[], None] | None = None
         self.components: list[str] = []
+
+    @property
+    def phase(self) -> str:
+        """The running phase."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._phase = name
+        if self.on_phase is not None:
+            self.on_phase()
 
     @property
     def current(self) -> str:

@@ -382,7 +382,7 @@ class PhaseProfiler:
             if self._probe is not None:
                 scopes.enter_context(self._probe)
             if self._snapshot is not None:
-                scopes.enter_context(allocation_history(self._snapshot))
+                scopes.enter_context(allocation_history(self._snapshot, self.paths))
             self._scopes = scopes.pop_all()
         self._entered = True
         if not self._independent:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from i2v_lab.errors import VramCapExceeded
+from i2v_lab.profiling.module_paths import ModulePaths
 
 _REQUESTED = re.compile(r"Tried to allocate ([\d.]+) (B|KiB|MiB|GiB)")
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -84,11 +86,48 @@ class CudaMeter:
 
 
 @contextmanager
-def allocation_history(snapshot: Path) -> Iterator[None]:
-    """Record every allocation within this scope, and write torch's memory snapshot, for its viewer, at the end."""
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+def _annotated(paths: ModulePaths, annotate: Callable[[str], None]) -> Iterator[None]:
+    """Say which phase and module allocate from now on, whenever one of them changes."""
+
+    def say(module: str) -> None:
+        words = {"phase": paths.phase, "module": module}
+        annotate(" ".join(f"{name}={value}" for name, value in words.items() if value))
+
+    def left(*_: Any) -> None:
+        say(paths.current.rpartition(".")[0])  # the hook runs within the module, which calls for nothing any more
+
+    hooks = [
+        register_module_forward_pre_hook(lambda *_: say(paths.current)),
+        register_module_forward_hook(left, always_call=True),
+    ]
+    paths.on_phase = lambda: say(paths.current)
     try:
         yield
+    finally:
+        paths.on_phase = None
+        for hook in hooks:
+            hook.remove()
+        annotate("")
+
+
+@contextmanager
+def allocation_history(snapshot: Path, paths: ModulePaths | None = None) -> Iterator[None]:
+    """Record every allocation within this scope, and write torch's memory snapshot, for its viewer, at the end.
+
+    Where the installed torch can (2.11 can), each allocation has the phase and the module that made it as its
+    ``user_metadata``.
+
+    Args:
+        snapshot: The file.
+        paths: Names the phase and the running module; without it there are no annotations.
+    """
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        with ExitStack() as scopes:
+            annotate = getattr(torch.cuda.memory, "_set_memory_metadata", None)
+            if paths is not None and annotate is not None:
+                scopes.enter_context(_annotated(paths, annotate))
+            yield
     finally:
         torch.cuda.memory._dump_snapshot(str(snapshot))
         torch.cuda.memory._record_memory_history(enabled=None)
