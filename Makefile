@@ -8,14 +8,14 @@
 #   faults      35 min the faults of tests/faults at the size of a night: 1,000 faults and 10,000 damaged inputs
 #   coverage     9 min every test again, and which lines of src/i2v_lab they ran, child processes included
 #   ranges       7 min the quick tests at both ends of the version ranges, and conformance with upstream at the lowest
-#   bench        2 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
+#   bench        3 min wall-clock times, which no test asserts: what profilers cost, how quickly commands and views answer
 #
 # A test is `slow` by the durations in tests/durations.json, not by hand: tests/scheduling.py says how.
 PYTHON ?= python3
 LOCK ?= locks/setup.txt
 BIN := .venv/bin
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --no-deps
-COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --extra dev --extra quantization --extra scale --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make locks'
+COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --all-extras --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make locks'
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: setup locks reproduce test test-quick faults ranges coverage lint docs bench endurance figures pictures measure-gpu lab clean
@@ -44,18 +44,21 @@ reproduce: setup
 	$(BIN)/i2v-lab reproduce
 
 test: lint
+	@echo 'about 10 min on two cores'
 	$(PYTEST) --durations=10
 
 test-quick: lint
 	$(PYTEST) -m "not slow" --durations=5
 
 faults: lint
+	@echo 'about 35 min on two cores'
 	I2V_LAB_FAULTS=$(or $(I2V_LAB_FAULTS),1000) $(PYTEST) tests/faults
 
 ranges: $(BIN)/nox
 	$(BIN)/nox
 
 coverage: setup
+	@echo 'about 10 min on two cores'
 	mkdir -p build
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
@@ -69,10 +72,12 @@ docs: setup
 	$(BIN)/mkdocs build --strict
 
 bench: setup
+	@echo 'about 3 min on two idle cores: 1 min of latency, then interleaved generations, which say after the first how long the others take'
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/interleaved.py
 
 endurance: setup
+	@echo 'about 10 min'
 	$(BIN)/python tests/endurance.py
 
 figures: setup

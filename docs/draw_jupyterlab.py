@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from lab_server import LabServer, lab_server
 from playwright.sync_api import Page, sync_playwright
 
-from i2v_lab.lab.exploration import Question
 from i2v_lab.runs.forecast import forecast_specs
+from i2v_lab.studies.placed import base_specs
 from i2v_lab.studies.published import study_request
 
 FIGURES = Path(__file__).parent / "figures"
@@ -25,7 +25,7 @@ CELLS = {
 
 def take(folder: Path) -> list[Path]:
     """Write the pictures to a folder."""
-    forecast_specs([Question(request=study_request("ltx-2.3-22b")).spec])
+    forecast_specs(base_specs(study_request("ltx-2.3-22b"), "ltx-2.3-22b"))
     with (
         tempfile.TemporaryDirectory() as place,
         lab_server(Path(place), {}, keep_forecasts=True) as server,

@@ -72,12 +72,14 @@ def _cache(session_folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _data(session_folder: Path) -> Iterator[None]:
-    """No profile of a card that its user calibrated."""
-    before = os.environ.get("XDG_DATA_HOME")
-    os.environ["XDG_DATA_HOME"] = str(session_folder / "data")
+    """No profile of a card that its user calibrated, and no last choice in a view."""
+    own = {"XDG_DATA_HOME": str(session_folder / "data"), "XDG_STATE_HOME": str(session_folder / "state")}
+    before = {name: os.environ[name] for name in own if name in os.environ}
+    os.environ |= own
     yield
-    del os.environ["XDG_DATA_HOME"]
-    os.environ |= {} if before is None else {"XDG_DATA_HOME": before}
+    for name in own:
+        del os.environ[name]
+    os.environ |= before
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def change_controls(count: int, seed: int = 0) -> Changes:
         forecast_spec(RunSpec(request=request, model=MODEL))
     threads = threading.active_count()
     explorer = Explorer(I2VRequest(image=STILL, width=64, height=64, frames=9), MODEL)
-    controls = {name: control for name, control in explorer.controls.items() if name != "model"}
+    controls = {name: control for name, control in explorer.controls.items() if name not in ("model", "budget")}
     first = {name: control.value for name, control in controls.items()}
     known_ms, problems, resident = [], [], 0
     began_s = time.perf_counter()

@@ -59,6 +59,7 @@ def lab_server(
     if not keep_forecasts:
         environment[CACHE_VARIABLE] = str(without_forecasts(folder / "cache"))
     environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "OMP_NUM_THREADS": "1"}
+    environment |= {"XDG_STATE_HOME": str(folder / "state")}
     options = ["--no-browser", f"--port={free_port()}"]
     options += ["--allow-root"] if os.geteuid() == 0 else []
     server = subprocess.Popen(

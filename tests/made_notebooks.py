@@ -137,8 +137,9 @@ def _figure(folder: Path, name: str, escaped: int) -> dict[str, Any]:
         for scope, last in (("escaped", escaped), ("no_grad", 120))
         for phase, peak in zip(("encode_prompt", "denoise_stage_1", "decode_video"), (100, 110, last), strict=True)
     ]
-    svg, _ = save_figure(boundaries_figure(pd.DataFrame(rows)), folder / "figures", name)
-    return {"image/svg+xml": SVG(filename=str(svg)).data, "text/plain": "<SVG>"}
+    svg, png = save_figure(boundaries_figure(pd.DataFrame(rows)), folder / "figures", name)
+    data = {"image/svg+xml": SVG(filename=str(svg)).data, "text/plain": "<SVG>"}
+    return {**data, "image/png": base64.b64encode(png.read_bytes()).decode()}
 
 
 def _table(columns: int) -> dict[str, Any]:

@@ -121,7 +121,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        from i2v_lab.extras import missing_extra
+
+        raise missing_extra(error) or error from error
 
 
 def load_ipython_extension(shell: Any) -> None:

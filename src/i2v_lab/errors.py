@@ -6,8 +6,9 @@ a child process can hand its error to the parent whole.
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from i2v_lab.display import printable
@@ -179,6 +180,28 @@ def neighbours(value: int, multiple: int, minimum: int, offset: int = 0, maximum
     below = (value - offset) // multiple * multiple + offset
     near = [n for n in (below, below + multiple) if n >= minimum and (maximum is None or n <= maximum)]
     return " or ".join(map(str, near))
+
+
+def did_you_mean(value: Any, known: Iterable[str], others: str = "") -> str:
+    """The remedy for a name that is none of those known: the nearest ones, or all of them.
+
+    Args:
+        value: What was given.
+        known: All names.
+        others: What lists them, in place of all names; only beside near ones.
+
+    Example:
+        >>> did_you_mean("wan-2.2-ti2v", ["wan-2.2-ti2v-5b", "ltx-2.3-22b"], "`i2v-lab models` lists all")
+        'did you mean wan-2.2-ti2v-5b? `i2v-lab models` lists all'
+        >>> did_you_mean("x", ["cpu", "cuda"])
+        'use one of: cpu, cuda'
+    """
+    names = list(known)
+    text = str(value).lower()
+    begun = [name for name in names if len(text) > 2 and name.lower().startswith(text)]
+    near = list(dict.fromkeys([*difflib.get_close_matches(text, names, n=3, cutoff=0.7), *begun]))[:3]
+    listed = f"use one of: {', '.join(names)}"
+    return f"did you mean {' or '.join(near)}? {others or listed}" if near else listed
 
 
 def check_fields(name: str, values: Any, known: Collection[str]) -> None:

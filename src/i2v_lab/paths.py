@@ -60,6 +60,11 @@ def user_devices_dir() -> Path:
     return Path(platformdirs.user_data_dir("i2v-lab", appauthor=False)) / "devices"
 
 
+def user_state_dir() -> Path:
+    """Return the folder of what the views keep from one time to the next, such as the last choice."""
+    return Path(platformdirs.user_state_dir("i2v-lab", appauthor=False))
+
+
 def find_still(image: str | Path) -> Path:
     """Return an image file by its path, or by its path below ``data``, such as ``stills/lighthouse.png``."""
     path = Path(image)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import papermill
@@ -115,6 +119,34 @@ def test_the_engine_keeps_and_shows_what_every_cell_took(tmp_path):
     shown = [output for output in cells[3].outputs if MIME in output.get("data", {})]
     assert shown[0]["data"]["text/plain"].startswith("[vram] peak 20.0 KiB")
     assert "text/html" in shown[0]["data"]
+
+
+def test_papermill_ends_on_ctrl_c_without_an_error_of_the_kernel(tmp_path):
+    """With its own engine under a notebook of ours, which has ``Cells``; and with ours under any notebook."""
+    wait = f"open({str(tmp_path)!r} + f'/{{n}}', 'w').close()\nimport time\ntime.sleep(100)"
+    cells = "from i2v_lab.reporting.cells import Cells\nCells('build', '09')"
+    source = {"own": _notebook(tmp_path / "own.ipynb", cells, wait), "vram": _notebook(tmp_path / "vram.ipynb", wait)}
+    children = {}
+    for name, engine in {"own": [], "vram": ["--engine", "vram"]}.items():
+        command = [sys.executable, "-m", "papermill", source[name], str(tmp_path / f"{name}-out.ipynb"), *engine]
+        children[name] = subprocess.Popen(
+            [*command, "-p", "n", name],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / name).exists() for name in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for child in children.values():
+        child.send_signal(signal.SIGINT)
+    for child in children.values():
+        said = child.communicate(timeout=60)[1]
+        assert child.returncode == 1
+        assert "Aborted!" in said
+        assert "ERROR" not in said
+        assert "Traceback" not in said
 
 
 def test_a_failing_cell_keeps_its_figures(tmp_path):

@@ -43,6 +43,8 @@ def test_a_committed_notebook_is_thin_has_no_outputs_and_no_measured_figure(name
     parameters = next(cell.source for cell in code if cell.metadata.get("tags") == ["parameters"])
     assert all(re.match(r"\w+: \w+ = .+  # \w", line) for line in parameters.splitlines())
     assert parameters.startswith('source: str = "forecast"')
+    after = code[[cell.metadata.get("tags") for cell in code].index(["parameters"]) + 1]
+    assert after.source.splitlines()[-1] == "check_parameters(globals())"  # papermill's cell of values comes before it
     sources = "\n".join(cell.source for cell in code)
     assert not re.search(r"^\s*(def|class|for|plt\.|np\.)", sources, re.MULTILINE)
     assert notebook.cells[0].source.startswith("# ")

@@ -244,7 +244,8 @@ def build(first_run, tmp_path, monkeypatch) -> Path:
 def test_all_notebooks_are_executed_although_some_fail_and_a_table_shows_the_outcomes(first_run):
     top, child = first_run
     assert child.returncode == 1
-    lines = child.stderr.splitlines()
+    estimate, *lines = child.stderr.splitlines()
+    assert estimate.startswith("4 to execute: about ")
     assert sorted(line for line in lines if line.endswith(": started")) == [
         f"[{number}/4] {name}: started" for number, name in enumerate(("dies", "drawn", "drawn_too", "fails"), start=1)
     ]
@@ -391,7 +392,8 @@ def test_stale_and_failed_notebooks_are_executed_and_the_site_keeps_the_others(b
     assert outcomes[0].seconds is not None
     assert outcomes[1].seconds is None
     printed = capfd.readouterr().err.splitlines()
-    assert printed[:2] == [
+    assert printed[0].startswith("1 to execute: about ")
+    assert printed[1:3] == [
         "[2/2] drawn_too: up to date",
         "[1/2] drawn: started, since figures/drawn_a.svg is missing",
     ]

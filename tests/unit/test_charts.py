@@ -19,13 +19,13 @@ from IPython.core.formatters import DisplayFormatter
 
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import ModuleRecord, PhaseRecord, TimelineRecord
-from i2v_lab.reporting.cells import Cells
+from i2v_lab.reporting.cells import NOTHING, Cells
 from i2v_lab.reporting.figures import style
 from i2v_lab.reporting.figures.chart import MIME, TABLE, Chart, still
 from i2v_lab.reporting.figures.placements import card_map_figure, frontier_figure
 from i2v_lab.reporting.figures.runs import MOMENTS, holders_figure, modules_figure, timeline_figure
 from i2v_lab.reporting.figures.style import CATEGORIES
-from i2v_lab.reporting.site.charts import behind_chart
+from i2v_lab.reporting.site.charts import behind_chart, behind_figure
 from i2v_lab.runs.store import Run
 
 GIB = 2**30
@@ -177,11 +177,13 @@ def test_the_map_says_what_each_pair_takes_and_the_bars_what_each_module_holds()
     assert len(bars) == 11
     assert bars[-1] == {
         "module": "2 others", "category": "saved", "nbytes": 2 * GIB, "series": "saved for backward",
+        "phase": "",
         "share": 2 / 111, "all_bytes": 2 * GIB,
     }  # fmt: skip
     held = pd.DataFrame(CHARTS["holders"](4.0).spec["datasets"]["bars"])
     assert held["all_bytes"].to_list() == [5 * GIB, 5 * GIB, 5]
     assert held["module"].to_list()[-1] == "outside any module"
+    assert set(held["phase"]) == {"decode_video"}
 
 
 def test_every_series_can_be_hidden_by_the_legend_and_time_can_be_zoomed():
@@ -196,9 +198,24 @@ def test_every_series_can_be_hidden_by_the_legend_and_time_can_be_zoomed():
     assert len(shown["value"]) == len(CATEGORIES) + 1
 
 
+def test_behind_every_other_figure_is_the_table_of_its_csv_too(tmp_path):
+    file = tmp_path / "a.csv"
+    assert behind_figure(file, "Tiles") == "", "no file, no table"
+    file.write_text('tiling,top,note\n768 px,0,"a, <b>"\n', encoding="utf-8")
+    table = ElementTree.fromstring(behind_figure(file, "Tiles"))
+    assert [[cell.text for cell in row] for row in table.iter("tr")] == [
+        ["tiling", "top", "note"],
+        ["768 px", "0", "a, <b>"],
+    ]
+    assert [cell.get("scope") for cell in table.iter("th")] == ["col", "col", "col", "row"]
+
+
 def test_a_notebook_and_its_page_get_the_description_and_the_same_table(tmp_path):
     cells = Cells(tmp_path, "09_test")
+    assert cells.holders("holders", None).data == NOTHING
+    assert cells.holders("holders", Run(Path("cuda"), {}, (), "complete")).data == NOTHING
     shown = {
+        "holders": cells.holders("holders", _run(9.0)),
         "map": cells.figure("map", card_map_figure, _cards(100.0)),
         "timeline": cells.timeline("timeline", _run(9.0), _run(4, "no_grad")),
     }

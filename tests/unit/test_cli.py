@@ -13,13 +13,20 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
+from typer.models import OptionInfo
 from typer.testing import CliRunner
+from typer.utils import get_params_from_function
 
+import i2v_lab
+from i2v_lab import profile_call
 from i2v_lab.cli import generate, lab, measure
-from i2v_lab.cli.app import app
+from i2v_lab.cli.app import app, main
 from i2v_lab.cli.progress import ProgressReport
+from i2v_lab.cli.reproduce import build_folder
 from i2v_lab.errors import I2VLabError, InvalidImage, InvalidRequest, OutputError, UnknownModel
 from i2v_lab.paths import CACHE_VARIABLE, notebooks_dir
+from i2v_lab.reporting.console import PlainConsole, TerminalTable
 from i2v_lab.runs.store import read_run
 
 SMALL = ["--width", "64", "--height", "64", "--frames", "9", "--fps", "120"]
@@ -121,12 +128,24 @@ def test_json_is_one_object_with_every_phase_and_the_file_is_right(tmp_path, sti
         env=_environment(I2V_LAB_VRAM="1"),
     )
     report = json.loads(child.stdout)
-    assert list(report) == ["output", "model", "width", "height", "frames", "fps", "seed", "decode_scope", "memory"] + [
+    assert list(report) == [
+        "output",
+        "model",
+        "weights",
+        "width",
+        "height",
+        "frames",
+        "fps",
+        "seed",
+        "decode_scope",
+        "memory",
+    ] + [
         "peak_bytes",
         "peak_phase",
         "phases",
         "notes",
     ]
+    assert report["weights"] == "files"
     assert [(note["topic"], note["count"]) for note in report["notes"]] == [("prompt", 6)]
     assert sum(line == report["notes"][0]["text"] for line in child.stderr.splitlines()) == 1
     phases = [phase["phase"] for phase in report["phases"]]
@@ -316,3 +335,133 @@ def test_a_profiled_run_is_recorded_whole_and_shown(tmp_path, still):
         ["generate", "--image", str(still), "--out", str(tmp_path / "b.mp4"), "--profile", str(tmp_path / "escaped")],
     )
     assert type(again.exception) is OutputError
+
+
+# --- What every command line has ---
+
+
+def test_the_version_completion_and_running_as_a_module():
+    for words in (["-m", "i2v_lab"], ["-m", "i2v_lab.cli"]):
+        done = subprocess.run([sys.executable, *words, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"i2v-lab {i2v_lab.__version__}\n"
+    environment = {**os.environ, "_I2V_LAB_COMPLETE": "complete_bash", "COMP_WORDS": "i2v-lab fore", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "i2v_lab"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.split() == ["forecast"]
+
+
+MEANT = {
+    "forecst": "forecast",
+    "forecast --widht 3": "--width",
+    "forecast --model wan-2.2-ti2v": "wan-2.2-ti2v-5b",
+    "models ltx-2.3-22": "ltx-2.3-22b",
+    "fit --gpu RTX4091": "RTX 4090",
+    "forecast --memory residnt": "resident",
+    "reproduce 03_no_grd_fix": "03_no_grad_fix",
+    "accuracy --model ltx-2.3-2b": "ltx-2.3-22b",
+}
+
+
+@pytest.mark.parametrize("words", MEANT)
+def test_a_wrong_name_is_answered_with_what_was_probably_meant(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["i2v-lab", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert MEANT[words] in line[line.lower().index("did you mean") :].split("?")[0]
+
+
+def test_parameters_have_a_build_folder_of_their_own():
+    names = {
+        build_folder(*given).name
+        for given in [([], []), (["seed\0003"], []), (["seed\0004"], []), (["prompt\0a b"], []), (["prompt\0a-b"], [])]
+    }
+    assert len(names) == 5
+    assert {"build", "build-seed-3", "build-seed-4"} <= names
+    assert build_folder(["prompt\0" + "x" * 500], [Path("dir/p.yaml")]).name.startswith("build-p-prompt-x")
+    assert len(build_folder(["prompt\0../" + "é" * 500], []).name) < 80
+    ignored = (Path(__file__).parents[2] / ".gitignore").read_text().splitlines()
+    assert {"build/", "build-*/", "/video.mp4"} <= set(ignored)
+
+
+@pytest.mark.parametrize("columns", ["40", "60"])
+def test_a_narrow_terminal_loses_no_column(columns, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    title = "A title that is long enough to fold"
+    table = TerminalTable("name", "peak", "other peak", "share under", "module", title=title)
+    row = ("decode_video", "1023.00 GiB", "1023.00 GiB", "12.34 %", "transformer.blocks.0.attention.to_out.linear")
+    table.add_row(*row)
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    console = PlainConsole(width=int(columns))
+    with console.capture() as capture:
+        console.print(table)
+    shown = capture.get()
+    assert max(map(len, shown.splitlines())) <= int(columns)
+    flat = "".join(shown.split())
+    for text in (*row, "other peak", "share under", title):
+        assert "".join(text.split()) in flat
+    listed = CliRunner().invoke(app, ["models"]).output
+    assert "hunyuanvideo-1.5-i2v" in listed.split()
+    assert "decode_video" in listed.split()
+
+
+def test_show_prints_json_and_says_which_files_it_wrote(tmp_path, capsys):
+    profile_call(torch.nn.Linear(2, 2), torch.ones(1, 2), run_dir=tmp_path / "run")
+    values = json.loads(CliRunner().invoke(app, ["show", str(tmp_path / "run"), "--json"]).stdout)
+    assert (values["status"], values["peak_phase"], values["phases"][0]["phase"]) == ("complete", "call", "call")
+    pair = ["show", str(tmp_path / "run"), str(tmp_path / "run"), "--json", "--timeline", str(tmp_path / "figures")]
+    result = CliRunner().invoke(app, pair)
+    assert [each["status"] for each in json.loads(result.stdout)] == ["complete", "complete"]
+    files = [tmp_path / "figures" / name for name in ("timeline.svg", "timeline.png")]
+    assert result.stderr.splitlines() == [f"wrote {file}" for file in files]
+
+
+WRITING = {
+    "accuracy": ["--csv"],
+    "calibrate": ["--out"],
+    "sweep grid.yaml": ["--out"],
+    "show run": ["--timeline", "--out"],
+    "reproduce 03": ["--out"],
+    "measure --plan plan.yaml --dry-run": ["--out"],
+    "forecast --model ltx-2.3-tiny": ["--profile"],
+    "generate --image stills/lighthouse.png": ["--out", "--profile"],
+}
+WEIGHTS_READ = {"checkpoint", "gemma", "text_encoder", "upsampler", "weights", "lora"}
+READ = {*WEIGHTS_READ, "image", "script", "plan", "cluster", "parameters_file"}
+
+
+def test_every_option_that_writes_is_known_here():
+    """A new option that writes a file has to be tried by the test below."""
+    found = {
+        f"{command.callback.__name__} --{parameter.name}"
+        for command in app.registered_commands
+        for parameter in get_params_from_function(command.callback).values()
+        if isinstance(parameter.default, OptionInfo)
+        and "Path" in str(parameter.annotation)
+        and parameter.name not in READ
+    }
+    assert found <= {f"{words.split()[0]} {option}" for words, options in WRITING.items() for option in options}
+
+
+@pytest.mark.parametrize("place", ["file/below", "/proc/below", "/dev/full", "x" * 300])
+@pytest.mark.parametrize("words", WRITING)
+def test_what_cannot_be_written_is_one_line(words, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("grid.yaml").write_text("{model: ltx-2.3-tiny, width: 64, height: 64, frames: 9}\n")
+    Path("plan.yaml").write_text(
+        "groups: [{runs: [{model: ltx-2.3-tiny, width: 64, height: 64, frames: 9, expected_seconds: 1}]}]\n"
+    )
+    for option in WRITING[words]:
+        other = ["--out", "video.mp4"] if option == "--profile" and words.startswith("generate") else []
+        other += ["--export", "perfetto"] if option == "--out" and words.startswith("show") else []
+        monkeypatch.setattr(sys, "argv", ["i2v-lab", *words.split(), *other, option, place])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capsys.readouterr()
+        assert ended.value.code in (1, 2)
+        assert len(output.err.splitlines()) == 1, output.err
+        assert output.err.startswith("i2v-lab: ")

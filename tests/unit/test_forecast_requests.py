@@ -396,7 +396,12 @@ def test_fit_says_what_fits_and_what_does_not(simple_law):
 
 
 def test_accuracy_says_so_where_nothing_was_measured(tmp_path):
-    assert _run("accuracy", str(tmp_path)).startswith("no runs measured on a GPU here; record one with")
+    for words in ([], ["--time"], ["--json"]):
+        result = CliRunner().invoke(app, ["accuracy", str(tmp_path), *words])
+        assert type(result.exception) is RecordError
+        assert result.exception.exit_status == 2
+        assert result.stdout == ""
+    assert type(CliRunner().invoke(app, ["accuracy", "--model", "nothing"]).exception) is UnknownModel
 
 
 # --- Calibration ------------------------------------------------------------------------------------------------------

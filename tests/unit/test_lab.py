@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,8 +33,9 @@ from i2v_lab.cli.lab import START, lab_command, lab_environment
 from i2v_lab.errors import ForecastError, InvalidImage, OutputError, ProfilerError
 from i2v_lab.events import Note, Phase, PhaseStarted
 from i2v_lab.lab import background_forecast as background
-from i2v_lab.lab.exploration import Exploration, Question, _downsampled
+from i2v_lab.lab.exploration import Exploration, _downsampled
 from i2v_lab.lab.generation_job import State
+from i2v_lab.lab.question import Question
 from i2v_lab.lab.stills import add_still, list_stills, preview
 from i2v_lab.lab.view import View
 from i2v_lab.memory_policy import MemoryPolicy
@@ -46,7 +48,6 @@ from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.runs.forecast import forecast_spec
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import COMPLETE, Run, RunWriter
-from i2v_lab.studies.placed import Placed
 from i2v_lab.units import format_seconds
 
 TINY = "ltx-2.3-tiny"
@@ -91,12 +92,12 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monke
     seen = []
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(background, "POLL_INTERVAL_S", 0.01)
-    latest = background.LatestForecast(lambda spec, error: seen.append((spec, error)))
+    latest = background.LatestForecast(lambda spec, _, error: seen.append((spec, error)))
     first = RunSpec(request=_request(width=192, height=192, frames=17), model=TINY)
     unreadable = replace(first, request=_request(image="gone.png"))
-    latest.ask(first)
+    latest.ask(first, partial(forecast_spec, first))
     time.sleep(0.3)
-    latest.ask(unreadable)
+    latest.ask(unreadable, partial(forecast_spec, unreadable))
     deadline = time.monotonic() + 60
     while not seen and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -110,8 +111,8 @@ def test_a_newer_question_overtakes_a_forecast_that_is_under_way(tmp_path, monke
 def test_a_process_that_dies_is_a_problem_in_words_and_the_next_question_is_answered(monkeypatch):
     monkeypatch.setattr(background, "_forecast", _die)
     seen = []
-    latest = background.LatestForecast(lambda spec, error: seen.append(error))
-    latest.ask(RunSpec(request=_request(frames=33), model=TINY))
+    latest = background.LatestForecast(lambda spec, _, error: seen.append(error))
+    latest.ask("asked", list)
     latest._thread.join(60)
     assert isinstance(seen[0], ForecastError)
     assert "ended with status 3" in str(seen[0])
@@ -143,9 +144,9 @@ def test_an_answer_holds_what_the_forecast_says(tiny):
     assert exploration.answer.duration == ""
     answer = exploration.answer
     assert answer.sentence.startswith("It does not fit as it is: a small card has")
-    solved = Placed("partial", "12 of 56 blocks resident", 12, 56, 2**30, "decode_video", 3 * 2**30, 38.2)
-    assert "runs, 12 of 56 blocks resident, in 38 s" in replace(answer, placed=solved).sentence
-    assert "--vram-budget" in replace(answer, placed=None).sentence
+    assert answer.instead is None
+    assert [each.changes for each in answer.remedies] == [{"memory": MemoryPolicy.AUTO}]
+    assert "memory auto" in answer.sentence
     exploration.ask(replace(small, request=_request(image="gone.png")), wait=True)
     assert "gone.png" in exploration.problem
     # What is left out of a picture changes none of its sums.
@@ -195,11 +196,11 @@ def test_another_model_brings_its_own_sizes_and_tiles(tiny):
 @pytest.mark.parametrize("kind", [Explorer, Generate])
 def test_a_memory_policy_is_chosen_where_the_model_has_it(tiny, tmp_path, kind):
     lead = [] if kind is Explorer else [tmp_path]
-    view = kind(*lead, _request(memory="auto"), TINY)  # which no view can show before it is resolved
+    view = kind(*lead, _request(memory="auto"), TINY)
     assert view.widget is not None
     controls = view.controls
-    assert [policy.value for policy in controls["memory"].options] == ["resident", "lean", "streamed"]
-    assert controls["memory"].value == "resident"
+    assert [policy.value for policy in controls["memory"].options] == ["auto", "resident", "lean", "streamed"]
+    assert controls["memory"].value == "auto"
     controls["memory"].value = MemoryPolicy.STREAMED
     assert view.exploration.question.request.memory is MemoryPolicy.STREAMED
     assert "streamed" in view.html()
@@ -488,6 +489,30 @@ def test_bars_are_as_long_as_what_they_stand_for_and_end_at_the_cards_line():
     unknown = _run("two", _phase("decode_video", 400, saved_for_backward_bytes=300))
     saved, rest, *_ = _numbers(pictures.phase_bars(unknown), "width")
     assert saved / rest == pytest.approx(3, rel=0.01)
+
+
+def test_the_value_of_a_bar_is_not_struck_through_by_the_cards_line():
+    for size in (350, 390, 410, 430, 600):
+        run = _run("one", _phase("decode_video", 400 * MIB), _phase("encode_prompt", 250 * MIB))
+        svg = pictures.phase_bars(run, line=pictures.Line(size * MIB, "a card"))
+        line = float(re.search(r'<line x1="([\d.]+)"', svg)[1])
+        for x, value in re.findall(r'<text x="([\d.]+)"[^>]*>([\d.]+ MiB)</text>', svg):
+            assert not float(x) - 2 < line < float(x) + 6 * len(value)
+
+
+def test_a_pointer_over_a_view_is_told_exact_bytes_phase_and_module():
+    held = ModuleRecord("decode_video", "video_decoder.up_blocks", "weight", 400)
+    moments = [TimelineRecord("decode_video", t / 1000, 100 * t, 0, 5, 0) for t in range(1000)]
+    run = _run("one", _phase("decode_video", 400), held, *moments)
+    space = "{http://www.w3.org/2000/svg}"
+    hit = [part for part in ElementTree.fromstring(pictures.timeline(run)).iter(f"{space}rect") if part.get("class")]
+    assert len(hit) < pictures.WIDTH / pictures.COLUMN, "columns that a pointer can hit"
+    assert hit[-1].find(f"{space}title").text == (
+        "decode_video: 97.6 KiB (99,905 bytes); saved for backward 0 B (0 bytes); activations 5 B (5 bytes); "
+        "weights 97.6 KiB (99,900 bytes), at the peak most in video_decoder.up_blocks; other 0 B (0 bytes)"
+    )
+    titles = [part.text for part in ElementTree.fromstring(pictures.phase_bars(run)).iter(f"{space}title")]
+    assert titles == ["decode_video: weights, 400 B (400 bytes); most of it: video_decoder.up_blocks"]
 
 
 def test_a_timeline_needs_storages_that_were_tracked():

@@ -60,6 +60,12 @@ def test_ids_are_unique_on_every_page_and_every_reference_is_to_its_own_figure(p
     assert 'aria-label="Boundaries (2)"' in svgs[1]
 
 
+def test_a_figure_is_on_its_page_once_without_its_png(pages):
+    """A page of many figures would pass 3 MiB otherwise."""
+    assert sum(page.count("data:image/png") for page in pages.values()) == 1, "that of the output that is only a PNG"
+    assert sum(page.count("<svg") for page in pages.values()) >= 2
+
+
 def test_a_figure_keeps_its_style_and_its_references_to_itself():
     svg = (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" id="top" viewBox="0 0 9 9">'

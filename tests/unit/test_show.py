@@ -184,7 +184,7 @@ def test_the_difference_is_the_second_run_less_the_first():
     assert rows.loc["denoise_stage_2", "other_peak_bytes"] == 7
     assert str(table["difference_bytes"].dtype) == "Int64"
     assert difference_headline(first, other) == (
-        "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 7.50 s instead of 8.00 s"
+        "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 7.50 s instead of 8.00 s, of one run each"
     )
     theirs = replace(other, metadata={"device_name": "NVIDIA H100"})
     assert difference_headline(replace(first, metadata={"device": "cpu"}), theirs).endswith(
@@ -358,7 +358,7 @@ def test_two_runs_are_their_headlines_and_the_difference(folders):
         "peak 50.0 MiB in decode_video; 25.0 MiB (50 %) of it saved for backward by video_decoder.up_blocks",
         "other: no_grad, ltx-2.3-tiny, on cpu, 2025-01-01T00:00:00+00:00",
         "peak 25.0 MiB in decode_video; nothing saved for backward",
-        "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 5.50 s instead of 6.00 s",
+        "peak 25.0 MiB instead of 50.0 MiB: -25.0 MiB (-50 %); 5.50 s instead of 6.00 s, of one run each",
         "Phase by phase",
         "",
         "                               other                        other",

@@ -189,12 +189,18 @@ class Toy:
         return (self.vae_decoder(latent) for _ in prompt.split())
 
 
-def test_the_code_of_the_index_finds_the_defect_in_a_pipeline_that_has_it(pages, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", ["index", "README"])
+def test_the_code_of_index_and_readme_finds_the_defect_in_a_pipeline_that_has_it(
+    where, pages, tmp_path, monkeypatch, capsys
+):
     from i2v_lab.errors import GradEscape
 
     monkeypatch.chdir(tmp_path)
     block = re.search(r'<h2 id="your-code">.*?<pre[^>]*>(.*?)</pre>', pages["index"], re.DOTALL)[1]
     code = unescape(re.sub(r"<[^>]+>", "", block))
+    if where == "README":
+        readme = (Path(__file__).parents[2] / "README.md").read_text()
+        code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert len(code.splitlines()) <= 10
     video: list[torch.Tensor] = []
     names = {"pipeline": Toy(), "image": torch.ones(4, 8), "prompt": "two words"}

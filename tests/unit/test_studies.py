@@ -138,7 +138,8 @@ def test_tilings_stand_beside_the_published_ones():
     assert first["voxel_ratio"] == pytest.approx(1088 * 832 * 122 / (1024 * 768 * 97))
     assert first["published_bytes"] == round(83.51 * GIB)
     assert table.iloc[4]["published_outcome"] == "out of memory"
-    assert table["published_note"].to_list() == ["", "", "", "", "another process held a part of the card", ""]
+    assert table["published_end"][4] == "out of memory: another process held a part of the card"
+    assert table["published_end"][0] == "complete"
     assert table["decode_seconds"].to_list() == [1.0] * 6
     assert table[table["tiling"] == "512 px, 64 frames, overlap 64, 24"]["published_bytes"].isna().all()
 

@@ -203,6 +203,10 @@ def test_no_line_of_text_begins_above_or_left_of_its_figure(draw, tmp_path):
 def test_tiles_are_drawn_one_rectangle_each():
     figure = _tiles()
     assert [len(axes.patches) for axes in figure.get_axes()] == [1, 4, 1, 2]
+    request = I2VRequest(image="x", width=1024, height=768, frames=97)
+    tilings = [None, Tiling(), Tiling(512, 64, 64, 24), Tiling(384, 64, 32, 8)]
+    four = study_figures.tile_figure(tile_layouts(tiling_specs(request, "ltx-2.3-22b", tilings)))
+    assert [axes.get_visible() for axes in four.get_axes()] == [True] * 7 + [False] * 2 + [True] + [False] * 2
 
 
 # --- Cells ---
@@ -238,6 +242,9 @@ def test_an_output_carries_its_svg_its_png_and_the_name_of_its_files(tmp_path):
         assert data["image/svg+xml"] == path.with_suffix(".svg").read_text()
         assert base64.b64decode(data["image/png"]) == path.with_suffix(".png").read_bytes()
         assert metadata == {"i2v-lab": {"name": path.name}}
+    tiles = pd.read_csv(tmp_path / "figures" / "09_test_tiles.csv")
+    assert len(tiles) == len(layouts[0][2].groups) * len(layouts[0][2].rows) * len(layouts[0][2].columns)
+    assert (tiles["bottom"].max(), tiles["right"].max(), tiles["end"].max()) == (768, 1024, 97)
     table = cells.table("peaks", _errors(3), {"phase": "phase", "error": "error"})
     data, metadata = formatter.format(table)
     assert metadata == {"i2v-lab": {"name": "09_test_peaks"}}
@@ -269,11 +276,11 @@ def test_readable_knows_units_shares_and_what_is_not_known():
 
 def test_the_readmes_figures_are_what_the_code_draws(tmp_path):
     drawn = runpy.run_path(str(TOP / "docs" / "draw_figures.py"))["draw"](tmp_path)
-    readme = (TOP / "README.md").read_text()
+    summary = (TOP / "docs" / "summary.md").read_text()
     assert len(drawn) == 3
     for path in drawn:
         kept = TOP / "docs" / "figures" / path.name
-        assert f"docs/figures/{path.name}" in readme
+        assert f"(figures/{path.name})" in summary
         ours, theirs = (np.asarray(Image.open(each).convert("L"), dtype=float) for each in (path, kept))
         assert ours.shape == theirs.shape, f"{kept} is out of date: make figures"
         off = float(np.abs(ours - theirs).mean())  # of 255; another version of the fonts moves an edge or two

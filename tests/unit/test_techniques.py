@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from i2v_lab.capacity.cards import context_bytes, gpu_table
+from i2v_lab.capacity.cards import RESERVED_MARGIN_PERCENT, context_bytes, gpu_table
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import LABELS, TECHNIQUES, MemoryPolicy
 from i2v_lab.pipeline.registry import find_runner
@@ -134,7 +134,8 @@ def test_policies_phase_by_phase_and_the_cards_that_each_opens():
     cards = cards_table(observations)
     memory = gpu_table()["memory_bytes"]
     for row in cards[cards["size"] == "64x64"].itertuples():
-        needed = round(peaks[row.policy] * GIB) + context_bytes()
+        reserved = round(peaks[row.policy] * GIB)
+        needed = reserved + reserved * RESERVED_MARGIN_PERCENT // 100 + context_bytes()
         assert (row.needed_bytes, row.cards) == (needed, (memory >= needed).sum())
         assert row.memory_bytes == memory[memory >= needed].min()
     assert cards_table([seen(specs[0], decode_video=500.0)])["smallest_card"].to_list() == ["none"]

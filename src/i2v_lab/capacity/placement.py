@@ -6,7 +6,7 @@ cached: another budget of the same request needs none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,6 +191,7 @@ class Budgets:
         on_forecast: Called with every request that is forecast; the verdict is of the last budget.
         fixed: What the user decides.
         gpu: The card whose seconds are predicted.
+        forecast: Forecasts a request of a model for a device; one that raises leaves nothing behind.
 
     Example:
         >>> budgets = Budgets(I2VRequest(image="stills/lighthouse.png", width=1024, height=768))
@@ -206,7 +207,9 @@ class Budgets:
         on_forecast: OnForecast = lambda *_: None,
         fixed: Fixed | None = None,
         gpu: str = REFERENCE,
+        forecast: Callable[[I2VRequest, str, str], Forecast] | None = None,
     ) -> None:
+        self._forecast_with = forecast or forecast_request
         self.gpu = gpu if has_profile(gpu) else REFERENCE
         self._model, self._device, self._on_forecast, self._memory_bytes = model, device, on_forecast, 0
         self._forecasts: dict[I2VRequest, Forecast] = {}
@@ -217,13 +220,15 @@ class Budgets:
     def on(self, gpu: str) -> Budgets:
         """The same request with the seconds of another card, which shares the forecasts."""
         fixed = self._solver.fixed
-        other = Budgets(self._solver.asked, self._model, self._device, self._on_forecast, fixed, gpu)
+        other = Budgets(
+            self._solver.asked, self._model, self._device, self._on_forecast, fixed, gpu, self._forecast_with
+        )
         other._forecasts = self._forecasts
         return other
 
     def _forecast(self, request: I2VRequest) -> Forecast:
         if request not in self._forecasts:
-            self._forecasts[request] = forecast_request(request, self._model, self._device)
+            self._forecasts[request] = self._forecast_with(request, self._model, self._device)
         forecast = self._forecasts[request]
         fits = needed_bytes(forecast.peak.peak_bytes, forecast.context_bytes, self._device) <= self._memory_bytes
         self._on_forecast(request, forecast, FITS if fits else NO)
@@ -281,6 +286,10 @@ class Budgets:
             return words
         over = f"{_named(faster.request)} needs {format_bytes(faster.peak_bytes)} in {faster.peak_phase}"
         return f"{words}; {over}"
+
+    def smallest(self) -> Candidate:
+        """The placement with the smallest peak."""
+        return self._solver.smallest()
 
     def refusal(self, memory_bytes: int, nearest: I2VRequest | None) -> DeviceUnavailable:
         """The error for a budget that is too small.

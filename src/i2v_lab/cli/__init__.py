@@ -11,6 +11,7 @@ def main() -> None:
     What the machine refuses, during the imports too, ends in one line.
     """
     from i2v_lab.cli.starvation import refusal
+    from i2v_lab.extras import missing_extra
 
     try:
         stop_on_signals()
@@ -18,7 +19,7 @@ def main() -> None:
 
         run()
     except BaseException as error:  # a panic of Rust is no Exception
-        line = None if isinstance(error, SystemExit | KeyboardInterrupt) else refusal(error)
+        line = None if isinstance(error, SystemExit | KeyboardInterrupt) else missing_extra(error) or refusal(error)
         if line is None:
             raise
         sys.stdout = None  # what it has left would be written, and perhaps fail again

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
+import re
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from i2v_lab import __version__
 from i2v_lab.cli import (
     accuracy,
     calibrate,
@@ -24,7 +27,7 @@ from i2v_lab.cli import (
     show,
     sweep,
 )
-from i2v_lab.cli.output import log
+from i2v_lab.cli.output import log, say
 from i2v_lab.errors import I2VLabError
 from i2v_lab.runs.workers import enable_mkl_cnr
 from i2v_lab.stopping import stop_on_signals
@@ -36,7 +39,6 @@ app = typer.Typer(
     name="i2v-lab",
     help="Run image-to-video models, and profile and forecast their GPU memory.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -55,8 +57,18 @@ app.command(epilog=lab.EXAMPLES, context_settings=lab.CONTEXT_SETTINGS)(lab.lab)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"i2v-lab {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     pass
 
 
@@ -71,7 +83,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
-            status = app(standalone_mode=False) or 0
+            status = app(prog_name="i2v-lab", standalone_mode=False) or 0
         finally:
             sys.stdout.flush()
         sys.exit(status)
@@ -79,8 +91,7 @@ def main() -> None:
         if len(sys.argv) == 1:  # which is no error, but asks for help
             error.show()
         else:
-            words = " ".join(error.format_message().split()).rstrip(".")
-            log(f"i2v-lab: {words}; see --help")
+            log(f"i2v-lab: {_with_suggestion(error.format_message())}; see --help")
         sys.exit(error.exit_code)
     except I2VLabError as error:
         log(f"i2v-lab: {error}")
@@ -88,6 +99,17 @@ def main() -> None:
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would write there once more
         sys.exit(1)
+
+
+def _with_suggestion(message: str) -> str:
+    """A usage error in one line, which names what was probably meant."""
+    words = " ".join(message.split()).rstrip(".").replace("Value error, ", "")
+    possible = re.search(r" \(Possible options: (.+)\)$", words)
+    if possible is not None:
+        return f"{words[: possible.start()]}. Did you mean {possible[1].replace(', ', ' or ')}?"
+    choice = re.search(r"'([^']*)' is not one of ('.+')$", words)
+    near = difflib.get_close_matches(choice[1], re.findall(r"'([^']+)'", choice[2])) if choice is not None else []
+    return f"{words}. Did you mean {' or '.join(near)}?" if near else words
 
 
 if __name__ == "__main__":

@@ -49,10 +49,11 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 def doctor_table(checks: Sequence[Check]) -> RenderableType:
     """Return the checks as a table for a terminal."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table("check", "state", "found", "advice", header_style="bold")
+    from i2v_lab.reporting.console import TerminalTable
+
+    table = TerminalTable("check", "state", "found", "advice", header_style="bold")
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for check in checks:
         state = Text(check.state.value, style=STYLES[check.state.value])

@@ -12,7 +12,7 @@ from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli import options, placed
 from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
-from i2v_lab.cli.output import print_json, say
+from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
@@ -193,9 +193,12 @@ def forecast(
 
 
 def _forecast(request: I2VRequest, model: str) -> Forecast:
-    from i2v_lab.runs.forecast import forecast_request
+    from i2v_lab.runs.forecast import cached_forecast, forecast_request
+    from i2v_lab.runs.spec import RunSpec
 
     if not sys.stderr.isatty():
+        if cached_forecast(RunSpec(request=request, model=model)) is None:
+            log("forecasting; about 20 s")
         return forecast_request(request, model)
     from i2v_lab.reporting.console import PlainConsole
 

@@ -95,11 +95,10 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
         fits: The verdicts.
         gpu: Seconds of phases are those on this card.
     """
-    from rich.table import Table
-
     from i2v_lab.capacity.device_profile import NOT_MEASURED, device_profile
     from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files, seconds_on
     from i2v_lab.reporting import run_tables
+    from i2v_lab.reporting.console import TerminalTable
     from i2v_lab.reporting.headlines import headline
     from i2v_lab.reporting.terminal import rich_table
     from i2v_lab.units import format_bytes
@@ -119,7 +118,7 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     modules = run_tables.modules_table(run).head(8)
     if len(modules):
         console.print(rich_table(modules, f"Live at the peak, in {result.peak.phase}, by module"))
-    table = Table("card", "memory", "verdict", "predicted", box=None, header_style="bold", pad_edge=False)
+    table = TerminalTable("card", "memory", "verdict", "predicted", box=None, header_style="bold", pad_edge=False)
     colours = {"fits": "green", "tight": "yellow", "no": "red"}
     for fit in fits:
         seconds = seconds_on(result, fit.gpu) if fit.verdict != "no" else None

@@ -218,7 +218,7 @@ def generate(
             words = f"{error}; the budget is {format_bytes(budget_bytes)}"
             raise type(error)(words, **error.fields, budget_bytes=budget_bytes) from None
     assert profiler is not None
-    report = _report(request, model, out, profiler)
+    report = _report(request, model, out, profiler, real=any(paths.values()))
     if resolution is not None:
         report["placement"] = placed.explanation(resolution)
     if as_json:
@@ -227,7 +227,7 @@ def generate(
         _print_report(report)
 
 
-def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler) -> dict[str, Any]:
+def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler, *, real: bool) -> dict[str, Any]:
     from i2v_lab.profiling.records import NoteRecord, peak_phase
     from i2v_lab.runs.execute import WHOLE
 
@@ -237,6 +237,7 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
     return {
         "output": str(out),
         "model": model,
+        "weights": "files" if real else "random",
         "width": request.width,
         "height": request.height,
         "frames": request.frames,
@@ -252,11 +253,11 @@ def _report(request: I2VRequest, model: str, out: Path, profiler: PhaseProfiler)
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
+    from i2v_lab.reporting.console import TerminalTable
+    from i2v_lab.runs.random_weights import random_weights
     from i2v_lab.units import format_bytes, format_seconds
 
-    table = Table("phase", "time", "peak", title=None, header_style="bold")
+    table = TerminalTable("phase", "time", "peak", title=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for phase in report["phases"]:
@@ -264,8 +265,11 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row(phase["phase"], format_seconds(phase["seconds"]), format_bytes(phase["peak_bytes"]), style=style)
     console = plain_console()
     console.print(table)
+    random = report["weights"] == "random"
     console.print(
-        f"{report['output']}: {report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps; "
-        f"peak {format_bytes(report['peak_bytes'])} in {report['peak_phase']}",
+        f"{report['output']}: {report['width']}x{report['height']}, {report['frames']} frames, {report['fps']:g} fps"
+        f"{', random weights' if random else ''}; peak {format_bytes(report['peak_bytes'])} in {report['peak_phase']}",
         soft_wrap=True,
     )
+    if random:
+        console.print(random_weights(report["model"]), soft_wrap=True)

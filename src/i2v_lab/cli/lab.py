@@ -17,6 +17,7 @@ import typer
 from i2v_lab.cli.output import log
 from i2v_lab.cli.placed import with_expandable_segments
 from i2v_lab.errors import InvalidRequest, OutputError
+from i2v_lab.extras import require_module
 from i2v_lab.files import write_atomically, write_text
 from i2v_lab.paths import cache_dir, checkout_dir, notebooks_dir
 
@@ -75,6 +76,7 @@ def lab(context: typer.Context) -> None:
     changes nothing that git tracks; copies that were changed stay as they are. As root, as in most containers,
     JupyterLab gets --allow-root.
     """
+    require_module("jupyterlab")
     check_options(context.args)
     options = complete_options(context.args, os.environ)
     notebooks = editable_notebooks(Path.cwd())

@@ -186,12 +186,10 @@ def _place(run: Run) -> str:
 
 
 def _print_summary(outcomes: Sequence[_Outcome]) -> None:
-    from rich.table import Table
-
     from i2v_lab.profiling.records import OutOfMemoryRecord, PhaseRecord, peak_phase
-    from i2v_lab.reporting.console import wide_console
+    from i2v_lab.reporting.console import TerminalTable, wide_console
 
-    table = Table("run", "outcome", "peak", "phase", "time", box=None, header_style="bold", pad_edge=False)
+    table = TerminalTable("run", "outcome", "peak", "phase", "time", box=None, header_style="bold", pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"
     for column in (table.columns[2], table.columns[4]):

@@ -24,8 +24,6 @@ Every model in full size, then one of them with its components, sizes and source
     i2v-lab models --tiny --json
 """
 BILLION = 10**9
-WHOLE_NAMES = 72
-"""Columns of a console from which on names are not folded."""
 
 
 def models(
@@ -113,16 +111,14 @@ def _phases(architecture: Architecture) -> list[str]:
 
 
 def _print_all(every: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from i2v_lab.reporting.console import TerminalTable, wide_console
 
-    from i2v_lab.reporting.console import wide_console
-
-    table = Table("model", "parameters", "default", "phases", box=None, header_style="bold", pad_edge=False)
+    table = TerminalTable("model", "parameters", "default", "phases", box=None, header_style="bold", pad_edge=False)
     table.columns[1].justify = "right"
     console = wide_console()
     for column in table.columns:
         column.overflow = "fold"
-    table.columns[0].no_wrap = console.width >= WHOLE_NAMES  # narrower, nothing would be left for the phases
+    table.columns[0].no_wrap = True
     for each in every:
         style = "dim" if each["unavailable"] else ""
         table.add_row(each["name"], _billions(each["parameters"]), _size(each), ", ".join(each["phases"]), style=style)

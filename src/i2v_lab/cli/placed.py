@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from i2v_lab.capacity.budget import AUTO as AUTO
+from i2v_lab.capacity.budget import budget_bytes as budget_bytes
+from i2v_lab.capacity.budget import budget_or_free_bytes as budget_or_free_bytes
 from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli.output import log
-from i2v_lab.errors import InvalidRequest, shown
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
 from i2v_lab.placement import Placement
 from i2v_lab.request import I2VRequest
-from i2v_lab.units import GIB, format_bytes, format_seconds
+from i2v_lab.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from i2v_lab.capacity.placement import Alternative, Resolution
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
 
 PANEL = "Placement (LTX-2)"
-AUTO = "auto"
-MAX_GIB = 2**20
 SLOW_S = 2.0  # of a forecast, from which on it is announced
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 TILE_OPTIONS = ("tile_px", "tile_overlap_px", "tile_frames", "tile_overlap_frames", "no_tiling")
@@ -115,38 +116,6 @@ def asked_placement(
         raise InvalidRequest("explain=True has nothing to explain; give --vram-budget or --memory auto", explain=True)
     budget = None if vram_budget in (None, AUTO) else budget_bytes(str(vram_budget))
     return Asked(budget, solve, fixed, explain, gpu)
-
-
-def budget_bytes(text: str) -> int:
-    """A budget in bytes: ``12GiB``, ``12``, ``12GB``, in GiB as makers name sizes, or ``900MiB``.
-
-    Raises:
-        InvalidRequest: It is no such size.
-
-    Example:
-        >>> budget_bytes("1.5 GiB")
-        1610612736
-    """
-    size = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(?:(m)(?:ib|b)?|g(?:ib|b)?)?\s*", text, re.IGNORECASE | re.ASCII)
-    unit = GIB // 1024 if size is not None and size[2] else GIB
-    if size is None or not 0 < float(size[1]) * unit <= MAX_GIB * GIB:
-        raise InvalidRequest(
-            f"vram_budget={shown(text)} is no size; use one such as 12GiB, or auto for what the card has free",
-            vram_budget=text,
-        )
-    return int(float(size[1]) * unit)
-
-
-def budget_or_free_bytes(text: str) -> int:
-    """A budget in bytes; for ``auto`` what the card of this machine has free.
-
-    Raises:
-        InvalidRequest: It is no size.
-        DeviceUnavailable: There is no card.
-    """
-    from i2v_lab.capacity.this_machine import available_memory
-
-    return available_memory("cuda")[1] if text == AUTO else budget_bytes(text)
 
 
 def not_placed(model: str) -> InvalidRequest:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +13,9 @@ from typer.core import TyperCommand
 
 from i2v_lab.cli import options
 from i2v_lab.cli.options import as_text
+from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, ReproduceError
+from i2v_lab.extras import require_module
 
 EXAMPLES = """
 **Examples**
@@ -36,6 +41,8 @@ params.yaml, with a value for every notebook that declares it, and one for a sin
 """
 
 PAIR = "\0"
+BUILD = Path("build")
+MOST_NAME = 48  # characters of parameters in the name of a folder
 
 
 class ReproduceCommand(TyperCommand):
@@ -63,6 +70,27 @@ def _pair(text: str) -> tuple[str, str]:
     return name, as_text(value, name)
 
 
+def build_folder(parameters: Sequence[str], files: Sequence[Path]) -> Path:
+    """Where notebooks with these parameters are built: apart from those with none.
+
+    Args:
+        parameters: Each a name and a value, as :class:`ReproduceCommand` joins them.
+        files: Of parameters.
+
+    Example:
+        >>> build_folder([], []).name, build_folder([f"source{PAIR}recorded"], [Path("params.yaml")]).name
+        ('build', 'build-params-source-recorded')
+    """
+    given = [*(file.stem for file in files), *(word for pair in parameters for word in pair.split(PAIR))]
+    if not given:
+        return BUILD
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(given)).strip("-.")
+    if len(name) > MOST_NAME or not name or name != "-".join(given):  # told apart from what it was shortened from
+        digest = hashlib.sha256(repr([*parameters, *map(str, files)]).encode(errors="surrogateescape")).hexdigest()
+        name = f"{name[:MOST_NAME]}-{digest[:6]}".lstrip("-")
+    return BUILD.with_name(f"{BUILD.name}-{name}")
+
+
 def reproduce(
     notebooks: Annotated[list[str] | None, typer.Argument(help="Names or numbers, such as 03. [default: all]")] = None,
     parameter: Annotated[
@@ -87,7 +115,10 @@ def reproduce(
     workers: options.Workers = None,
     cluster: options.Cluster = None,
     force: Annotated[bool, typer.Option("--force", help="Execute also the notebooks that are up to date.")] = False,
-    out: Annotated[Path, typer.Option(help="Build folder.")] = Path("build"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Build folder. [default: build; with parameters one named by them, such as build-seed-3]"),
+    ] = None,
 ) -> None:
     """Execute the notebooks headlessly and render figures, tables, videos and a site.
 
@@ -102,6 +133,11 @@ def reproduce(
     from i2v_lab.reproduce.run import reproduce as run
     from i2v_lab.scale.workers import chosen_workers
 
+    require_module("papermill")
+    if out is None:
+        out = build_folder(parameter or [], parameters_file or [])
+        if out != BUILD:
+            log(f"with parameters, into {out}: {BUILD} keeps what the notebooks make by default")
     try:
         str(out.absolute()).encode()
     except UnicodeError:

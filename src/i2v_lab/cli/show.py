@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli.output import plain_console
-from i2v_lab.files import check_folder
+from i2v_lab.cli import options
+from i2v_lab.cli.output import log, plain_console, print_json
+from i2v_lab.errors import InvalidRequest, OutputError
+from i2v_lab.extras import require_module
+from i2v_lab.files import check_file, check_folder
 
 if TYPE_CHECKING:
     from i2v_lab.runs.store import Run
+
+
+class Export(StrEnum):
+    """Viewers that a run can be written for."""
+
+    PERFETTO = "perfetto"
+    MEMORY_VIZ = "memory_viz"
+
 
 EXAMPLES = """
 **Examples**
@@ -24,6 +36,14 @@ The phases of a run, and the modules and tensors that hold its peak:
 Two runs phase by phase, with their live bytes over time as a figure:
 
     i2v-lab show runs/escaped runs/no_grad --timeline figures
+
+A run for Perfetto, whose viewer opens the file:
+
+    i2v-lab show runs/escaped --export perfetto --out trace.json
+
+A run as JSON, for a script:
+
+    i2v-lab show runs/escaped --json
 """
 
 
@@ -36,6 +56,12 @@ def show(
     timeline: Annotated[
         Path | None, typer.Option(help="Folder for timeline.svg and timeline.png: live bytes over time.")
     ] = None,
+    export: Annotated[
+        Export | None,
+        typer.Option(help="Write the run for a viewer: https://ui.perfetto.dev, or https://pytorch.org/memory_viz."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of --export, .json for perfetto, else .pickle.")] = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the phases of a recorded run and what was live at its peak, or the difference to a second run."""
     from i2v_lab.profiling.records import PhaseRecord, peak_phase
@@ -46,12 +72,34 @@ def show(
 
     if timeline is not None:
         check_folder(timeline, "timeline")
+        require_module("matplotlib")
+    if (export is None) != (out is None):
+        raise InvalidRequest(
+            f"export={export} and out={out} belong together; give a viewer and a file", export=export, out=out
+        )
+    if out is not None:
+        check_file(out, "out", "run.json")
+        if other is not None:
+            raise InvalidRequest(f"export={export} is of one run; leave out the second", export=export, other=other)
     console = plain_console()
     first = read_run(run)
+    if export is not None and out is not None:
+        _export(first, export, out)
+        return
     if timeline is not None:
         from i2v_lab.reporting.figures.runs import timeline_figure
 
-        timeline_figure(first, read_run(other) if other else None).save(timeline, "timeline")
+        try:
+            files = timeline_figure(first, read_run(other) if other else None).save(timeline, "timeline")
+        except OSError as error:
+            raise OutputError(
+                f"timeline='{timeline}' cannot be written ({error.strerror}); choose another folder", folder=timeline
+            ) from error
+        for file in files:
+            log(f"wrote {file}")
+    if as_json:
+        print_json(_values(first, top) if other is None else [_values(each, top) for each in (first, read_run(other))])
+        return
     if other is None:
         peak = peak_phase(first.of(PhaseRecord))
         console.print(_described(first), soft_wrap=True)
@@ -72,6 +120,37 @@ def show(
         console.print(headline(each))
     console.print(difference_headline(first, second))
     console.print(rich_table(run_tables.difference_table(first, second), "Phase by phase"))
+
+
+def _export(run: Run, export: Export, out: Path) -> None:
+    from i2v_lab.reporting.traces import EXPORTS
+
+    try:
+        log(f"wrote {EXPORTS[export.value](run, out)}")
+    except OSError as error:
+        raise OutputError(f"out='{out}' cannot be written ({error.strerror}); name another file", path=out) from error
+
+
+def _values(run: Run, top: int) -> dict[str, Any]:
+    """A run as JSON values: its phases, and what was live at its peak."""
+    from dataclasses import asdict
+
+    from i2v_lab.profiling.records import HolderRecord, PhaseRecord, peak_phase
+    from i2v_lab.reporting import run_tables
+
+    peak = peak_phase(run.of(PhaseRecord))
+    holders = sorted(run_tables.records_at_peak(run, HolderRecord), key=lambda holder: -holder.nbytes)
+    names = ("model", "device", "device_name", "started_at", "seed", "versions", "error")
+    return {
+        "run": str(run.folder),
+        "status": run.status,
+        **{name: run.metadata.get(name) for name in names},
+        "peak_bytes": peak.peak_bytes if peak else None,
+        "peak_phase": peak.phase if peak else None,
+        "phases": [asdict(phase) for phase in run.of(PhaseRecord)],
+        "modules": run_tables.modules_table(run).head(top).to_dict("records"),
+        "holders": [asdict(holder) for holder in holders[:top]],
+    }
 
 
 def _described(run: Run) -> str:

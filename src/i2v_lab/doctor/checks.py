@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from i2v_lab.doctor.packages import Packages, Unmet, release
+from i2v_lab.doctor.packages import PROJECT, Packages, Unmet, release
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 from i2v_lab.profiling.meters.nvml import NO_ANSWER, NO_PACKAGE, NvmlUnavailable, driver_cuda_major, read_driver
 from i2v_lab.units import GIB, MIB, format_bytes
 
-PROJECT = "i2v-lab"
 SHOWN = (
     "ltx-core",
     "ltx-pipelines",
@@ -38,6 +37,12 @@ OPTIONAL = {  # not needed for a generation with LTX-2.3, but for this
     "diffusers": "pipelines of diffusers",
     "jupyterlab": "`i2v-lab lab`",
 }
+BY_EXTRA = {
+    **dict.fromkeys(("ltx-core", "ltx-pipelines"), "ltx"),
+    **dict.fromkeys(("transformers", "diffusers", "huggingface-hub", "tokenizers", "av"), "diffusers"),
+    "jupyterlab": "jupyter",
+}
+"""The extra of a package that nothing requires where it is not installed."""
 LTX_VIDEO = "pip install --no-deps ltx-video==0.1.2"
 FAMILY = ("torch", "torchaudio", "torchvision")
 # Requirements that are unmet on purpose: declared by ltx-video, for these.
@@ -185,6 +190,8 @@ def check_torch_family(packages: Packages) -> Check:
     if wrong:
         return Check(name, State.BROKEN, found, f"{'; '.join(map(str, wrong))}: {remedy}")
     for module in ("torchaudio", "torchvision"):
+        if packages.version(module) is None:
+            continue  # of the extras, which the checks of their packages speak of
         if reason := _cannot_load(module):
             return Check(name, State.BROKEN, found, f"{module} cannot be loaded ({reason}): {remedy}")
     return Check(name, State.OK, found)
@@ -215,6 +222,9 @@ def check_packages(packages: Packages, names: tuple[str, ...]) -> Iterator[Check
         unmet = [each for each in _unmet(packages) if each.name == name]
         if version is None:
             remedy = LTX_VIDEO if name == "ltx-video" else f"pip install '{_wanted(unmet) or name}'"
+            if not unmet and name in BY_EXTRA:
+                bad, remedy = State.WARNING, f"pip install 'i2v-lab[{BY_EXTRA[name]}]'"
+                effect = effect or " Until then, models that need it cannot run; everything else works."
             yield Check(name, bad, "missing", f"{remedy}.{effect}")
         elif unmet:
             remedy = f"pip install '{_wanted(unmet)}'"
@@ -262,6 +272,8 @@ def check_encoders() -> Check:
     name = "encoders of av"
     try:
         import av.codec
+    except ModuleNotFoundError:
+        return Check(name, State.WARNING, "av is not installed", "pip install 'i2v-lab[diffusers]', to write videos")
     except (ImportError, OSError) as error:
         return Check(name, State.BROKEN, f"av cannot be loaded ({error})", "pip install --force-reinstall av")
     missing = []

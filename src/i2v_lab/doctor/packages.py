@@ -15,6 +15,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+PROJECT = "i2v-lab"
+EXTRAS = ("ltx", "ltx-video", "diffusers", "jupyter", "scale", "quantization")
+
 
 @dataclass(frozen=True)
 class Unmet:
@@ -69,7 +72,16 @@ class Packages:
 
     @cached_property
     def _declared(self) -> Mapping[str, list[Requirement]]:
-        return {name: list(_requirements(each)) for name, each in self._found.items()}
+        return {name: list(self._requirements(each)) for name, each in self._found.items()}
+
+    def _requirements(self, package: Distribution) -> Iterable[Requirement]:
+        """Yield the requirements of a package here, without extras; of this package also what it has of its extras."""
+        for requirement in _valid_requirements(package):
+            extras = [""]
+            if package.metadata["Name"] == PROJECT and canonicalize_name(requirement.name) in self._found:
+                extras += EXTRAS
+            if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+                yield requirement
 
     def declared_range(self, package: str, required: str) -> str:
         """Return the range of versions that a package declares for another, as in ``>=4.57,<6``; empty if none."""
@@ -100,15 +112,13 @@ class Packages:
         return found
 
 
-def _requirements(package: Distribution) -> Iterable[Requirement]:
-    """Yield the requirements of a package here, without extras; an invalid one is skipped, as by pip."""
+def _valid_requirements(package: Distribution) -> Iterable[Requirement]:
+    """Yield the requirements of a package, those of its extras too; an invalid one is skipped, as by pip."""
     for text in package.requires or []:
         try:
-            requirement = Requirement(text)
+            yield Requirement(text)
         except InvalidRequirement:
             continue
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield requirement
 
 
 def release(version: str) -> tuple[int, int] | None:

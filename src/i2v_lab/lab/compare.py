@@ -50,7 +50,7 @@ class Compare(View):
             widgets.Dropdown(description=label, options=list(self.runs), value=value, layout=layout)
             for label, value in (("first", self.first), ("second", self.second))
         ]
-        refresh = widgets.Button(description="Look for new runs", icon="refresh")
+        refresh = widgets.Button(description="Look for new runs", icon="refresh", layout=widgets.Layout(width="auto"))
         refresh.on_click(lambda _: self.refresh())
         self._picture = widgets.HTML(page(self.html()))
         for choice in self._choices:

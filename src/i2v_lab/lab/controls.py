@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.capacity.budget import AUTO
+from i2v_lab.errors import InvalidRequest, RunnerUnavailable
+from i2v_lab.lab.held import chooses
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, Offload
-from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.memory_settings import NO_SETTINGS, MemorySettings, Offload, TransformerQuantization
+from i2v_lab.pipeline.contract.architectures import architecture_names, load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.request import I2VRequest, Tiling
 from i2v_lab.studies.published import to_size, to_tiling, varied
@@ -26,6 +29,9 @@ OFFERED = (
     MemorySettings(offload=Offload.SEQUENTIAL, vae_tiling=True),
 )
 MOST_EXACT = 2**53 - 1  # among the numbers of a browser
+WIDTH = "340px"  # of a control
+BUDGETS = [AUTO, *(f"{gib}GiB" for gib in (4, 6, 8, 10, 12, 16, 24, 32, 48, 80))]
+SEARCHED = "auto: the fastest that fits"
 SMALLER_SIZES = 6  # at the default aspect ratio, up to the default size
 
 
@@ -33,8 +39,37 @@ def choose(kind: Any, description: str, options: Any) -> Any:
     """A labelled selection widget; a slider reports a value when it is released, not while it is dragged."""
     extra = {} if kind.__name__ != "SelectionSlider" else {"continuous_update": False}
     control = kind(description=description, options=options, **extra)
+    control.layout.width = WIDTH
     control.style.description_width = "70px"
     return control
+
+
+def budget_field() -> Any:
+    """A field for a memory budget, which offers common sizes."""
+    import ipywidgets as widgets
+
+    field = widgets.Combobox(
+        description="budget",
+        options=BUDGETS,
+        placeholder="all of it, or such as 12GiB",
+        layout=widgets.Layout(width=WIDTH),
+        continuous_update=False,
+        tooltip="the most that the process may take, CUDA context included; auto: what this machine's card has free",
+    )
+    field.style.description_width = "70px"
+    return field
+
+
+def memory_controls() -> dict[str, Any]:
+    """The controls of how a request is held, of which :class:`RequestForm` shows those that the model has."""
+    import ipywidgets as widgets
+
+    return {
+        "memory": choose(widgets.Dropdown, "memory", [""]),
+        "settings": choose(widgets.Dropdown, "memory", [("", NO_SETTINGS)]),
+        "transformer": choose(widgets.Dropdown, "quantized", [("", TransformerQuantization.NONE)]),
+        "budget": budget_field(),
+    }
 
 
 def two_columns(controls: list[Any]) -> Any:
@@ -65,14 +100,32 @@ def sizes(model: str, request: I2VRequest) -> list[str]:
     return [f"{width}x{height}" for width, height in sorted(found, key=lambda size: (size[0] * size[1], size))]
 
 
+def runnable_models() -> list[str]:
+    """Models whose packages are installed."""
+    found = []
+    for name in architecture_names():
+        architecture = load_architecture(name)
+        with suppress(RunnerUnavailable):
+            runner_of(architecture).require_package(architecture)
+            found.append(name)
+    return found
+
+
 def policies(model: str) -> list[MemoryPolicy]:
-    """Memory policies that a model supports, without ``auto``."""
-    return [policy for policy in runner_of(load_architecture(model)).memory if policy is not MemoryPolicy.AUTO]
+    """Memory policies that a model supports, ``auto`` first; it also stands for the fastest settings of diffusers."""
+    runner = runner_of(load_architecture(model))
+    own: list[MemoryPolicy] = [policy for policy in runner.memory if policy is not MemoryPolicy.AUTO]
+    return [MemoryPolicy.AUTO, *own] if chooses(model) else own
 
 
 def with_supported_policy(request: I2VRequest, model: str) -> I2VRequest:
-    """The request, with ``resident`` in place of ``auto`` or of a memory policy that the model does not support."""
+    """The request, with ``resident`` in place of a memory policy that the model does not support."""
     return request if request.memory in policies(model) else replace(request, memory=MemoryPolicy.RESIDENT)
+
+
+def searching(request: I2VRequest, model: str) -> I2VRequest:
+    """The request, held by what is fastest and fits, where the model has a choice."""
+    return with_supported_policy(replace(request, memory=MemoryPolicy.AUTO, placement=None), model)
 
 
 def request_for_model(request: I2VRequest, model: str) -> I2VRequest:
@@ -85,9 +138,20 @@ def request_for_model(request: I2VRequest, model: str) -> I2VRequest:
 
 
 def memory_settings(model: str, request: I2VRequest) -> list[tuple[str, MemorySettings]]:
-    """Labels and memory settings, the request's own among them; one alone where the runner takes none."""
+    """Labels and memory settings, the request's own among them; one alone where the runner takes none.
+
+    Quantization, which is chosen apart from them, is left out.
+    """
     offered = OFFERED if runner_of(load_architecture(model)).settings else (NO_SETTINGS,)
-    return [(each.options.replace("--", "") or "none", each) for each in dict.fromkeys([*offered, request.settings])]
+    own = replace(request.settings, quantization=TransformerQuantization.NONE)
+    return [(each.options.replace("--", "") or "none", each) for each in dict.fromkeys([*offered, own])]
+
+
+def quantizations(model: str) -> list[tuple[str, TransformerQuantization]]:
+    """Labels and quantizations of a model's transformers; none but ``none`` where it has none."""
+    architecture = load_architecture(model)
+    takes = architecture.pipeline and "transformer" in architecture.config and runner_of(architecture).settings
+    return [(each.value, each) for each in TransformerQuantization if takes or not each.package]
 
 
 def frame_counts(model: str, request: I2VRequest) -> list[int]:
@@ -110,7 +174,7 @@ def _label(tiling: Tiling | None) -> str:
         return "untiled"
     return (
         f"{tiling.tile_px} px by {tiling.tile_frames} frames, "
-        f"overlaps {tiling.tile_overlap_px} px, {tiling.tile_overlap_frames}"
+        f"overlap {tiling.tile_overlap_px}, {tiling.tile_overlap_frames}"
     )
 
 
@@ -120,8 +184,8 @@ class RequestForm:
     A change of the model resets the request to that model's defaults; any other change edits one field.
 
     Args:
-        widgets: By name: ``model``, ``size``, ``frames``, ``memory``, ``settings``, and any other field of a request.
-            Other names are observed, but edit nothing.
+        widgets: By name: ``model``, ``size``, ``frames``, those of :func:`memory_controls`, and any other field of a
+            request. Other names are observed, but edit nothing.
         model: An architecture's name.
         request: Shown first.
         on_change: Called after a change by the user, not after :meth:`show`.
@@ -137,7 +201,8 @@ class RequestForm:
         self, widgets: Mapping[str, Any], model: str, request: I2VRequest, on_change: Callable[[], None]
     ) -> None:
         self.widgets = widgets
-        self._fields = [field.name for field in fields(I2VRequest) if field.name in widgets]
+        own = [field.name for field in fields(I2VRequest) if field.name in widgets]
+        self._fields = [name for name in own if name not in ("memory", "settings")]
         self._on_change = on_change
         self._updating = False
         self.problem = ""
@@ -154,24 +219,59 @@ class RequestForm:
             **options: Of further widgets, by name.
         """
         self.model, self.request = model, request
+        architecture = load_architecture(model)
+        runner, searches = runner_of(architecture), request.memory is MemoryPolicy.AUTO
+        offered: list[tuple[str, Any]] = [*memory_settings(model, request)]
         options |= {
             "size": sizes(model, request),
             "frames": frame_counts(model, request),
             "memory": policies(model),
-            "settings": memory_settings(model, request),
+            "settings": [(SEARCHED, None), *offered] if runner.settings else offered,
+            "transformer": quantizations(model),
         }
         if "tiling" in self.widgets:
             options["tiling"] = tilings(model, request)
-        values = {"model": model, "size": f"{request.width}x{request.height}"}
+        values: dict[str, Any] = {"model": model, "size": f"{request.width}x{request.height}", "memory": request.memory}
+        settings = replace(request.settings, quantization=TransformerQuantization.NONE)
+        values |= {"settings": None if searches and runner.settings else settings}
+        values |= {"transformer": request.settings.quantization}
         values |= {name: getattr(request, name) for name in self._fields}
+        shown = {
+            "memory": not runner.settings and len(policies(model)) > 1,
+            "settings": runner.settings,
+            "transformer": len(quantizations(model)) > 1,
+            "tiling": runner.tiles(architecture),
+            "quantization": len(runner.quantizations) > 1,
+        }
         self._updating = True
         try:
             for name, choices in options.items():
                 self.widgets[name].options = choices
             for name, value in values.items():
                 self.widgets[name].value = value
+            for name, visible in shown.items():
+                if name in self.widgets:
+                    self.widgets[name].layout.display = None if visible else "none"
         finally:
             self._updating = False
+
+    def apply(self, changes: Mapping[str, Any]) -> None:
+        """Change several widgets at once, as a user would one after another.
+
+        Args:
+            changes: Values by the widget's name; ``memory`` stands for the settings of a model of diffusers too.
+        """
+        self._updating = True
+        try:
+            for name, value in changes.items():
+                searched = name == "memory" and value is MemoryPolicy.AUTO
+                if searched and runner_of(load_architecture(self.model)).settings:
+                    self.widgets["settings"].value = None
+                else:
+                    self.widgets[name].value = value
+        finally:
+            self._updating = False
+        self._changed(None)
 
     def _changed(self, _: Any) -> None:
         if self._updating:
@@ -192,6 +292,12 @@ class RequestForm:
         edited = {name: self.widgets[name].value for name in self._fields}
         if "seed" in edited:
             edited["seed"] = _exact(edited["seed"])
+        edited["memory"], settings = self.widgets["memory"].value, self.widgets["settings"].value
+        if runner_of(load_architecture(self.model)).settings:
+            edited["memory"] = MemoryPolicy.AUTO if settings is None else MemoryPolicy.RESIDENT
+        if edited["memory"] is not MemoryPolicy.RESIDENT:
+            edited["placement"] = None
+        edited["settings"] = replace(settings or NO_SETTINGS, quantization=self.widgets["transformer"].value)
         return replace(self.request, width=width, height=height, **edited)
 
 

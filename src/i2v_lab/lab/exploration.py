@@ -1,4 +1,4 @@
-"""The state behind the explorer: a question, its answer from the cache or from a background forecast, and its code."""
+"""The state behind the explorer: a question, and its answer from the cache or from a background forecast."""
 
 from __future__ import annotations
 
@@ -6,171 +6,39 @@ import json
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
-from i2v_lab.capacity.cards import FITS, NO, TIGHT, Fit, fitting_bytes, gpu_memory_bytes, judge, judge_all
-from i2v_lab.capacity.time_model import time_in_words
+from i2v_lab.capacity.cards import FITS
+from i2v_lab.capacity.placement import Budgets
 from i2v_lab.errors import I2VLabError
+from i2v_lab.lab.answer import Answer
 from i2v_lab.lab.background_forecast import LatestForecast
+from i2v_lab.lab.held import (
+    Forecaster,
+    Held,
+    NotCached,
+    as_asked,
+    chooses,
+    fastest_placement,
+    fastest_settings_within,
+    from_cache,
+    within,
+)
+from i2v_lab.lab.question import Question
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import NO_SETTINGS
+from i2v_lab.pipeline.contract.architectures import load_architecture
+from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import CostRecord, Forecast, ModuleRecord, PhaseRecord, Record, TimelineRecord
-from i2v_lab.reporting.tables import as_sentence
-from i2v_lab.request import I2VRequest
-from i2v_lab.runs.forecast import cached_forecast, forecast_spec
+from i2v_lab.runs.forecast import forecast_request
 from i2v_lab.runs.sources import as_run
-from i2v_lab.runs.spec import FULL_SIZE_MODEL, RunSpec
+from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.store import Run
-from i2v_lab.studies.placed import NONE, PUBLISHED, Placed, base_specs, best_placements, rates_of
-from i2v_lab.units import format_bytes, format_seconds
 
-DEFAULT_GPU = "RTX 4090"
 TIMELINE_POINTS = 300  # enough for a small figure
-CACHED = 64  # forecasts in this process, about 100 kB each
-UNSET = NO_SETTINGS.to_json()
+CACHED = 64  # answers in this process, about 100 kB each
+SOLVED = 4  # requests whose forecasts are kept for another budget or GPU, some MB each
 MODULE_DEPTH = 2  # to which module paths are aggregated
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """Whether a request fits a GPU.
-
-    Attributes:
-        request: What would be generated.
-        model: An architecture's name.
-        gpu: A GPU in ``data/gpus.csv``, or any name together with ``memory_bytes``.
-        memory_bytes: The GPU's memory; by default that in ``data/gpus.csv``.
-        device: ``cuda``, or ``cpu`` for live storages against host memory.
-
-    Example:
-        >>> question = Question(request=I2VRequest(image="stills/lighthouse.png", frames=25), gpu="L4")
-        >>> question.spec.name
-        '1024x768x25'
-    """
-
-    request: I2VRequest
-    model: str = FULL_SIZE_MODEL
-    gpu: str = DEFAULT_GPU
-    memory_bytes: int | None = None
-    device: str = "cuda"
-
-    @property
-    def spec(self) -> RunSpec:
-        """The run to forecast.
-
-        Raises:
-            InvalidRequest: The model does not support the request.
-        """
-        return RunSpec(request=self.request, model=self.model)
-
-    def code(self) -> str:
-        """The source of a notebook cell that gives the same answer without widgets.
-
-        Example:
-            >>> request = I2VRequest(image="stills/lighthouse.png", width=512, height=384, frames=25, tiling=None)
-            >>> print(Question(request=request, model="ltx-2.3-tiny", gpu="L4").code())
-            from i2v_lab import I2VRequest, Tiling, forecast_request
-            from i2v_lab.capacity.cards import gpu_memory_bytes, judge
-            <BLANKLINE>
-            request = I2VRequest(
-                image="stills/lighthouse.png",
-                width=512,
-                height=384,
-                frames=25,
-                quantization="fp8-cast",
-                tiling=None,
-                decode_scope="no_grad",
-            )
-            forecast = forecast_request(request, model="ltx-2.3-tiny")
-            judge(forecast, "L4", gpu_memory_bytes("L4"))
-        """
-        request, tiling = self.request, self.request.tiling
-        tiles = "None"
-        if tiling is not None:
-            sizes = (tiling.tile_px, tiling.tile_overlap_px, tiling.tile_frames, tiling.tile_overlap_frames)
-            tiles = f"Tiling({', '.join(map(str, sizes))})"
-        lines = [f"    image={_quoted(request.image)},"]
-        lines += [f"    {name}={getattr(request, name)}," for name in ("width", "height", "frames")]
-        lines += [f"    quantization={_quoted(request.quantization.value)},", f"    tiling={tiles},"]
-        lines += [f"    decode_scope={_quoted(request.decode_scope.value)},"]
-        if request.memory is not MemoryPolicy.RESIDENT:
-            lines.append(f"    memory={_quoted(request.memory.value)},")
-        if request.placement is not None:
-            lines.append(f"    placement={request.placement.to_json()!r},")
-        names = "I2VRequest, Tiling, forecast_request"
-        if not request.settings.is_default:
-            given = {name: value for name, value in request.settings.to_json().items() if value != UNSET[name]}
-            lines.append(
-                f"    settings=MemorySettings({', '.join(f'{name}={value!r}' for name, value in given.items())}),"
-            )
-            names = "I2VRequest, MemorySettings, Tiling, forecast_request"
-        gpu = _quoted(self.gpu)
-        return "\n".join(
-            [
-                f"from i2v_lab import {names}",
-                "from i2v_lab.capacity.cards import gpu_memory_bytes, judge",
-                "",
-                "request = I2VRequest(",
-                *lines,
-                ")",
-                f"forecast = forecast_request(request, model={_quoted(self.model)})",
-                f"judge(forecast, {gpu}, gpu_memory_bytes({gpu}))",
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A forecast's answer to a question.
-
-    Attributes:
-        question: The question.
-        run: The forecast as a run, with modules aggregated and the timeline downsampled.
-        needed_bytes: Device memory of the process: peak reserved memory, its margin and the CUDA context.
-        context_bytes: The CUDA context alone.
-        fit: The verdict for the question's GPU.
-        smallest: The smallest GPU in ``data/gpus.csv`` that it fits; ``None`` if there is none.
-        duration: How long it takes on the question's GPU, in a sentence; empty for a CPU, and where it does not fit.
-        placed: Where it does not fit: the fastest placement that does; ``None`` if the forecasts that say so are not
-            cached.
-    """
-
-    question: Question
-    run: Run
-    needed_bytes: int
-    context_bytes: int
-    fit: Fit
-    smallest: Fit | None
-    duration: str
-    placed: Placed | None = None
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in words."""
-        has = f"{self.fit.gpu} has {format_bytes(self.fit.memory_bytes)}"
-        needs = f"this needs {format_bytes(self.needed_bytes)}"
-        if self.fit.verdict == FITS:
-            left = format_bytes(self.fit.memory_bytes - self.needed_bytes)
-            return f"It fits: {has}, {needs}; {left} remain free."
-        if self.fit.verdict == TIGHT:
-            reserve = "unless the allocator releases cached blocks during the run"
-            return f"It is tight: {has}, {needs} {reserve}. {self._alternative()}"
-        over = format_bytes(self.needed_bytes - self.fit.memory_bytes)
-        return f"It does not fit as it is: {has}, {needs}, {over} too much. {self._alternative()}"
-
-    def _alternative(self) -> str:
-        if self.placed is not None and self.placed.placement != NONE:
-            seconds = self.placed.predicted_seconds
-            caveat = " by published rates, not measured" if rates_of(self.fit.gpu) == PUBLISHED else ""
-            takes = "" if seconds is None else f", in {format_seconds(seconds, rough=True)}{caveat}"
-            return f"With a memory budget of {format_bytes(self.fit.memory_bytes)} it runs, {self.placed.name}{takes}."
-        if self.placed is None and self.question.spec.runner_spec.techniques and self.question.device == "cuda":
-            return "A memory budget of that size may have a placement: i2v-lab forecast --vram-budget solves for it."
-        if self.question.memory_bytes is not None:
-            return "A smaller size, fewer frames or smaller tiles need less."
-        if self.smallest is None:
-            return "It fits no GPU in the list."
-        return f"The smallest GPU that it fits is the {self.smallest.gpu}."
 
 
 class Exploration:
@@ -191,7 +59,6 @@ class Exploration:
         working: Whether a forecast is in progress.
 
     Example:
-        >>> request = I2VRequest(image="stills/lighthouse.png", width=64, height=64, frames=9)
         >>> with Exploration(Question(request=request, model="ltx-2.3-tiny")) as exploration:  # doctest: +SKIP
         ...     exploration.ask(exploration.question, wait=True)
         ...     exploration.answer.sentence
@@ -204,8 +71,9 @@ class Exploration:
         self.problem: str | None = None
         self.working = False
         self.on_change = on_change
-        self._spec: RunSpec | None = None
-        self._cached: OrderedDict[str, tuple[Run, Forecast]] = OrderedDict()
+        self._asked: Question | None = None
+        self._known: OrderedDict[str, tuple[Held, Run]] = OrderedDict()
+        self._budgets: OrderedDict[str, Budgets] = OrderedDict()
         self._lock = threading.RLock()
         self._background = LatestForecast(self._ended)
 
@@ -217,52 +85,82 @@ class Exploration:
             wait: Compute a forecast that is not cached in this thread, before returning.
         """
         with self._lock:
-            self.question, self.problem, self._spec = question, None, None
+            self.question, self.problem, self._asked = question, None, None
             found = None
             try:
-                self._spec = question.spec
-                found = self._find(self._spec, question.device, wait=wait)
+                assert question.spec  # refused at once, not by a process
+                room_bytes = question.room_bytes()
+                self._asked = question
+                found = self._find(question, room_bytes)
+                if found is None and wait:
+                    found = self._keep(question, held_for(question, room_bytes))
+                if found is not None:
+                    self.answer = self._answer(question, room_bytes, *found)
             except I2VLabError as error:
                 self.problem = str(error)
             self.working = found is None and self.problem is None
-            if found is not None:
-                self.answer = _answer(question, *found)
-            if self.working and self._spec is not None:
-                self._background.ask(self._spec, question.device)
+            if self.working:
+                self._background.ask(question, partial(held_for, question, room_bytes, small=True))
             else:
                 self._background.cancel()
         self.on_change()
 
-    def _find(self, spec: RunSpec, device: str, *, wait: bool) -> tuple[Run, Forecast] | None:
-        key = f"{spec.memory_key()} {spec.request.image} {device}"
-        found = self._cached.get(key)
-        if found is None:
-            forecast = forecast_spec(spec, device) if wait else cached_forecast(spec, device)
-            if forecast is None:
-                return None
-            small = replace(forecast, records=_downsampled(forecast))
-            found = as_run(spec, small), small
-        self._cached[key] = found
-        self._cached.move_to_end(key)
-        while len(self._cached) > CACHED:
-            self._cached.popitem(last=False)
-        return found
+    def _find(self, question: Question, room_bytes: int) -> tuple[Held, Run] | None:
+        """What is known already, or follows from cached forecasts."""
+        key = _key(question)
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        try:
+            return self._keep(question, held_for(question, room_bytes, from_cache, self._budgets_of(question)))
+        except NotCached:
+            return None
 
-    def _ended(self, spec: RunSpec, error: I2VLabError | None) -> None:
+    def _keep(self, question: Question, held: Held) -> tuple[Held, Run]:
+        small = _small(held)
+        run = as_run(RunSpec(request=small.request, model=question.model), small.forecast)
+        self._known[_key(question)] = small, run
+        while len(self._known) > CACHED:
+            self._known.popitem(last=False)
+        return small, run
+
+    def _budgets_of(self, question: Question) -> Budgets | None:
+        """The same for every GPU and budget of a request: its forecasts are read once."""
+        if not question.searches or not runner_of(load_architecture(question.model)).techniques:
+            return None
+        key = _key(replace(question, gpu="", budget="", memory_bytes=None))
+        if key not in self._budgets:
+            self._budgets[key] = _budgets(question, from_cache)
+            while len(self._budgets) > SOLVED:
+                self._budgets.popitem(last=False)
+        self._budgets.move_to_end(key)
+        return self._budgets[key].on(question.card)
+
+    def _ended(self, asked: Question, held: Held | None, error: I2VLabError | None) -> None:
         with self._lock:
-            if self._spec != spec:
+            if self._asked != asked:
                 return  # replaced in the meantime
-            found = None
             try:
-                found = self._find(spec, self.question.device, wait=False) if error is None else None
+                if held is not None:
+                    self.answer = self._answer(asked, asked.room_bytes(), *self._keep(asked, held))
             except I2VLabError as damaged:
                 error = damaged
-            if found is not None:
-                self.answer = _answer(self.question, *found)
-            else:
-                self.problem = str(error) if error is not None else "the forecast is not in the cache; ask again"
+            if error is not None:
+                self.problem = str(error)
             self.working = False  # last: readers of it expect the answer or the problem to be set
         self.on_change()
+
+    def _answer(self, question: Question, room_bytes: int, held: Held, run: Run) -> Answer:
+        if held.chosen:
+            return Answer(question, run, held, room_bytes)
+        held = within(held, room_bytes, question.device)
+        fits = held.verdict == FITS or not chooses(question.model)
+        return Answer(question, run, held, room_bytes, None if fits else self._instead(question, room_bytes))
+
+    def _instead(self, question: Question, room_bytes: int) -> Held | None:
+        searched = replace(question, request=replace(question.request, memory=MemoryPolicy.AUTO, placement=None))
+        found = self._find(searched, room_bytes)
+        return found[0] if found is not None and found[0].verdict == FITS else None
 
     def close(self) -> None:
         """Cancel a forecast in progress."""
@@ -276,29 +174,48 @@ class Exploration:
         self.close()
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # a Python literal too, line breaks escaped
+def held_for(
+    question: Question,
+    room_bytes: int,
+    forecast: Forecaster = forecast_request,
+    budgets: Budgets | None = None,
+    *,
+    small: bool = False,
+) -> Held:
+    """How a question's request is held.
+
+    Args:
+        question: The question.
+        room_bytes: The memory that the process may take.
+        forecast: Where forecasts come from.
+        budgets: Of a request that is placed; by default new ones.
+        small: Leave out what no view shows, so that it is quick to send to another process.
+    """
+    request, model, device = question.request, question.model, question.device
+    if not question.searches:
+        held = as_asked(request, model, device, forecast)
+    elif runner_of(load_architecture(model)).settings:
+        request = replace(request, memory=MemoryPolicy.RESIDENT)
+        held = fastest_settings_within(request, model, room_bytes, question.card, device, forecast)
+    else:
+        budgets = budgets or _budgets(question, forecast)
+        held = fastest_placement(budgets, request, room_bytes, question.card, device)
+    return _small(held) if small else held
 
 
-def _answer(question: Question, run: Run, forecast: Forecast) -> Answer:
-    context = forecast.context_bytes
-    fits = [fit for fit in judge_all(forecast) if fit.verdict == FITS]
-    memory_bytes = gpu_memory_bytes(question.gpu) if question.memory_bytes is None else question.memory_bytes
-    fit = judge(forecast, question.gpu, memory_bytes)
-    placed = None if fit.verdict == FITS else _placed(question, memory_bytes)
-    card = question.gpu.removeprefix("this ")
-    runs = question.device == "cuda" and fit.verdict != NO
-    duration = as_sentence(time_in_words(forecast, card)) if runs else ""
-    return Answer(question, run, fitting_bytes(forecast), context, fit, next(iter(fits), None), duration, placed)
+def _budgets(question: Question, forecast: Forecaster) -> Budgets:
+    asked = replace(question.request, memory=MemoryPolicy.RESIDENT)
+    return Budgets(asked, question.model, question.device, gpu=question.card, forecast=forecast)
 
 
-def _placed(question: Question, memory_bytes: int) -> Placed | None:
-    """The fastest placement within a GPU's memory, if the forecasts of which it is computed are cached."""
-    if not question.spec.runner_spec.techniques or question.device != "cuda":
-        return None
-    if any(cached_forecast(spec) is None for spec in base_specs(question.request, question.model)):
-        return None
-    return best_placements(question.request, question.model, [(question.gpu, memory_bytes)])[0]
+def _key(question: Question) -> str:
+    """Equal for questions whose memory is held in the same way."""
+    where = [question.gpu, question.budget, question.memory_bytes] if question.searches else []
+    return json.dumps([question.spec.memory_key(), question.searches, question.request.image, question.device, *where])
+
+
+def _small(held: Held) -> Held:
+    return replace(held, forecast=replace(held.forecast, records=_downsampled(held.forecast)))
 
 
 def _downsampled(forecast: Forecast) -> tuple[Record, ...]:

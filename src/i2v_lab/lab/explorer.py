@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from i2v_lab.capacity.cards import gpu_table
+from i2v_lab.capacity.cards import card_name, gpu_table, is_size
 from i2v_lab.display import escaped
-from i2v_lab.lab.controls import RequestForm, choose, two_columns, with_supported_policy
-from i2v_lab.lab.exploration import DEFAULT_GPU, Exploration, Question
+from i2v_lab.lab.answer import Remedy
+from i2v_lab.lab.controls import RequestForm, choose, memory_controls, searching, two_columns, with_supported_policy
+from i2v_lab.lab.exploration import Exploration
+from i2v_lab.lab.last_choice import Choice, recall, remember
+from i2v_lab.lab.question import DEFAULT_GPU, Question
+from i2v_lab.lab.remedy_buttons import RemedyButtons
 from i2v_lab.lab.view import View, page, sentence
-from i2v_lab.memory_settings import NO_SETTINGS
 from i2v_lab.pipeline.contract.architectures import architecture_names
+from i2v_lab.profiling.records import TimelineRecord
 from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.figures.style import VERDICT_COLOURS
 from i2v_lab.reporting.headlines import headline
@@ -39,9 +44,13 @@ class Explorer(View):
     stays responsive, and another change cancels it.
 
     Args:
-        request: The initial request; by default the model's defaults.
+        request: The initial request; by default the model's defaults, held by what is fastest and fits.
         model: An architecture's name.
-        gpu: A GPU in ``data/gpus.csv``.
+        gpu: A GPU by any of its names, or a size such as ``24GiB``.
+        budget: The most that a run may take of its memory, such as ``12GiB``; ``auto`` for what this machine's card has
+            free; empty for all of it.
+
+    In JupyterLab it opens with what was chosen last, where all of these are left at their defaults.
 
     Attributes:
         exploration: The current question and its answer; usable without widgets.
@@ -51,9 +60,25 @@ class Explorer(View):
         >>> Explorer(gpu="RTX 5090")  # as the last line of a cell  # doctest: +SKIP
     """
 
-    def __init__(self, request: I2VRequest | None = None, model: str = FULL_SIZE_MODEL, gpu: str = DEFAULT_GPU) -> None:
+    def __init__(
+        self,
+        request: I2VRequest | None = None,
+        model: str = FULL_SIZE_MODEL,
+        gpu: str = DEFAULT_GPU,
+        budget: str = "",
+    ) -> None:
         super().__init__()
-        question = Question(request=with_supported_policy(request or study_request(model), model), model=model, gpu=gpu)
+        self.note = ""
+        default = study_request(model)
+        asked = searching(default, model) if request in (None, default) else with_supported_policy(request, model)
+        first = Question(request=asked, model=model, gpu=gpu if is_size(gpu) else card_name(gpu), budget=budget)
+        question, plain = first, Question(request=searching(default, model))
+        if first == plain and not is_quiet(progress=True):
+            last, self.note = recall("explorer")
+            if last is not None:
+                question = Question(
+                    request=last.request, model=last.model, gpu=last.gpu or DEFAULT_GPU, budget=last.budget
+                )
         self.exploration = Exploration(question, self._show)
         self.exploration.ask(question, wait=is_quiet(progress=True))
 
@@ -70,10 +95,11 @@ class Explorer(View):
         """The answer as static HTML: verdict, bars by phase against the GPU's memory, timeline, largest modules."""
         question = self.exploration.question
         request = question.request
-        held = request.settings.options or request.memory
+        held = "the fastest that fits" if question.searches else request.settings.options or request.memory
+        where = f"{question.gpu}, budget {question.budget}" if question.budget else question.gpu
         described = (
             f"{question.model}, {request.width}x{request.height}, {request.frames} frames, "
-            f"{request.quantization.value}, {held}, {WORDS[request.decode_scope.value]}, on {question.gpu}"
+            f"{request.quantization.value}, {held}, {WORDS[request.decode_scope.value]}, on {where}"
         )
         return sentence(described) + self._status() + self._picture()
 
@@ -82,7 +108,8 @@ class Explorer(View):
         if self._widget is not None and self._form.problem:
             return sentence(self._form.problem, "problem")
         if exploration.working:
-            return sentence("Forecasting in the background; this takes about ten seconds.", "working")
+            takes = "some ten seconds for each way to hold it" if exploration.question.searches else "some ten seconds"
+            return sentence(f"Forecasting in the background; this takes {takes}.", "working")
         if exploration.problem:
             return sentence(exploration.problem, "problem")
         return ""
@@ -92,15 +119,18 @@ class Explorer(View):
         if answer is None:
             return ""
         colour = VERDICT_COLOURS[answer.fit.verdict]
-        line = pictures.Line(answer.fit.memory_bytes, f"{answer.fit.gpu}, {format_bytes(answer.fit.memory_bytes)}")
+        whole = answer.room_bytes == answer.question.gpu_bytes
+        label = f"{answer.fit.gpu if whole else 'budget'}, {format_bytes(answer.room_bytes)}"
+        line = pictures.Line(answer.room_bytes, label)
         holders = modules_table(answer.run).head(6)
         body = "".join(
             [
                 f'<p class="verdict" style="border-color:{colour}">{escaped(answer.sentence)}</p>',
-                sentence(answer.duration) if answer.duration else "",
+                sentence(answer.duration),
+                sentence(answer.host),
                 pictures.phase_bars(answer.run, answer.context_bytes, line),
                 sentence(as_sentence(headline(answer.run))),
-                pictures.timeline(answer.run),
+                pictures.timeline(answer.run) if answer.run.of(TimelineRecord) else "",
                 html_table(readable(holders, HOLDERS)) if len(holders) else "",
             ]
         )
@@ -118,26 +148,26 @@ class Explorer(View):
     def _build(self) -> Any:
         import ipywidgets as widgets
 
-        question = self.exploration.question
+        question, cards = self.exploration.question, gpu_table().sort_values("memory_bytes")["gpu"]
         controls: dict[str, Any] = {
             "model": choose(widgets.Dropdown, "model", architecture_names()),
             "size": choose(widgets.SelectionSlider, "size", ["1x1"]),
             "frames": choose(widgets.SelectionSlider, "frames", [1]),
             "tiling": choose(widgets.Dropdown, "tiles", [("", None)]),
-            "memory": choose(widgets.Dropdown, "memory", [""]),
-            "settings": choose(widgets.Dropdown, "diffusers", [("", NO_SETTINGS)]),
+            **memory_controls(),
             "decode_scope": choose(widgets.Dropdown, "decoded", [(WORDS[s], s) for s in SCOPES]),
             "quantization": choose(widgets.Dropdown, "weights", [(q.value, q) for q in Quantization]),
-            "gpu": choose(widgets.Dropdown, "GPU", list(gpu_table().sort_values("memory_bytes")["gpu"])),
+            "gpu": choose(widgets.Dropdown, "GPU", list(dict.fromkeys([*cards, question.gpu]))),
         }
         self._status_box, self._picture_box = widgets.HTML(), widgets.HTML()
         self._code_box = widgets.Textarea(layout=widgets.Layout(width="100%", height="14em"))
         self._code_box.add_class("i2v-code")
-        controls["gpu"].value = question.gpu
+        controls["gpu"].value, controls["budget"].value = question.gpu, question.budget
+        self._remedies = RemedyButtons(lambda changes: self._form.apply(changes))
         self._form = RequestForm(controls, question.model, question.request, self._ask)
         code = widgets.Accordion([self._code_box], titles=["The same as code"])
         grid = two_columns([*controls.values(), widgets.HTML(COPY)])
-        whole = widgets.VBox([grid, self._status_box, self._picture_box, code])
+        whole = widgets.VBox([grid, self._status_box, self._remedies.box, self._picture_box, code])
         whole.layout.max_width = "740px"
         whole.add_class("i2v-explorer")
         self._widget = whole
@@ -146,15 +176,26 @@ class Explorer(View):
 
     def _ask(self) -> None:
         form = self._form
-        self.exploration.ask(Question(request=form.request, model=form.model, gpu=form.widgets["gpu"].value))
+        gpu, budget = form.widgets["gpu"].value, form.widgets["budget"].value.strip()
+        self.note = ""
+        if not is_quiet(progress=True) and not form.problem:
+            remember("explorer", Choice(form.request, form.model, gpu, budget))
+        self.exploration.ask(Question(request=form.request, model=form.model, gpu=gpu, budget=budget))
 
     def _show(self) -> None:
         with self._drawing:
             if self._widget is None:
                 return
             self._code_box.value = self.exploration.question.code()
-            self._status_box.value = page(self._status() or sentence("Up to date.", "done"))
+            status = self._status() or sentence("Up to date.", "done")
+            self._status_box.value = page(sentence(self.note, "note") + status)
+            self._remedies.show(self._offered())
             self._picture_box.value = page(self._picture())
+
+    def _offered(self) -> Sequence[Remedy]:
+        answer, exploration = self.exploration.answer, self.exploration
+        current = answer is not None and answer.question == exploration.question and not exploration.working
+        return answer.remedies if answer is not None and current else ()
 
     def close(self) -> None:
         """Cancel a forecast in progress and close the widgets."""

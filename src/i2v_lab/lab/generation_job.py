@@ -121,8 +121,13 @@ class GenerationJob:
             return read_run(self.folder) if self.folder else None
         return None
 
-    def start(self, request: I2VRequest, model: str) -> None:
+    def start(self, request: I2VRequest, model: str, vram_cap_bytes: int | None = None) -> None:
         """Start a generation in the background; returns immediately.
+
+        Args:
+            request: What to generate.
+            model: An architecture's name.
+            vram_cap_bytes: The most that the allocator may take.
 
         Raises:
             I2VLabError: Another generation is running.
@@ -136,7 +141,7 @@ class GenerationJob:
         if self.state is State.RUNNING:
             raise I2VLabError(ONE_AT_A_TIME)
         request = replace(request, image=str(find_still(request.image)))
-        spec = RunSpec(request=request, model=model)
+        spec = RunSpec(request=request, model=model, vram_cap_bytes=vram_cap_bytes)
         spec.runner_spec.require_package(spec.architecture)
         load_still(request.image)
         self.wait()

@@ -22,6 +22,10 @@ STYLE = """<style>
 .i2v-view .i2v-drop.over { background: rgba(0, 114, 178, .15); }
 .i2v-view .bar { display: inline-block; width: 160px; height: 9px; background: rgba(128, 128, 128, .25); }
 .i2v-view .bar > span { display: block; height: 9px; background: #0072B2; }
+[data-jp-theme-light="false"] .i2v-widgets select {
+  background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath \
+fill='%23eee' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E");
+}
 .i2v-widgets.jupyter-widgets-disconnected > * { opacity: .5; pointer-events: none; }
 .i2v-widgets.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before { content: none; }
 .i2v-widgets.jupyter-widgets-disconnected::before {
@@ -71,6 +75,7 @@ class View(ABC):
             self._kept = frozenset(vars(self))
             self._widget = self._build()
             self._widget.add_class("i2v-widgets")
+            answer_while_busy(self._widget)
             View._opened.add(self)
         return self._widget
 
@@ -104,6 +109,27 @@ def close_widgets(widget: Any, without: Sequence[Any] = ()) -> None:
         widget: The outermost.
         without: Widgets inside of it that stay open, with what they are made of.
     """
+    for part in _parts(widget, without):
+        part.unobserve_all()
+        part.close()
+
+
+def answer_while_busy(widget: Any) -> None:
+    """Have a widget, and all that it is made of, answer while the kernel runs a cell.
+
+    JupyterLab sends what is done with a widget to a subshell of the kernel; from ipykernel 7.4 on the kernel hands it
+    to where the widget was made instead, which is busy with the cells that follow.
+
+    Args:
+        widget: The outermost.
+    """
+    for part in _parts(widget):
+        if hasattr(part.comm, "_reply_subshell_for"):
+            part.comm._reply_subshell_for = lambda _, asked: asked
+
+
+def _parts(widget: Any, without: Sequence[Any] = ()) -> list[Any]:
+    """A widget and all that it is made of, children, layouts and styles; some widgets inside of it left out."""
     from ipywidgets import Widget
 
     todo, found = [widget], {id(each): each for each in without}
@@ -116,9 +142,7 @@ def close_widgets(widget: Any, without: Sequence[Any] = ()) -> None:
             todo += [
                 each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, Widget)
             ]
-    for part in list(found.values())[len(without) :]:
-        part.unobserve_all()
-        part.close()
+    return list(found.values())[len(without) :]
 
 
 def _running_cell() -> tuple[str, str] | None:

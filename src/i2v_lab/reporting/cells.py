@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +14,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pandas as pd
+from IPython.core.getipython import get_ipython
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from i2v_lab.capacity.clock import run_on_clock
 from i2v_lab.display import printable
 from i2v_lab.files import write_atomically, write_text
-from i2v_lab.profiling.records import TimelineRecord
+from i2v_lab.profiling.records import PhaseRecord, TimelineRecord, peak_phase
 from i2v_lab.reporting.figures.chart import Chart
 from i2v_lab.reporting.figures.live import NO_TIMELINE
-from i2v_lab.reporting.figures.runs import timeline_figure
+from i2v_lab.reporting.figures.runs import holders_figure, timeline_figure
 from i2v_lab.reporting.figures.style import save_figure
+from i2v_lab.reporting.run_tables import modules_table
 from i2v_lab.reporting.tables import readable, save_table
 from i2v_lab.runs.store import Run
 
@@ -86,6 +89,9 @@ class Cells:
     def __init__(self, out_dir: str | Path, notebook: str) -> None:
         self.out = Path(out_dir)
         self.notebook = notebook
+        kernel = getattr(get_ipython(), "kernel", None)
+        if kernel is not None:  # on Ctrl-C papermill ends it within a cell, which it would log with a traceback
+            kernel.log.setLevel(logging.CRITICAL)
         pd.set_option("display.max_rows", None)  # otherwise pandas shows ten rows of a long table
         pd.set_option("display.max_colwidth", None)  # and 50 letters of a reason
 
@@ -139,13 +145,28 @@ class Cells:
         save_table(chart.table, self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, chart)
 
+    def holders(self, name: str, run: Run | None) -> Drawing | Markdown:
+        """What each module holds at a run's peak, by category; a sentence where live storages were not tracked."""
+        peak = peak_phase(run.of(PhaseRecord)) if run else None
+        if run is None or peak is None:
+            return Markdown(NOTHING)
+        return self.figure(name, holders_figure, modules_table(run, peak.phase), peak.phase)
+
     def video(self, name: str, path: Path) -> Path:
         """Copy a video to ``out_dir`` and return its path there."""
         target = self.out / "videos" / f"{self.notebook}_{name}.mp4"
         return write_atomically(target, lambda part: shutil.copyfile(path, part))
 
     def layouts(self, name: str, draw: Callable[..., Figure], layouts: Sequence[Any]) -> Drawing:
-        """Write and show a figure of tile layouts, which has no table."""
+        """Write and show a figure of tile layouts, and the bounds of the tiles as CSV."""
+        tiles = [
+            {"tiling": tiling, "top": top, "bottom": bottom, "left": left, "right": right, "first": first, "end": end}
+            for tiling, _, grid in layouts
+            for first, end in grid.groups
+            for top, bottom in grid.rows
+            for left, right in grid.columns
+        ]
+        save_table(pd.DataFrame(tiles), self.out / "figures", f"{self.notebook}_{name}")
         return self._shown(name, draw(layouts))
 
     def _shown(self, name: str, figure: Figure | Chart) -> Drawing:

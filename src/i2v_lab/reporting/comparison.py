@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from i2v_lab.display import escaped
 from i2v_lab.errors import RecordError
 from i2v_lab.profiling.records import Forecast, PhaseRecord, Record
-from i2v_lab.reporting.figures import live
 from i2v_lab.reporting.growth import (
     Growth,
     Tolerance,
@@ -72,7 +71,7 @@ class Comparison:
 
     Example:
         >>> Comparison.read(Path("runs/escaped"), Path("runs/no_grad")).headline  # doctest: +SKIP
-        'peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s'
+        'peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s, of one run each'
     """
 
     first: Run
@@ -128,6 +127,8 @@ class Comparison:
 
     def html(self) -> str:
         """Both headlines, bars, timelines, and the difference phase by phase."""
+        from i2v_lab.reporting.figures import live  # draws with matplotlib, which the core does without
+
         table = readable(difference_table(self.first, self.second), COLUMNS)
         return "".join(
             [

@@ -40,7 +40,7 @@ def difference_headline(run: Run, other: Run) -> str:
     """How the second run's peak and time differ from the first's, in one sentence.
 
     Example:
-        ``peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s``
+        ``peak 30.1 MiB instead of 56.3 MiB: -26.2 MiB (-47 %); 4.71 s instead of 4.90 s, of one run each``
     """
     first, second = peak_phase(run.of(PhaseRecord)), peak_phase(other.of(PhaseRecord))
     if first is None or second is None:
@@ -64,7 +64,7 @@ def _difference_in_time(run: Run, other: Run) -> str:
     ]
     if devices[0] != devices[1]:
         return f"no comparison of times: one is of {devices[0]}, the other of {devices[1]}"
-    return f"{format_seconds(_total_seconds(other))} instead of {format_seconds(_total_seconds(run))}"
+    return f"{format_seconds(_total_seconds(other))} instead of {format_seconds(_total_seconds(run))}, of one run each"
 
 
 def _saved_for_backward(run: Run, peak: PhaseRecord) -> str:

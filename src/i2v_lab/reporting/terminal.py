@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from i2v_lab.display import printable
+from i2v_lab.reporting.console import TerminalTable
 from i2v_lab.reporting.tables import cell_text
 
 OUTSIDE = "(outside any module)"
@@ -48,7 +49,7 @@ def rich_table(table: pd.DataFrame, title: str, *, bold: str | None = None) -> T
         >>> rows = pd.DataFrame({"phase": ["decode_video"], "peak_bytes": [2**30]})
         >>> Console().print(rich_table(rows, "Phases"))  # doctest: +SKIP
     """
-    shown = Table(
+    shown = TerminalTable(
         title=Text(printable(title)), title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False
     )
     shown.collapse_padding = True  # eight columns of bytes fit a terminal of 80

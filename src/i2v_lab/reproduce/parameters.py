@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from i2v_lab.errors import InvalidRequest
+from i2v_lab.errors import InvalidRequest, did_you_mean
 from i2v_lab.plain_yaml import load_yaml
 
 OUT_DIR = "out_dir"
@@ -199,7 +199,8 @@ def _check_name(name: str, declared: Mapping[str, Mapping[str, Parameter]], *, i
     subject = f"{lacking[0]}.ipynb declares no" if in_each or len(declared) == 1 else "no notebook declares a"
     there = dict.fromkeys(each for stem in lacking for each in declared[stem] if each != OUT_DIR)
     raise InvalidRequest(
-        f"{where}{subject} parameter {name!r}; use one of: {', '.join(there) or 'none'}", parameter=name
+        f"{where}{subject} parameter {name!r}; {did_you_mean(name, there) if there else 'there is none'}",
+        parameter=name,
     )
 
 

@@ -10,11 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from i2v_lab.display import printable
-from i2v_lab.reporting.console import PlainConsole
+from i2v_lab.reporting.console import PlainConsole, TerminalTable
 from i2v_lab.units import format_seconds
 
 
@@ -63,6 +62,12 @@ class RunReport:
         self._all = self._bars.add_task("all", total=len(names), unit="notebooks")
         self._tasks: dict[str, TaskID] = {}
 
+    def estimated(self, stale: int) -> None:
+        """Say beforehand how long so many notebooks take, if there are any to execute."""
+        if stale:
+            words = "half a minute each where their forecasts are cached, two to five minutes where not"
+            self._print(f"{stale} to execute: about {words}")
+
     def started(self, name: str, why: str | None) -> None:
         """Report that a notebook starts; ``why`` is the reason why its last run is stale, if there was one."""
         self._line(name, f"started, since {why}" if why else "started")
@@ -82,7 +87,9 @@ class RunReport:
         self._line(name, f"{outcome}{took}")
 
     def _line(self, name: str, text: str) -> None:
-        line = f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}"
+        self._print(f"[{self._names.index(name) + 1}/{len(self._names)}] {name}: {text}")
+
+    def _print(self, line: str) -> None:
         if self._plain:
             sys.stderr.write(
                 f"{printable(line, lines=False)}\n"
@@ -103,7 +110,7 @@ class RunReport:
 
 def print_summary(outcomes: Sequence[Outcome], out: Path) -> None:
     """Print the outcome of every notebook as a table, and the path of the site below the build folder."""
-    table = Table("notebook", "outcome", "time", header_style="bold")
+    table = TerminalTable("notebook", "outcome", "time", header_style="bold")
     table.columns[-1].justify = "right"
     for outcome in outcomes:
         style = "bold red" if outcome.error else ""

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from i2v_lab.errors import InvalidRequest, ReproduceError
+from i2v_lab.errors import InvalidRequest, ReproduceError, did_you_mean
 from i2v_lab.files import check_folder, remove_partial_files
 from i2v_lab.locks import exclusive
 from i2v_lab.paths import notebooks_dir
@@ -116,6 +116,7 @@ def _reproduce(
     planned = [_job(notebook, plan, code, out, force) for notebook, plan in zip(notebooks, plans, strict=True)]
     stems = [notebook.stem for notebook in known]
     with RunReport([notebook.stem for notebook in notebooks]) as report:
+        report.estimated(sum(job.stale for job in planned))
         outcomes = _run_all(planned, out, stems, on, report)
     _render(out, known, code)
     failed = [outcome for outcome in outcomes if outcome.error]
@@ -143,7 +144,7 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
         stem = name.removesuffix(".ipynb")
         matching = {each for each in known if stem in (each, each.partition("_")[0])}
         if not matching:
-            raise InvalidRequest(f"notebook={name!r} does not exist; use one of: {', '.join(known)}", notebook=name)
+            raise InvalidRequest(f"notebook={name!r} does not exist; {did_you_mean(name, known)}", notebook=name)
         wanted |= matching
     return [path for stem, path in known.items() if not names or stem in wanted]
 

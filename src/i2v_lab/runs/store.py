@@ -195,6 +195,10 @@ class Run(HtmlFields):
         metadata: All of ``metadata.json``.
         records: In the order in which they came about.
         status: ``complete``, ``failed`` (the error is in ``metadata["error"]``) or ``running``.
+
+    Example:
+        >>> read_run("runs/no_grad").status  # doctest: +SKIP
+        'complete'
     """
 
     folder: Path
@@ -250,6 +254,10 @@ def read_run(folder: str | Path) -> Run:
 
     Raises:
         RecordError: The folder is missing, foreign, damaged, or of a newer format.
+
+    Example:
+        >>> len(read_run("runs/no_grad").records)  # doctest: +SKIP
+        148
     """
     try:
         return _read(Path(folder))

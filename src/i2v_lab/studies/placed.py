@@ -89,7 +89,7 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
     if runner_of(load_architecture(model)).techniques:
         first = Budgets(request, model)
         cards = {gpu: first.on(gpu) for gpu, _ in budgets}
-        return [_solved(cards[gpu].resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
+        return [placed_of(cards[gpu].resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
     spec = RunSpec(request=request, model=model)
     tried = settings_forecasts([request], model)
     if any(fitting_bytes(each) > nbytes for each in tried.values() for _, nbytes in budgets) or not tried:
@@ -239,7 +239,14 @@ def waiting_bytes(request: I2VRequest, tried: Mapping[I2VRequest, Forecast]) -> 
     return whole[0].phases[0].start_bytes if whole else None
 
 
-def _solved(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) -> Placed:
+def placed_of(found: Resolution | DeviceUnavailable, asked: I2VRequest, gpu: str) -> Placed:
+    """What was solved for a budget, in a few words and numbers.
+
+    Args:
+        found: Of :meth:`~i2v_lab.capacity.placement.Budgets.resolve`.
+        asked: The request, whose tiles are compared.
+        gpu: Whose rates predict the seconds.
+    """
     if isinstance(found, DeviceUnavailable):
         return Placed(NONE, NONE, None, None, None, "", int(found.fields["needed_bytes"]), None)
     request, peak = found.request, found.forecast.peak

@@ -46,13 +46,15 @@ def tiling_table(observations: Sequence[Observation]) -> pd.DataFrame:
 
     Returns:
         The columns of :func:`~i2v_lab.studies.published.beside_published`, then ``tiling, tiles, voxel_ratio`` (voxels
-        decoded over voxels of the video), ``decode_peak_bytes`` and ``decode_seconds`` (missing for a forecast without
-        the clock of a card).
+        decoded over voxels of the video), ``published_end`` (the published outcome, and what was beside it),
+        ``decode_peak_bytes`` and ``decode_seconds`` (missing for a forecast without the clock of a card).
     """
     found = [each for each in observations if each.run is not None]
     table = beside_published(runs_frame(observations))
     grids = [tile_grid(each.spec.request) for each in found]
     table["tiling"] = [tiling_name(each.spec.request.tiling) for each in found]
+    outcome, note = table["published_outcome"], table["published_note"]
+    table["published_end"] = outcome.where(note == "", outcome + ": " + note)
     table["tiles"] = pd.Series([grid.tiles for grid in grids], dtype="int64")
     sizes = [each.spec.request.shape for each in found]
     voxels = [grid.voxels / (s.width * s.height * s.frames) for grid, s in zip(grids, sizes, strict=True)]

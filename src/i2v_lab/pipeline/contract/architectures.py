@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from i2v_lab.errors import UnknownModel, shown
+from i2v_lab.errors import UnknownModel, did_you_mean, shown
 from i2v_lab.paths import data_dir
 from i2v_lab.request import Tiling
 
 TINY = "-tiny"  # ends the name of the small model in the file of a large one
+LISTED = "`i2v-lab models` lists all"
 OWN = ("tiny", "parameters", "repository", "note")  # are not those of the model that another is `like`
 
 
@@ -115,7 +116,7 @@ def load_architecture(name: str) -> Architecture:
     if not isinstance(name, str) or name not in _files():
         names = architecture_names()
         raise UnknownModel(
-            f"model={shown(name)} is not a known architecture; use one of: {', '.join(names)}", model=name
+            f"model={shown(name)} is not a known architecture; {did_you_mean(name, names, LISTED)}", model=name
         )
     return _read(name)
 

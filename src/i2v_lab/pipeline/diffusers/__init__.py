@@ -147,7 +147,7 @@ RUNNER = RunnerSpec(
     label="diffusers",
     models="diffusers",
     module="diffusers",
-    install="pip install 'diffusers>=0.39,<0.43'",
+    install="pip install 'i2v-lab[diffusers]'",
     packages=("torch", "diffusers", "transformers", "accelerate", "torchao", "gguf"),
     sizes=SIZES,
     parts={

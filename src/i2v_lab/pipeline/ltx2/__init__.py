@@ -38,7 +38,7 @@ RUNNER = RunnerSpec(
     label="i2v-lab",
     models="ltx-2",
     module="ltx_pipelines",
-    install="pip install ltx-core==1.0.0 ltx-pipelines==1.0.0",
+    install="pip install 'i2v-lab[ltx]'",
     packages=("torch", "ltx-core", "ltx-pipelines", "transformers"),
     sizes=SIZES,
     parts={

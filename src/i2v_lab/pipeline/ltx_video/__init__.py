@@ -9,7 +9,7 @@ RUNNER = RunnerSpec(
     label="i2v-lab, ltx-video",
     models="ltx-video",
     module="ltx_video",
-    install="pip install --no-deps ltx-video==0.1.2",
+    install="pip install 'i2v-lab[ltx-video]' && pip install --no-deps ltx-video==0.1.2",
     packages=("torch", "ltx-video", "diffusers", "transformers"),
     sizes=SIZES,
     parts={

@@ -22,6 +22,7 @@ class VramEngine(NBClientEngine):
         arguments = [
             *kwargs.pop("extra_arguments", []),
             "--IPKernelApp.extensions=i2v_lab.profiling.jupyter.cell_meter",
+            "--log-level=CRITICAL",  # else a kernel that Ctrl-C ends logs errors of its own; a cell's are in its output
         ]
         try:
             return super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=arguments, **kwargs)

@@ -31,8 +31,11 @@ NO_TIMELINE = "No timeline: live storages are tracked in forecasts and in runs o
 WIDTH = 720
 LEFT, RIGHT = 128, 88  # of the bars: for names and for values
 ROW = 22
+LETTER = 6.8  # of a value, on average
 RESERVED, CONTEXT = ("reserved, not allocated", "#CCCCCC"), ("CUDA context", "#777777")
 FONT = 'font-family="system-ui,sans-serif" font-size="12" fill="currentColor"'
+EDGE = "stroke:currentColor;stroke-width:.5px;stroke-opacity:.6"  # dark colours have one in a dark theme
+COLUMN = 4  # pixels, of what a pointer hits
 HALO = ' style="paint-order:stroke;stroke:var(--jp-layout-color0,Canvas);stroke-width:3px"'  # where a line crosses
 
 
@@ -72,10 +75,12 @@ def phase_bars(run: Run, context_bytes: int = 0, line: Line | None = None, other
         return _sentence("No phase has ended, so there is no peak to show.")
     longest = max(sum(nbytes for _, _, nbytes in row) for each in rows for row in each.values())
     scale = (WIDTH - LEFT - RIGHT) / (max(longest, line.nbytes if line else 0) * 1.02 or 1)
+    line_x = LEFT + line.nbytes * scale if line else 0.0
     top = 26 if line else 6
     row_height, bar_height = (ROW, ROW - 6) if other is None else (2 * ROW - 10, ROW - 9)
     parts: list[str] = []
     values: list[str] = []
+    most = [_most_of(each) for each in runs]
     for place, phase in enumerate(phases):
         y = top + place * row_height
         parts.append(_text(LEFT - 8, y + row_height / 2 - 1, phase.replace("_", " "), "end"))
@@ -85,14 +90,20 @@ def phase_bars(run: Run, context_bytes: int = 0, line: Line | None = None, other
             bar_y = y + index * (bar_height + 1)
             x = float(LEFT)
             for label, colour, nbytes in each[phase]:
-                title, opacity = f"{phase}: {label}, {format_bytes(nbytes)}", 0.55 if index else 1.0
+                module = most[index].get((phase, label))
+                title = f"{phase}: {label}, {_exact(nbytes)}{f'; most of it: {module}' if module else ''}"
+                opacity = 0.55 if index else 1.0
                 parts.append(_rect(x, bar_y, nbytes * scale, bar_height, colour, title, opacity))
                 x += nbytes * scale
             total = sum(nbytes for _, _, nbytes in each[phase])
-            values.append(_text(x + 5, bar_y + bar_height / 2, format_bytes(total), more=HALO))
+            value = format_bytes(total)
+            beside = x + 5
+            if line is not None and beside - 4 < line_x < beside + LETTER * len(value) + 4:
+                beside = line_x + 5  # beyond the line, which would strike it through
+            values.append(_text(beside, bar_y + bar_height / 2, value, more=HALO))
     bottom = top + len(phases) * row_height
     if line is not None:
-        x = LEFT + line.nbytes * scale
+        x = line_x
         parts.append(_vertical(x, 18, bottom, 'stroke-width="1.5" stroke-dasharray="5 3" class="card"'))
         parts.append(_text(x, 9, line.label, "end" if x > WIDTH / 2 else "start"))
     legend = {label: colour for each in rows for row in each.values() for label, colour, _ in row}
@@ -128,6 +139,19 @@ def _segments(run: Run, context_bytes: int) -> dict[str, list[Segment]]:
     return segments
 
 
+def _most_of(run: Run) -> dict[tuple[str, str], str]:
+    """The module with most of each category at each phase's peak, by phase and the category's label."""
+    held = sorted(run.of(ModuleRecord), key=lambda record: record.nbytes)
+    return {
+        (record.phase, CATEGORIES[f"{record.category}_bytes"][0]): record.module or "outside any module"
+        for record in held
+    }
+
+
+def _exact(nbytes: int) -> str:
+    return f"{format_bytes(nbytes)} ({nbytes:,} bytes)"
+
+
 # --- Over time ---
 
 
@@ -149,10 +173,10 @@ def timeline(run: Run, other: Run | None = None) -> str:
     parts = []
     xs = _columns([phase for phase, _ in first], phases, plot)
     below = [0] * len(first)
-    for index, (label, colour) in enumerate(CATEGORIES.values()):
+    for index, (_, colour) in enumerate(CATEGORIES.values()):
         above = [base + values[index] for base, (_, values) in zip(below, first, strict=True)]
         outline = plot.points([*xs, *reversed(xs)], [*above, *reversed(below)])
-        parts.append(f'<polygon points="{outline}" fill="{colour}"><title>{label}</title></polygon>')
+        parts.append(f'<polygon points="{outline}" fill="{colour}" style="{EDGE}"/>')
         below = above
     if second:
         points = plot.points(_columns([phase for phase, _ in second], phases, plot), [sum(v) for _, v in second])
@@ -162,6 +186,7 @@ def timeline(run: Run, other: Run | None = None) -> str:
         x = plot.left + number * width
         parts.append(_vertical(x, plot.bottom - plot.height, plot.bottom, DOTTED))
         parts.append(_text(x + width / 2, plot.bottom + 12, phase.replace("_", " "), "middle", 10.5))
+    parts += _pointed(first, xs, _most_of(run), plot)
     parts += plot.ticks((0.5, 1.0))
     dashed = f"dashed: all of {other.folder.name}" if other else ""
     parts.append(_legend(CATEGORIES.values(), plot.bottom + 32, dashed))
@@ -174,6 +199,29 @@ def _moments(run: Run) -> list[tuple[str, tuple[int, ...]]]:
         for moment in run.of(TimelineRecord)
         if moment.phase
     ]
+
+
+def _pointed(
+    moments: Sequence[tuple[str, tuple[int, ...]]], xs: Sequence[float], most: dict[tuple[str, str], str], plot: _Plot
+) -> list[str]:
+    """What a pointer over the timeline is told, in columns that it can hit: the highest moment in each."""
+    highest: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for x, moment in zip(xs, moments, strict=True):
+        column = int((x - plot.left) // COLUMN)
+        if column not in highest or sum(moment[1]) > sum(highest[column][1]):
+            highest[column] = moment
+    parts = []
+    for column, (phase, values) in highest.items():
+        told = [f"{phase}: {_exact(sum(values))}"]
+        for (label, _), nbytes in zip(CATEGORIES.values(), values, strict=True):
+            module = most.get((phase, label))
+            told.append(f"{label} {_exact(nbytes)}{f', at the peak most in {module}' if module else ''}")
+        x = plot.left + column * COLUMN
+        parts.append(
+            f'<rect class="moment" x="{x:.1f}" y="{plot.bottom - plot.height}" width="{COLUMN}" height="{plot.height}" '
+            f'fill="none" pointer-events="all"><title>{escaped("; ".join(told))}</title></rect>'
+        )
+    return parts
 
 
 def _columns(phases: Sequence[str], columns: Sequence[str], plot: _Plot) -> list[float]:
@@ -307,7 +355,7 @@ def _svg(parts: Sequence[str], height: float, words: str) -> str:
 def _rect(x: float, y: float, width: float, height: float, colour: str, title: str, opacity: float) -> str:
     return (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height}" fill="{colour}" '
-        f'fill-opacity="{opacity:g}"><title>{escaped(title)}</title></rect>'
+        f'fill-opacity="{opacity:g}" style="{EDGE}"><title>{escaped(title)}</title></rect>'
     )
 
 

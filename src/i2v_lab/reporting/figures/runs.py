@@ -13,7 +13,7 @@ from i2v_lab.profiling.records import ModuleRecord
 from i2v_lab.reporting.figures.chart import INK, POINTER, TABLE, WIDTH, Chart, described, exact_bytes
 from i2v_lab.reporting.figures.style import CATEGORIES, byte_scale, phase_label, short_name
 from i2v_lab.runs.store import Run
-from i2v_lab.units import GIB, MIB
+from i2v_lab.units import GIB, KIB, MIB
 
 MOMENTS = 80  # of one phase, at most: what a wide screen can show of it
 TOP = 10  # bars of modules; the others share one more
@@ -237,11 +237,11 @@ def holders_figure(table: pd.DataFrame, phase: str = "") -> Chart:
         table: Of :func:`~i2v_lab.reporting.run_tables.modules_table`.
         phase: Its name.
     """
-    where = f"at the peak of {phase_label(phase).replace(chr(10), ' ')}" if phase else "at the peak"
-    return _module_bars(table.assign(phase=phase), table, f"live {where}", f"What is live {where}, by module")
+    where = f"at the peak of {short_name(phase).replace('_', ' ')}" if phase else "at the peak"
+    return _module_bars(table, table, f"live {where}", f"What is live {where}, by module", phase)
 
 
-def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str) -> Chart:
+def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str, phase: str = "") -> Chart:
     totals = rows.groupby("module", sort=False)["nbytes"].sum().sort_values(ascending=False, kind="stable")
     others = f"{len(totals) - TOP} others"
     names = {module: module or "outside any module" for module in totals.index[:TOP]}
@@ -249,6 +249,7 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
     bars = bars.groupby(["module", "category"], sort=False)["nbytes"].sum().reset_index()
     bars = bars.assign(
         series=bars["category"].map(lambda category: CATEGORIES[f"{category}_bytes"][0]),
+        phase=phase,
         share=bars["nbytes"] / max(1, int(totals.sum())),
         all_bytes=bars.groupby("module")["nbytes"].transform("sum"),
     )
@@ -281,12 +282,15 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
         )
         .mark_bar(aria=False, **OUTLINE)
         .encode(
-            x=alt.X("amount:Q", title=f"{title} ({unit})", stack="zero", scale=room, axis=alt.Axis(tickCount=6)),
+            x=alt.X(
+                "amount:Q", title=f"{title} ({unit})", stack="zero", scale=room, axis=alt.Axis(tickCount=6, grid=False)
+            ),
             y=y,
             color=alt.Color("series:N", title=None, scale=alt.Scale(domain=kinds, range=[colours[k] for k in kinds])),
             order=alt.Order("series:N", sort="descending"),
             tooltip=[
                 alt.Tooltip("module:N"),
+                *([alt.Tooltip("phase:N")] if phase else []),
                 alt.Tooltip("series:N", title="category"),
                 alt.Tooltip("words:N", title="bytes"),
                 alt.Tooltip("part:N", title="of all"),
@@ -308,6 +312,9 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
 
 
 def _short(field: str, share: str) -> str:
-    small = f"datum.{field} < {GIB}"
-    size = f"format(datum.{field} / ({small} ? {MIB} : {GIB}), '.2f') + ({small} ? ' MiB' : ' GiB')"
+    """A Vega expression for bytes as :func:`~i2v_lab.units.format_bytes` has them, and a share."""
+    value = f"datum.{field}"
+    size = f"format({value}, 'd') + ' B'"
+    for unit, name, digits in ((KIB, "KiB", 1), (MIB, "MiB", 1), (GIB, "GiB", 2)):
+        size = f"({value} >= {unit} ? format({value} / {unit}, '.{digits}f') + ' {name}' : {size})"
     return f"{size} + ', ' + format(datum.{share}, '.0%')"

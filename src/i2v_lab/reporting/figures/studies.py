@@ -27,6 +27,7 @@ from i2v_lab.reporting.figures.style import (
 from i2v_lab.reporting.tables import WORDS
 from i2v_lab.units import format_bytes
 
+TILES_ACROSS = 3  # layouts beside each other, where there are so many
 TileLayout = tuple[str, tuple[int, int, int], Any]
 
 
@@ -38,10 +39,13 @@ def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
             intervals in pixels and frames.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 * len(layouts), 3.4), layout="constrained")
-        grid = figure.subplots(2, len(layouts), squeeze=False, height_ratios=[3, 1])
-        for column, (name, (width, height, frames), tiles) in enumerate(layouts):
-            plane, time = grid[0][column], grid[1][column]
+        across = min(len(layouts), TILES_ACROSS)
+        down = -(-len(layouts) // across)
+        figure = Figure(figsize=(2.6 * across, 3.4 * down), layout="constrained")
+        grid = figure.subplots(2 * down, across, squeeze=False, height_ratios=[3, 1] * down)
+        for place, (name, (width, height, frames), tiles) in enumerate(layouts):
+            row, column = 2 * (place // across), place % across
+            plane, time = grid[row][column], grid[row + 1][column]
             rows, columns, groups = tiles.rows, tiles.columns, tiles.groups
             for top, bottom in rows:
                 for left, right in columns:
@@ -58,6 +62,8 @@ def tile_figure(layouts: Sequence[TileLayout]) -> Figure:
                 axes.tick_params(labelsize=8)
             time.set_xlabel("frame", fontsize=8)
             plane.set_xlabel("pixel", fontsize=8)
+        for axes in grid.reshape(down, 2, across).swapaxes(1, 2).reshape(-1, 2)[len(layouts) :].flat:
+            axes.set_visible(False)
     return figure
 
 
@@ -252,12 +258,13 @@ def leak_figure(table: pd.DataFrame) -> Figure:
                 rows = part[part["decode_scope"] == scope]
                 values = rows["allocated_bytes"] / scale
                 axes.plot(rows["generation"], values, color=COLOURS[scope], linewidth=2, **MARKERS[scope])
+                ended_early = rows["generation"].iloc[-1] <= part["generation"].max() / 2
                 axes.annotate(
                     f"{WORDS[scope]}\n{format_bytes(int(rows['allocated_bytes'].iloc[-1]))}",
                     (rows["generation"].iloc[-1], values.iloc[-1]),
-                    xytext=(-6, 12 if apart or index else 44),
+                    xytext=(8 if ended_early else -6, 12 if apart or index else 44),
                     textcoords="offset points",
-                    ha="right",
+                    ha="left" if ended_early else "right",
                     color=COLOURS[scope],
                     fontsize=9,
                     fontweight="bold",

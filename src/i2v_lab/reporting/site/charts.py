@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -41,12 +42,41 @@ def behind_chart(spec: Mapping[str, Any]) -> str:
         HTML: a ``script`` element that is data, which a browser does not run, and a folded table.
     """
     text = data_block({**spec, "$schema": SCHEMA})
-    label = escape(str(spec["usermeta"]["label"]))
+    table = folded_table(spec["datasets"][TABLE], spec["usermeta"]["columns"], str(spec["usermeta"]["label"]))
+    return f'<script type="application/json">{text}</script>\n{table}'
+
+
+def behind_figure(csv_file: Path, label: str) -> str:
+    """The table behind a figure that is no chart, from the CSV beside it; empty if there is none.
+
+    Args:
+        csv_file: Which may be missing.
+        label: What the figure shows.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    if not csv_file.is_file():
+        return ""
+    with csv_file.open(encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file)
+        return folded_table(list(rows), list(rows.fieldnames or []), label)
+
+
+def folded_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], label: str) -> str:
+    """A table that is folded until somebody wants it, and that a keyboard can open and scroll.
+
+    Args:
+        rows: By name of the column.
+        columns: Their names, in order.
+        label: What it is of, for screen readers.
+    """
+    if not columns:
+        return ""
     return (
-        f'<script type="application/json">{text}</script>\n'
-        f'<details class="behind"><summary>The table behind this figure</summary>\n'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {label}">'
-        f"{data_table(spec['datasets'][TABLE], spec['usermeta']['columns'])}</div></details>"
+        '<details class="behind"><summary>The table behind this figure</summary>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {escape(label)}">'
+        f"{data_table(rows, columns)}</div></details>"
     )
 
 

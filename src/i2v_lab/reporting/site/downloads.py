@@ -30,6 +30,16 @@ def downloads(metadata: Mapping[str, Any], out: Path) -> list[tuple[str, str]]:
     return [(kind.upper(), f"../{quote(found[kind])}") for kind in KINDS["figures"] if kind in found]
 
 
+def figure_rows(metadata: Mapping[str, Any], out: Path) -> Path:
+    """Where the CSV of a figure is, if it has one.
+
+    Args:
+        metadata: Of the output, as in :func:`downloads`.
+        out: The build folder.
+    """
+    return out / "figures" / f"{metadata.get(METADATA, {}).get('name')}.csv"
+
+
 def command(notebook: Any, stem: str) -> str:
     """The command that runs an executed notebook again, with the parameters that it was run with.
 

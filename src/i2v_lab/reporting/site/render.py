@@ -22,6 +22,7 @@ from i2v_lab.reporting.figures.chart import MIME as CHART
 from i2v_lab.reporting.results import MIME
 from i2v_lab.reporting.site.charts import (
     behind_chart,
+    behind_figure,
     chart_scripts,
     chart_style,
     data_block,
@@ -30,7 +31,7 @@ from i2v_lab.reporting.site.charts import (
     with_charts,
 )
 from i2v_lab.reporting.site.contents import Found, searchable, searchable_text, with_anchors
-from i2v_lab.reporting.site.downloads import command, downloads
+from i2v_lab.reporting.site.downloads import command, downloads, figure_rows
 from i2v_lab.reporting.site.inline_svg import inline_svg
 from i2v_lab.reporting.site.story import Page, headline, read_page
 from i2v_lab.reporting.site.terms import link_terms
@@ -81,7 +82,7 @@ def render_site(
             page=page,
             body=Markup(with_charts(explain_terms(body, environment), behind)),  # noqa: S704 - what our own notebooks show
             sections=sections,
-            **chart_parts(environment, bool(behind)),
+            **chart_parts(environment, 'class="drawn chart"' in body),
             previous=pages[index - 1] if index else None,
             following=pages[index + 1] if index + 1 < len(pages) else None,
         )
@@ -188,7 +189,7 @@ def notebook_body(exporter: Any, notebook: Path, page: Page, pages: Sequence[Pag
         out: The build folder; the files of figures and tables that are there can be downloaded.
 
     Returns:
-        The HTML, and for each chart in it what goes to its place: :func:`~i2v_lab.reporting.site.charts.with_charts`.
+        The HTML, and for each figure in it what goes to its place: :func:`~i2v_lab.reporting.site.charts.with_charts`.
     """
     node = nbformat.read(notebook, as_version=4)
     node.cells = [cell for cell in node.cells if PAPERMILL_ERROR not in cell.metadata.get("tags", [])]
@@ -205,7 +206,7 @@ def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> list[str]:
     """Label outputs with the heading above them, make ids of figures unique, and remove pandas' own style.
 
     Returns:
-        What is behind each chart.
+        What is behind each figure.
     """
     heading, count, figures = plain_markdown(title), 0, 0
     errors = []
@@ -229,9 +230,11 @@ def _prepare_outputs(cells: Sequence[Any], title: str, out: Path) -> list[str]:
             label = heading if count < 2 else f"{heading} ({count})"
             output.metadata["label"] = label
             output.metadata["downloads"] = downloads(output.metadata, out)
-            if is_chart(data):
-                output.metadata["chart"] = place_of(len(behind))
-                behind.append(behind_chart(data[CHART]))
+            if "image/svg+xml" in data:
+                output.metadata["chart"] = is_chart(data)
+                output.metadata["behind"] = place_of(len(behind))
+                rows = figure_rows(output.metadata, out)
+                behind.append(behind_chart(data[CHART]) if is_chart(data) else behind_figure(rows, label))
             if "image/svg+xml" in data:
                 figures += 1
                 data["image/svg+xml"] = inline_svg(data["image/svg+xml"], f"figure-{figures}", label)

@@ -68,6 +68,7 @@
     box.className = "copied";
     shown.before(box);
     box.append(bar, shown);
+    if (shown.scrollWidth > shown.clientWidth) table.classList.add("dense");  // rather small than cut, where there is room
   }
 
   /** Numbers to the right, words to the left; numbers and single words stay on one line. The first column stays in sight. */
@@ -78,7 +79,7 @@
     for (const row of rows) {
       row.forEach((cell, x) => {
         if (!cell) return;
-        if (number.test(words(cell)) || words(cell).length <= 14) cell.classList.add("short");
+        if (number.test(words(cell)) || words(cell).length <= 14 || /^\S{1,20}$/.test(words(cell))) cell.classList.add("short");
         if (x === 0) cell.classList.add("key");
         if (x === 0 && words(cell).length > 20) cell.classList.add("long");
         if (cell.colSpan === 1 && rows.slice(head).some((other) => other[x] && !number.test(words(other[x])))) cell.classList.add("words");
