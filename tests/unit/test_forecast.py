@@ -699,3 +699,12 @@ def test_parts_of_a_tensor_that_are_filled_one_by_one_are_not_inferred_one_by_on
     assert profiler.phases[0].end_bytes == 300 * 300 * 4 + 3 * 2 * 4
     with forecasting("cuda"), pytest.raises(RuntimeError):  # by itself: torch logs the error, with its arguments
         torch.zeros(3, 2, device="cuda").fill_(torch.ones(2, device="cuda"))
+
+
+def test_a_forecast_of_a_call_says_where_library_workspaces_are_not_counted():
+    model, data = torch.nn.Linear(64, 64), torch.empty(8, 64)
+    (note,) = forecast(model, data).notes
+    assert (note.phase, note.topic) == ("call", "workspaces")
+    assert "load_workspaces()" in note.text
+    assert forecast(model, data, workspaces=load_workspaces()).notes == []
+    assert forecast(model, data, device="cpu").notes == []

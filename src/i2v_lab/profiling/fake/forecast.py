@@ -23,9 +23,14 @@ from i2v_lab.profiling.fake.operator_costs import OperatorCosts
 from i2v_lab.profiling.fake.workspaces import Workspaces
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
-from i2v_lab.profiling.records import CostRow, Forecast
+from i2v_lab.profiling.records import CostRow, Forecast, NoteRecord
 from i2v_lab.thread_patches import patched_here
 from i2v_lab.torch_compat import active_fake_mode, inner_tensors, storage_key, tree_leaves
+
+NOT_COUNTED = (
+    "library workspaces, the allocator's rounding and the CUDA context are not counted; pass "
+    "workspaces=load_workspaces()"
+)
 
 
 class ForecastMeter(LiveStorageMeter):
@@ -221,7 +226,7 @@ def forecast(
         **kwargs: Its keyword arguments.
 
     Returns:
-        The records of one phase, ``call``.
+        The records of one phase, ``call``. Without ``workspaces`` a note among them says what is not counted.
 
     Raises:
         ForecastError: As in :func:`forecasting`; or the call allocated nothing.
@@ -239,6 +244,8 @@ def forecast(
         profiler.observe(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         with profiler.phase("call"):
             run(*args, **kwargs)
+        if workspaces is None and torch.device(device).type == "cuda":
+            profiler.write(NoteRecord("call", "workspaces", 0, NOT_COUNTED))
     if not profiler.peak.peak_bytes:
         raise ForecastError(
             f"the call allocated nothing on device={str(device)!r} and was given no tensor or module; let it make its "
