@@ -245,7 +245,7 @@ def test_all_notebooks_are_executed_although_some_fail_and_a_table_shows_the_out
     top, child = first_run
     assert child.returncode == 1
     estimate, *lines = child.stderr.splitlines()
-    assert estimate.startswith("4 to execute: about ")
+    assert estimate.startswith("4 to execute, into ")
     assert sorted(line for line in lines if line.endswith(": started")) == [
         f"[{number}/4] {name}: started" for number, name in enumerate(("dies", "drawn", "drawn_too", "fails"), start=1)
     ]
@@ -392,7 +392,7 @@ def test_stale_and_failed_notebooks_are_executed_and_the_site_keeps_the_others(b
     assert outcomes[0].seconds is not None
     assert outcomes[1].seconds is None
     printed = capfd.readouterr().err.splitlines()
-    assert printed[0].startswith("1 to execute: about ")
+    assert printed[0].startswith("1 to execute, into ")
     assert printed[1:3] == [
         "[2/2] drawn_too: up to date",
         "[1/2] drawn: started, since figures/drawn_a.svg is missing",

@@ -17,7 +17,7 @@ from i2v_lab.errors import InvalidRequest, MeasureError, RecordError, RunnerUnav
 from i2v_lab.profiling.records import PhaseRecord
 from i2v_lab.reporting.growth import Tolerance
 from i2v_lab.runs.provenance import run_metadata
-from i2v_lab.runs.store import FORECAST, RunWriter
+from i2v_lab.runs.store import FORECAST, RunWriter, read_run
 from i2v_lab.runs.versions import forecast_plan_under, installed_beside, main, unmet_requirements
 from i2v_lab.units import MIB
 
@@ -220,7 +220,9 @@ def test_requirements_that_neither_the_folder_nor_this_environment_meets_are_fou
 def test_a_plan_is_forecast_with_what_a_folder_has_before_everything_else(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(PLAN)
-    assert main(str(plan), str(tmp_path / "runs")) == 0
+    _distribution(tmp_path / "beside", "beside", "1.5")
+    assert main(str(plan), str(tmp_path / "runs"), str(tmp_path / "beside")) == 0
+    assert "beside" in read_run(tmp_path / "runs" / "64x64x9").metadata["versions"]
     status, values = _compare(tmp_path / "runs", tmp_path / "runs")
     assert (status, [each["run"] for each in values["comparisons"]]) == (0, ["64x64x9"])
     folder = tmp_path / "planted"

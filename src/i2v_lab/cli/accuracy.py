@@ -71,10 +71,10 @@ def accuracy(
     if time:
         _compare_seconds(folder, model, csv, as_json)
         return
-    log(f"reading the runs; {ESTIMATE}")
     measured = measured_table(model, folder=folder, diffusers=True)
     if measured.empty:
         raise RecordError(NO_RUNS, folder=folder, model=model)
+    log(f"forecasting the runs: {ESTIMATE}")
     table = accuracy_table(measured)
     if csv is not None:
         write_atomically(csv, lambda part: table.to_csv(part, index=False))
@@ -100,9 +100,11 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _compare_seconds(folder: Path | None, model: str | None, csv: Path | None, as_json: bool) -> None:
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
+    from i2v_lab.runs.recorded import recorded_runs
     from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
 
-    log(f"reading the runs; {ESTIMATE}")
+    if recorded_runs(folder).runs:  # read once for both
+        log(f"forecasting the runs: {ESTIMATE}")
     times = time_table(folder, model=model)
     if times.empty:
         raise RecordError(NO_RUNS, folder=folder, model=model)

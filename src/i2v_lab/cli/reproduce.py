@@ -13,7 +13,6 @@ from typer.core import TyperCommand
 
 from i2v_lab.cli import options
 from i2v_lab.cli.options import as_text
-from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest, ReproduceError
 from i2v_lab.extras import require_module
 
@@ -136,8 +135,6 @@ def reproduce(
     require_module("papermill")
     if out is None:
         out = build_folder(parameter or [], parameters_file or [])
-        if out != BUILD:
-            log(f"with parameters, into {out}: {BUILD} keeps what the notebooks make by default")
     try:
         str(out.absolute()).encode()
     except UnicodeError:

@@ -62,11 +62,11 @@ class RunReport:
         self._all = self._bars.add_task("all", total=len(names), unit="notebooks")
         self._tasks: dict[str, TaskID] = {}
 
-    def estimated(self, stale: int) -> None:
-        """Say beforehand how long so many notebooks take, if there are any to execute."""
+    def estimated(self, stale: int, out: Path) -> None:
+        """Say beforehand how long so many notebooks take, and where they go, if there are any to execute."""
         if stale:
             words = "half a minute each where their forecasts are cached, two to five minutes where not"
-            self._print(f"{stale} to execute: about {words}")
+            self._print(f"{stale} to execute, into {out}: about {words}")
 
     def started(self, name: str, why: str | None) -> None:
         """Report that a notebook starts; ``why`` is the reason why its last run is stale, if there was one."""

@@ -116,7 +116,7 @@ def _reproduce(
     planned = [_job(notebook, plan, code, out, force) for notebook, plan in zip(notebooks, plans, strict=True)]
     stems = [notebook.stem for notebook in known]
     with RunReport([notebook.stem for notebook in notebooks]) as report:
-        report.estimated(sum(job.stale for job in planned))
+        report.estimated(sum(job.stale for job in planned), out)
         outcomes = _run_all(planned, out, stems, on, report)
     _render(out, known, code)
     failed = [outcome for outcome in outcomes if outcome.error]

@@ -116,7 +116,7 @@ def forecast_plan_under(plan: Path, folder: Path) -> Path:
         CACHE_VARIABLE: str(folder / "cache"),
     }
     process = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", FORECAST_PLAN, str(plan), str(out)],
+        [sys.executable, "-c", FORECAST_PLAN, str(plan), str(out), str(folder)],
         env=environment,
         capture_output=True,
         encoding="utf-8",
@@ -129,15 +129,18 @@ def forecast_plan_under(plan: Path, folder: Path) -> Path:
     return out
 
 
-def main(plan: str, out: str) -> int:
-    """Forecast a plan in this process: the runs go below ``out``."""
+def main(plan: str, out: str, folder: str) -> int:
+    """Forecast a plan in this process: the runs go below ``out``, and name the versions that ``folder`` has."""
     from i2v_lab.runs.forecast import forecast_spec
-    from i2v_lab.runs.provenance import run_metadata
+    from i2v_lab.runs.provenance import run_metadata, runner_packages
 
+    own = [each.name for each in distributions(path=[folder])]
     try:
         for each in load_plan(plan):
             result = forecast_spec(each.spec)
-            with RunWriter(Path(out) / each.name, run_metadata(FORECAST, spec=each.spec)) as writer:
+            packages = [*runner_packages([each.spec.runner]), *own]
+            metadata = run_metadata(FORECAST, spec=each.spec, packages=packages)
+            with RunWriter(Path(out) / each.name, metadata) as writer:
                 for record in result.records:
                     writer.append(record)
     except I2VLabError as error:
