@@ -86,6 +86,7 @@ figures: setup
 
 pictures: setup
 	$(BIN)/python docs/draw_jupyterlab.py
+	$(BIN)/python docs/draw_answer.py
 
 measure-gpu: setup
 	$(BIN)/i2v-lab measure --plan data/plans/h200.yaml --out runs/h200 --device cuda
