@@ -39,6 +39,7 @@ class LatestForecast:
         self._lock = threading.Lock()
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
+        self._last: threading.Thread | None = None  # the latest, which may be about to end
 
     def ask(self, asked: Any, work: Callable[[], Any]) -> None:
         """Request a forecast in place of any other; returns immediately.
@@ -51,6 +52,7 @@ class LatestForecast:
             self._job = (asked, work)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="i2v-lab-forecast", daemon=True)
+                self._last = self._thread
                 self._thread.start()
 
     def cancel(self, wait_s: float = 0.0) -> None:
@@ -61,7 +63,7 @@ class LatestForecast:
         """
         with self._lock:
             self._job = None
-            thread = self._thread
+            thread = self._last
         if thread is not None and thread is not threading.current_thread():
             thread.join(wait_s)
 

@@ -165,7 +165,7 @@ class Exploration:
     def close(self) -> None:
         """Cancel a forecast in progress."""
         self.working = False
-        self._background.cancel(wait_s=5.0)
+        self._background.cancel(wait_s=20.0)  # a process that has just been asked for may still be starting
 
     def __enter__(self) -> Exploration:
         return self
