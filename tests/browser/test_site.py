@@ -192,6 +192,7 @@ def test_every_link_leads_somewhere_and_back(site, page):
             assert not anchor or anchor in ids[target or name], f"{name}: {href}"
     names = [path.name for path in _pages(site) if path.name != "index.html"]
     assert set(names) <= set(links["index.html"])
+    names = [name for name in names if name != "fit.html"]  # the answer page, which is in no order
     page.goto((site / names[0]).as_uri())
     for name in names[1:]:
         page.locator("main nav a[rel=next]").click()
