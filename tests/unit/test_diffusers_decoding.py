@@ -98,7 +98,11 @@ def test_sound_that_is_decoded_after_the_video_is_no_excess_elsewhere():
         _seen(specs[0], encode_prompt=5, denoise=9, encode_prompt_=5, decode_video=100, decode_audio=120),
         _seen(specs[1], encode_prompt=5, denoise=9, encode_prompt_=5, decode_video=7, decode_audio=2),
     ]
-    assert no_grad.peaks_by_phase(found).columns.to_list() == ["phase", "escaped_bytes", "no_grad_bytes"]
+    peaks = no_grad.peaks_by_phase(found)
+    modes = ["escaped", "no_grad"]
+    assert peaks.columns.to_list() == ["phase", *(f"{mode}_bytes" for mode in modes), *(f"{m}_seconds" for m in modes)]
+    twice, once = peaks.set_index("phase").loc[["encode_prompt", "decode_audio"]].to_numpy().tolist()
+    assert (twice, once) == ([5, 5, 2.0, 2.0], [120, 2, 1.0, 1.0])
     where = localization.localization_verdict(found)
     assert where["verdict"] == "confirmed"
     assert (where["inside_peak_bytes"], where["gap_bytes"], where["late_excess_bytes"]) == (9, 111, 118)
