@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.segment import Segment
 from rich.style import StyleType
 from rich.table import Table
@@ -89,7 +90,8 @@ class TerminalTable(Table):
             yield Text(first.plain, style=style or "bold", overflow="fold")
             for heading, cell in zip(headings[1:], others, strict=False):
                 if cell.plain:
-                    yield Text.assemble(f"  {heading}: ", cell, style=style, overflow="fold")
+                    line = Text.assemble(f"{heading}: ", cell, style=style, overflow="fold")
+                    yield Padding(line, (0, 0, 0, 2), expand=False)  # what is folded is indented as well
 
     def _least_width(self) -> int:
         widths = []
