@@ -24,9 +24,11 @@ from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.runs.execute import FAILS_ON_A_CARD
 from i2v_lab.runs.spec import make_request
 from i2v_lab.runs.store import read_run
+from i2v_lab.studies.placed import best_placements, forecast_that_runs
 from i2v_lab.units import GIB
 
 TINY, WAN = "ltx-2.3-tiny", "wan-2.2-ti2v-5b-tiny"
+TILES = ("", "_vae-tiling")
 
 
 def _request(**changes) -> I2VRequest:
@@ -97,7 +99,7 @@ def test_what_does_not_fit_as_it_is_names_what_does_once_that_is_known(tiny):
     assert card.remedies[1].changes == {"gpu": "RTX 4050 Laptop 6GB", "budget": ""}
 
 
-def test_a_model_of_diffusers_is_held_by_the_settings_that_fit():
+def test_a_model_of_diffusers_is_held_by_the_settings_that_fit_and_that_fit_finds(monkeypatch):
     asked, tried = make_request(WAN), []
 
     def made_up(request: I2VRequest, model: str, device: str) -> Forecast:
@@ -115,10 +117,30 @@ def test_a_model_of_diffusers_is_held_by_the_settings_that_fit():
     held = fastest_settings_within(asked, WAN, 4 * GIB, "RTX 4090", forecast=made_up)
     assert held.request.settings == MemorySettings(offload="model")
     assert (held.verdict, held.host_bytes, held.chosen) == ("fits", 4 * GIB, True)
-    assert {"offload-sequential_vae-tiling", "offload-group-leaf_stream"} < set(tried)
+    assert set(tried) == {name + tiles for name in ("offload-model", "offload-sequential") for tiles in TILES} | {""}
     held = fastest_settings_within(asked, WAN, GIB, "RTX 4090", forecast=made_up)
     assert held.request.settings == MemorySettings(offload="model", vae_tiling=True)
     assert (held.verdict, held.needed_bytes) == ("no", fitting_bytes(made_up(held.request, WAN, "cuda")))
+    streamed = replace(asked, settings=MemorySettings(offload="group-leaf", offload_stream=True))  # what does not fit
+    held = fastest_settings_within(streamed, WAN, 8 * GIB, "RTX 4090", forecast=made_up)
+    assert held.request.settings == MemorySettings()
+
+    def every(specs):
+        return [forecast_that_runs(each, lambda one: made_up(one.request, WAN, "cuda")) for each in specs]
+
+    monkeypatch.setattr("i2v_lab.studies.placed.forecasts_that_run", every)
+    for memory_bytes in (8 * GIB, 4 * GIB, GIB):
+        held = fastest_settings_within(asked, WAN, memory_bytes, "RTX 4090", forecast=made_up)
+        (placed,) = best_placements(asked, WAN, [("RTX 4090", memory_bytes)])
+        assert placed.needed_bytes == held.needed_bytes
+        assert placed.request == (held.request if held.verdict == "fits" else None)
+
+    def failing(*_):
+        raise ForecastError("no", cause=FAILS_ON_A_CARD)
+
+    monkeypatch.setattr("i2v_lab.studies.placed.forecast_spec", failing)
+    with pytest.raises(ForecastError, match="no"):  # under whatever settings
+        fastest_settings_within(asked, WAN, GIB, "RTX 4090", forecast=failing)
 
 
 @pytest.mark.parametrize(

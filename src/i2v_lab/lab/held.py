@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.cards import FITS, NO, fitting_bytes, judge
-from i2v_lab.capacity.fit import lighter
 from i2v_lab.capacity.placement import Budgets, Resolution, cap_bytes, needed_bytes
-from i2v_lab.errors import ForecastError, InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import check_request, runner_of
 from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.request import I2VRequest
-from i2v_lab.runs.execute import FAILS_ON_A_CARD
 from i2v_lab.runs.forecast import cached_forecast, forecast_request
 from i2v_lab.runs.spec import RunSpec
-from i2v_lab.studies.placed import RESIDENT, fastest_settings, placed_of, waiting_bytes
+from i2v_lab.studies.placed import (
+    RESIDENT,
+    fastest_settings,
+    forecast_that_runs,
+    placed_of,
+    settings_tried,
+    waiting_bytes,
+)
 
 EVERYTHING = "everything resident"
 Forecaster = Callable[[I2VRequest, str, str], Forecast]
@@ -140,29 +144,23 @@ def fastest_settings_within(
 ) -> Held:
     """The fastest memory settings of diffusers within a memory, or those that need the least where none are.
 
+    They are the settings that ``fit`` and the answer page try, so that these answer the same.
+
     Args:
-        request: Its settings are replaced, but for what offloading and tiling leave as it is.
+        request: Its offload is replaced, and its tiling where that is tried; other settings are kept.
         model: An architecture's name.
         memory_bytes: That the process may take.
         gpu: The card whose seconds are predicted.
         device: ``cuda`` or ``cpu``.
         forecast: Where forecasts come from.
     """
-    tried: dict[I2VRequest, Forecast] = {}
-    for each in (request, *lighter(request, model)):
-        try:
-            check_request(load_architecture(model), each)
-            tried[each] = forecast(each, model, device)
-        except InvalidRequest:  # an autoencoder that does not tile, weights that cannot be offloaded so
-            if each == request:
-                raise
-            continue
-        except ForecastError as error:
-            if error.fields.get("cause") != FAILS_ON_A_CARD:
-                raise
-            continue
-        if each == request and fitting_bytes(tried[each]) <= memory_bytes:
-            break
+    check_request(load_architecture(model), request)
+    own = replace(request.settings, offload=Offload.NONE, offload_stream=False, offload_blocks=1)
+
+    def forecasts(specs: Sequence[RunSpec]) -> list[Forecast | None]:
+        return [forecast_that_runs(each, lambda spec: forecast(spec.request, model, device)) for each in specs]
+
+    tried = settings_tried(replace(request, settings=own), model, memory_bytes, forecasts)
     chosen = fastest_settings(tried, gpu, memory_bytes).request
     fits = chosen is not None
     if chosen is None:

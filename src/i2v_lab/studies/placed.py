@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ NONE, RESIDENT, PARTIAL, WHOLE = "none", "resident", "partial", "nothing streame
 UNSTREAMED = (RESIDENT, "lean", WHOLE)
 PUBLISHED, MEASURED = "published", "measured"  # rates
 OFFLOADS = (Offload.NONE, Offload.MODEL, Offload.SEQUENTIAL)
+Forecasts = Callable[[Sequence[RunSpec]], Sequence[Forecast | None]]
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
@@ -90,14 +91,35 @@ def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str
         first = Budgets(request, model)
         cards = {gpu: first.on(gpu) for gpu, _ in budgets}
         return [placed_of(cards[gpu].resolve(nbytes, explain=False), request, gpu) for gpu, nbytes in budgets]
-    spec = RunSpec(request=request, model=model)
-    tried = settings_forecasts([request], model)
-    if any(fitting_bytes(each) > nbytes for each in tried.values() for _, nbytes in budgets) or not tried:
-        tried = settings_ways([spec])[spec]
+    tried = settings_tried(request, model, min((nbytes for _, nbytes in budgets), default=0))
     return [fastest_settings(tried, gpu, nbytes) for gpu, nbytes in budgets]
 
 
-def settings_ways(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
+def settings_tried(
+    request: I2VRequest, model: str, memory_bytes: int, forecasts: Forecasts | None = None
+) -> dict[I2VRequest, Forecast]:
+    """The forecasts from which the fastest memory settings are taken: of the request alone where it fits as it is.
+
+    Args:
+        request: What to generate; without settings but for a quantization and dtypes.
+        model: An architecture's name.
+        memory_bytes: That the process may take.
+        forecasts: As :func:`forecasts_that_run`, which it is by default.
+
+    Raises:
+        ForecastError: It fails on a card under all of them.
+        InvalidRequest: Its components do not have its settings.
+    """
+    spec = RunSpec(request=request, model=model)
+    tried = settings_forecasts([request], model, forecasts)
+    if tried and fitting_bytes(tried[request]) <= memory_bytes:
+        return tried
+    return settings_ways([spec], forecasts)[spec] or {request: forecast_spec(spec)}  # which raises why none runs
+
+
+def settings_ways(
+    specs: Sequence[RunSpec], forecasts: Forecasts | None = None
+) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
     """The forecasts of many runs under the memory settings that matter to each, on all cores.
 
     They are :data:`OFFLOADS`, and what is offloaded with tiles where decoding has the peak. Group offload
@@ -105,15 +127,16 @@ def settings_ways(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Fo
 
     Args:
         specs: Without settings but for a quantization and dtypes, which are kept.
+        forecasts: As :func:`forecasts_that_run`, which it is by default.
 
     Returns:
         For each run, the requests with their forecasts; those that its model lacks or that fail on a card are left out.
     """
     found: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {} for spec in specs}
-    _add(found, {spec: [_offloaded(spec, each) for each in OFFLOADS] for spec in specs})
+    _add(found, {spec: [_offloaded(spec, each) for each in OFFLOADS] for spec in specs}, forecasts)
     last = {spec: {each.settings.offload for each in tried} for spec, tried in found.items()}
     lacking = [spec for spec in specs if spec.runner_spec.settings and OFFLOADS[-1] not in last[spec]]
-    _add(found, {spec: [_offloaded(spec, Offload.GROUP_LEAF)] for spec in lacking})
+    _add(found, {spec: [_offloaded(spec, Offload.GROUP_LEAF)] for spec in lacking}, forecasts)
     _add(
         found,
         {
@@ -124,6 +147,7 @@ def settings_ways(specs: Sequence[RunSpec]) -> dict[RunSpec, dict[I2VRequest, Fo
             ]
             for spec, tried in found.items()
         },
+        forecasts,
     )
     return found
 
@@ -138,7 +162,9 @@ def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
 
 
 def _add(
-    found: dict[RunSpec, dict[I2VRequest, Forecast]], wanted: Mapping[RunSpec, Sequence[I2VRequest | None]]
+    found: dict[RunSpec, dict[I2VRequest, Forecast]],
+    wanted: Mapping[RunSpec, Sequence[I2VRequest | None]],
+    forecasts: Forecasts | None,
 ) -> None:
     todo = []
     for spec, requests in wanted.items():
@@ -147,18 +173,21 @@ def _add(
                 if request is not None:
                     check_request(spec.architecture, request)
                     todo.append((spec, request))
-    forecasts = forecasts_that_run([replace(spec, request=request) for spec, request in todo])
-    for (spec, request), forecast in zip(todo, forecasts, strict=True):
+    results = (forecasts or forecasts_that_run)([replace(spec, request=request) for spec, request in todo])
+    for (spec, request), forecast in zip(todo, results, strict=True):
         if forecast is not None:
             found[spec][request] = forecast
 
 
-def settings_forecasts(requests: Sequence[I2VRequest], model: str) -> dict[I2VRequest, Forecast]:
+def settings_forecasts(
+    requests: Sequence[I2VRequest], model: str, forecasts: Forecasts | None = None
+) -> dict[I2VRequest, Forecast]:
     """The forecasts of a model under memory settings, on all cores, without those that it does not have.
 
     Args:
         requests: Each with its settings. Those that its autoencoder lacks, and those that fail on a card, are left out.
         model: An architecture's name.
+        forecasts: As :func:`forecasts_that_run`, which it is by default.
     """
     architecture, specs = load_architecture(model), []
     for request in requests:
@@ -167,7 +196,7 @@ def settings_forecasts(requests: Sequence[I2VRequest], model: str) -> dict[I2VRe
         except InvalidRequest:  # an autoencoder that does not tile
             continue
         specs.append(RunSpec(request=request, model=model))
-    found = forecasts_that_run(specs)
+    found = (forecasts or forecasts_that_run)(specs)
     return {spec.request: each for spec, each in zip(specs, found, strict=True) if each is not None}
 
 
@@ -177,21 +206,24 @@ def forecasts_that_run(specs: Sequence[RunSpec]) -> list[Forecast | None]:
     if len(todo) > 1:
         with ProcessPoolExecutor(min(usable_cores(), len(todo)), worker_context(), end_on_interrupt) as pool:
             list(pool.map(_runs, todo))
-    return [forecast_spec(spec) if _runs(spec) else None for spec in specs]
+    return [forecast_that_runs(spec) for spec in specs]
 
 
 def _runs(spec: RunSpec) -> bool:
+    return forecast_that_runs(spec) is not None
+
+
+def forecast_that_runs(spec: RunSpec, forecast: Callable[[RunSpec], Forecast] = forecast_spec) -> Forecast | None:
+    """The forecast of a run; ``None`` for what fails on a card, and for settings that its components do not have."""
     try:
-        forecast_spec(spec)
+        return forecast(spec)
     except ForecastError as error:
         if error.fields.get("cause") != FAILS_ON_A_CARD:
             raise
-        return False
-    except InvalidRequest:  # settings that its components do not have
+    except InvalidRequest:
         if spec.request.settings.is_default:
             raise
-        return False
-    return True
+    return None
 
 
 def fastest_settings(tried: Mapping[I2VRequest, Forecast], gpu: str, memory_bytes: int) -> Placed:
