@@ -135,7 +135,7 @@ def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
         psutil.wait_procs(processes, timeout=1)
         said = (folder / "said").read_text().splitlines()
         wrong = plan.look()
-        wrong += [f"status {ended}"] if ended != status else []
+        wrong += [f"status {ended}, said {said}"] if ended != status else []
         wrong += [f"took {took_s:.1f} s"] if took_s > 3 else []
         wrong += [f"said {line}" for line in said if "Traceback" in line or "Warning" in line]
         wrong += [f"left {each.cmdline()}" for each in processes if each.is_running()]

@@ -577,11 +577,18 @@ def test_some_options_without_the_others_are_refused(tiny, tiny_files, given, mi
 
 def test_an_unknown_model_is_refused_with_those_that_are_known():
     assert {"ltx-2.3-22b", "ltx-2.3-tiny", "ltxv-tiny"} <= set(architecture_names())
-    for name in ("../secrets", "", "LTX-2.3-TINY", "ltx-2.3-tiny.json"):
+    everything = "use one of: " + ", ".join(architecture_names())
+    near = "did you mean ltx-2.3-tiny or ltx-2-tiny"
+    for name, remedy in {
+        "../secrets": everything,
+        "": everything,
+        "LTX-2.3-TINY": f"{near} or ltxv-tiny? `i2v-lab models` lists all",
+        "ltx-2.3-tiny.json": f"{near}? `i2v-lab models` lists all",
+    }.items():
         with pytest.raises(UnknownModel) as caught:
             load_architecture(name)
         assert caught.value.fields == {"model": name}
-        assert str(caught.value).endswith(", ".join(architecture_names()))
+        assert str(caught.value).endswith(f"; {remedy}")
         assert caught.value.exit_status == 2
 
 

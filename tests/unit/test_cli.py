@@ -225,6 +225,7 @@ def test_importing_the_package_or_its_command_line_imports_nothing_large(module)
 
 def test_paths_are_printed_verbatim_and_never_as_markup(capsys):
     report = {"output": "[red]a[/red]:bug:.mp4", "width": 64, "height": 64, "frames": 9, "fps": 24.0}
+    report |= {"model": "ltx-2.3-tiny", "weights": "random"}
     phase = {"phase": "decode_video", "seconds": 1.0, "peak_bytes": 2**20}
     generate._print_report({**report, "phases": [phase], "peak_bytes": 2**20, "peak_phase": "decode_video"})
     assert "[red]a[/red]:bug:.mp4: 64x64" in capsys.readouterr().out

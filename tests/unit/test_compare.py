@@ -194,6 +194,7 @@ def test_without_uv_and_for_what_is_no_requirement_versions_are_refused(tmp_path
     result = CliRunner().invoke(app, ["compare", "--plan", str(plan), "--versions", "einops==0.8.0", "einops==0.8.1"])
     assert type(result.exception) is RunnerUnavailable
     assert result.exception.fields == {"package": "uv"}
+    assert result.output == "", "nothing is announced that is refused"
     for words in ("no requirement!", ""):
         with pytest.raises(InvalidRequest):
             installed_beside(words.split() if not words else [words])

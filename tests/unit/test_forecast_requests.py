@@ -398,11 +398,16 @@ def test_fit_says_what_fits_and_what_does_not(simple_law):
 
 
 def test_accuracy_says_so_where_nothing_was_measured(tmp_path):
-    for words in ([], ["--time"], ["--json"]):
-        result = CliRunner().invoke(app, ["accuracy", str(tmp_path), *words])
+    none_of_it = ["--model", "ltx-2.5-tiny-diffusers"]  # of which the package has no run
+    for words in (
+        *([str(tmp_path), *rest] for rest in ([], ["--time"], ["--json"])),
+        none_of_it,
+        ["--time", *none_of_it],
+    ):
+        result = CliRunner().invoke(app, ["accuracy", *words])
         assert type(result.exception) is RecordError
         assert result.exception.exit_status == 2
-        assert result.stdout == ""
+        assert result.output == "", "nothing is announced that is refused"
     assert type(CliRunner().invoke(app, ["accuracy", "--model", "nothing"]).exception) is UnknownModel
 
 

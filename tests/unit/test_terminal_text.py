@@ -143,6 +143,7 @@ def test_a_record_that_is_hostile_in_every_name_is_shown_as_text(tmp_path, monke
 def test_tables_bars_and_lines_of_commands_hold_text_only(tmp_path, capsys):
     name = "".join(HOSTILE)
     report = {"output": name, "width": 64, "height": 64, "frames": 9, "fps": 24.0, "peak_bytes": 1, "peak_phase": name}
+    report |= {"model": "ltx-2.3-tiny", "weights": "random"}
     generate._print_report({**report, "phases": [{"phase": name, "seconds": 1.0, "peak_bytes": 1}]})
     measure._print_summary([measure._Outcome(name, None, name, reused=False)])
     plain_doctor = doctor.doctor_table([Check(name, State.OK, name, name)])

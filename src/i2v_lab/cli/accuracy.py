@@ -49,7 +49,7 @@ def accuracy(
     time: Annotated[bool, typer.Option("--time", help="Compare seconds in place of bytes.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Compare forecasts with every run that was measured on a GPU; the exit status is 1 if there is none."""
+    """Compare forecasts with every run that was measured on a GPU; the exit status is 2 if there is none."""
     from i2v_lab.files import write_atomically
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.reporting.terminal import rich_table
@@ -100,13 +100,13 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _compare_seconds(folder: Path | None, model: str | None, csv: Path | None, as_json: bool) -> None:
     from i2v_lab.files import write_atomically
     from i2v_lab.reporting.terminal import rich_table
-    from i2v_lab.runs.recorded import recorded_runs
-    from i2v_lab.studies.time_accuracy import runs_table, time_summary, time_table
+    from i2v_lab.studies.time_accuracy import comparable_runs, runs_table, time_summary, time_table
 
-    if recorded_runs(folder).runs:  # read once for both
-        log(f"forecasting the runs: {ESTIMATE}")
+    if not comparable_runs(folder, model):
+        raise RecordError(NO_RUNS, folder=folder, model=model)
+    log(f"forecasting the runs: {ESTIMATE}")
     times = time_table(folder, model=model)
-    if times.empty:
+    if times.empty:  # their phases are others than forecast
         raise RecordError(NO_RUNS, folder=folder, model=model)
     if csv is not None:
         write_atomically(csv, lambda part: times.to_csv(part, index=False))

@@ -96,11 +96,11 @@ def _forecast_under(plan: Path, versions: tuple[str, str]) -> tuple[Path, Path]:
     from i2v_lab.runs.versions import forecast_plan_under, installed_beside
 
     count = len(load_plan(plan))
+    folders = [installed_beside(words.split()) for words in versions]  # what is refused is so before the announcement
     log(
         f"{count} forecasts under each of two versions, in about {format_seconds(FORECAST_S * 2 * count, rough=True)} "
         "if none is cached"
     )
-    folders = [installed_beside(words.split()) for words in versions]
     first, second = (forecast_plan_under(plan, folder) for folder in folders)
     return first, second
 

@@ -17,6 +17,7 @@ from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import Offload
+from i2v_lab.paths import find_still
 from i2v_lab.request import DecodeScope, I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
 
@@ -196,8 +197,15 @@ def _forecast(request: I2VRequest, model: str) -> Forecast:
     from i2v_lab.runs.forecast import cached_forecast, forecast_request
     from i2v_lab.runs.spec import RunSpec
 
+    spec = RunSpec(request=request, model=model)
+    cached = cached_forecast(spec) is not None
+    if not cached:  # what is refused is so before the time is announced
+        from i2v_lab.pipeline.contract.media import load_still
+
+        spec.runner_spec.require_package(spec.architecture)
+        load_still(find_still(request.image))
     if not sys.stderr.isatty():
-        if cached_forecast(RunSpec(request=request, model=model)) is None:
+        if not cached:
             log("forecasting; about 20 s")
         return forecast_request(request, model)
     from i2v_lab.reporting.console import PlainConsole

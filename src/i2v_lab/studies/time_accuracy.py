@@ -11,12 +11,13 @@ import pandas as pd
 from i2v_lab.capacity.device_profile import DeviceProfile, derived_profile, device_profile, has_peaks
 from i2v_lab.capacity.time_model import phase_times, video_seconds
 from i2v_lab.events import Phase
-from i2v_lab.profiling.records import Forecast
+from i2v_lab.profiling.records import Forecast, PhaseRecord
 from i2v_lab.runs.execute import WHOLE
 from i2v_lab.runs.forecast import forecast_specs
 from i2v_lab.runs.phases import pipeline_phases
 from i2v_lab.runs.recorded import card_of, recorded_runs, spec_of
 from i2v_lab.runs.spec import RunSpec
+from i2v_lab.runs.store import Run
 
 COLUMNS = ["gpu", "run", "model", "generation", "phase", "seconds", "predicted_seconds", "error", "by_peaks_seconds"]
 
@@ -38,14 +39,7 @@ def time_table(folder: Path | None = None, *, model: str | None = None, runs: in
         predicted as for a card that nobody measured, by its published peaks; of the card that others are derived from
         the same as predicted.
     """
-    measured = []
-    for run in recorded_runs(folder).runs:
-        spec, phases = spec_of(run), pipeline_phases(run)
-        known = has_peaks(card_of(run)) and spec.is_reference and model in (None, spec.model)
-        if known and phases and all(phase.completed for phase in phases):
-            top = sorted((each for each in phases if each.parent in (None, WHOLE)), key=lambda each: each.start_s)
-            measured.append((run, spec, top))
-    measured = measured[:runs]
+    measured = comparable_runs(folder, model)[:runs]
     forecasts = forecast_specs([spec for _, spec, _ in measured])
     rows: list[dict[str, Any]] = []
     for (run, spec, phases), forecast in zip(measured, forecasts, strict=True):
@@ -59,6 +53,25 @@ def time_table(folder: Path | None = None, *, model: str | None = None, runs: in
             row = [card_of(run), run.folder.name, spec.model, begun[name], name, phase.seconds, seconds]
             rows.append(dict(zip(COLUMNS, [*row, seconds / phase.seconds - 1, derived], strict=True)))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def comparable_runs(
+    folder: Path | None = None, model: str | None = None
+) -> list[tuple[Run, RunSpec, list[PhaseRecord]]]:
+    """The measured runs whose seconds can be forecast, with their specs and top-level phases in order of time.
+
+    Args:
+        folder: As of :func:`time_table`.
+        model: Likewise.
+    """
+    found = []
+    for run in recorded_runs(folder).runs:
+        spec, phases = spec_of(run), pipeline_phases(run)
+        known = has_peaks(card_of(run)) and spec.is_reference and model in (None, spec.model)
+        if known and phases and all(phase.completed for phase in phases):
+            top = sorted((each for each in phases if each.parent in (None, WHOLE)), key=lambda each: each.start_s)
+            found.append((run, spec, top))
+    return found
 
 
 def _predicted(spec: RunSpec, forecast: Forecast, device: DeviceProfile) -> list[tuple[str, float]]:
