@@ -6,7 +6,9 @@ a child process can hand its error to the parent whole.
 
 from __future__ import annotations
 
+import copyreg
 import difflib
+import pickle
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -61,11 +63,23 @@ class I2VLabError(Exception):
         return printable(self.message)  # it quotes names and paths, and is shown by terminals, notebooks and logs
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if type(self) in copyreg.dispatch_table:  # Dask registers every error, to pickle what caused it with it
+            for link in ("__cause__", "__context__"):
+                if not _survives_pickling(getattr(self, link)):
+                    setattr(self, link, None)
         return _rebuild, (type(self), self.message, self.fields)
 
 
 def _rebuild(kind: type[I2VLabError], message: str, fields: dict[str, Any]) -> I2VLabError:
     return kind(message, **fields)
+
+
+def _survives_pickling(error: BaseException | None) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - made here
+    except Exception:  # whatever an error of other code raises
+        return False
+    return True
 
 
 class InvalidRequest(I2VLabError):
@@ -197,7 +211,7 @@ def did_you_mean(value: Any, known: Iterable[str], others: str = "") -> str:
         'use one of: cpu, cuda'
     """
     names = list(known)
-    text = str(value).lower()
+    text = value.lower() if isinstance(value, str) else ""
     begun = [name for name in names if len(text) > 2 and name.lower().startswith(text)]
     near = list(dict.fromkeys([*difflib.get_close_matches(text, names, n=3, cutoff=0.7), *begun]))[:3]
     listed = f"use one of: {', '.join(names)}"

@@ -37,7 +37,7 @@ class MeteredThreads:
     Example:
         >>> threads = MeteredThreads([])
         >>> with threads.metered():
-        ...     metering_this_thread() == [threads]
+        ...     threads in metering_this_thread()
         True
     """
 

@@ -215,6 +215,7 @@ def _distribution(folder: Path, name: str, version: str, *requires: str) -> None
 def test_requirements_that_neither_the_folder_nor_this_environment_meets_are_found(tmp_path):
     _distribution(tmp_path, "planted", "2.0", "torch>=2", "numpy>=999", "absent; extra == 'all'", "beside>=1")
     _distribution(tmp_path, "beside", "1.5")
+    (tmp_path / "left_behind-1.0.dist-info").mkdir()
     assert unmet_requirements(tmp_path) == ["numpy>=999"]
 
 

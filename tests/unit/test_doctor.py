@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from i2v_lab.cli.doctor import doctor_table, verdict
 from i2v_lab.doctor import checks as doctor
 from i2v_lab.doctor.checks import Check, State, examine
 from i2v_lab.doctor.packages import Packages
+from i2v_lab.installed import named
 from i2v_lab.units import GIB, MIB
 
 HEALTHY = {
@@ -64,6 +66,20 @@ def made(tmp_path):
         return Packages(distributions(path=[str(tmp_path)]))
 
     return make
+
+
+@pytest.mark.parametrize("library", ["importlib.metadata", "importlib_metadata"])  # Dask has the second take over
+def test_a_folder_that_a_broken_installation_left_behind_is_no_package(tmp_path, library):
+    texts = {"left_behind": None, "nameless": "Version: 1.0\n", "whole": "Name: Whole\nVersion: 1.0\n"}
+    for name, text in texts.items():
+        folder = tmp_path / f"{name}-1.0.dist-info"
+        folder.mkdir()
+        if text is not None:
+            (folder / "METADATA").write_text(text)
+    found = list(importlib.import_module(library).distributions(path=[str(tmp_path)]))
+    assert len(found) == 3
+    assert [name for name, _ in named(found)] == ["whole"]
+    assert Packages(found).version("whole") == "1.0"
 
 
 def _failing(packages: Packages) -> dict[str, Check]:

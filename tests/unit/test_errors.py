@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import multiprocessing
 import pickle
+import threading
 from pathlib import Path
+from types import TracebackType
 
 import pytest
 
@@ -40,6 +43,32 @@ def test_errors_survive_pickling(kind, protocol):
     assert again.fields == {"path": Path("a b"), "missing": ["x", "y"], "peak_bytes": 2**40, "note": None}
     assert _same(error, copy.copy(error))
     assert _same(error, copy.deepcopy(error))
+
+
+class Unsendable(RuntimeError):
+    """Caused by what no other process has."""
+
+    def __init__(self) -> None:
+        super().__init__("held")
+        self.held = threading.Lock()
+
+
+@pytest.mark.parametrize(("cause", "kept"), [(ValueError("x"), "ValueError('x')"), (Unsendable(), "None")], ids=repr)
+@pytest.mark.parametrize("explicit", [True, False])
+def test_what_caused_an_error_is_pickled_with_it_where_dask_is_loaded_and_it_can_be(monkeypatch, cause, kept, explicit):
+    dask = pytest.importorskip("tblib.pickling_support")
+    monkeypatch.setitem(copyreg.dispatch_table, TracebackType, dask.pickle_traceback)
+    for kind in (errors.ForecastError, type(cause)):
+        monkeypatch.setitem(copyreg.dispatch_table, kind, dask.pickle_exception)
+    with pytest.raises(errors.ForecastError) as caught:
+        try:
+            raise cause
+        except (RuntimeError, ValueError) as error:
+            raise errors.ForecastError("a", value=3) from (error if explicit else None)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert _same(caught.value, again)
+    assert repr(again.__context__) == kept
+    assert repr(again.__cause__) == (kept if explicit else "None")
 
 
 @pytest.mark.parametrize("kind", KINDS)

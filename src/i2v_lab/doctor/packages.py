@@ -15,6 +15,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from i2v_lab.installed import named
+
 PROJECT = "i2v-lab"
 EXTRAS = ("ltx", "ltx-video", "diffusers", "jupyter", "scale", "quantization")
 
@@ -59,11 +61,8 @@ class Packages:
 
     def __init__(self, found: Iterable[Distribution] | None = None) -> None:
         self._found: dict[str, Distribution] = {}
-        for each in distributions() if found is None else found:
-            # A folder that is left over from a broken installation has no name.
-            name = each.metadata["Name"]
-            if name:
-                self._found.setdefault(canonicalize_name(name), each)
+        for name, each in named(distributions() if found is None else found):
+            self._found.setdefault(name, each)
 
     def version(self, name: str) -> str | None:
         """Return the installed version; ``None`` if there is none."""

@@ -15,6 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from i2v_lab.errors import I2VLabError, InvalidRequest, MeasureError, RunnerUnavailable, shown
+from i2v_lab.installed import named
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
 from i2v_lab.runs.plans import load_plan
 from i2v_lab.runs.store import FORECAST, RunWriter
@@ -52,7 +53,7 @@ def installed_beside(requirements: Sequence[str]) -> Path:
     if not requirements:
         raise InvalidRequest("versions='' names no distribution; write it as NAME==VERSION", versions="")
     uv = _uv()
-    asked = [*requirements, sys.version, *sorted(f"{each.name}=={each.version}" for each in distributions())]
+    asked = [*requirements, sys.version, *sorted(f"{name}=={each.version}" for name, each in named(distributions()))]
     key = hashlib.sha256("\n".join(asked).encode()).hexdigest()[:12]
     folder = cache_dir() / "versions" / f"{'+'.join(requirements)[:80].replace('/', '_')}-{key}"
     if folder.is_dir():
@@ -79,9 +80,9 @@ def installed_beside(requirements: Sequence[str]) -> Path:
 
 def unmet_requirements(folder: Path) -> list[str]:
     """What the distributions in a folder require, and neither it nor this environment has."""
-    there = list(distributions(path=[str(folder)]))
-    have: dict[str, str] = {canonicalize_name(each.name): each.version for each in [*distributions(), *there]}
-    return sorted({str(need) for each in there for need in _needs(each) if not _is_met(need, have)})
+    there = dict(named(distributions(path=[str(folder)])))
+    have = {name: each.version for name, each in [*named(distributions()), *there.items()]}
+    return sorted({str(need) for each in there.values() for need in _needs(each) if not _is_met(need, have)})
 
 
 def _needs(distribution: Distribution) -> list[Requirement]:
@@ -134,7 +135,7 @@ def main(plan: str, out: str, folder: str) -> int:
     from i2v_lab.runs.forecast import forecast_spec
     from i2v_lab.runs.provenance import run_metadata, runner_packages
 
-    own = [each.name for each in distributions(path=[folder])]
+    own = [name for name, _ in named(distributions(path=[folder]))]
     try:
         for each in load_plan(plan):
             result = forecast_spec(each.spec)
