@@ -117,8 +117,8 @@ def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
     for seed in seeds:
         chance = random.Random(f"stopped workers {seed}")
         number, status = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[seed % 2]
-        folder, temporary = tmp_path / str(seed), tmp_path / f"tmp{seed}"
-        temporary.mkdir()
+        folder, temporary = tmp_path / str(seed), tmp_path / f"tmp{seed}" / ("long" * 20 if seed % 2 else "")
+        temporary.mkdir(parents=True)
         os.environ["TMPDIR"], before = str(temporary), os.environ.get("TMPDIR")
         try:
             plan = _Plan(folder)

@@ -26,6 +26,7 @@ from i2v_lab.runs.measure import measure as measure_here
 from i2v_lab.runs.plans import load_plan
 from i2v_lab.runs.spec import SMALL_MODEL
 from i2v_lab.runs.store import read_run
+from i2v_lab.scale import cluster as starting
 from i2v_lab.scale import workers as asked
 from i2v_lab.scale.plan_runs import _together
 from i2v_lab.scale.workers import Workers, chosen_workers
@@ -406,3 +407,10 @@ def test_jobs_of_slurm_do_the_tasks_encrypted_and_are_submitted_again_if_they_ar
         while psutil.pid_exists(job) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not psutil.pid_exists(job)
+
+
+def test_sockets_of_workers_have_short_paths_below_any_temporary_folder(tmp_path, monkeypatch):
+    for folder in (tmp_path / ("long" * 20), Path("/tmp/short")):
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+        name = f"{starting._temporary()}/.i2v-lab.4194304@5bce98f7.part/pymp-abcdefgh/listener-abcdefgh"
+        assert len(name) <= 107

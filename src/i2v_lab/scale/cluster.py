@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from i2v_lab.errors import WorkersUnavailable
-from i2v_lab.files import private_folder, scratch_folder
+from i2v_lab.files import private_folder
 from i2v_lab.locks import say
 from i2v_lab.scale.workers import REMEDY, Workers
 from i2v_lab.stopping import on_stop
@@ -49,6 +50,8 @@ LOCAL_SETTINGS = {
     "distributed.deploy.lost-worker-timeout": "60s",  # a process that is started again takes some seconds to be back
 }
 NO_DASHBOARD = {"dashboard": False, "dashboard_address": f"{LOOPBACK}:0"}  # the server of its metrics has no keys
+SHORT = Path("/tmp")  # noqa: S108 - for a private folder
+MOST_TEMPORARY_BYTES = 40  # a socket's path has 107; multiprocessing's name takes 32, that of the scratch folder 30
 CLOSE_S = 5
 STILL_S = 10  # longer than a command that is stopped goes on
 
@@ -72,7 +75,7 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
     configuration = dask.config.merge(dask.config.config, workers.cluster)
     settings = SETTINGS | (LOCAL_SETTINGS if workers.local else {})
     with ExitStack() as scopes:
-        scratch = scopes.enter_context(scratch_folder())
+        scratch = scopes.enter_context(private_folder(_temporary(), "i2v-lab"))
         scopes.enter_context(dask.config.set({**configuration, **settings, "temporary-directory": str(scratch)}))
         from distributed import Client
         from distributed.utils import LoopRunner
@@ -94,6 +97,12 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
         client = Client(clusters[0], set_as_default=False)
         scopes.callback(_close, client)
         yield clusters[0], client
+
+
+def _temporary() -> Path:
+    """Where the scratch folder is made: its path is not too long for the sockets of the runs' processes below it."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= MOST_TEMPORARY_BYTES else SHORT
 
 
 def _close(opened: Any) -> None:
