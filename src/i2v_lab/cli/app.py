@@ -104,7 +104,7 @@ def main() -> None:
 def _with_suggestion(message: str) -> str:
     """A usage error in one line, which names what was probably meant."""
     words = " ".join(message.split()).rstrip(".").replace("Value error, ", "")
-    possible = re.search(r" \(Possible options: (.+)\)$", words)
+    possible = re.search(r" \W*Possible options: ([^)]+)\)\W*$", words)  # typer 0.26 shows a tuple of them
     if possible is not None:
         return f"{words[: possible.start()]}. Did you mean {possible[1].replace(', ', ' or ')}?"
     choice = re.search(r"'([^']*)' is not one of ('.+')$", words)
