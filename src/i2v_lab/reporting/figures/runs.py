@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -142,15 +143,7 @@ def _areas(x: alt.X, table: pd.DataFrame, own: str, beside: str) -> list[alt.Cha
         "series:N", title=None, scale=alt.Scale(domain=names, range=colours), legend=alt.Legend(columns=5, offset=30)
     )
     title = f"live tensor storages ({unit})"
-    shown = alt.selection_point(
-        name="shown",
-        fields=["series"],
-        bind="legend",
-        toggle="true",
-        clear=False,
-        empty=False,
-        value=[{"series": name} for name in names],
-    )
+    shown = _shown_series(names)
     zoom = alt.selection_interval(
         name="zoom", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey || event.metaKey]"
     )
@@ -241,6 +234,19 @@ def holders_figure(table: pd.DataFrame, phase: str = "") -> Chart:
     return _module_bars(table, table, f"live {where}", f"What is live {where}, by module", phase)
 
 
+def _shown_series(names: Sequence[str]) -> alt.Parameter:
+    """Which series are drawn: all at first; a click on one in the legend hides or shows it."""
+    return alt.selection_point(
+        name="shown",
+        fields=["series"],
+        bind="legend",
+        toggle="true",
+        clear=False,
+        empty=False,
+        value=[{"series": name} for name in names],
+    )
+
+
 def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str, phase: str = "") -> Chart:
     totals = rows.groupby("module", sort=False)["nbytes"].sum().sort_values(ascending=False, kind="stable")
     others = f"{len(totals) - TOP} others"
@@ -261,15 +267,7 @@ def _module_bars(table: pd.DataFrame, rows: pd.DataFrame, title: str, label: str
     room = alt.Scale(domainMin=0, domainMax=longest, nice=False)
     kinds = [name for name, _ in CATEGORIES.values() if name in set(bars["series"])]
     colours = dict(CATEGORIES.values())
-    shown = alt.selection_point(
-        name="shown",
-        fields=["series"],
-        bind="legend",
-        toggle="true",
-        clear=False,
-        empty=False,
-        value=[{"series": name} for name in kinds],
-    )
+    shown = _shown_series(kinds)
     y = alt.Y("module:N", title=None, sort=order)
     drawn = (
         alt.Chart()
