@@ -244,7 +244,10 @@ class Solver:
         text = self._within(TEXT, room_bytes)
         if not text or self._rest_bytes > room_bytes:
             return None
-        denoising, autoencoder = self._within(DENOISING, room_bytes), self._within(AUTOENCODER, room_bytes)
+        denoising = self._within(DENOISING, room_bytes)
+        if not denoising:  # smaller tiles, whose forecasts take long, do not help
+            return None
+        autoencoder = self._within(AUTOENCODER, room_bytes)
         best: tuple[tuple[float, ...], Part, Part] | None = None
         for one in denoising:
             if best is not None and one.seconds > best[0][0]:

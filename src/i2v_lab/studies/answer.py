@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -23,9 +24,9 @@ from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL, RunSpec, make_requ
 from i2v_lab.studies.placed import (
     RESIDENT,
     Placed,
-    base_specs,
     best_placements,
-    forecasts_that_run,
+    forecasts_in_turn,
+    on_all_cores,
     rates_of,
     settings_ways,
     waiting_bytes,
@@ -33,19 +34,17 @@ from i2v_lab.studies.placed import (
 from i2v_lab.units import GIB
 
 COMMON = (832, 480)
-"""A size that most models were published with; each model has the one nearest to it beside its own."""
-ALIKE = 0.1  # of the pixels: no second size where the model's own is as near
+"""A size that most models were published with, at which they are compared."""
+ALIKE = 0.1  # of the pixels: the model's own size where it is as near
 BUDGETS_GIB = (*range(3, 17), 20, 24, 28, 32, 40, 48, 64, 80)
 
 
 def sizes_of(model: str) -> list[tuple[int, int]]:
-    """The sizes that a model is shown at: those of its studies, or its own and the one nearest to :data:`COMMON`.
+    """The sizes that a model is shown at, in ascending order.
 
     Example:
-        >>> sizes_of("wan-2.2-ti2v-5b")
-        [(832, 480), (1280, 704)]
-        >>> sizes_of("wan-2.2-i2v-a14b")
-        [(832, 480)]
+        >>> sizes_of("wan-2.2-ti2v-5b"), sizes_of("ltx-2-19b-diffusers"), sizes_of("framepack-i2v")
+        ([(832, 480)], [(768, 512)], [(480, 832)])
     """
     return sorted({(each.width, each.height) for each in requests_of(model)}, key=lambda size: size[0] * size[1])
 
@@ -57,7 +56,8 @@ def requests_of(model: str) -> list[I2VRequest]:
         model: An architecture's name.
 
     Returns:
-        Those of ``answer`` in ``data/studies.json``, else at its own size, and at the one nearest to :data:`COMMON`.
+        Those of ``answer`` in ``data/studies.json``, else one at the size nearest to :data:`COMMON`, with the
+        model's own number of frames: a second size would double the time that the page takes.
     """
     own = make_request(model, image=DEFAULT_STILL)
     known = json.loads((data_dir() / "studies.json").read_text(encoding="utf-8")).get(model, {})
@@ -74,7 +74,7 @@ def requests_of(model: str) -> list[I2VRequest]:
         check_request(architecture, common)
     except InvalidRequest:  # a model of one size
         return [own]
-    return [own, common]
+    return [common]
 
 
 def answer_of(observations: Sequence[Observation], gpus: Sequence[str] = ()) -> dict[str, Any]:
@@ -156,13 +156,7 @@ def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[
         for gpu, size in zip(table["gpu"], table["memory_bytes"], strict=True)
         if not gpus or gpu in gpus
     }
-    placed = [spec for spec in asked if spec.runner_spec.techniques]
-    forecasts_that_run([base for spec in placed for base in base_specs(spec.request, spec.model)])
-    tried = settings_ways([spec for spec in asked if not spec.runner_spec.techniques])
-    points = [
-        _placed_point(spec, cards) if spec.runner_spec.techniques else _point(tried[spec], spec, cards)
-        for spec in asked
-    ]
+    points = on_all_cores(partial(_point, cards=cards), asked)
     return {
         "cards": [{"name": gpu, "memory_bytes": size, "rates": rates_of(gpu)} for gpu, size in cards.items()],
         "models": list(dict.fromkeys(spec.model for spec in asked)),
@@ -173,7 +167,13 @@ def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[
     }
 
 
-def _point(tried: Mapping[I2VRequest, Forecast], spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
+def _point(spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
+    if spec.runner_spec.techniques:
+        return _placed_point(spec, cards)
+    return _settings_point(settings_ways([spec], forecasts_in_turn)[spec], spec, cards)
+
+
+def _settings_point(tried: Mapping[I2VRequest, Forecast], spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
     ways: list[dict[str, Any]] = []
     needs: list[int] = []
     for request, forecast in tried.items():

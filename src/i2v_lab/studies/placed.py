@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from i2v_lab.capacity.candidates import DECODE_VIDEO
 from i2v_lab.capacity.cards import fitting_bytes
@@ -31,6 +32,7 @@ UNSTREAMED = (RESIDENT, "lean", WHOLE)
 PUBLISHED, MEASURED = "published", "measured"  # rates
 OFFLOADS = (Offload.NONE, Offload.MODEL, Offload.SEQUENTIAL)
 Forecasts = Callable[[Sequence[RunSpec]], Sequence[Forecast | None]]
+T = TypeVar("T")
 POLICIES = (MemoryPolicy.RESIDENT, MemoryPolicy.LEAN, MemoryPolicy.STREAMED)
 
 
@@ -202,11 +204,26 @@ def settings_forecasts(
 
 def forecasts_that_run(specs: Sequence[RunSpec]) -> list[Forecast | None]:
     """The forecasts of many runs, on all cores; ``None`` for what fails on a card."""
-    todo = [spec for spec in specs if cached_forecast(spec) is None]
-    if len(todo) > 1:
-        with ProcessPoolExecutor(min(usable_cores(), len(todo)), worker_context(), end_on_interrupt) as pool:
-            list(pool.map(_runs, todo))
+    on_all_cores(_runs, [spec for spec in specs if cached_forecast(spec) is None])
+    return forecasts_in_turn(specs)
+
+
+def forecasts_in_turn(specs: Sequence[RunSpec]) -> list[Forecast | None]:
+    """As :func:`forecasts_that_run`, on one core, which is what a worker has."""
     return [forecast_that_runs(spec) for spec in specs]
+
+
+def on_all_cores(work: Callable[[RunSpec], T], specs: Sequence[RunSpec]) -> list[T]:
+    """What a function returns of each run, in their order; the runs are shared out to a process a core.
+
+    Args:
+        work: At the top of a module, or partial of such; its results can be pickled.
+        specs: What it is called with.
+    """
+    if len(specs) < 2:
+        return [work(spec) for spec in specs]
+    with ProcessPoolExecutor(min(usable_cores(), len(specs)), worker_context(), end_on_interrupt) as pool:
+        return list(pool.map(work, specs))
 
 
 def _runs(spec: RunSpec) -> bool:

@@ -29,6 +29,7 @@ from i2v_lab.pipeline.ltx2.layout import gemma_dimensions, transformer_key_ops
 from i2v_lab.pipeline.ltx2.memory.builders import with_techniques
 from i2v_lab.pipeline.ltx2.memory.chunked_transformer import ChunkedBlock
 from i2v_lab.pipeline.ltx2.memory.host_weights import HostWeights
+from i2v_lab.pipeline.ltx2.memory.in_place_decode import TileMask
 from i2v_lab.pipeline.ltx2.memory.readers import will_need
 from i2v_lab.pipeline.ltx2.memory.streaming import StreamedBuilder
 from i2v_lab.pipeline.ltx2.skeletons import UninitializedModules
@@ -139,8 +140,8 @@ def quantization_policy(quantization: Quantization) -> QuantizationPolicy | None
 def memoizable_modules(architecture: Architecture) -> dict[type[torch.nn.Module], Callable[..., Hashable]]:
     """Module classes whose identical calls a forecast may memoize.
 
-    The blocks of the transformer, those of the embeddings connectors, and the video decoder, which runs once for each
-    tile.
+    The blocks of the transformer, those of the embeddings connectors, and the video decoder and the blending weights,
+    which run once for each tile.
 
     Returns:
         For each class a function of a call's module and arguments: what, besides shapes, decides which operators run.
@@ -151,6 +152,7 @@ def memoizable_modules(architecture: Architecture) -> dict[type[torch.nn.Module]
         ChunkedBlock: _perturbations_key,
         _BasicTransformerBlock1D: _constant_key,
         VideoDecoder: _constant_key,
+        TileMask: _constant_key,
     }
 
 

@@ -118,7 +118,9 @@ def decode_video(
         frames = span.stop - span.start
         sums = torch.zeros(shape._replace(frames=frames).to_torch_shape(), dtype=latent.dtype, device=latent.device)
         for tile in group:
-            _add_tile(sums, decoder(latent[tile.in_coords], generator=generator), tile)
+            decoded = decoder(latent[tile.in_coords], generator=generator)
+            TileMask(tile, sums.device, sums.dtype).forward(sums, 0, decoded)
+            del decoded
         if carried is not None:
             sums[:, :, : carried.shape[2]] += carried
             carried = None
@@ -133,45 +135,60 @@ def decode_video(
         del chunk
 
 
-def _add_tile(sums: torch.Tensor, decoded: torch.Tensor, tile: Any) -> None:
-    """Add a decoded tile, multiplied by its blending weights, to the sums ``(1, 3, F, H, W)`` of its group."""
-    mask = _Mask(tile, sums.device, sums.dtype)
-    frames = min(sums.shape[2], decoded.shape[2])
-    for first in range(0, frames, SLAB_FRAMES):
-        slab = slice(first, min(first + SLAB_FRAMES, frames))
-        sums[:, :, slab, mask.rows, mask.columns] += decoded[:, :, slab] * mask.weights(slab)
-
-
 def _finish(sums: torch.Tensor, frames: int, start: int, overlapping: list[tuple[int, Sequence[Any]]]) -> torch.Tensor:
     """The first ``frames`` of ``sums``, from frame ``start`` on, divided by their weights: ``(F, H, W, 3)`` uint8."""
     _, channels, _, height, width = sums.shape
     finished = torch.empty(frames, height, width, channels, dtype=torch.uint8, device=sums.device)
-    groups = [(start - begin, [_Mask(tile, sums.device, sums.dtype) for tile in tiles]) for begin, tiles in overlapping]
+    where = (sums.device, sums.dtype)
+    groups = [(start - begin, [TileMask(tile, *where) for tile in tiles]) for begin, tiles in overlapping]
     for first in range(0, frames, SLAB_FRAMES):
         slab = slice(first, min(first + SLAB_FRAMES, frames))
         weights = sums.new_zeros(slab.stop - slab.start, height, width)
         for offset, masks in groups:
             own = torch.zeros_like(weights)
             for mask in masks:
-                part = mask.weights(slice(slab.start + offset, slab.stop + offset))
-                own[: part.shape[0], mask.rows, mask.columns] += part
+                mask.forward(own, slab.start + offset)
             weights += own
         finished[slab] = _as_uint8(sums[:, :, slab] / weights.clamp(min=1e-8))
     return finished
 
 
-class _Mask:
-    """A tile's blending weights, stored as their factors along time, height and width."""
+class TileMask(torch.nn.Module):
+    """A tile's blending weights, stored as their factors along time, height and width.
+
+    A module for forecasts to memoize: small tiles are many, and most of them alike. Called by ``forward``, so that what
+    it allocates is attributed to no module.
+    """
+
+    time: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
 
     def __init__(self, tile: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.rows, self.columns = tile.out_coords[3], tile.out_coords[4]
-        self._time, self._height, self._width = (mask.to(device) for mask in tile.masks_1d[2:])
+        super().__init__()
+        self._rows, self._columns = tile.out_coords[3], tile.out_coords[4]
+        for name, mask in zip(("time", "height", "width"), tile.masks_1d[2:], strict=True):
+            self.register_buffer(name, mask.to(device), persistent=False)
         self._dtype = dtype
 
-    def weights(self, frames: slice) -> torch.Tensor:
-        """The weights ``(F, H, W)`` of a range of the tile's frames, cut at the tile's end."""
-        time = self._time[frames, None, None]
-        return (time * self._height[:, None] * self._width).to(self._dtype)
+    def forward(self, sums: torch.Tensor, first: int, decoded: torch.Tensor | None = None) -> None:
+        """Add the weights of the tile's frames from ``first`` on to the tile's part of ``sums``.
+
+        Args:
+            sums: ``(..., F, H, W)``; changed in place, no further than the tile's last frame.
+            first: Of the tile's frames, the one that the first of ``sums`` is.
+            decoded: ``(1, 3, F, h, w)``, the frames that the weights are multiplied by.
+        """
+        target = sums[..., self._rows, self._columns]
+        frames = min(target.shape[-3], self.time.shape[0] - first)
+        for start in range(0, frames, SLAB_FRAMES):
+            stop = min(start + SLAB_FRAMES, frames)
+            weights = self._weights(first + start, first + stop)
+            target[..., start:stop, :, :] += weights if decoded is None else decoded[:, :, start:stop] * weights
+            del weights
+
+    def _weights(self, start: int, stop: int) -> torch.Tensor:
+        return (self.time[start:stop, None, None] * self.height[:, None] * self.width).to(self._dtype)
 
 
 def _as_uint8(frames: torch.Tensor) -> torch.Tensor:
