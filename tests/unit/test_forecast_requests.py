@@ -394,7 +394,7 @@ def test_fit_says_what_fits_and_what_does_not(simple_law):
     assert text.startswith("640x448, 33 frames, tiles of 768 px x 80 frames fits 0.01 GiB (10.2 MiB): ")
     result = CliRunner().invoke(app, ["fit", "--memory", "resident", "--gpu", "0.00001GiB", "--frames", "17"])
     assert result.exit_code == 1
-    assert result.stdout.startswith("nothing fits 0.00001GiB (10.5 KiB): the ")
+    assert result.stdout.startswith("nothing fits 0.00001GiB (10.5 KiB): with --memory resident the smallest request ")
 
 
 def test_accuracy_says_so_where_nothing_was_measured(tmp_path):

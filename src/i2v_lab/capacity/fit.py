@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from i2v_lab.capacity.cards import FITS, TIGHT, judge
-from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import Offload
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast
@@ -47,15 +44,6 @@ class Largest:
     at_the_bound: bool
 
 
-# Memory settings in descending order of speed. An autoencoder that does not tile is tried without.
-LIGHTER: Mapping[Offload, Sequence[dict[str, Any]]] = {
-    Offload.NONE: ({"vae_tiling": True},),
-    Offload.MODEL: ({}, {"vae_tiling": True}),
-    Offload.GROUP_LEAF: ({"offload_stream": True}, {"offload_stream": True, "vae_tiling": True}),
-    Offload.SEQUENTIAL: ({"offload_stream": False}, {"offload_stream": False, "vae_tiling": True}),
-}
-
-
 class FitSearch:
     """Searches for requests that fit a GPU.
 
@@ -65,6 +53,7 @@ class FitSearch:
         on_forecast: Called with every request that is tried, its forecast and its verdict.
         tightly: Accept the verdict ``tight`` as well as ``fits``.
         otherwise: Whether a request whose own forecast does not fit does so in another way.
+        forecast: Forecasts a request; :func:`~i2v_lab.runs.forecast.forecast_request` by default.
 
     Example:
         >>> search = FitSearch(24 * 2**30)
@@ -80,6 +69,7 @@ class FitSearch:
         *,
         tightly: bool = False,
         otherwise: Callable[[I2VRequest], bool] = lambda _: False,
+        forecast: Callable[[I2VRequest, str], Forecast] | None = None,
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model
@@ -88,6 +78,7 @@ class FitSearch:
         self._on_forecast = on_forecast
         self._accepted = (FITS, TIGHT) if tightly else (FITS,)
         self._otherwise = otherwise
+        self._forecast = forecast or forecast_request
 
     def largest_size(
         self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
@@ -133,29 +124,7 @@ class FitSearch:
         return Largest(requests[good], forecast, at_the_bound=good == len(requests) - 1)
 
     def _try(self, request: I2VRequest) -> tuple[Forecast, bool]:
-        forecast = forecast_request(request, self._model)
+        forecast = self._forecast(request, self._model)
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)
         return forecast, verdict in self._accepted or self._otherwise(request)
-
-
-def lighter(request: I2VRequest, model: str) -> list[I2VRequest]:
-    """The same request under memory policies, or memory settings, that hold less, in descending order of speed.
-
-    Example:
-        >>> request = I2VRequest(image="still.png", memory="lean")
-        >>> [other.memory.value for other in lighter(request, "ltx-2.3-22b")]
-        ['streamed']
-    """
-    runner = runner_of(load_architecture(model))
-    if not runner.settings:
-        policies: list[MemoryPolicy] = [policy for policy in runner.memory if policy is not MemoryPolicy.AUTO]
-        return [replace(request, memory=policy) for policy in policies[policies.index(request.memory) + 1 :]]
-    offloads = list(LIGHTER)
-    begin = offloads.index(request.settings.offload) if request.settings.offload in offloads else 0
-    return [
-        replace(request, settings=replace(request.settings, offload=offload, offload_blocks=1, **settings))
-        for offload in offloads[begin:]
-        for settings in LIGHTER[offload]
-        if replace(request.settings, offload=offload, offload_blocks=1, **settings) != request.settings
-    ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from i2v_lab.cli.output import log, say
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import MemorySettings
+from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.request import I2VRequest
 from i2v_lab.units import GIB, format_bytes, format_seconds
 
@@ -70,7 +70,20 @@ def is_free(settings: MemorySettings) -> bool:
     return replace(settings, quantization=MemorySettings().quantization, dtypes=()).is_default
 
 
-def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int]) -> Found:
+def freed(request: I2VRequest) -> I2VRequest:
+    """A request with a memory policy or an offload of its own, without them.
+
+    Example:
+        >>> freed(I2VRequest(image="still.png", memory="lean")).memory.value
+        'resident'
+    """
+    settings = replace(request.settings, offload=Offload.NONE, offload_stream=False, offload_blocks=1)
+    return replace(request, memory=MemoryPolicy.RESIDENT, settings=settings)
+
+
+def find(
+    request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int], *, smaller: bool = True
+) -> Found:
     """The fastest placement on a card of the sizes that are asked for.
 
     Args:
@@ -79,6 +92,7 @@ def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple
         card: The card.
         sought: ``size``, ``frames``, or empty for the request as it is.
         aspect: Width to height of the sizes that are searched.
+        smaller: Whether the model's sizes below the largest have rows too.
     """
     from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT
     from i2v_lab.pipeline.contract.architectures import load_architecture
@@ -93,9 +107,9 @@ def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple
         at_the_bound, last = found.at_the_bound, found.request
         if last is not None:
             largest = replace(request, width=last.width, height=last.height, frames=last.frames)
-            smaller = [size for size in sizes_of(model) if size[0] * size[1] < last.width * last.height]
-            asked = [replace(largest, width=width, height=height) for width, height in smaller if sought == "size"]
-            asked.append(largest)
+            sizes = sizes_of(model) if smaller and sought == "size" else []
+            below = [size for size in sizes if size[0] * size[1] < last.width * last.height]
+            asked = [*(replace(largest, width=width, height=height) for width, height in below), largest]
         else:  # what is needed at least is that of the smallest
             rule = runner_of(load_architecture(model)).size_rule(load_architecture(model))
             width, height = next(iter(rule.sizes(aspect, MAX_HEIGHT)))
@@ -110,11 +124,11 @@ def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple
 def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2VRequest]:
     """The search for the largest, and the request under what takes the least."""
     from i2v_lab.capacity.cards import context_bytes
-    from i2v_lab.capacity.fit import FitSearch, lighter
+    from i2v_lab.capacity.fit import FitSearch
     from i2v_lab.capacity.placement import Budgets, Resolution, allocatable_bytes
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.studies.placed import settings_forecasts
+    from i2v_lab.studies.placed import least_forecast
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         peak = f"{format_bytes(result.peak.peak_bytes)} in {result.peak.phase}"
@@ -130,12 +144,7 @@ def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2V
         room_bytes = allocatable_bytes(card.memory_bytes, context) + context
         search = FitSearch(room_bytes, model, report, tightly=True, otherwise=placed)
         return search, replace(request, memory=MemoryPolicy.STREAMED)
-    least = request
-    for other in reversed(lighter(request, model)):
-        if settings_forecasts([other], model):
-            least = other
-            break
-    return FitSearch(card.memory_bytes, model, report), least
+    return FitSearch(card.memory_bytes, model, report, forecast=least_forecast), request
 
 
 def command(request: I2VRequest, model: str, card: Card) -> str:

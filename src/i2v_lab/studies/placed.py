@@ -137,19 +137,28 @@ def settings_ways(
     last = {spec: {each.settings.offload for each in tried} for spec, tried in found.items()}
     lacking = [spec for spec in specs if spec.runner_spec.settings and OFFLOADS[-1] not in last[spec]]
     _add(found, {spec: [_offloaded(spec, Offload.GROUP_LEAF)] for spec in lacking}, forecasts)
-    _add(
-        found,
-        {
-            spec: [
-                replace(one, settings=replace(one.settings, vae_tiling=True))
-                for one, forecast in tried.items()
-                if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
-            ]
-            for spec, tried in found.items()
-        },
-        forecasts,
-    )
+    _add(found, _tiled(found), forecasts)
     return found
+
+
+def least_forecast(request: I2VRequest, model: str) -> Forecast:
+    """The forecast of a request under the settings of :func:`settings_ways` that hold the least, without the others.
+
+    Args:
+        request: Without settings but for a quantization and dtypes, which are kept.
+        model: An architecture's name.
+
+    Raises:
+        ForecastError: It fails on a card under all of them.
+    """
+    spec = RunSpec(request=request, model=model)
+    for offload in (Offload.SEQUENTIAL, Offload.GROUP_LEAF, Offload.MODEL):
+        tried: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {}}
+        _add(tried, {spec: [_offloaded(spec, offload)]}, None)
+        _add(tried, _tiled(tried), None)
+        if tried[spec]:
+            return min(tried[spec].values(), key=fitting_bytes)
+    return forecast_spec(spec)
 
 
 def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
@@ -159,6 +168,18 @@ def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
         return replace(spec.request, settings=replace(spec.request.settings, offload=offload))
     except InvalidRequest:  # quantized weights that this cannot move
         return None
+
+
+def _tiled(found: Mapping[RunSpec, Mapping[I2VRequest, Forecast]]) -> dict[RunSpec, list[I2VRequest | None]]:
+    """What is offloaded and has its peak where it decodes, with tiles."""
+    return {
+        spec: [
+            replace(one, settings=replace(one.settings, vae_tiling=True))
+            for one, forecast in tried.items()
+            if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
+        ]
+        for spec, tried in found.items()
+    }
 
 
 def _add(
