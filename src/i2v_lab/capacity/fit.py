@@ -54,6 +54,7 @@ class FitSearch:
         tightly: Accept the verdict ``tight`` as well as ``fits``.
         otherwise: Whether a request whose own forecast does not fit does so in another way.
         forecast: Forecasts a request; :func:`~i2v_lab.runs.forecast.forecast_request` by default.
+        before: Called with every request that is going to be tried.
 
     Example:
         >>> search = FitSearch(24 * 2**30)
@@ -70,6 +71,7 @@ class FitSearch:
         tightly: bool = False,
         otherwise: Callable[[I2VRequest], bool] = lambda _: False,
         forecast: Callable[[I2VRequest, str], Forecast] | None = None,
+        before: Callable[[I2VRequest], None] = lambda _: None,
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model
@@ -79,6 +81,7 @@ class FitSearch:
         self._accepted = (FITS, TIGHT) if tightly else (FITS,)
         self._otherwise = otherwise
         self._forecast = forecast or forecast_request
+        self._before = before
 
     def largest_size(
         self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
@@ -124,6 +127,7 @@ class FitSearch:
         return Largest(requests[good], forecast, at_the_bound=good == len(requests) - 1)
 
     def _try(self, request: I2VRequest) -> tuple[Forecast, bool]:
+        self._before(request)
         forecast = self._forecast(request, self._model)
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)

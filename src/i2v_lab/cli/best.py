@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.cli import expected
 from i2v_lab.cli.output import log, say
 from i2v_lab.memory_policy import MemoryPolicy
 from i2v_lab.memory_settings import MemorySettings, Offload
@@ -97,14 +98,15 @@ def find(
     from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.runs.provenance import usable_cores
     from i2v_lab.studies.answer import sizes_of
-    from i2v_lab.studies.placed import best_placements
+    from i2v_lab.studies.placed import best_placements, needed_specs
 
-    asked, at_the_bound = [request], False
+    asked, at_the_bound, said = [request], False, False
     if sought:
-        search, lightest = _search(request, model, card)
+        search, lightest, announced = _search(request, model, card, sought, aspect)
         found = search.most_frames(lightest) if sought == "frames" else search.largest_size(lightest, aspect)
-        at_the_bound, last = found.at_the_bound, found.request
+        at_the_bound, last, said = found.at_the_bound, found.request, announced.said
         if last is not None:
             largest = replace(request, width=last.width, height=last.height, frames=last.frames)
             sizes = sizes_of(model) if smaller and sought == "size" else []
@@ -117,24 +119,63 @@ def find(
                 asked = [replace(request, width=width, height=height)]
             else:
                 asked = [replace(request, frames=rule.frame_counts(MAX_FRAMES)[0])]
+    if not said:
+        needed = [spec for each in asked for spec in needed_specs(each, model, card.memory_bytes)]
+        expected.announce_forecasts(needed, usable_cores())
     placed = [best_placements(each, model, [(card.name, card.memory_bytes)])[0] for each in asked]
     return Found(tuple(asked), tuple(placed), at_the_bound)
 
 
-def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2VRequest]:
-    """The search for the largest, and the request under what takes the least."""
+def search_steps(model: str, sought: str, aspect: tuple[int, int]) -> int:
+    """How many requests a search tries at most, by bisection, or one after another where only the tiles are sought.
+
+    Args:
+        model: An architecture's name.
+        sought: As of :func:`find`.
+        aspect: Likewise.
+
+    Example:
+        >>> [search_steps("ltx-2.3-22b", sought, (4, 3)) for sought in ("size", "frames", "")]
+        [7, 7, 7]
+    """
+    from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT, TILINGS
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+
+    architecture = load_architecture(model)
+    runner = runner_of(architecture)
+    if not sought:
+        return len(TILINGS) if runner.tiles(architecture) else 1
+    rule = runner.size_rule(architecture)
+    tried = list(rule.frame_counts(MAX_FRAMES) if sought == "frames" else rule.sizes(aspect, MAX_HEIGHT))
+    return 1 + (len(tried) - 1).bit_length()
+
+
+def _search(
+    request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int]
+) -> tuple[FitSearch, I2VRequest, expected.AnnouncedSearch]:
+    """The search for the largest, the request under what takes the least, and what says how long it takes."""
     from i2v_lab.capacity.cards import context_bytes
     from i2v_lab.capacity.fit import FitSearch
     from i2v_lab.capacity.placement import Budgets, Resolution, allocatable_bytes
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.studies.placed import least_forecast
+    from i2v_lab.studies.placed import least_forecast, needed_specs
+
+    steps = search_steps(model, sought, aspect)
+    # One with the least memory at each step, of placed models those of a placement where that does not fit, and then
+    # those of the answer.
+    places = bool(runner_of(load_architecture(model)).techniques)
+    announced = expected.AnnouncedSearch((2 * steps if places else steps) + 3)
+
+    def before(tried: I2VRequest) -> None:
+        announced.before(needed_specs(tried, model)[-1])
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         peak = f"{format_bytes(result.peak.peak_bytes)} in {result.peak.phase}"
         log(f"i2v-lab: {tried.width}x{tried.height}, {tried.frames} frames, with the least memory: {peak}, {verdict}")
 
-    if runner_of(load_architecture(model)).techniques:
+    if places:
 
         def placed(tried: I2VRequest) -> bool:  # with smaller chunks and tiles
             resolved = Budgets(tried, model).resolve(card.memory_bytes, explain=False)
@@ -142,9 +183,9 @@ def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2V
 
         context = context_bytes()
         room_bytes = allocatable_bytes(card.memory_bytes, context) + context
-        search = FitSearch(room_bytes, model, report, tightly=True, otherwise=placed)
-        return search, replace(request, memory=MemoryPolicy.STREAMED)
-    return FitSearch(card.memory_bytes, model, report, forecast=least_forecast), request
+        search = FitSearch(room_bytes, model, report, tightly=True, otherwise=placed, before=before)
+        return search, replace(request, memory=MemoryPolicy.STREAMED), announced
+    return FitSearch(card.memory_bytes, model, report, forecast=least_forecast, before=before), request, announced
 
 
 def command(request: I2VRequest, model: str, card: Card) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli import best, options, placed
+from i2v_lab.cli import best, expected, options, placed
 from i2v_lab.cli.forecast_report import measured_on
 from i2v_lab.cli.output import log, print_json, say
 from i2v_lab.errors import InvalidRequest
@@ -100,6 +100,7 @@ def fit(
     gpu = gpu or f"{BUDGET}{format_bytes(memory_bytes)}"
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
+    runner_of(architecture).require_package(architecture)  # what is refused is so before the time is announced
     places = bool(runner_of(architecture).techniques)
     if vram_budget is not None and not places:
         raise placed.not_placed(model)
@@ -189,11 +190,17 @@ def _as_asked(
     from i2v_lab.capacity.cards import fitting_bytes
     from i2v_lab.capacity.fit import FitSearch
     from i2v_lab.capacity.time_model import seconds_on
+    from i2v_lab.runs.spec import RunSpec
+
+    announced = expected.AnnouncedSearch(best.search_steps(model, sought, aspect))
+
+    def before(tried: I2VRequest) -> None:
+        announced.before(RunSpec(request=tried, model=model))
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         log(f"{_described(tried)}: {format_bytes(result.peak.peak_bytes)} in {result.peak.phase}, {verdict}")
 
-    search = FitSearch(card.memory_bytes, model, report)
+    search = FitSearch(card.memory_bytes, model, report, before=before)
 
     if sought == "size":
         found = search.largest_size(request, aspect)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.capacity.device_profile import REFERENCE
-from i2v_lab.cli import options, placed
+from i2v_lab.cli import expected, options, placed
 from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
-from i2v_lab.cli.output import log, print_json, say
+from i2v_lab.cli.output import print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
@@ -194,23 +194,21 @@ def forecast(
 
 
 def _forecast(request: I2VRequest, model: str) -> Forecast:
-    from i2v_lab.runs.forecast import cached_forecast, forecast_request
+    from i2v_lab.runs.forecast import forecast_request, is_cached
     from i2v_lab.runs.spec import RunSpec
 
     spec = RunSpec(request=request, model=model)
-    cached = cached_forecast(spec) is not None
-    if not cached:  # what is refused is so before the time is announced
+    if not is_cached(spec):  # what is refused is so before the time is announced
         from i2v_lab.pipeline.contract.media import load_still
 
         spec.runner_spec.require_package(spec.architecture)
         load_still(find_still(request.image))
+        expected.announce("forecasting", expected.forecasts_s([model]))
     if not sys.stderr.isatty():
-        if not cached:
-            log("forecasting; about 20 s")
         return forecast_request(request, model)
     from i2v_lab.reporting.console import PlainConsole
 
-    with PlainConsole(stderr=True).status("forecasting; about 20 s unless the forecast is cached"):
+    with PlainConsole(stderr=True).status("forecasting"):
         return forecast_request(request, model)
 
 

@@ -21,7 +21,7 @@ from i2v_lab.placement import STREAMED_COMPONENTS
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import FAILS_ON_A_CARD
-from i2v_lab.runs.forecast import cached_forecast, forecast_spec
+from i2v_lab.runs.forecast import cached_forecast, forecast_spec, is_cached
 from i2v_lab.runs.provenance import usable_cores
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.workers import end_on_interrupt, worker_context
@@ -74,6 +74,24 @@ def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
     if not runner_of(load_architecture(model)).techniques:
         return [RunSpec(request=request, model=model)]
     return [RunSpec(request=replace(request, memory=policy, placement=None), model=model) for policy in POLICIES]
+
+
+def needed_specs(request: I2VRequest, model: str, memory_bytes: int = 0) -> list[RunSpec]:
+    """The runs whose forecasts :func:`best_placements` takes, the lightest last: not those with tiles.
+
+    Args:
+        request: As there.
+        model: An architecture's name.
+        memory_bytes: That the process may take; where it is known that the request fits as it is, no other is needed.
+    """
+    specs = base_specs(request, model)
+    if not specs[0].runner_spec.settings:
+        return specs
+    resident = cached_forecast(specs[0])
+    if resident is not None and fitting_bytes(resident) <= memory_bytes:
+        return specs
+    ways = [_offloaded(specs[0], each) for each in OFFLOADS]
+    return [replace(specs[0], request=each) for each in ways if each is not None]
 
 
 def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str, int]]) -> list[Placed]:
@@ -223,7 +241,7 @@ def settings_forecasts(
 
 def forecasts_that_run(specs: Sequence[RunSpec]) -> list[Forecast | None]:
     """The forecasts of many runs, on all cores; ``None`` for what fails on a card."""
-    todo = [spec for spec in specs if cached_forecast(spec) is None]
+    todo = [spec for spec in specs if not is_cached(spec)]
     if len(todo) > 1:
         with ProcessPoolExecutor(min(usable_cores(), len(todo)), worker_context(), end_on_interrupt) as pool:
             list(pool.map(_runs, todo))
