@@ -50,7 +50,7 @@ def test_a_search_is_announced_with_its_first_forecast_that_is_not_cached(cache,
     for spec in _specs(FULL, 4):
         search.before(spec)
     assert search.said
-    assert capsys.readouterr().err == "i2v-lab: a search, up to 4 forecasts to compute, in about 47 s\n"
+    assert capsys.readouterr().err == "i2v-lab: a search: up to 4 forecasts to compute, in at most about 47 s\n"
 
 
 def test_a_generation_on_a_card_is_predicted_where_its_forecast_is_known(cache, capsys):

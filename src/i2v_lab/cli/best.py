@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.studies.placed import Placed
 
+PLACEMENT = "fastest that fits"
 PLACED_RULE = (
     "allocated bytes, the CUDA context and 384 MiB for fragmentation and kernels, with expandable segments, "
     "which --vram-budget turns on"
@@ -104,7 +105,7 @@ def find(
 
     asked, at_the_bound, said = [request], False, False
     if sought:
-        search, lightest, announced = _search(request, model, card, sought, aspect)
+        search, lightest, announced = _search(request, model, card, sought, aspect, smaller=smaller)
         found = search.most_frames(lightest) if sought == "frames" else search.largest_size(lightest, aspect)
         at_the_bound, last, said = found.at_the_bound, found.request, announced.said
         if last is not None:
@@ -152,7 +153,7 @@ def search_steps(model: str, sought: str, aspect: tuple[int, int]) -> int:
 
 
 def _search(
-    request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int]
+    request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int], *, smaller: bool
 ) -> tuple[FitSearch, I2VRequest, expected.AnnouncedSearch]:
     """The search for the largest, the request under what takes the least, and what says how long it takes."""
     from i2v_lab.capacity.cards import context_bytes
@@ -160,13 +161,13 @@ def _search(
     from i2v_lab.capacity.placement import Budgets, Resolution, allocatable_bytes
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.studies.answer import sizes_of
     from i2v_lab.studies.placed import least_forecast, needed_specs
 
-    steps = search_steps(model, sought, aspect)
-    # One with the least memory at each step, of placed models those of a placement where that does not fit, and then
-    # those of the answer.
+    steps, rows = search_steps(model, sought, aspect), 1 + (len(sizes_of(model)) if smaller and sought == "size" else 0)
+    # One with the least memory at each step, of placed models one more where that does not fit, and those of each row.
     places = bool(runner_of(load_architecture(model)).techniques)
-    announced = expected.AnnouncedSearch((2 * steps if places else steps) + 3)
+    announced = expected.AnnouncedSearch((2 * steps if places else steps) + rows * len(needed_specs(request, model)))
 
     def before(tried: I2VRequest) -> None:
         announced.before(needed_specs(tried, model)[-1])
@@ -252,13 +253,11 @@ def show(found: Found, model: str, card: Card) -> None:
         model: An architecture's name.
         card: The card.
     """
-    from rich.table import Table
-
     from i2v_lab.capacity.cards import RESERVED_MARGIN_PERCENT, is_size
     from i2v_lab.capacity.device_profile import device_profile, has_profile
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.reporting.console import wide_console
+    from i2v_lab.reporting.console import TerminalTable, wide_console
 
     last = found.placed[-1]
     if last.request is None:
@@ -269,9 +268,9 @@ def show(found: Found, model: str, card: Card) -> None:
             "ask for less"
         )
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("size", "frames", "fastest that fits", "needs", "most in", "host memory", "predicted"):
-        table.add_column(name, overflow="fold")
+    table = TerminalTable(box=None, header_style="bold", pad_edge=False)
+    for name in ("size", "frames", PLACEMENT, "needs", "most in", "host memory", "predicted"):
+        table.add_column(name, no_wrap=name != PLACEMENT)
     for asked, placed in zip(found.asked, found.placed, strict=True):
         host = "" if placed.host_bytes is None else format_bytes(placed.host_bytes)
         seconds = (

@@ -63,11 +63,11 @@ def announce_forecasts(specs: Sequence[RunSpec], processes: int = 1, device: str
     return announce(f"{_count(len(todo))} to compute", forecasts_s([spec.model for spec in todo], processes))
 
 
-def announce(what: str, seconds: float) -> bool:
-    """Say how long something takes, on stderr, unless it is short; return whether it was said."""
+def announce(what: str, seconds: float, *, at_most: bool = False) -> bool:
+    """Say how long something takes, or takes at most, on stderr, unless it is short; return whether it was said."""
     if seconds < QUIET_S:
         return False
-    log(f"i2v-lab: {what}, in about {format_seconds(seconds, rough=True)}")
+    log(f"i2v-lab: {what}, in {'at most ' if at_most else ''}about {format_seconds(seconds, rough=True)}")
     return True
 
 
@@ -88,8 +88,8 @@ class AnnouncedSearch:
     def before(self, spec: RunSpec) -> None:
         """Announce what is left, if the next forecast is not cached and nothing was announced."""
         if not self.said and uncached([spec]):
-            words = f"a search, up to {_count(self._left)} to compute"
-            self.said = announce(words, forecasts_s([spec.model] * self._left))
+            words = f"a search: up to {_count(self._left)} to compute"
+            self.said = announce(words, forecasts_s([spec.model] * self._left), at_most=True)
         self._left = max(1, self._left - 1)
 
 
