@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from i2v_lab.capacity.cards import FITS, TIGHT, judge
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast
@@ -93,13 +95,31 @@ class FitSearch:
             aspect: Width to height; sides are rounded to the model's multiple of pixels.
             max_height: Upper bound of the search, in pixels.
         """
-        sizes = self._sizes.sizes(aspect, max_height)
-        return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
+        return self._last_that_fits(self.by_size(request, aspect, max_height))
 
     def most_frames(self, request: I2VRequest) -> Largest:
         """The largest number of frames at the request's size."""
-        counts = self._sizes.frame_counts(MAX_FRAMES)
-        return self._last_that_fits([replace(request, frames=count) for count in counts])
+        return self._last_that_fits(self.by_frames(request))
+
+    def by_size(
+        self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
+    ) -> list[I2VRequest]:
+        """The sizes of :meth:`largest_size`, ascending."""
+        sizes = self._sizes.sizes(aspect, max_height)
+        return self._allowed([replace(request, width=w, height=h) for w, h in sizes])
+
+    def by_frames(self, request: I2VRequest) -> list[I2VRequest]:
+        """The numbers of frames of :meth:`most_frames`, ascending."""
+        return self._allowed([replace(request, frames=count) for count in self._sizes.frame_counts(MAX_FRAMES)])
+
+    def _allowed(self, requests: Sequence[I2VRequest]) -> list[I2VRequest]:
+        """Without those that the model refuses, such as one frame of the smallest size."""
+        allowed = []
+        for request in requests:
+            with suppress(InvalidRequest):
+                self._runner.check_request(load_architecture(self._model), request)
+                allowed.append(request)
+        return allowed or list(requests[:1])  # whose forecast says why
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
         """The tiling with the least redundant decoding that fits, at the request's size and number of frames."""

@@ -96,9 +96,6 @@ def find(
         aspect: Width to height of the sizes that are searched.
         smaller: Whether the model's sizes below the largest have rows too.
     """
-    from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT
-    from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.registry import runner_of
     from i2v_lab.runs.provenance import usable_cores
     from i2v_lab.studies.answer import sizes_of
     from i2v_lab.studies.placed import best_placements, needed_specs
@@ -114,12 +111,7 @@ def find(
             below = [size for size in sizes if size[0] * size[1] < last.width * last.height]
             asked = [*(replace(largest, width=width, height=height) for width, height in below), largest]
         else:  # what is needed at least is that of the smallest
-            rule = runner_of(load_architecture(model)).size_rule(load_architecture(model))
-            width, height = next(iter(rule.sizes(aspect, MAX_HEIGHT)))
-            if sought == "size":
-                asked = [replace(request, width=width, height=height)]
-            else:
-                asked = [replace(request, frames=rule.frame_counts(MAX_FRAMES)[0])]
+            asked = [(search.by_size(request, aspect) if sought == "size" else search.by_frames(request))[0]]
     if not said:
         needed = [spec for each in asked for spec in needed_specs(each, model, card.memory_bytes)]
         expected.announce_forecasts(needed, usable_cores())
