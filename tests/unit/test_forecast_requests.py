@@ -308,6 +308,17 @@ def test_the_search_finds_the_last_size_and_the_most_frames_that_fit(simple_law,
     assert (most.request and most.request.frames) == (counts[-1] if counts else None)
 
 
+def test_the_search_leaves_out_what_the_model_refuses(simple_law):
+    """One frame of 64x64 is a single latent position, which the tiny upsampler cannot normalize."""
+    request = I2VRequest(image=STILL, width=64, height=64)
+    search = FitSearch(10**9, "ltx-2.3-tiny")
+    assert [each.frames for each in search.by_frames(request)][:2] == [9, 17]
+    assert [each.frames for each in search.by_frames(replace(request, width=640, height=448))][:2] == [1, 9]
+    assert search.by_size(replace(request, frames=1))[0].width > 64
+    assert FitSearch(1, "ltx-2.3-tiny").most_frames(request).request is None
+    assert simple_law[-1].frames == 9
+
+
 def test_the_search_takes_few_steps(simple_law):
     FitSearch(10**7).largest_size(I2VRequest(image=STILL, frames=17))
     assert len(simple_law) <= 7
@@ -394,7 +405,7 @@ def test_fit_says_what_fits_and_what_does_not(simple_law):
     assert text.startswith("640x448, 33 frames, tiles of 768 px x 80 frames fits 0.01 GiB (10.2 MiB): ")
     result = CliRunner().invoke(app, ["fit", "--memory", "resident", "--gpu", "0.00001GiB", "--frames", "17"])
     assert result.exit_code == 1
-    assert result.stdout.startswith("nothing fits 0.00001GiB (10.5 KiB): the ")
+    assert result.stdout.startswith("nothing fits 0.00001GiB (10.5 KiB): with --memory resident the smallest request ")
 
 
 def test_accuracy_says_so_where_nothing_was_measured(tmp_path):

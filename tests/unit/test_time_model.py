@@ -406,6 +406,25 @@ def test_where_seconds_are_printed_cards_that_were_not_measured_are_told_apart()
     assert [_predicted(idle, size) for size in ("24GiB", "the budget of 8.00 GiB")] == ["", ""]
 
 
+@pytest.mark.parametrize(("gib", "verdict"), [(24, "fits"), (1, "tight"), (0.5, "no")])
+def test_the_verdict_of_the_card_that_is_asked_about_comes_first(monkeypatch, gib, verdict):
+    monkeypatch.setattr("i2v_lab.capacity.cards.gpu_memory_bytes", lambda _: int(gib * 2**30))
+    needed = json.loads(CliRunner().invoke(app, ["forecast", *TINY, "--gpu", "L4", "--json"]).stdout)["card"]
+    if verdict == "tight":  # a byte less than it needs
+        monkeypatch.setattr("i2v_lab.capacity.cards.gpu_memory_bytes", lambda _: needed["needed_bytes"] - 1)
+        needed = json.loads(CliRunner().invoke(app, ["forecast", *TINY, "--gpu", "L4", "--json"]).stdout)["card"]
+    assert needed["verdict"] == verdict
+    assert needed["spare_bytes"] == needed["memory_bytes"] - needed["needed_bytes"]
+    first = CliRunner().invoke(app, ["forecast", *TINY, "--gpu", "L4"]).stdout.splitlines()[0]
+    begins = {"fits": "fits L4 (24.00 GiB) with ", "tight": "fits L4 (", "no": "does not fit L4 (512.0 MiB): needs "}
+    assert first.startswith(begins[verdict])
+    assert ("tightly" in first) == (verdict == "tight")
+    assert ('`i2v-lab fit --gpu "L4" --model ltx-2.3-tiny --width 64' in first) == (verdict == "no")
+    plain = CliRunner().invoke(app, ["forecast", *TINY])
+    assert plain.stdout.startswith("ltx-2.3-tiny, 64x64")
+    assert json.loads(CliRunner().invoke(app, ["forecast", *TINY, "--json"]).stdout)["card"] is None
+
+
 def _recorded(folder, spec, card, result, **changes):
     metadata = {"device": "cuda", "device_name": card, "spec": spec.to_json()}
     with RunWriter(folder, metadata) as writer:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from i2v_lab.capacity.cards import FITS, TIGHT, judge
-from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import Offload
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.pipeline.contract.architectures import load_architecture
 from i2v_lab.pipeline.registry import runner_of
 from i2v_lab.profiling.records import Forecast
@@ -47,15 +46,6 @@ class Largest:
     at_the_bound: bool
 
 
-# Memory settings in descending order of speed. An autoencoder that does not tile is tried without.
-LIGHTER: Mapping[Offload, Sequence[dict[str, Any]]] = {
-    Offload.NONE: ({"vae_tiling": True},),
-    Offload.MODEL: ({}, {"vae_tiling": True}),
-    Offload.GROUP_LEAF: ({"offload_stream": True}, {"offload_stream": True, "vae_tiling": True}),
-    Offload.SEQUENTIAL: ({"offload_stream": False}, {"offload_stream": False, "vae_tiling": True}),
-}
-
-
 class FitSearch:
     """Searches for requests that fit a GPU.
 
@@ -65,6 +55,8 @@ class FitSearch:
         on_forecast: Called with every request that is tried, its forecast and its verdict.
         tightly: Accept the verdict ``tight`` as well as ``fits``.
         otherwise: Whether a request whose own forecast does not fit does so in another way.
+        forecast: Forecasts a request; :func:`~i2v_lab.runs.forecast.forecast_request` by default.
+        before: Called with every request that is going to be tried.
 
     Example:
         >>> search = FitSearch(24 * 2**30)
@@ -80,6 +72,8 @@ class FitSearch:
         *,
         tightly: bool = False,
         otherwise: Callable[[I2VRequest], bool] = lambda _: False,
+        forecast: Callable[[I2VRequest, str], Forecast] | None = None,
+        before: Callable[[I2VRequest], None] = lambda _: None,
     ) -> None:
         self._memory_bytes = memory_bytes
         self._model = model
@@ -88,6 +82,8 @@ class FitSearch:
         self._on_forecast = on_forecast
         self._accepted = (FITS, TIGHT) if tightly else (FITS,)
         self._otherwise = otherwise
+        self._forecast = forecast or forecast_request
+        self._before = before
 
     def largest_size(
         self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
@@ -99,13 +95,31 @@ class FitSearch:
             aspect: Width to height; sides are rounded to the model's multiple of pixels.
             max_height: Upper bound of the search, in pixels.
         """
-        sizes = self._sizes.sizes(aspect, max_height)
-        return self._last_that_fits([replace(request, width=w, height=h) for w, h in sizes])
+        return self._last_that_fits(self.by_size(request, aspect, max_height))
 
     def most_frames(self, request: I2VRequest) -> Largest:
         """The largest number of frames at the request's size."""
-        counts = self._sizes.frame_counts(MAX_FRAMES)
-        return self._last_that_fits([replace(request, frames=count) for count in counts])
+        return self._last_that_fits(self.by_frames(request))
+
+    def by_size(
+        self, request: I2VRequest, aspect: tuple[int, int] = (4, 3), max_height: int = MAX_HEIGHT
+    ) -> list[I2VRequest]:
+        """The sizes of :meth:`largest_size`, ascending."""
+        sizes = self._sizes.sizes(aspect, max_height)
+        return self._allowed([replace(request, width=w, height=h) for w, h in sizes])
+
+    def by_frames(self, request: I2VRequest) -> list[I2VRequest]:
+        """The numbers of frames of :meth:`most_frames`, ascending."""
+        return self._allowed([replace(request, frames=count) for count in self._sizes.frame_counts(MAX_FRAMES)])
+
+    def _allowed(self, requests: Sequence[I2VRequest]) -> list[I2VRequest]:
+        """Without those that the model refuses, such as one frame of the smallest size."""
+        allowed = []
+        for request in requests:
+            with suppress(InvalidRequest):
+                self._runner.check_request(load_architecture(self._model), request)
+                allowed.append(request)
+        return allowed or list(requests[:1])  # whose forecast says why
 
     def fastest_tiling(self, request: I2VRequest) -> Largest:
         """The tiling with the least redundant decoding that fits, at the request's size and number of frames."""
@@ -133,29 +147,8 @@ class FitSearch:
         return Largest(requests[good], forecast, at_the_bound=good == len(requests) - 1)
 
     def _try(self, request: I2VRequest) -> tuple[Forecast, bool]:
-        forecast = forecast_request(request, self._model)
+        self._before(request)
+        forecast = self._forecast(request, self._model)
         verdict = judge(forecast, "", self._memory_bytes).verdict
         self._on_forecast(request, forecast, verdict)
         return forecast, verdict in self._accepted or self._otherwise(request)
-
-
-def lighter(request: I2VRequest, model: str) -> list[I2VRequest]:
-    """The same request under memory policies, or memory settings, that hold less, in descending order of speed.
-
-    Example:
-        >>> request = I2VRequest(image="still.png", memory="lean")
-        >>> [other.memory.value for other in lighter(request, "ltx-2.3-22b")]
-        ['streamed']
-    """
-    runner = runner_of(load_architecture(model))
-    if not runner.settings:
-        policies: list[MemoryPolicy] = [policy for policy in runner.memory if policy is not MemoryPolicy.AUTO]
-        return [replace(request, memory=policy) for policy in policies[policies.index(request.memory) + 1 :]]
-    offloads = list(LIGHTER)
-    begin = offloads.index(request.settings.offload) if request.settings.offload in offloads else 0
-    return [
-        replace(request, settings=replace(request.settings, offload=offload, offload_blocks=1, **settings))
-        for offload in offloads[begin:]
-        for settings in LIGHTER[offload]
-        if replace(request.settings, offload=offload, offload_blocks=1, **settings) != request.settings
-    ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from i2v_lab.cli import expected
 from i2v_lab.cli.output import log, say
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import MemorySettings
+from i2v_lab.memory_settings import MemorySettings, Offload
 from i2v_lab.request import I2VRequest
 from i2v_lab.units import GIB, format_bytes, format_seconds
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from i2v_lab.profiling.records import Forecast
     from i2v_lab.studies.placed import Placed
 
+PLACEMENT = "fastest that fits"
 PLACED_RULE = (
     "allocated bytes, the CUDA context and 384 MiB for fragmentation and kernels, with expandable segments, "
     "which --vram-budget turns on"
@@ -70,7 +72,20 @@ def is_free(settings: MemorySettings) -> bool:
     return replace(settings, quantization=MemorySettings().quantization, dtypes=()).is_default
 
 
-def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int]) -> Found:
+def freed(request: I2VRequest) -> I2VRequest:
+    """A request with a memory policy or an offload of its own, without them.
+
+    Example:
+        >>> freed(I2VRequest(image="still.png", memory="lean")).memory.value
+        'resident'
+    """
+    settings = replace(request.settings, offload=Offload.NONE, offload_stream=False, offload_blocks=1)
+    return replace(request, memory=MemoryPolicy.RESIDENT, settings=settings)
+
+
+def find(
+    request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int], *, smaller: bool = True
+) -> Found:
     """The fastest placement on a card of the sizes that are asked for.
 
     Args:
@@ -79,48 +94,81 @@ def find(request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple
         card: The card.
         sought: ``size``, ``frames``, or empty for the request as it is.
         aspect: Width to height of the sizes that are searched.
+        smaller: Whether the model's sizes below the largest have rows too.
     """
-    from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT
-    from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.registry import runner_of
+    from i2v_lab.runs.provenance import usable_cores
     from i2v_lab.studies.answer import sizes_of
-    from i2v_lab.studies.placed import best_placements
+    from i2v_lab.studies.placed import best_placements, needed_specs
 
-    asked, at_the_bound = [request], False
+    asked, at_the_bound, said = [request], False, False
     if sought:
-        search, lightest = _search(request, model, card)
+        search, lightest, announced = _search(request, model, card, sought, aspect, smaller=smaller)
         found = search.most_frames(lightest) if sought == "frames" else search.largest_size(lightest, aspect)
-        at_the_bound, last = found.at_the_bound, found.request
+        at_the_bound, last, said = found.at_the_bound, found.request, announced.said
         if last is not None:
             largest = replace(request, width=last.width, height=last.height, frames=last.frames)
-            smaller = [size for size in sizes_of(model) if size[0] * size[1] < last.width * last.height]
-            asked = [replace(largest, width=width, height=height) for width, height in smaller if sought == "size"]
-            asked.append(largest)
+            sizes = sizes_of(model) if smaller and sought == "size" else []
+            below = [size for size in sizes if size[0] * size[1] < last.width * last.height]
+            asked = [*(replace(largest, width=width, height=height) for width, height in below), largest]
         else:  # what is needed at least is that of the smallest
-            rule = runner_of(load_architecture(model)).size_rule(load_architecture(model))
-            width, height = next(iter(rule.sizes(aspect, MAX_HEIGHT)))
-            if sought == "size":
-                asked = [replace(request, width=width, height=height)]
-            else:
-                asked = [replace(request, frames=rule.frame_counts(MAX_FRAMES)[0])]
+            asked = [(search.by_size(request, aspect) if sought == "size" else search.by_frames(request))[0]]
+    if not said:
+        needed = [spec for each in asked for spec in needed_specs(each, model, card.memory_bytes)]
+        expected.announce_forecasts(needed, usable_cores())
     placed = [best_placements(each, model, [(card.name, card.memory_bytes)])[0] for each in asked]
     return Found(tuple(asked), tuple(placed), at_the_bound)
 
 
-def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2VRequest]:
-    """The search for the largest, and the request under what takes the least."""
+def search_steps(model: str, sought: str, aspect: tuple[int, int]) -> int:
+    """How many requests a search tries at most, by bisection, or one after another where only the tiles are sought.
+
+    Args:
+        model: An architecture's name.
+        sought: As of :func:`find`.
+        aspect: Likewise.
+
+    Example:
+        >>> [search_steps("ltx-2.3-22b", sought, (4, 3)) for sought in ("size", "frames", "")]
+        [7, 7, 7]
+    """
+    from i2v_lab.capacity.fit import MAX_FRAMES, MAX_HEIGHT, TILINGS
+    from i2v_lab.pipeline.contract.architectures import load_architecture
+    from i2v_lab.pipeline.registry import runner_of
+
+    architecture = load_architecture(model)
+    runner = runner_of(architecture)
+    if not sought:
+        return len(TILINGS) if runner.tiles(architecture) else 1
+    rule = runner.size_rule(architecture)
+    tried = list(rule.frame_counts(MAX_FRAMES) if sought == "frames" else rule.sizes(aspect, MAX_HEIGHT))
+    return 1 + (len(tried) - 1).bit_length()
+
+
+def _search(
+    request: I2VRequest, model: str, card: Card, sought: str, aspect: tuple[int, int], *, smaller: bool
+) -> tuple[FitSearch, I2VRequest, expected.AnnouncedSearch]:
+    """The search for the largest, the request under what takes the least, and what says how long it takes."""
     from i2v_lab.capacity.cards import context_bytes
-    from i2v_lab.capacity.fit import FitSearch, lighter
+    from i2v_lab.capacity.fit import FitSearch
     from i2v_lab.capacity.placement import Budgets, Resolution, allocatable_bytes
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.studies.placed import settings_forecasts
+    from i2v_lab.studies.answer import sizes_of
+    from i2v_lab.studies.placed import least_forecast, needed_specs
+
+    steps, rows = search_steps(model, sought, aspect), 1 + (len(sizes_of(model)) if smaller and sought == "size" else 0)
+    # One with the least memory at each step, of placed models one more where that does not fit, and those of each row.
+    places = bool(runner_of(load_architecture(model)).techniques)
+    announced = expected.AnnouncedSearch((2 * steps if places else steps) + rows * len(needed_specs(request, model)))
+
+    def before(tried: I2VRequest) -> None:
+        announced.before(needed_specs(tried, model)[-1])
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         peak = f"{format_bytes(result.peak.peak_bytes)} in {result.peak.phase}"
         log(f"i2v-lab: {tried.width}x{tried.height}, {tried.frames} frames, with the least memory: {peak}, {verdict}")
 
-    if runner_of(load_architecture(model)).techniques:
+    if places:
 
         def placed(tried: I2VRequest) -> bool:  # with smaller chunks and tiles
             resolved = Budgets(tried, model).resolve(card.memory_bytes, explain=False)
@@ -128,14 +176,9 @@ def _search(request: I2VRequest, model: str, card: Card) -> tuple[FitSearch, I2V
 
         context = context_bytes()
         room_bytes = allocatable_bytes(card.memory_bytes, context) + context
-        search = FitSearch(room_bytes, model, report, tightly=True, otherwise=placed)
-        return search, replace(request, memory=MemoryPolicy.STREAMED)
-    least = request
-    for other in reversed(lighter(request, model)):
-        if settings_forecasts([other], model):
-            least = other
-            break
-    return FitSearch(card.memory_bytes, model, report), least
+        search = FitSearch(room_bytes, model, report, tightly=True, otherwise=placed, before=before)
+        return search, replace(request, memory=MemoryPolicy.STREAMED), announced
+    return FitSearch(card.memory_bytes, model, report, forecast=least_forecast, before=before), request, announced
 
 
 def command(request: I2VRequest, model: str, card: Card) -> str:
@@ -202,13 +245,11 @@ def show(found: Found, model: str, card: Card) -> None:
         model: An architecture's name.
         card: The card.
     """
-    from rich.table import Table
-
     from i2v_lab.capacity.cards import RESERVED_MARGIN_PERCENT, is_size
     from i2v_lab.capacity.device_profile import device_profile, has_profile
     from i2v_lab.pipeline.contract.architectures import load_architecture
     from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.reporting.console import wide_console
+    from i2v_lab.reporting.console import TerminalTable, wide_console
 
     last = found.placed[-1]
     if last.request is None:
@@ -219,9 +260,9 @@ def show(found: Found, model: str, card: Card) -> None:
             "ask for less"
         )
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("size", "frames", "fastest that fits", "needs", "most in", "host memory", "predicted"):
-        table.add_column(name, overflow="fold")
+    table = TerminalTable(box=None, header_style="bold", pad_edge=False)
+    for name in ("size", "frames", PLACEMENT, "needs", "most in", "host memory", "predicted"):
+        table.add_column(name, no_wrap=name != PLACEMENT)
     for asked, placed in zip(found.asked, found.placed, strict=True):
         host = "" if placed.host_bytes is None else format_bytes(placed.host_bytes)
         seconds = (

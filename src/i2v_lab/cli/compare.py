@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli import options
+from i2v_lab.cli import expected, options
 from i2v_lab.cli.output import log, plain_console, print_json, say
 from i2v_lab.errors import InvalidRequest, RecordError
 from i2v_lab.units import format_bytes, format_percent, format_seconds
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from i2v_lab.reporting.comparison import Comparison
     from i2v_lab.reporting.growth import Growth, Tolerance
 
-FORECAST_S = 20.0
-"""Of a model at full size, not cached, on two cores."""
 EXAMPLES = """
 **Examples**
 
@@ -95,12 +93,10 @@ def _forecast_under(plan: Path, versions: tuple[str, str]) -> tuple[Path, Path]:
     from i2v_lab.runs.plans import load_plan
     from i2v_lab.runs.versions import forecast_plan_under, installed_beside
 
-    count = len(load_plan(plan))
+    models = [each.spec.model for each in load_plan(plan)]
     folders = [installed_beside(words.split()) for words in versions]  # what is refused is so before the announcement
-    log(
-        f"{count} forecasts under each of two versions, in about {format_seconds(FORECAST_S * 2 * count, rough=True)} "
-        "if none is cached"
-    )
+    took = format_seconds(2 * expected.forecasts_s(models), rough=True)
+    log(f"i2v-lab: {len(models)} forecasts under each of two versions, in about {took} if none is cached")
     first, second = (forecast_plan_under(plan, folder) for folder in folders)
     return first, second
 

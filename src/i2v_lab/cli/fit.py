@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from i2v_lab.cli import best, options, placed
+from i2v_lab.cli import best, expected, options, placed
 from i2v_lab.cli.forecast_report import measured_on
 from i2v_lab.cli.output import log, print_json, say
-from i2v_lab.errors import ForecastError, InvalidRequest
+from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import MemoryPolicy
-from i2v_lab.memory_settings import NO_SETTINGS, Offload
+from i2v_lab.memory_settings import Offload
 from i2v_lab.request import I2VRequest, Variant
 from i2v_lab.runs.spec import DEFAULT_STILL, FULL_SIZE_MODEL
 from i2v_lab.units import format_bytes
@@ -101,6 +100,7 @@ def fit(
     gpu = gpu or f"{BUDGET}{format_bytes(memory_bytes)}"
     # A dimension that is searched for starts at the default.
     architecture = load_architecture(model)
+    runner_of(architecture).require_package(architecture)  # what is refused is so before the time is announced
     places = bool(runner_of(architecture).techniques)
     if vram_budget is not None and not places:
         raise placed.not_placed(model)
@@ -188,37 +188,28 @@ def _as_asked(
 ) -> bool:
     """Print the largest that fits under a memory policy or settings; return whether anything does."""
     from i2v_lab.capacity.cards import fitting_bytes
-    from i2v_lab.capacity.fit import FitSearch, Largest, lighter
+    from i2v_lab.capacity.fit import FitSearch
     from i2v_lab.capacity.time_model import seconds_on
-    from i2v_lab.pipeline.contract.architectures import load_architecture
-    from i2v_lab.pipeline.registry import runner_of
-    from i2v_lab.runs.execute import FAILS_ON_A_CARD
+    from i2v_lab.runs.spec import RunSpec
+
+    announced = expected.AnnouncedSearch(best.search_steps(model, sought, aspect))
+
+    def before(tried: I2VRequest) -> None:
+        announced.before(RunSpec(request=tried, model=model))
 
     def report(tried: I2VRequest, result: Forecast, verdict: str) -> None:
         log(f"{_described(tried)}: {format_bytes(result.peak.peak_bytes)} in {result.peak.phase}, {verdict}")
 
-    search = FitSearch(card.memory_bytes, model, report)
+    search = FitSearch(card.memory_bytes, model, report, before=before)
 
-    def largest(asked: I2VRequest) -> Largest:
-        if sought == "size":
-            return search.largest_size(asked, aspect)
-        return search.most_frames(asked) if sought else search.fastest_tiling(asked)
-
-    found = largest(request)
-    # What would fit instead: the same search under what holds less.
-    others: list[Largest] = []
-    for other in lighter(request, model) if found.request is None else ():
-        try:
-            others.append(largest(other))
-        except (InvalidRequest, ForecastError) as error:  # an autoencoder that does not tile; what fails on a card
-            if isinstance(error, ForecastError) and error.fields.get("cause") != FAILS_ON_A_CARD:
-                raise
-            log(f"{other.settings.options}: {error}")
-            continue
-        if others[-1].request is not None:
-            break
-    instead = next((other for other in others if other.request is not None), None)
-    needed_bytes = min(fitting_bytes(each.forecast) for each in (found, *others))
+    if sought == "size":
+        found = search.largest_size(request, aspect)
+    else:
+        found = search.most_frames(request) if sought else search.fastest_tiling(request)
+    needed_bytes, instead = fitting_bytes(found.forecast), None
+    if found.request is None:  # what would fit is what is found without the policy, or the offload
+        free = best.find(best.freed(request), model, card, sought, aspect, smaller=False)
+        instead, needed_bytes = free.placed[-1], min(needed_bytes, free.placed[-1].needed_bytes)
     if as_json:
         print_json(
             {
@@ -238,15 +229,13 @@ def _as_asked(
         )
     elif found.request is None:
         peak = found.forecast.peak
-        remedy = (
-            f"with {_remedy(instead.request)}, {_described(replace(instead.request, settings=NO_SETTINGS))} fits"
-            if instead and instead.request
-            else f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
-        )
-        if instead and runner_of(load_architecture(model)).techniques:
-            remedy += "; leave out --memory for the fastest placement"
+        remedy = f"{format_bytes(needed_bytes)} are needed at least; use a larger card"
+        if instead is not None and instead.request is not None:
+            other = instead.request
+            remedy = f"{other.width}x{other.height} with {other.frames} frames fits, {instead.name}: "
+            remedy += best.command(other, model, card)
         say(
-            f"nothing fits {card.words}: the smallest request takes "
+            f"nothing fits {card.words}: with {_held(request)} the smallest request takes "
             f"{format_bytes(peak.peak_bytes)} in {peak.phase}, and the CUDA context "
             f"{format_bytes(found.forecast.context_bytes)}; {remedy}"
         )
@@ -267,7 +256,7 @@ def _predicted(result: Forecast, gpu: str) -> str:
     return "" if is_size(gpu) else f"; {time_in_words(result, gpu)}"
 
 
-def _remedy(request: I2VRequest) -> str:
+def _held(request: I2VRequest) -> str:
     return request.settings.options or f"--memory {request.memory}"
 
 

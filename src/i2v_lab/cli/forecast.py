@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.capacity.device_profile import REFERENCE
-from i2v_lab.cli import options, placed
-from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
+from i2v_lab.cli import expected, options, placed
+from i2v_lab.cli.forecast_report import OnCard, on_card, print_forecast, report, verdicts
 from i2v_lab.cli.forecast_script import check_script_options, report_script
-from i2v_lab.cli.output import log, print_json, say
+from i2v_lab.cli.output import print_json, say
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.files import check_new_folder
 from i2v_lab.memory_policy import MemoryPolicy
@@ -44,7 +44,7 @@ What stays on a card of 12 GiB, and what is streamed:
 
     i2v-lab forecast --width 1024 --height 768 --vram-budget 12GiB --explain
 
-How long it takes on another card, by its published rates:
+Whether it fits another card, and how long it takes there by its published rates:
 
     i2v-lab forecast --width 1024 --height 768 --gpu "RTX 5090"
 
@@ -102,13 +102,20 @@ def forecast(
             "`python` would run it; from_pretrained reads configuration files alone, and nothing is downloaded."
         ),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Predict seconds on this card, as nvidia-smi names it.")] = REFERENCE,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Whether it fits this card, as nvidia-smi names it, and the seconds there. "
+            f"[default: those on {REFERENCE}]"
+        ),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Forecast the peak memory and the seconds of every phase on a GPU, without one, and which cards it fits."""
     from i2v_lab.capacity.device_profile import device_profile
     from i2v_lab.pipeline.contract.architectures import load_architecture
 
+    asked_gpu, gpu = gpu, gpu or REFERENCE
     device_profile(gpu)  # refused before anything runs
 
     vram_cap_bytes = options.cap_bytes(vram_cap_gib)
@@ -116,7 +123,7 @@ def forecast(
         check_new_folder(profile, "profile")
     check_script_options(context, script, arguments)
     if script is not None:
-        report_script(script, arguments or [], vram_cap_gib, profile, gpu, as_json)
+        report_script(script, arguments or [], vram_cap_gib, profile, asked_gpu, as_json)
         return
     asked = placed.asked_placement(
         context,
@@ -181,36 +188,34 @@ def forecast(
     # What was computed has no modules and no timeline: they are forecast only where they are written.
     computed = resolution is not None and bool(resolution.computed_from) and profile is None
     result = resolution.forecast if resolution is not None and computed else _forecast(request, model)
-    fits = verdicts(result, vram_cap_gib)
+    card, fits = on_card(result, asked_gpu, placed=resolution is not None), verdicts(result, vram_cap_gib)
     if profile is not None:
         _write_run(profile, request, model, result, gpu)
     if as_json:
-        values = {"model": model, "request": request.to_json(), **report(result, fits, gpu)}
+        values = {"model": model, "request": request.to_json(), **report(result, fits, gpu, card)}
         if resolution is not None:
             values["placement"] = placed.explanation(resolution)
         print_json(values)
     else:
-        _print(request, model, result, fits, gpu)
+        _print(request, model, result, fits, gpu, card)
 
 
 def _forecast(request: I2VRequest, model: str) -> Forecast:
-    from i2v_lab.runs.forecast import cached_forecast, forecast_request
+    from i2v_lab.runs.forecast import forecast_request, is_cached
     from i2v_lab.runs.spec import RunSpec
 
     spec = RunSpec(request=request, model=model)
-    cached = cached_forecast(spec) is not None
-    if not cached:  # what is refused is so before the time is announced
+    if not is_cached(spec):  # what is refused is so before the time is announced
         from i2v_lab.pipeline.contract.media import load_still
 
         spec.runner_spec.require_package(spec.architecture)
         load_still(find_still(request.image))
+        expected.announce("forecasting", expected.forecasts_s([model]))
     if not sys.stderr.isatty():
-        if not cached:
-            log("forecasting; about 20 s")
         return forecast_request(request, model)
     from i2v_lab.reporting.console import PlainConsole
 
-    with PlainConsole(stderr=True).status("forecasting; about 20 s unless the forecast is cached"):
+    with PlainConsole(stderr=True).status("forecasting"):
         return forecast_request(request, model)
 
 
@@ -228,7 +233,7 @@ def _write_run(folder: Path, request: I2VRequest, model: str, result: Forecast, 
             writer.append(record)
 
 
-def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], gpu: str) -> None:
+def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], gpu: str, card: OnCard | None) -> None:
     from i2v_lab.capacity.cards import NO
     from i2v_lab.placement import STREAMED_COMPONENTS
     from i2v_lab.runs.sources import as_run
@@ -243,7 +248,20 @@ def _print(request: I2VRequest, model: str, result: Forecast, fits: list[Fit], g
         f"{request.quantization}, decode {request.decode_scope}{policy}"
     )
     spec = RunSpec(request=request, model=model)
-    print_forecast(title, as_run(spec, result), result, fits, gpu)
+    verdict = card.in_words(_fit_command(request, model, card.gpu)) if card else ""
+    print_forecast(title, as_run(spec, result), result, fits, gpu, verdict)
     whole = spec.runner_spec.techniques and not request.placed.techniques & set(STREAMED_COMPONENTS)
     if whole and any(fit.verdict == NO for fit in fits):
         say(f"{NO}: as it is; --vram-budget, with a card's memory, solves for the fastest placement that fits")
+
+
+def _fit_command(request: I2VRequest, model: str, gpu: str) -> str:
+    """The command that finds what fits a card in place of a request."""
+    from i2v_lab.runs.spec import make_request
+
+    words = f'i2v-lab fit --gpu "{gpu}" --model {model} --width {request.width} --height {request.height}'
+    if request.settings.quantizes:
+        words += f" --quantization {request.settings.quantization}"
+    elif request.quantization != make_request(model).quantization:
+        words += f" --quantization {request.quantization}"
+    return f"{words} --frames {request.frames}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from i2v_lab.capacity.device_profile import REFERENCE
 from i2v_lab.cli import options
 from i2v_lab.cli.output import plain_console
+from i2v_lab.errors import InvalidRequest
+from i2v_lab.units import format_bytes
 
 if TYPE_CHECKING:
     from i2v_lab.capacity.cards import Fit
@@ -26,6 +28,70 @@ def verdicts(result: Forecast, vram_cap_gib: float | None) -> list[Fit]:
     return fits
 
 
+@dataclass(frozen=True)
+class OnCard:
+    """Whether a forecast fits the card that was asked about.
+
+    Attributes:
+        gpu: Its name.
+        memory_bytes: Its memory as CUDA reports it.
+        verdict: ``fits``, ``tight`` or ``no``, as of :func:`~i2v_lab.capacity.cards.judge`.
+        needed_bytes: The smallest memory that it fits, with margins and the CUDA context.
+        spare_bytes: What the card has beyond that; negative where it has less.
+    """
+
+    gpu: str
+    memory_bytes: int
+    verdict: str
+    needed_bytes: int
+    spare_bytes: int
+
+    def in_words(self, remedy: str = "") -> str:
+        """The verdict as a sentence.
+
+        Args:
+            remedy: A command that finds what fits; empty if there is none.
+
+        Example:
+            >>> OnCard("RTX 4090", 24 * 2**30, "fits", 21 * 2**30, 3 * 2**30).in_words()
+            'fits RTX 4090 (24.00 GiB) with 3.00 GiB to spare'
+        """
+        card, needed = f"{self.gpu} ({format_bytes(self.memory_bytes)})", format_bytes(self.needed_bytes)
+        if self.verdict == "fits":
+            return f"fits {card} with {format_bytes(self.spare_bytes)} to spare"
+        if self.verdict == "tight":
+            return (
+                f"fits {card} tightly: {needed} with what the allocator would keep cached, which it has to release on "
+                "the way"
+            )
+        return f"does not fit {card}: needs {needed}" + (f"; `{remedy}` finds what does" if remedy else "")
+
+
+def on_card(result: Forecast, gpu: str | None, *, placed: bool = False) -> OnCard | None:
+    """Whether a forecast fits a card; ``None`` if none was asked about, or its memory is not known.
+
+    Args:
+        result: The forecast.
+        gpu: The card's name.
+        placed: Whether it was solved for a budget, so that the margins are those of a budget.
+    """
+    from i2v_lab.capacity.cards import FITS, NO, fitting_bytes, gpu_memory_bytes, judge
+    from i2v_lab.capacity.placement import needed_bytes
+
+    if gpu is None:
+        return None
+    try:
+        memory_bytes = gpu_memory_bytes(gpu)
+    except InvalidRequest:  # a card whose rates were measured here
+        return None
+    if placed:
+        needs = needed_bytes(result.peak.peak_bytes, result.context_bytes)
+        verdict = FITS if needs <= memory_bytes else NO
+    else:
+        needs, verdict = fitting_bytes(result), judge(result, gpu, memory_bytes).verdict
+    return OnCard(gpu, memory_bytes, verdict, needs, memory_bytes - needs)
+
+
 def measured_on(gpu: str) -> bool | None:
     """Whether the seconds on a card are by rates measured on it; ``None`` where there are none."""
     from i2v_lab.capacity.device_profile import device_profile, has_profile
@@ -33,13 +99,14 @@ def measured_on(gpu: str) -> bool | None:
     return device_profile(gpu).measured if has_profile(gpu) else None
 
 
-def report(result: Forecast, fits: list[Fit], gpu: str = REFERENCE) -> dict[str, Any]:
+def report(result: Forecast, fits: list[Fit], gpu: str = REFERENCE, card: OnCard | None = None) -> dict[str, Any]:
     """The JSON values of a forecast, without what was forecast.
 
     Args:
         result: The forecast.
         fits: The verdicts.
         gpu: Seconds of phases are those on this card.
+        card: The verdict of the card that was asked about.
     """
     from i2v_lab.capacity.clock import on_clock
     from i2v_lab.capacity.device_profile import device_profile
@@ -48,6 +115,7 @@ def report(result: Forecast, fits: list[Fit], gpu: str = REFERENCE) -> dict[str,
     device = device_profile(gpu)
     times = phase_times(result, device)
     return {
+        "card": asdict(card) if card else None,
         "phases": [
             {
                 "phase": phase.phase,
@@ -85,7 +153,9 @@ def report(result: Forecast, fits: list[Fit], gpu: str = REFERENCE) -> dict[str,
     }
 
 
-def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu: str = REFERENCE) -> None:
+def print_forecast(
+    title: str, run: Run, result: Forecast, fits: list[Fit], gpu: str = REFERENCE, verdict: str = ""
+) -> None:
     """Print phases, holders of the peak, verdicts and assumptions.
 
     Args:
@@ -94,6 +164,7 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
         result: The forecast.
         fits: The verdicts.
         gpu: Seconds of phases are those on this card.
+        verdict: Of the card that was asked about, in words; it comes first.
     """
     from i2v_lab.capacity.device_profile import NOT_MEASURED, device_profile
     from i2v_lab.capacity.time_model import phase_times, predicted_seconds, seconds_from_files, seconds_on
@@ -101,9 +172,10 @@ def print_forecast(title: str, run: Run, result: Forecast, fits: list[Fit], gpu:
     from i2v_lab.reporting.console import TerminalTable
     from i2v_lab.reporting.headlines import headline
     from i2v_lab.reporting.terminal import rich_table
-    from i2v_lab.units import format_bytes
 
     console = plain_console()
+    if verdict:
+        console.print(verdict, style="bold", soft_wrap=True)
     console.print(title, soft_wrap=True)
     console.print(headline(run))
     device = device_profile(gpu)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from i2v_lab.cli.forecast_report import print_forecast, report, verdicts
+from i2v_lab.capacity.device_profile import REFERENCE
+from i2v_lab.cli.forecast_report import on_card, print_forecast, report, verdicts
 from i2v_lab.cli.output import print_json
 from i2v_lab.errors import InvalidRequest, shown
 
@@ -38,7 +39,12 @@ def check_script_options(context: Any, script: Path | None, arguments: Sequence[
 
 
 def report_script(
-    script: Path, arguments: Sequence[str], vram_cap_gib: float | None, profile: Path | None, gpu: str, as_json: bool
+    script: Path,
+    arguments: Sequence[str],
+    vram_cap_gib: float | None,
+    profile: Path | None,
+    gpu: str | None,
+    as_json: bool,
 ) -> None:
     """Forecast a script, and print it as any forecast.
 
@@ -47,7 +53,7 @@ def report_script(
         arguments: Its own.
         vram_cap_gib: A card of this size is judged too.
         profile: Gets the records.
-        gpu: Seconds are predicted on this card.
+        gpu: The card that is asked about, on which seconds are predicted; those of the reference by default.
         as_json: Print JSON.
     """
     from i2v_lab.capacity.clock import on_clock
@@ -57,6 +63,7 @@ def report_script(
     from i2v_lab.runs.store import COMPLETE, FORECAST, Run, RunWriter
 
     result = forecast_script(script, arguments)
+    card, gpu = on_card(result, gpu), gpu or REFERENCE
     fits = verdicts(result, vram_cap_gib)
     if profile is not None:
         request = {"arguments": list(arguments)}
@@ -66,8 +73,8 @@ def report_script(
             for record in on_clock(result, device).records:
                 writer.append(record)
     if as_json:
-        print_json({"script": str(script), "arguments": list(arguments), **report(result, fits, gpu)})
+        print_json({"script": str(script), "arguments": list(arguments), **report(result, fits, gpu, card)})
         return
     metadata = {"device": FORECAST, "model": script.name, "context_bytes": result.context_bytes}
     run = Run(script, metadata, result.records, COMPLETE)
-    print_forecast(" ".join([script.name, *arguments]), run, result, fits, gpu)
+    print_forecast(" ".join([script.name, *arguments]), run, result, fits, gpu, card.in_words() if card else "")

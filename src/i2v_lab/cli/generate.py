@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from i2v_lab.cli import options, placed
+from i2v_lab.cli import expected, options, placed
 from i2v_lab.cli.output import plain_console, print_json
 from i2v_lab.errors import DeviceUnavailable, OutOfDeviceMemory, VramCapExceeded
 from i2v_lab.files import check_new_folder
@@ -189,6 +189,9 @@ def generate(
         request = resolution.request
         if asked.budget_bytes is not None:
             vram_cap_bytes = min(vram_cap_bytes or budget_bytes, resolution.cap_bytes)
+    if target.type == "cuda":
+        name = available_memory(device)[0].removeprefix("this ")
+        expected.announce_generation(request, model, target.type, name, resolution.forecast if resolution else None)
     spec = RunSpec(
         request=request,
         model=model,

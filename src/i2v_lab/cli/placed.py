@@ -15,6 +15,7 @@ from i2v_lab.capacity.budget import AUTO as AUTO
 from i2v_lab.capacity.budget import budget_bytes as budget_bytes
 from i2v_lab.capacity.budget import budget_or_free_bytes as budget_or_free_bytes
 from i2v_lab.capacity.device_profile import REFERENCE
+from i2v_lab.cli import expected
 from i2v_lab.cli.output import log
 from i2v_lab.errors import InvalidRequest
 from i2v_lab.memory_policy import TECHNIQUES, MemoryPolicy
@@ -173,6 +174,7 @@ def solved(request: I2VRequest, model: str, memory_bytes: int, asked: Asked, dev
         device: ``cuda`` or ``cpu``.
     """
     from i2v_lab.capacity.placement import resolve_memory
+    from i2v_lab.studies.placed import base_specs
 
     def progress(tried: I2VRequest, forecast: Forecast, _: str) -> None:
         if forecast.seconds > SLOW_S:
@@ -180,6 +182,7 @@ def solved(request: I2VRequest, model: str, memory_bytes: int, asked: Asked, dev
             held = ", ".join(filter(None, [str(placement.policy or "streamed"), placement.name]))
             log(f"i2v-lab: forecast {tried.width}x{tried.height}, {held}: {forecast.seconds:.0f} s")
 
+    expected.announce_forecasts(base_specs(request, model), device=device)
     resolution = resolve_memory(request, memory_bytes, model, device, progress, asked.fixed, asked.gpu)
     log(f"i2v-lab: {resolution.reason}")
     if asked.explain:

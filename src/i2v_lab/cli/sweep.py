@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from i2v_lab.capacity.device_profile import REFERENCE
-from i2v_lab.cli import options
+from i2v_lab.cli import expected, options
 from i2v_lab.cli.output import say
 from i2v_lab.errors import InvalidRequest, OutputError, SweepError
 from i2v_lab.files import check_file, write_atomically
@@ -68,6 +68,7 @@ def sweep(
     chosen = chosen_workers(workers, cluster, single_threaded=True)
     specs = [spec for _, spec in asked]
     different = len({cache_path(spec) for spec in specs})
+    expected.announce_forecasts(specs, 1 if chosen is None else chosen.count)
     with ManyReport(different, "forecasts") as report:
 
         def ended(spec: RunSpec, error: str) -> None:

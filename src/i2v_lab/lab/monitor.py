@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from i2v_lab.lab.view import View, page, sentence
 from i2v_lab.profiling.monitor import MemoryMonitor
 from i2v_lab.reporting.figures import live as pictures
 from i2v_lab.reporting.figures.style import ALLOCATED, LIMIT, OTHERS, RESERVED
 from i2v_lab.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHOWN = 240  # samples
 
@@ -55,6 +58,10 @@ class VramMonitor(View):
 
     def __exit__(self, *_: Any) -> None:
         self.monitor.stop()
+
+    def to_frame(self) -> pd.DataFrame:
+        """The samples, one a row: ``time_s`` and the bytes; ``monitor`` has them, too."""
+        return self.monitor.to_frame()
 
     def html(self) -> str:
         """The chart as static HTML; with one sample taken now if there is none."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -18,6 +18,10 @@ from i2v_lab.profiling.meters.devices import device_support
 from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.meters.nvml import card_index, read_device
 from i2v_lab.profiling.phase_profiler import PhaseProfiler
+from i2v_lab.profiling.record_frames import record_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MAX_SAMPLES = 600  # older ones are dropped
 
@@ -110,6 +114,16 @@ class MemoryMonitor:
         """Mark the start of a phase."""
         if isinstance(event, PhaseStarted):
             self.marks.append((time.perf_counter() - self._origin_s, event.phase.value))
+
+    def to_frame(self) -> pd.DataFrame:
+        """The samples, one a row, with a column for each field of :class:`Sample`; bytes are integers.
+
+        Example:
+            >>> monitor = MemoryMonitor("cpu")
+            >>> monitor.to_frame()["allocated_bytes"].dtype.name
+            'int64'
+        """
+        return record_frame(Sample, list(self.samples))
 
     def sample(self) -> Sample:
         """Take one sample now."""

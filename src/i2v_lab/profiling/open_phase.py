@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from i2v_lab.profiling.records import CostRecord, CostRow
+from i2v_lab.profiling.records import CostRecord, CostRow, PhaseRecord
 
 
 @dataclass
@@ -54,6 +54,27 @@ class OpenPhase:
         """The peak since it began, or since this was asked last."""
         peak_bytes, self.component_peak_bytes = self.component_peak_bytes, 0
         return peak_bytes
+
+    def record(self, completed: bool, *, with_saved: bool) -> PhaseRecord:
+        """The record of the phase, which has ended.
+
+        Args:
+            completed: Whether it ended without an error.
+            with_saved: Whether what is saved for backward was counted.
+        """
+        return PhaseRecord(
+            phase=self.name,
+            parent=self.parent,
+            start_bytes=self.start_bytes,
+            peak_bytes=self.peak_bytes,
+            end_bytes=self.end_bytes,
+            peak_reserved_bytes=self.reserved_bytes,
+            peak_so_far_bytes=self.peak_so_far_bytes,
+            saved_for_backward_bytes=self.saved_bytes if with_saved else None,
+            start_s=self.start_s,
+            seconds=self.seconds,
+            completed=completed,
+        )
 
     def cost_records(self) -> list[CostRecord]:
         """A record for each run of equal segments, such as steps."""

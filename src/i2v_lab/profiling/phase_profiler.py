@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -21,6 +21,7 @@ from i2v_lab.profiling.meters.live_storages import LiveStorageMeter
 from i2v_lab.profiling.module_paths import ModulePaths
 from i2v_lab.profiling.open_phase import OpenPhase
 from i2v_lab.profiling.phase_html import phases_html
+from i2v_lab.profiling.record_frames import record_frame
 from i2v_lab.profiling.records import (
     AssumptionRecord,
     GenerationRecord,
@@ -35,6 +36,9 @@ from i2v_lab.profiling.records import (
 from i2v_lab.profiling.timeline import peak_breakdown, phase_timeline
 from i2v_lab.profiling.worker_threads import metered_workers
 from i2v_lab.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class PhaseProfiler:
@@ -138,6 +142,17 @@ class PhaseProfiler:
     def assumptions(self) -> list[AssumptionRecord]:
         """What a forecast answered without knowing it; complete when its scope has ended."""
         return [record for record in self.records if isinstance(record, AssumptionRecord)]
+
+    def to_frame(self) -> pd.DataFrame:
+        """The phases that have ended, one a row, with a column for each field of ``PhaseRecord``; bytes are integers.
+
+        Example:
+            >>> with PhaseProfiler("cpu") as profiler, profiler.phase("multiply"):
+            ...     product = torch.ones(16, 16) @ torch.ones(16, 16)
+            >>> profiler.to_frame()[["phase", "peak_bytes"]].values.tolist()
+            [['multiply', 3072]]
+        """
+        return record_frame(PhaseRecord, self.phases)
 
     def allocated_bytes(self) -> int:
         """Bytes allocated now."""
@@ -304,8 +319,7 @@ class PhaseProfiler:
     def end_step(self) -> None:
         """End a step of the innermost phase; its record is written with the phase, when their number is known."""
         self._end_segment()
-        phase = self._open[-1]
-        now_s = time.perf_counter() - self._origin_s
+        phase, now_s = self._open[-1], time.perf_counter() - self._origin_s
         phase.steps.append((phase.step_peak_bytes, now_s - phase.step_start_s))
         phase.step_start_s, phase.step_peak_bytes = now_s, 0
 
@@ -317,21 +331,7 @@ class PhaseProfiler:
             self.write(self._out_of_memory(phase.name, error, phase.end_bytes))
         for cost in phase.cost_records():
             self.write(cost)
-        self.write(
-            PhaseRecord(
-                phase=phase.name,
-                parent=phase.parent,
-                start_bytes=phase.start_bytes,
-                peak_bytes=phase.peak_bytes,
-                end_bytes=phase.end_bytes,
-                peak_reserved_bytes=phase.reserved_bytes,
-                peak_so_far_bytes=phase.peak_so_far_bytes,
-                saved_for_backward_bytes=phase.saved_bytes if self._probe else None,
-                start_s=phase.start_s,
-                seconds=phase.seconds,
-                completed=completed,
-            )
-        )
+        self.write(phase.record(completed, with_saved=bool(self._probe)))
         for module, nbytes in sorted(phase.saved_by_module.items()):
             self.write(GraphRecord(phase.name, module, nbytes))
         if self._live is not None and self.paths is not None:

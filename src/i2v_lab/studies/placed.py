@@ -22,7 +22,7 @@ from i2v_lab.placement import STREAMED_COMPONENTS
 from i2v_lab.profiling.records import Forecast
 from i2v_lab.request import I2VRequest
 from i2v_lab.runs.execute import FAILS_ON_A_CARD
-from i2v_lab.runs.forecast import cached_forecast, forecast_spec
+from i2v_lab.runs.forecast import cached_forecast, forecast_spec, is_cached
 from i2v_lab.runs.provenance import usable_cores
 from i2v_lab.runs.spec import RunSpec
 from i2v_lab.runs.workers import end_on_interrupt, worker_context
@@ -76,6 +76,24 @@ def base_specs(request: I2VRequest, model: str) -> list[RunSpec]:
     if not runner_of(load_architecture(model)).techniques:
         return [RunSpec(request=request, model=model)]
     return [RunSpec(request=replace(request, memory=policy, placement=None), model=model) for policy in POLICIES]
+
+
+def needed_specs(request: I2VRequest, model: str, memory_bytes: int = 0) -> list[RunSpec]:
+    """The runs whose forecasts :func:`best_placements` takes, the lightest last: not those with tiles.
+
+    Args:
+        request: As there.
+        model: An architecture's name.
+        memory_bytes: That the process may take; where it is known that the request fits as it is, no other is needed.
+    """
+    specs = base_specs(request, model)
+    if not specs[0].runner_spec.settings:
+        return specs
+    resident = cached_forecast(specs[0])
+    if resident is not None and fitting_bytes(resident) <= memory_bytes:
+        return specs
+    ways = [_offloaded(specs[0], each) for each in OFFLOADS]
+    return [replace(specs[0], request=each) for each in ways if each is not None]
 
 
 def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str, int]]) -> list[Placed]:
@@ -139,19 +157,28 @@ def settings_ways(
     last = {spec: {each.settings.offload for each in tried} for spec, tried in found.items()}
     lacking = [spec for spec in specs if spec.runner_spec.settings and OFFLOADS[-1] not in last[spec]]
     _add(found, {spec: [_offloaded(spec, Offload.GROUP_LEAF)] for spec in lacking}, forecasts)
-    _add(
-        found,
-        {
-            spec: [
-                replace(one, settings=replace(one.settings, vae_tiling=True))
-                for one, forecast in tried.items()
-                if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
-            ]
-            for spec, tried in found.items()
-        },
-        forecasts,
-    )
+    _add(found, _tiled(found), forecasts)
     return found
+
+
+def least_forecast(request: I2VRequest, model: str) -> Forecast:
+    """The forecast of a request under the settings of :func:`settings_ways` that hold the least, without the others.
+
+    Args:
+        request: Without settings but for a quantization and dtypes, which are kept.
+        model: An architecture's name.
+
+    Raises:
+        ForecastError: It fails on a card under all of them.
+    """
+    spec = RunSpec(request=request, model=model)
+    for offload in (Offload.SEQUENTIAL, Offload.GROUP_LEAF, Offload.MODEL):
+        tried: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {}}
+        _add(tried, {spec: [_offloaded(spec, offload)]}, None)
+        _add(tried, _tiled(tried), None)
+        if tried[spec]:
+            return min(tried[spec].values(), key=fitting_bytes)
+    return forecast_spec(spec)
 
 
 def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
@@ -161,6 +188,18 @@ def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
         return replace(spec.request, settings=replace(spec.request.settings, offload=offload))
     except InvalidRequest:  # quantized weights that this cannot move
         return None
+
+
+def _tiled(found: Mapping[RunSpec, Mapping[I2VRequest, Forecast]]) -> dict[RunSpec, list[I2VRequest | None]]:
+    """What is offloaded and has its peak where it decodes, with tiles."""
+    return {
+        spec: [
+            replace(one, settings=replace(one.settings, vae_tiling=True))
+            for one, forecast in tried.items()
+            if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
+        ]
+        for spec, tried in found.items()
+    }
 
 
 def _add(
@@ -204,7 +243,7 @@ def settings_forecasts(
 
 def forecasts_that_run(specs: Sequence[RunSpec]) -> list[Forecast | None]:
     """The forecasts of many runs, on all cores; ``None`` for what fails on a card."""
-    on_all_cores(_runs, [spec for spec in specs if cached_forecast(spec) is None])
+    on_all_cores(_runs, [spec for spec in specs if not is_cached(spec)])
     return forecasts_in_turn(specs)
 
 
