@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from chromium import drag_slider, run_all_cells
+from fault_injection import running
 from lab_server import LabServer, lab_server
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
@@ -69,7 +70,7 @@ def server(folder: Path, tiny) -> Iterator[LabServer]:
         yield server
         started = server.process.children(recursive=True)
     _, alive = psutil.wait_procs([server.process, *started], timeout=10)
-    assert [process.cmdline() for process in alive] == []
+    assert list(running(alive).values()) == []
 
 
 @pytest.fixture

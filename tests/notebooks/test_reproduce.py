@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from fault_injection import running
 from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
@@ -464,7 +465,7 @@ def test_a_stopped_run_leaves_no_process_and_no_partial_file(tmp_path, number, s
     child.send_signal(number)
     printed = child.communicate(timeout=60)[1]
     assert child.returncode == status
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    assert running(psutil.wait_procs(started, timeout=5)[1]) == {}
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"parent.ready", "stubborn.ready"}
     assert "d_waits" not in printed
