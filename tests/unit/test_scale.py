@@ -329,7 +329,7 @@ def test_tasks_away_from_deaths_are_done_once_and_a_worker_that_dies_three_times
     assert [command for command in left.values() if "resource_tracker" not in command] == []
 
 
-def test_a_plan_on_workers_records_what_it_records_without(tmp_path, capfd):
+def test_a_plan_on_workers_records_what_it_records_without(tmp_path, capfd, forked_by_workers):
     """Peaks to the byte, out of memory too; what is there is reused."""
     pytest.importorskip("distributed")
     plan, out = tmp_path / "plan.yaml", tmp_path / "out"
