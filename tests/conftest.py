@@ -104,7 +104,7 @@ def _forked_fork_server(_cache: None, _forks: Callable[[], str] | None) -> Itera
 
 @pytest.fixture
 def forked_by_workers(_forks: Callable[[], str] | None, tmp_path: Path) -> Iterator[None]:
-    """The processes of Dask's workers come from that server as well; those of the commands that are started here too."""
+    """The processes of Dask's workers come from that server as well, here and in commands that are started here."""
     if _forks is None:
         yield
         return

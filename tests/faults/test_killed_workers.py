@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fault_injection import FAULTS, each, running
+from fault_injection import FAULTS, each, running, running_in
 
 from i2v_lab.runs.store import COMPLETE, METADATA, read_run
 
@@ -58,12 +58,16 @@ class _Plan:
         """Kill one process of a kind; false if there is none at the moment."""
         assert self.client is not None
         with suppress(psutil.Error):
+            inside = {
+                process: command for process, command in running_in(self.folder).items() if "tracker" not in command
+            }
             found = {"client": [self.client], "worker": [], "run": []}
-            children = running(self.client.children(recursive=True))
-            for process, command in children.items():
-                depth = len([parent for parent in process.parents() if parent in children])
-                if "tracker" not in command and depth in (0, 2):
-                    found["worker" if depth == 0 else "run"].append(process)
+            for process in inside:
+                parent = process.parent()
+                if parent == self.client:
+                    found["worker"].append(process)
+                elif parent in inside and "fork" in inside[parent]:  # the fork server of a worker
+                    found["run"].append(process)
             if found[kind]:
                 chance.choice(found[kind]).kill()
                 return True
@@ -85,7 +89,7 @@ class _Plan:
 
 
 @each(FAULTS, 0.05)
-def test_killed_while_a_plan_runs_on_workers(seeds, tmp_path, tally):
+def test_killed_while_a_plan_runs_on_workers(seeds, tmp_path, tally, forked_by_workers):
     kills, number, plan = 0, 0, _Plan(tmp_path / "0")
     while kills < len(seeds):
         chance = random.Random(f"workers {seeds.start} {kills} {number}")
@@ -113,7 +117,7 @@ def test_killed_while_a_plan_runs_on_workers(seeds, tmp_path, tally):
 
 
 @each(FAULTS, 0.01)
-def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
+def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally, forked_by_workers):
     """It ends at once, in one line, and leaves no process, no partial file and no lock."""
     for seed in seeds:
         chance = random.Random(f"stopped workers {seed}")
