@@ -102,6 +102,24 @@ def _forked_fork_server(_cache: None, _forks: Callable[[], str] | None) -> Itera
     undo()
 
 
+@pytest.fixture
+def forked_by_workers(_forks: Callable[[], str] | None, tmp_path: Path) -> Iterator[None]:
+    """The processes of Dask's workers come from that server as well, here and in commands that are started here."""
+    if _forks is None:
+        yield
+        return
+    import dask
+
+    preloaded = tmp_path / "forked_by_workers.py"
+    preloaded.write_text(
+        f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
+        f"from forked_python import fork_the_fork_server\nfork_the_fork_server(lambda: {_forks()!r})\n"
+    )
+    with pytest.MonkeyPatch.context() as patch, dask.config.set({"distributed.worker.preload": [str(preloaded)]}):
+        patch.setenv("DASK_DISTRIBUTED__WORKER__PRELOAD", repr([str(preloaded)]))
+        yield
+
+
 @pytest.fixture(scope="session")
 def forked_python(_forks: Callable[[], str] | None) -> list[str]:
     """Stands in for ``[sys.executable]`` in a command, and has torch and transformers imported already."""

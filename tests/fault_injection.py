@@ -13,7 +13,8 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,20 +187,32 @@ class Room:
 
     def _processes_left(self) -> list[str]:
         deadline_s = time.monotonic() + GONE_S
-        while left := _processes_in(self.folder):
+        while left := running_in(self.folder):
             if time.monotonic() > deadline_s:
-                return left
+                return [f"{process.pid} {command[:80]}" for process, command in left.items()]
             time.sleep(0.05)
         return []
 
 
-def _processes_in(folder: Path) -> list[str]:
-    found = []
-    for process in psutil.process_iter(["cwd", "cmdline", "status"]):
-        where = process.info["cwd"]
-        if where and Path(where).is_relative_to(folder) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(f"{process.pid} {' '.join(process.info['cmdline'] or [])[:80]}")
+def running(processes: Iterable[psutil.Process | int]) -> dict[psutil.Process, str]:
+    """Those that still run, and their command lines; a zombie, which has ended but is not waited for, does not."""
+    found = {}
+    for each in processes:
+        with suppress(psutil.Error):
+            process = psutil.Process(each) if isinstance(each, int) else each
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                found[process] = " ".join(process.cmdline())
     return found
+
+
+def running_in(folder: Path) -> dict[psutil.Process, str]:
+    """The processes whose current directory is a folder or below it, and their command lines."""
+    inside = []
+    for process in psutil.process_iter(["cwd"]):
+        where = process.info["cwd"]
+        if where and Path(where).is_relative_to(folder):
+            inside.append(process)
+    return running(inside)
 
 
 def _problems_of_file(path: Path, killed: bool) -> list[str]:

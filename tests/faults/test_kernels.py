@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import shutil
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import psutil
-from fault_injection import FAULTS, each
+from fault_injection import FAULTS, each, running
 
 from i2v_lab.errors import I2VLabError
 from i2v_lab.reproduce import run as reproduction
@@ -44,11 +43,10 @@ def test_killed_kernels(seeds, tmp_path, tally, forked_kernels, monkeypatch):
 
         def kill(after_s: float = chance.uniform(0.2, 2.0), before=before, killed=killed) -> None:
             threading.Event().wait(after_s)
-            for process in set(own.children(recursive=True)) - before:
-                with suppress(psutil.NoSuchProcess):
-                    if "ipykernel" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.set()
+            for process, command in running(set(own.children(recursive=True)) - before).items():
+                if "ipykernel" in command:
+                    process.kill()
+                    killed.set()
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -66,8 +64,8 @@ def test_killed_kernels(seeds, tmp_path, tally, forked_kernels, monkeypatch):
             if [each.error for each in reproduction.reproduce(out=out)] != [None]:
                 problems.append("it does not run again")
             problems += _half_files(out)
-        left = [process for process in own.children(recursive=True) if process not in before and process.is_running()]
-        problems += [f"left: {process}" for process in psutil.wait_procs(left, timeout=5)[1]]
+        left = set(own.children(recursive=True)) - before
+        problems += [f"left: {command}" for command in running(psutil.wait_procs(left, timeout=5)[1]).values()]
         tally.count(outcome if killed.is_set() else "ended before", problems, seed)
         shutil.rmtree(out, ignore_errors=True)
 

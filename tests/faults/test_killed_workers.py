@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fault_injection import FAULTS, each
+from fault_injection import FAULTS, each, running, running_in
 
 from i2v_lab.runs.store import COMPLETE, METADATA, read_run
 
@@ -59,9 +59,10 @@ class _Plan:
         assert self.client is not None
         with suppress(psutil.Error):
             found = {"client": [self.client], "worker": [], "run": []}
-            for process in self.client.children(recursive=True):
-                depth = len([parent for parent in process.parents() if parent in self.client.children(recursive=True)])
-                if "tracker" not in str(process.cmdline()) and depth in (0, 2):
+            children = running(self.client.children(recursive=True))
+            for process, command in children.items():
+                depth = len([parent for parent in process.parents() if parent in children])
+                if "tracker" not in command and depth in (0, 2):
                     found["worker" if depth == 0 else "run"].append(process)
             if found[kind]:
                 chance.choice(found[kind]).kill()
@@ -112,7 +113,7 @@ def test_killed_while_a_plan_runs_on_workers(seeds, tmp_path, tally):
 
 
 @each(FAULTS, 0.01)
-def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
+def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally, forked_by_workers):
     """It ends at once, in one line, and leaves no process, no partial file and no lock."""
     for seed in seeds:
         chance = random.Random(f"stopped workers {seed}")
@@ -128,7 +129,7 @@ def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
             os.environ |= {} if before is None else {"TMPDIR": before}
         assert plan.client is not None
         time.sleep(chance.uniform(3.0, 12.0))
-        processes = plan.client.children(recursive=True)
+        processes = {*plan.client.children(recursive=True), *running_in(folder)} - {plan.client}
         start_s = time.monotonic()
         plan.client.send_signal(number)
         ended, took_s = plan.client.wait(), time.monotonic() - start_s
@@ -138,7 +139,7 @@ def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally):
         wrong += [f"status {ended}, said {said}"] if ended != status else []
         wrong += [f"took {took_s:.1f} s"] if took_s > 3 else []
         wrong += [f"said {line}" for line in said if "Traceback" in line or "Warning" in line]
-        wrong += [f"left {each.cmdline()}" for each in processes if each.is_running()]
+        wrong += [f"left {command}" for command in running(processes).values()]
         names = NAMES if plan.out.exists() else set()
         left = [*temporary.iterdir(), *(each for each in plan.out.glob("*") if each.name not in names)]
         wrong += [f"left {each.name}" for each in left]

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
-from fault_injection import FAULTS, Tally, each, share
+from fault_injection import FAULTS, Tally, each, running_in, share
 from nbformat.v4 import new_code_cell, new_notebook
 
 from i2v_lab.paths import CACHE_VARIABLE, cache_dir
@@ -138,26 +137,16 @@ def _stop(start: list[str], command: str, top: Path, number: int, after_s: float
         status = child.wait()
     seconds = time.monotonic() - start_s
     deadline = time.monotonic() + 1
-    while list(_of(top)) and time.monotonic() < deadline:  # the kernel kills what was forked a moment later
+    while (left := running_in(top)) and time.monotonic() < deadline:  # the kernel kills what was forked a moment later
         time.sleep(0.05)
-    processes = [f"{process.pid} {process.cmdline()}" for process in _of(top)]
-    for process in _of(top):
+    processes = [f"{process.pid} {command}" for process, command in left.items()]
+    for process in left:
         process.kill()
     if ended:
         return None
     new = {path.relative_to(top).as_posix() for path in set(top.rglob("*")) - before}
-    left = [name for name in sorted(new) if PARTIAL.search(name) and "torchinductor" not in name]
-    return Ended(status, seconds, errors.read_text(), left, processes)
-
-
-def _of(top: Path) -> Iterator[psutil.Process]:
-    """The processes that run in this folder and have not ended."""
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == top and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-        except psutil.Error:
-            continue
+    partial = [name for name in sorted(new) if PARTIAL.search(name) and "torchinductor" not in name]
+    return Ended(status, seconds, errors.read_text(), partial, processes)
 
 
 def _fault(number: int, ended: Ended, after_s: float) -> str | None:
@@ -213,13 +202,13 @@ def test_nothing_outlives_a_killed_measure(top, after_s):
     """Neither the fork server, which imports torch for seconds, nor who is forked from it."""
     command = [sys.executable, "-m", "i2v_lab.cli", *_arguments("measure")]
     with (top / "stdout").open("wb") as said, subprocess.Popen(command, cwd=top, stdout=said, stderr=said) as child:
-        while not [process for process in _of(top) if "multiprocessing.forkserver" in " ".join(process.cmdline())]:
+        while not any("multiprocessing.forkserver" in command for command in running_in(top).values()):
             assert child.poll() is None, (top / "stdout").read_text()
             time.sleep(0.05)
         time.sleep(after_s)
         child.kill()
     deadline = time.monotonic() + 2
-    while left := list(_of(top)):
-        assert time.monotonic() < deadline, [process.cmdline() for process in left]
+    while left := running_in(top):
+        assert time.monotonic() < deadline, list(left.values())
         time.sleep(0.05)
     assert "Traceback" not in (top / "stdout").read_text()

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from fault_injection import running
 from typer.testing import CliRunner
 
 from i2v_lab.cli.app import app
@@ -25,7 +26,7 @@ from i2v_lab.reproduce.execution import Executor, Stopped
 from i2v_lab.reproduce.kernel import InterpreterKernelSpecs
 from i2v_lab.reproduce.parameters import Text, declared_parameters, plan_parameters
 from i2v_lab.reproduce.run import find_notebooks, reproduce
-from i2v_lab.reproduce.stamps import code_digests, input_digests, read_stamp, stamp_path
+from i2v_lab.reproduce.stamps import code_digests, input_digests, made_files, read_stamp, stamp_path
 from i2v_lab.runs.provenance import RENDERING, runner_packages
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -41,7 +42,7 @@ out_dir: str = "build"
 """
 DRAW = """
 from pathlib import Path
-for name in ("drawn_a.svg", "drawn_b/deep.svg", "drawn_too_c.svg"):
+for name in ("drawn_a.svg", "drawn_b/deep.svg"):
     path = Path(out_dir, "figures", name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{frames} {prompt} {still}")
@@ -299,7 +300,6 @@ def test_workers_execute_notebooks_as_they_are_executed_here(first_run, tmp_path
 
 def test_a_stamp_lists_the_inputs_and_the_output_files_of_a_notebook(build):
     stamp = read_stamp(stamp_path(build, "drawn"))
-    # drawn_too_c.svg has the name of another notebook in front
     assert list(stamp.files) == ["figures/drawn_a.svg", "figures/drawn_b/deep.svg", "notebooks/drawn.ipynb"]
     packages = {*runner_packages(), *RENDERING}
     assert {"the notebook", "the code of i2v_lab", "the data of i2v_lab", *packages} < set(stamp.inputs)
@@ -307,6 +307,18 @@ def test_a_stamp_lists_the_inputs_and_the_output_files_of_a_notebook(build):
     assert stamp.inputs["parameter fps"] == "24.0"
     assert "parameter out_dir" not in stamp.inputs
     assert read_stamp(stamp_path(build, "fails")).error == "ZeroDivisionError: division by zero"
+
+
+def test_a_file_belongs_to_the_notebook_with_the_longest_name_in_front_of_its_own(tmp_path):
+    """Whoever wrote it; so no notebook that is committed has the name of another one in front."""
+    (tmp_path / "figures").mkdir()
+    for name in ("drawn_a.svg", "drawn_too_c.svg"):
+        (tmp_path / "figures" / name).write_text("")
+    stems = ["drawn", "drawn_too"]
+    assert list(made_files(tmp_path, "drawn", stems)) == ["figures/drawn_a.svg"]
+    assert list(made_files(tmp_path, "drawn_too", stems)) == ["figures/drawn_too_c.svg"]
+    committed = [notebook.stem for notebook in find_notebooks([])]
+    assert [(one, other) for one in committed for other in committed if one != other and other.startswith(one)] == []
 
 
 def test_every_change_makes_a_notebook_stale_and_nothing_else_does(build):
@@ -464,7 +476,7 @@ def test_a_stopped_run_leaves_no_process_and_no_partial_file(tmp_path, number, s
     child.send_signal(number)
     printed = child.communicate(timeout=60)[1]
     assert child.returncode == status
-    assert psutil.wait_procs(started, timeout=5)[1] == []
+    assert running(psutil.wait_procs(started, timeout=5)[1]) == {}
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"parent.ready", "stubborn.ready"}
     assert "d_waits" not in printed

@@ -28,7 +28,8 @@ class Installed:
         work: The current folder of every command; empty at first.
     """
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, python: list[str]) -> None:
+        self._python = python
         self.site, self.work = top / "site", top / "work"
         self.work.mkdir()
         options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
@@ -40,7 +41,7 @@ class Installed:
         """Run the interpreter with only the installed package on its path; return stdout, or stderr where it fails."""
         environment = {**os.environ, "PYTHONPATH": str(self.site), "COLUMNS": "200"}
         child = subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [*self._python, *map(str, arguments)],
             cwd=self.work,
             env=environment,
             capture_output=True,
@@ -64,8 +65,8 @@ def _pip(*arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    return Installed(tmp_path_factory.mktemp("wheel"))
+def installed(tmp_path_factory: pytest.TempPathFactory, forked_python: list[str]) -> Installed:
+    return Installed(tmp_path_factory.mktemp("wheel"), forked_python)
 
 
 def test_the_wheel_contains_the_package_its_data_and_its_notebooks_and_nothing_else(installed):

@@ -210,13 +210,13 @@ def test_a_second_run_takes_the_weights_that_are_there(tiny):
     assert os.stat(again.checkpoint).st_mtime_ns == before.st_mtime_ns  # noqa: PTH116
 
 
-def test_two_processes_may_make_the_same_weights_at_once(own_cache):
+def test_two_processes_may_make_the_same_weights_at_once(own_cache, forked_python):
     code = (
         "from i2v_lab.pipeline.contract.architectures import load_architecture as a\n"
         "from i2v_lab.pipeline.ltx2.weights import synthetic_weights as s\n"
         "print(s(a('ltx-2.3-tiny')).checkpoint)"
     )
-    children = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    children = [subprocess.Popen([*forked_python, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {child.communicate()[0].strip() for child in children}
     assert [child.returncode for child in children] == [0, 0]
     assert [Path(path).parent for path in paths] == list((own_cache / "synthetic").iterdir())

@@ -6,7 +6,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -378,11 +377,11 @@ sys.exit(statuses.pop())
 """
 
 
-def test_a_full_disk_leaves_no_half_file_and_an_existing_one_intact(tmp_path):
+def test_a_full_disk_leaves_no_half_file_and_an_existing_one_intact(tmp_path, forked_python):
     """For real, in a process that may not write more than so much to a file: at the start, midway, at the last byte."""
     path = tmp_path / "video.mp4"
     path.write_bytes(b"the old one")
-    child = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=False)
+    child = subprocess.run([*forked_python, "-c", FULL_DISK, path], capture_output=True, text=True, check=False)
     line = f"out='{path}' could not be written (File too large); free some space or choose another folder"
     assert child.stdout.splitlines() == [f"{line} ['video.mp4'] b'the old one'"] * 6
     assert child.returncode == 2

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from fault_injection import running
 
 from i2v_lab.runs import workers
 from i2v_lab.runs.workers import run_in_child
@@ -100,7 +100,7 @@ def test_an_interrupted_wait_leaves_no_process(tmp_path):
     finally:
         signal.signal(signal.SIGINT, handler)
         thread.join()
-    assert not psutil.pid_exists(int(told.read_text()))
+    assert not running([int(told.read_text())])
 
 
 def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
@@ -114,7 +114,7 @@ def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
     pid = int(told.read_text())
     parent.kill()
     parent.wait()
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while running([pid]):
         time.sleep(0.1)  # for ever if it stays, which the limit of every test ends
 
 

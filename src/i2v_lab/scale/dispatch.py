@@ -24,7 +24,9 @@ PATIENCE_S = 20.0  # without any worker, until that is said
 
 @dataclass(frozen=True)
 class Task:
-    """A call on a worker.
+    """A call on a worker; it may be repeated after it has returned, so what takes long is kept in files.
+
+    A result is in its worker's memory until it is fetched. If that worker dies before, the call is made again.
 
     Attributes:
         name: For messages, and to count the deaths of its workers.
@@ -89,7 +91,9 @@ def dispatch(
     told: Callable[[Mapping[str, Any]], None] = lambda event: None,
     after_death: Callable[[Ended], Iterable[Task]] = lambda ended: (),
 ) -> Iterator[Ended]:
-    """Carry out tasks, in their order as far as there are workers, and yield them as they end.
+    """Carry out tasks, in their order as far as there are workers, and yield each once, as they end.
+
+    A task is carried out at least once: again if its worker dies, also between its end and the fetching of its result.
 
     Args:
         workers: How many, and where.

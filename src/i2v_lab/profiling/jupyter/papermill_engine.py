@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine
 
 from i2v_lab.profiling.jupyter.cell_meter import MIME
@@ -26,9 +29,18 @@ class VramEngine(NBClientEngine):
         ]
         try:
             return super().execute_managed_notebook(nb_man, kernel_name, extra_arguments=arguments, **kwargs)
+        except KeyboardInterrupt:
+            ensure_event_loop().set_exception_handler(_report_all_but_dead_kernels)
+            raise
         finally:
             for cell in nb_man.nb.cells:
                 for output in cell.get("outputs", []):
                     figures = output.get("data", {}).get(MIME)
                     if figures is not None:
                         cell.metadata.setdefault("i2v_lab", {})["vram"] = figures
+
+
+def _report_all_but_dead_kernels(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Ctrl-C abandons the task of a cell; it fails if it sees its kernel end, and nobody asks for its exception."""
+    if not isinstance(context.get("exception"), DeadKernelError):
+        loop.default_exception_handler(context)
