@@ -16,6 +16,8 @@ LOCK ?= locks/setup.txt
 BIN := .venv/bin
 INSTALL = $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check) --quiet --no-deps
 COMPILE = $(BIN)/uv pip compile --quiet pyproject.toml --all-extras --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command 'make locks'
+# The tests start hundreds of processes, each of which would compile its modules anew where the environment forbids to keep bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: setup locks reproduce test test-quick faults ranges coverage lint docs bench endurance figures pictures measure-gpu lab clean
