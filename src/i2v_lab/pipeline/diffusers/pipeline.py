@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -186,7 +187,9 @@ class DiffusersPipeline:
             )
         check_tiles(self.pipe.vae, request.width, request.height)
         given = {**self._architecture.sampling, **self._arguments(request)}
-        with _masks_as_in_a_real_run(), decoding_in(request.decode_scope, self.pipe):
+        with warnings.catch_warnings(), _masks_as_in_a_real_run(), decoding_in(request.decode_scope, self.pipe):
+            # Norms of text encoders in float32, of which nobody can change anything.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
             return self.pipe(**given, output_type=output_type)
 
     def _arguments(self, request: I2VRequest) -> dict[str, Any]:
