@@ -65,7 +65,7 @@ class RunReport:
     def estimated(self, stale: int, out: Path) -> None:
         """Say beforehand how long so many notebooks take, and where they go, if there are any to execute."""
         if stale:
-            words = "half a minute each with cached forecasts, two to five minutes without, 06 half an hour"
+            words = "half a minute each with cached forecasts, one to five minutes without, 06 twenty"
             self._print(f"{stale} to execute, into {out}: about {words}")
 
     def started(self, name: str, why: str | None) -> None:
