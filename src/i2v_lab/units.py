@@ -60,7 +60,9 @@ def format_bytes(n_bytes: int | None, *, signed: bool = False) -> str:
 
 
 def format_seconds(seconds: float | None, *, signed: bool = False, rough: bool = False) -> str:
-    """A duration with three significant digits, and at most two behind the point; milliseconds below 0.1 s.
+    """A duration with three significant digits, and at most two behind the point.
+
+    In milliseconds below 0.1 s, in minutes from 1,000 s on.
 
     Args:
         seconds: ``None`` is ``n/a``.
@@ -68,8 +70,8 @@ def format_seconds(seconds: float | None, *, signed: bool = False, rough: bool =
         rough: Whole seconds, and whole minutes from two on: for what is left, or was expected.
 
     Example:
-        >>> [format_seconds(seconds) for seconds in (0.0132, 0.25, 4.71, 38.2, 121.6)]
-        ['13.2 ms', '0.25 s', '4.71 s', '38.2 s', '122 s']
+        >>> [format_seconds(seconds) for seconds in (0.0132, 0.25, 4.71, 38.2, 121.6, 3000)]
+        ['13.2 ms', '0.25 s', '4.71 s', '38.2 s', '122 s', '50.0 min']
         >>> format_seconds(38.2, rough=True), format_seconds(754, rough=True)
         ('38 s', '13 min')
         >>> format_seconds(0.5, signed=True)
@@ -81,6 +83,8 @@ def format_seconds(seconds: float | None, *, signed: bool = False, rough: bool =
     if rough:
         return f"{sign}{seconds:.0f} s" if abs(seconds) < 120 else f"{sign}{seconds / 60:.0f} min"
     number, unit = (seconds, "s") if seconds == 0 or abs(seconds) >= 0.1 else (1000 * seconds, "ms")
+    if abs(seconds) >= 999.5:
+        number, unit = seconds / 60, "min"
     size = abs(number)
     digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2
     return f"{sign}{number:.{digits}f} {unit}"

@@ -53,7 +53,9 @@ def test_bytes_are_written_with_their_unit(n_bytes, text):
         (38.24, "38.2 s"),
         (99.96, "100 s"),
         (121.6, "122 s"),
-        (3600, "3600 s"),
+        (999.4, "999 s"),
+        (999.6, "16.7 min"),
+        (-3600, "-60.0 min"),
         (-0.5, "-0.50 s"),
     ],
 )
@@ -100,11 +102,11 @@ def test_the_end_of_a_name_says_the_unit(name, value, text):
 
 @given(st.floats(0, 1e7))
 def test_seconds_as_text_are_right_to_the_last_digit_shown(seconds):
-    number, digits, unit = re.fullmatch(r"(\d+(?:\.(\d+))?) (ms|s)", format_seconds(seconds)).groups()
-    scale, last = {"ms": 1e-3, "s": 1.0}[unit], 10.0 ** -len(digits or "")
+    number, digits, unit = re.fullmatch(r"(\d+(?:\.(\d+))?) (ms|s|min)", format_seconds(seconds)).groups()
+    scale, last = {"ms": 1e-3, "s": 1.0, "min": 60.0}[unit], 10.0 ** -len(digits or "")
     assert abs(float(number) * scale - seconds) <= scale * last * 0.51
     if seconds >= 1:
-        assert abs(float(number) / seconds - 1) <= 0.0051
+        assert abs(float(number) * scale / seconds - 1) <= 0.0051
 
 
 @given(st.integers(0, 2**50))

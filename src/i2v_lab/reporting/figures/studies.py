@@ -96,14 +96,14 @@ def tiling_figure(table: pd.DataFrame, line_bytes: int | None = None, line_label
                 place, value = names.index(row["tiling"]) + offset, row["decode_peak_bytes"] / scale
                 failed = row["status"] != "complete"
                 axes.barh(place, value, height=0.36, color=COLOURS[scope], alpha=0.45 if failed else 1)
-                words = f" {format_bytes(int(row['decode_peak_bytes']))}, {WORDS[scope]}"
-                axes.text(
-                    value, place, words + (", out of memory" if failed else ""), va="center", fontsize=8.5, **LABEL
-                )
-                theirs = row["published_bytes"]
+                theirs, end = row["published_bytes"], value
                 if scope == "escaped" and not pd.isna(theirs):
                     style = PUBLISHED | ({"marker": "x"} if row["published_outcome"] != "complete" else {})
                     axes.plot(theirs / scale, place, **style)
+                    if abs(theirs / scale - value) < 0.03 * largest:  # its marker is not to be hidden by the label
+                        end = max(value, theirs / scale) + 0.012 * largest
+                words = f" {format_bytes(int(row['decode_peak_bytes']))}, {WORDS[scope]}"
+                axes.text(end, place, words + (", out of memory" if failed else ""), va="center", fontsize=8.5, **LABEL)
         if line_bytes is not None and 0.2 * largest < line_bytes / scale < 1.4 * largest:
             axes.axvline(line_bytes / scale, color="#000000", linewidth=1, linestyle="--")
             axes.text(line_bytes / scale, -0.62, f" {line_label}", fontsize=8.5, va="bottom", **LABEL)
