@@ -148,8 +148,8 @@ def test_where_nothing_fits_as_asked_the_placement_that_does_is_named_and_the_st
         return Forecast((PhaseRecord("a", None, 0, need, 0, need, need, 0, 0, 0, True),), 0, 0)
 
     monkeypatch.setattr(fit_module, "forecast_request", forecast)  # as asked; the tiny model is placed
-    words = ["fit", "--gpu", gpu, "--memory", memory, "--model", "ltx-2.3-tiny", "--frames", "9", *form]
-    result = CliRunner().invoke(app, words)
+    words = ["fit", "--gpu", gpu, "--memory", memory, "--model", "ltx-2.3-tiny", "--width", "64", "--height", "64"]
+    result = CliRunner().invoke(app, [*words, "--frames", "9", *form])
     assert result.exit_code == (0 if fits == "as asked" else 1)
     if form:
         answer = json.loads(result.stdout)

@@ -403,7 +403,8 @@ def test_fit_says_what_fits_and_what_does_not(simple_law):
     assert (answer["sought"], answer["request"]["width"], answer["request"]["height"]) == ("size", 832, 640)
     text = _run("fit", "--memory", "resident", "--gpu", "0.01 GiB", "--width", "640", "--height", "448")
     assert text.startswith("640x448, 33 frames, tiles of 768 px x 80 frames fits 0.01 GiB (10.2 MiB): ")
-    result = CliRunner().invoke(app, ["fit", "--memory", "resident", "--gpu", "0.00001GiB", "--frames", "17"])
+    small = ["--model", "ltx-2.3-tiny", "--width", "64", "--height", "64", "--frames", "9"]  # then placed, by forecasts
+    result = CliRunner().invoke(app, ["fit", "--memory", "resident", "--gpu", "0.00001GiB", *small])
     assert result.exit_code == 1
     assert result.stdout.startswith("nothing fits 0.00001GiB (10.5 KiB): with --memory resident the smallest request ")
 

@@ -105,7 +105,8 @@ def test_an_interrupted_wait_leaves_no_process(tmp_path):
 
 def test_nothing_is_left_when_the_one_who_asked_is_killed(tmp_path):
     told = tmp_path / "pid"
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_workers as t; "
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    code = f"import sys; sys.path[:0] = {folders!r}; import test_workers as t; "
     code += f"t.run_in_child(t._sleep, {str(told)!r})"
     parent = subprocess.Popen([sys.executable, "-c", code])
     while not (told.exists() and told.read_text()):

@@ -105,6 +105,7 @@ class GenerationJob:
         self.folder: Path | None = None
         self.model = ""
         self._stop = threading.Event()
+        self._starting = threading.Lock()  # held until a thread can be waited for
         self._thread: threading.Thread | None = None
         self._kept: dict[str, KeptWeights | None] = {}  # by the runner
 
@@ -145,13 +146,14 @@ class GenerationJob:
         spec.runner_spec.require_package(spec.architecture)
         load_still(request.image)
         self.wait()
-        self.folder, self.model = self._next_folder(request), model
-        self.state, self.progress, self.notes, self.message = State.RUNNING, [], [], ""
-        self._stop.clear()
-        self._thread = threading.Thread(
-            target=self._run, args=(spec, self.folder), name="i2v-lab-generation", daemon=True
-        )
-        self._thread.start()
+        with self._starting:
+            self.folder, self.model = self._next_folder(request), model
+            self.state, self.progress, self.notes, self.message = State.RUNNING, [], [], ""
+            self._stop.clear()
+            self._thread = threading.Thread(
+                target=self._run, args=(spec, self.folder), name="i2v-lab-generation", daemon=True
+            )
+            self._thread.start()
 
     def stop(self) -> None:
         """Request a stop at the next step; returns immediately."""
@@ -159,7 +161,8 @@ class GenerationJob:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the generation's end; returns whether it has ended."""
-        thread = self._thread
+        with self._starting:
+            thread = self._thread
         if thread is not None:
             thread.join(timeout_s)
         return thread is None or not thread.is_alive()
