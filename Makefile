@@ -2,9 +2,9 @@
 #      measure-gpu | lab | clean. Every target sets up what it needs. On two cores:
 #
 #   lint        20 s   ruff, mypy, and the import contracts of pyproject.toml; nothing is run
-#   test-quick  70 s   lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
+#   test-quick   2 min lint, and the tests without the marker `slow`: request validation, byte-exact profiling, records,
 #                      figures, a generation and forecasts of the tiny model. For every change, before a commit
-#   test         5 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
+#   test        12 min lint, and every test: all notebooks, JupyterLab and the site in Chromium, parity with upstream
 #   faults      35 min the faults of tests/faults at the size of a night: 1,000 faults and 10,000 damaged inputs
 #   coverage     9 min every test again, and which lines of src/i2v_lab they ran, child processes included
 #   ranges       7 min the quick tests at both ends of the version ranges, and conformance with upstream at the lowest
@@ -46,7 +46,7 @@ reproduce: setup
 	$(BIN)/i2v-lab reproduce
 
 test: lint
-	@echo 'about 10 min on two cores'
+	@echo 'about 12 min on two cores'
 	$(PYTEST) --durations=10
 
 test-quick: lint
@@ -60,7 +60,7 @@ ranges: $(BIN)/nox
 	$(BIN)/nox
 
 coverage: setup
-	@echo 'about 10 min on two cores'
+	@echo 'about 12 min on two cores'
 	mkdir -p build
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 

@@ -21,7 +21,7 @@ import pytest
 
 DURATIONS = Path(__file__).with_name("durations.json")
 SLOW_FOLDERS = ("tests/browser/", "tests/notebooks/", "tests/conformance/", "tests/gpu/", "tests/faults/")
-SLOW_FIXTURES = {"full_size", "measured_once", "forecasts"}
+SLOW_FIXTURES = {"full_size", "measured_once", "forecasts", "answer", "built_docs", "ran"}
 """Made once a module in some ten seconds, which the first test that needs one would pay for."""
 SLOW_S = 0.5
 RECORDED_S = 0.3

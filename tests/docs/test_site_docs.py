@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built_docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-c", BUILD, "build", "--strict", "--config-file", TOP / "mkdocs.yml", "--site-dir", folder],
@@ -57,8 +57,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pages(site) -> dict[Path, Page]:
-    return {path: Page(path.read_text()) for path in site.rglob("*.html") if path.name != "404.html"}
+def pages(built_docs) -> dict[Path, Page]:
+    return {path: Page(path.read_text()) for path in built_docs.rglob("*.html") if path.name != "404.html"}
 
 
 def broken(source: Path, link: str, pages: dict[Path, Page]) -> bool:
@@ -92,31 +92,31 @@ def test_a_broken_link_is_noticed(pages):
     assert broken(index, "no-such-page.html", pages)
 
 
-def test_a_page_loads_nothing_from_elsewhere(site, pages):
+def test_a_page_loads_nothing_from_elsewhere(built_docs, pages):
     loaded = {link for page in pages.values() for link in page.loaded if urlsplit(link).netloc}
     assert loaded == set()
-    styles = [path for path in site.rglob("*.css") if re.search(r"url\(['\"]?(https?:)?//", path.read_text())]
+    styles = [path for path in built_docs.rglob("*.css") if re.search(r"url\(['\"]?(https?:)?//", path.read_text())]
     assert styles == []
 
 
-def test_every_public_name_has_its_reference(site, pages):
-    anchors = pages[site / "reference" / "public.html"].anchors
+def test_every_public_name_has_its_reference(built_docs, pages):
+    anchors = pages[built_docs / "reference" / "public.html"].anchors
     assert [name for name in i2v_lab.__all__ if f"i2v_lab.{name}" not in anchors] == []
 
 
-def test_docstrings_are_rendered(site):
-    text = "".join(path.read_text() for path in (site / "reference").glob("*.html"))
+def test_docstrings_are_rendered(built_docs):
+    text = "".join(path.read_text() for path in (built_docs / "reference").glob("*.html"))
     assert re.findall(r":(?:class|func|meth|mod|data|attr):[`<]", text) == []
     assert "<p>Example:" not in text
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_links_from_outside_the_site_lead_somewhere(name, site, pages):
+def test_links_from_outside_the_site_lead_somewhere(name, built_docs, pages):
     links = [link for link in LINK.findall((TOP / name).read_text()) if not urlsplit(link).scheme]
     assert links
     for link in links:
         path, _, fragment = link.partition("#")
         assert (TOP / path).exists(), link
         if fragment:
-            page = site / Path(path).relative_to("docs").with_suffix(".html")
+            page = built_docs / Path(path).relative_to("docs").with_suffix(".html")
             assert fragment in pages[page].anchors, link
