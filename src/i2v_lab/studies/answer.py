@@ -170,7 +170,7 @@ def _answer(asked: Sequence[RunSpec], gpus: Sequence[str], unavailable: Mapping[
 def _point(spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:
     if spec.runner_spec.techniques:
         return _placed_point(spec, cards)
-    return _settings_point(settings_ways([spec], forecasts_in_turn)[spec], spec, cards)
+    return _settings_point(settings_ways(spec, forecasts_in_turn), spec, cards)
 
 
 def _settings_point(tried: Mapping[I2VRequest, Forecast], spec: RunSpec, cards: Mapping[str, int]) -> dict[str, Any]:

@@ -92,8 +92,7 @@ def needed_specs(request: I2VRequest, model: str, memory_bytes: int = 0) -> list
     resident = cached_forecast(specs[0])
     if resident is not None and fitting_bytes(resident) <= memory_bytes:
         return specs
-    ways = [_offloaded(specs[0], each) for each in OFFLOADS]
-    return [replace(specs[0], request=each) for each in ways if each is not None]
+    return [replace(specs[0], request=each) for each in _offloaded(specs[0], *OFFLOADS)]
 
 
 def best_placements(request: I2VRequest, model: str, budgets: Sequence[tuple[str, int]]) -> list[Placed]:
@@ -134,31 +133,26 @@ def settings_tried(
     tried = settings_forecasts([request], model, forecasts)
     if tried and fitting_bytes(tried[request]) <= memory_bytes:
         return tried
-    return settings_ways([spec], forecasts)[spec] or {request: forecast_spec(spec)}  # which raises why none runs
+    return settings_ways(spec, forecasts) or {request: forecast_spec(spec)}  # which raises why none runs
 
 
-def settings_ways(
-    specs: Sequence[RunSpec], forecasts: Forecasts | None = None
-) -> dict[RunSpec, dict[I2VRequest, Forecast]]:
-    """The forecasts of many runs under the memory settings that matter to each, on all cores.
+def settings_ways(spec: RunSpec, forecasts: Forecasts | None = None) -> dict[I2VRequest, Forecast]:
+    """The forecasts of a run under the memory settings that matter to it, on all cores.
 
     They are :data:`OFFLOADS`, and what is offloaded with tiles where decoding has the peak. Group offload
     with a stream, a little faster than ``sequential``, is not among them: its forecast takes minutes.
 
     Args:
-        specs: Without settings but for a quantization and dtypes, which are kept.
+        spec: Without settings but for a quantization and dtypes, which are kept.
         forecasts: As :func:`forecasts_that_run`, which it is by default.
 
     Returns:
-        For each run, the requests with their forecasts; those that its model lacks or that fail on a card are left out.
+        The requests with their forecasts; those that its model lacks or that fail on a card are left out.
     """
-    found: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {} for spec in specs}
-    _add(found, {spec: [_offloaded(spec, each) for each in OFFLOADS] for spec in specs}, forecasts)
-    last = {spec: {each.settings.offload for each in tried} for spec, tried in found.items()}
-    lacking = [spec for spec in specs if spec.runner_spec.settings and OFFLOADS[-1] not in last[spec]]
-    _add(found, {spec: [_offloaded(spec, Offload.GROUP_LEAF)] for spec in lacking}, forecasts)
-    _add(found, _tiled(found), forecasts)
-    return found
+    found = settings_forecasts(_offloaded(spec, *OFFLOADS), spec.model, forecasts)
+    if spec.runner_spec.settings and OFFLOADS[-1] not in {each.settings.offload for each in found}:
+        found |= settings_forecasts(_offloaded(spec, Offload.GROUP_LEAF), spec.model, forecasts)
+    return found | settings_forecasts(_tiled(found), spec.model, forecasts)
 
 
 def least_forecast(request: I2VRequest, model: str) -> Forecast:
@@ -173,51 +167,31 @@ def least_forecast(request: I2VRequest, model: str) -> Forecast:
     """
     spec = RunSpec(request=request, model=model)
     for offload in (Offload.SEQUENTIAL, Offload.GROUP_LEAF, Offload.MODEL):
-        tried: dict[RunSpec, dict[I2VRequest, Forecast]] = {spec: {}}
-        _add(tried, {spec: [_offloaded(spec, offload)]}, None)
-        _add(tried, _tiled(tried), None)
-        if tried[spec]:
-            return min(tried[spec].values(), key=fitting_bytes)
+        tried = settings_forecasts(_offloaded(spec, offload), model)
+        tried |= settings_forecasts(_tiled(tried), model)
+        if tried:
+            return min(tried.values(), key=fitting_bytes)
     return forecast_spec(spec)
 
 
-def _offloaded(spec: RunSpec, offload: Offload) -> I2VRequest | None:
+def _offloaded(spec: RunSpec, *offloads: Offload) -> list[I2VRequest]:
+    """The request of a run with each of these, without those that its quantized weights cannot be moved by."""
     if not spec.runner_spec.settings:
-        return spec.request if offload is Offload.NONE else None
-    try:
-        return replace(spec.request, settings=replace(spec.request.settings, offload=offload))
-    except InvalidRequest:  # quantized weights that this cannot move
-        return None
+        return [spec.request] if Offload.NONE in offloads else []
+    requests = []
+    for offload in offloads:
+        with suppress(InvalidRequest):
+            requests.append(replace(spec.request, settings=replace(spec.request.settings, offload=offload)))
+    return requests
 
 
-def _tiled(found: Mapping[RunSpec, Mapping[I2VRequest, Forecast]]) -> dict[RunSpec, list[I2VRequest | None]]:
+def _tiled(tried: Mapping[I2VRequest, Forecast]) -> list[I2VRequest]:
     """What is offloaded and has its peak where it decodes, with tiles."""
-    return {
-        spec: [
-            replace(one, settings=replace(one.settings, vae_tiling=True))
-            for one, forecast in tried.items()
-            if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
-        ]
-        for spec, tried in found.items()
-    }
-
-
-def _add(
-    found: dict[RunSpec, dict[I2VRequest, Forecast]],
-    wanted: Mapping[RunSpec, Sequence[I2VRequest | None]],
-    forecasts: Forecasts | None,
-) -> None:
-    todo = []
-    for spec, requests in wanted.items():
-        for request in requests:
-            with suppress(InvalidRequest):  # an autoencoder that does not tile
-                if request is not None:
-                    check_request(spec.architecture, request)
-                    todo.append((spec, request))
-    results = (forecasts or forecasts_that_run)([replace(spec, request=request) for spec, request in todo])
-    for (spec, request), forecast in zip(todo, results, strict=True):
-        if forecast is not None:
-            found[spec][request] = forecast
+    return [
+        replace(one, settings=replace(one.settings, vae_tiling=True))
+        for one, forecast in tried.items()
+        if forecast.peak.phase == DECODE_VIDEO and one.settings.offloads
+    ]
 
 
 def settings_forecasts(
@@ -243,8 +217,9 @@ def settings_forecasts(
 
 def forecasts_that_run(specs: Sequence[RunSpec]) -> list[Forecast | None]:
     """The forecasts of many runs, on all cores; ``None`` for what fails on a card."""
-    on_all_cores(_runs, [spec for spec in specs if not is_cached(spec)])
-    return forecasts_in_turn(specs)
+    todo = [spec for spec in specs if not is_cached(spec)]
+    failed = {spec for spec, runs in zip(todo, on_all_cores(_runs, todo), strict=True) if not runs}
+    return [None if spec in failed else forecast_that_runs(spec) for spec in specs]
 
 
 def forecasts_in_turn(specs: Sequence[RunSpec]) -> list[Forecast | None]:
