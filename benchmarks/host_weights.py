@@ -228,9 +228,24 @@ class Bench:
             "called_seconds": called,
             "host_s": host_s,
             "held_bytes": self.host.held_bytes,
-            "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
+            **self._memory(),
             "cap_bytes": cap_bytes,
             "events": seen,
+        }
+
+    def _memory(self) -> dict[str, int | None]:
+        """Peaks of allocated and reserved bytes, and of what NVML counts for the process: its context besides."""
+        from i2v_lab.profiling.meters.nvml import card_index, read_device
+
+        if self.device != "cuda":
+            return {}
+        reserved_bytes = torch.cuda.max_memory_reserved()
+        own_bytes = read_device(card_index(torch.device("cuda", 0))).own_bytes
+        context_bytes = None if own_bytes is None else own_bytes - torch.cuda.memory_reserved()
+        return {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": reserved_bytes,
+            "process_bytes": None if context_bytes is None else context_bytes + reserved_bytes,
         }
 
     def _host_seconds(self) -> float:
