@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -327,6 +328,26 @@ def test_tasks_away_from_deaths_are_done_once_and_a_worker_that_dies_three_times
     assert addresses == {"127.0.0.1"}
     left = running(set(psutil.Process().children(recursive=True)) - before)
     assert [command for command in left.values() if "resource_tracker" not in command] == []
+
+
+TWICE = """
+from pathlib import Path
+
+from i2v_lab.scale.dispatch import Task, dispatch
+from i2v_lab.scale.workers import Workers
+
+if __name__ == "__main__":
+    for word in ("a", "word"):
+        print(*(ended.value for ended in dispatch(Workers(1), [Task(word, len, (word,))], Path())))
+"""
+
+
+def test_a_process_can_use_workers_again(tmp_path):
+    """In one that has not imported distributed, whose defaults come with its import."""
+    pytest.importorskip("distributed")
+    (tmp_path / "twice.py").write_text(TWICE)
+    ran = subprocess.run([sys.executable, "twice.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["1", "4"], ran.stderr
 
 
 def test_a_plan_on_workers_records_what_it_records_without(tmp_path, capfd, forked_by_workers):

@@ -71,15 +71,17 @@ def started(workers: Workers, folder: Path) -> Iterator[tuple[Any, Any]]:
         WorkersUnavailable: They cannot be started, or encryption is asked for and cannot be had.
     """
     import dask
+    from distributed import Client  # first: its defaults come with it, and stay only if they are there before the scope
+    from distributed.utils import LoopRunner
+
+    if not workers.local:
+        import dask_jobqueue  # noqa: F401 - likewise
 
     configuration = dask.config.merge(dask.config.config, workers.cluster)
     settings = SETTINGS | (LOCAL_SETTINGS if workers.local else {})
     with ExitStack() as scopes:
         scratch = scopes.enter_context(private_folder(_temporary(), "i2v-lab"))
         scopes.enter_context(dask.config.set({**configuration, **settings, "temporary-directory": str(scratch)}))
-        from distributed import Client
-        from distributed.utils import LoopRunner
-
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # lost workers are reported run by run
         # Where the nodes of a cluster find the keys of this command.
         shared = folder if workers.local else scopes.enter_context(private_folder(folder, "keys"))
