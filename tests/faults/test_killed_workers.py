@@ -52,6 +52,7 @@ class _Plan:
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=said,
                 stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
             )
 
     def kill(self, kind: str, chance: random.Random) -> bool:
