@@ -63,7 +63,7 @@ class _Plan:
             children = running(self.client.children(recursive=True))
             for process, command in children.items():
                 depth = len([parent for parent in process.parents() if parent in children])
-                if "tracker" not in command and depth in (0, 2):
+                if "resource_tracker" not in command and depth in (0, 2):
                     found["worker" if depth == 0 else "run"].append(process)
             if found[kind]:
                 chance.choice(found[kind]).kill()
