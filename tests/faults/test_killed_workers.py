@@ -129,7 +129,11 @@ def test_a_plan_on_workers_is_stopped(seeds, tmp_path, tally, forked_by_workers)
             del os.environ["TMPDIR"]
             os.environ |= {} if before is None else {"TMPDIR": before}
         assert plan.client is not None
-        time.sleep(chance.uniform(3.0, 12.0))
+        ended_runs = chance.randrange(4)  # of five: so it is at a run still, however fast the machine
+        while (folder / "said").read_text().count("complete, ") < ended_runs:
+            assert plan.client.poll() is None
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0.0, 0.8) if ended_runs else chance.uniform(2.0, 3.0))
         processes = {*plan.client.children(recursive=True), *running_in(folder)} - {plan.client}
         start_s = time.monotonic()
         plan.client.send_signal(number)
