@@ -333,21 +333,35 @@ def test_tasks_away_from_deaths_are_done_once_and_a_worker_that_dies_three_times
 TWICE = """
 from pathlib import Path
 
+from i2v_lab.scale.cluster import started
 from i2v_lab.scale.dispatch import Task, dispatch
 from i2v_lab.scale.workers import Workers
 
 if __name__ == "__main__":
     for word in ("a", "word"):
         print(*(ended.value for ended in dispatch(Workers(1), [Task(word, len, (word,))], Path())))
+    for _ in range(2):
+        with started(Workers(1, cluster={"jobqueue": {"slurm": {"cores": 1, "memory": "2GB"}}}), Path()):
+            print("started")
 """
 
 
 def test_a_process_can_use_workers_again(tmp_path):
-    """In one that has not imported distributed, whose defaults come with its import."""
-    pytest.importorskip("distributed")
+    """In one that has imported neither distributed nor dask-jobqueue, whose defaults come with their import."""
+    pytest.importorskip("dask_jobqueue")
     (tmp_path / "twice.py").write_text(TWICE)
-    ran = subprocess.run([sys.executable, "twice.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.stdout.split() == ["1", "4"], ran.stderr
+    for name, said in (("sbatch", "Submitted batch job 1"), ("scancel", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {said}\n")
+        (tmp_path / name).chmod(0o755)
+    ran = subprocess.run(
+        [sys.executable, "twice.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stdout.split() == ["1", "4", "started", "started"], ran.stderr
 
 
 def test_a_plan_on_workers_records_what_it_records_without(tmp_path, capfd, forked_by_workers):
